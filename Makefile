@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use; PYTHON names the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo install test check bench clean
+
+demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
+	$(BIN)/python -m rayjobs demo
+
+install: .venv/installed ## Only the environment
+
+test: .venv/installed-test ## All tests
+	$(BIN)/python -m pytest
+
+check: .venv/installed-test ## What CI runs: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+bench: .venv/installed-test ## The benchmarks; DATA=records.json TOKENIZER=tokenizer.model adds the training step
+	$(BIN)/python benchmarks/cafo_search.py --json
+	$(if $(DATA),$(BIN)/python benchmarks/adapter_step.py --data $(DATA) --tokenizer $(TOKENIZER) --json)
+
+clean: ## What was built, not what was run: runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch .venv/installed $@

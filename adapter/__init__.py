@@ -1,0 +1,54 @@
+"""LLaMA-Adapter: a frozen LLaMA and the few parameters that teach it (arXiv 2303.16199). Pure PyTorch.
+
+    from adapter import AdaptionConfig, Base
+
+    base = Base.load("llama-7b")                      # Meta's or Hugging Face's folder
+    base.attach(AdaptionConfig(n_layers=30, prompt_length=10))   # a fresh adapter, or
+    base.load_adapter("adapter.safetensors")          # ours, official v1, litgpt, PEFT
+    base.logits(["Once upon a time"])                 # one (T, V) per text
+    base.generate(["Once upon a time"], max_new_tokens=64)
+    base.save_adapter("adapter.safetensors")
+
+The names below are imported when they are first asked for, so `import adapter` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapter.adaption import AdaptionConfig
+    from adapter.base import Base
+    from adapter.checkpoint import AdapterFile, adapter_from, attach_file, export_v1, read_adapter
+    from adapter.files import CheckpointError
+    from adapter.llama import Llama, LlamaConfig
+    from adapter.tokenizer import Tokenizer, TokenizerError
+    from adapter.weights import load_llama, open_checkpoint, save_llama
+
+__all__ = [
+    "AdapterFile",
+    "AdaptionConfig",
+    "Base",
+    "CheckpointError",
+    "Llama",
+    "LlamaConfig",
+    "Tokenizer",
+    "TokenizerError",
+    "adapter_from",
+    "attach_file",
+    "export_v1",
+    "load_llama",
+    "open_checkpoint",
+    "read_adapter",
+    "save_llama",
+]
+
+_ROOMS = ("adaption", "base", "checkpoint", "files", "llama", "tokenizer", "weights")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for room in _ROOMS:
+            module = import_module(f"adapter.{room}")
+            if getattr(getattr(module, name, None), "__module__", None) == module.__name__:
+                return getattr(module, name)
+    raise AttributeError(f"module 'adapter' has no attribute {name!r}")

@@ -1,0 +1,106 @@
+"""The short public face: a frozen base, its tokenizer, and at most one adapter at a time.
+
+base = Base.load("llama-7b")
+base.load_adapter("adapter.safetensors")
+print(base.generate(["Below is an instruction …"], max_new_tokens=64)[0])
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter.adaption import AdaptionConfig, Gate
+from adapter.checkpoint import adapter_from, attach_file, read_adapter
+from adapter.generate import generate
+from adapter.llama import Llama
+from adapter.tokenizer import Tokenizer
+from adapter.weights import load_llama, open_checkpoint
+
+
+class Base:
+    """A frozen decoder that can be adapted, asked, and told apart from others by its fingerprint."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
+        """Raises TokenizerError if the tokenizer has pieces that the model does not embed."""
+        tokenizer.check_fits(model.config.vocab_size)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "Base":
+        """Loads a folder in Meta's or Hugging Face's format; its `tokenizer.model` unless another is given.
+
+        Raises CheckpointError or TokenizerError, both ValueErrors, before any weight is read.
+        """
+        checkpoint = open_checkpoint(path)
+        words = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
+        words.check_fits(checkpoint.config.vocab_size)
+        model = load_llama(checkpoint, dtype=dtype, device=device)
+        return cls(model, words, fingerprint=checkpoint.fingerprint)
+
+    def attach(self, config: AdaptionConfig, *, seed: int = 0) -> None:
+        """Puts a fresh adapter on the base; with its gates at zero it changes nothing until it is trained."""
+        device = self.model.tok_embeddings.weight.device
+        self.model.attach(config, torch.Generator(device).manual_seed(seed))
+
+    def load_adapter(self, path: str | Path, *, gate: Gate | None = None) -> None:
+        """Loads an adapter file of any known form; `gate` is an official v1 file's convention (see `read_adapter`).
+
+        Raises CheckpointError if it was made for another base or tokenizer.
+        """
+        file = read_adapter(path, gate=gate)
+        attach_file(self.model, file, fingerprint=self.fingerprint, tokenizer_sha256=self.tokenizer.sha256)
+
+    def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes the adapter alone, marked with this base and tokenizer."""
+        adapter_from(
+            self.model, base_fingerprint=self.fingerprint, tokenizer_sha256=self.tokenizer.sha256, extra=extra
+        ).save(path)
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[str]) -> list[Tensor]:
+        """Each text's next-token logits (T, V) after BOS and each of its T - 1 pieces, in the model's dtype."""
+        rows = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+        if not rows:
+            return []
+        width = max(map(len, rows))
+        limit = self.model.config.max_seq_len
+        if width > limit:
+            raise ValueError(f"a text of {width} tokens does not fit the base's window of {limit}")
+        pad = self.tokenizer.pad_id  # on the right, where causal attention keeps it from every real token
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+        logits = self.model(ids.to(self.model.tok_embeddings.weight.device))
+        return [row_logits[: len(row)] for row_logits, row in zip(logits, rows, strict=True)]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continues each prompt until EOS or `max_new_tokens`; only the new text. Temperature 0 is greedy."""
+        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        new = generate(
+            self.model,
+            ids,
+            eos_id=self.tokenizer.eos_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        return [self.tokenizer.decode(row) for row in new]

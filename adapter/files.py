@@ -1,0 +1,123 @@
+"""Tensors in files: memory-mapped, only ever read as data; and files written whole or not at all.
+
+A mapped tensor costs no memory until it is read; the pages that were read count as the process's own until they are
+dropped. `drop_pages` drops them, so that walking through a checkpoint keeps one tensor resident, not all of them.
+"""
+
+import ctypes
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_PAGE = 4096
+_MADV_DONTNEED = 4
+
+
+class CheckpointError(ValueError):
+    """A file of weights that cannot be used; the message names the file and, where there is one, the key."""
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.pth` or `.bin` file by name, mapped: never write to them.
+
+    A pickle is read by PyTorch's weights-only unpickler, which can build tensors and plain containers and run nothing.
+    A `.pth` of before PyTorch 1.6 cannot be mapped and is read whole. Raises CheckpointError for a missing, truncated,
+    corrupt or unsafe file, and for one that holds anything but named tensors (a dict under `model` is looked into).
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file, truncated or corrupt ({error})") from error
+    return _named_tensors(path, _load_pickle(path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file, truncated or corrupt ({error})") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """`with atomic(path) as part:` write `part`; it becomes `path` on success and is removed on failure."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Gives a mapped tensor's resident pages back to the system; read again, they come back from the file.
+
+    Does nothing for a tensor that is not in a mapped file, and where the system keeps no list of mappings.
+    """
+    storage = tensor.untyped_storage()
+    start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    if start == end or not _in_mapped_file(start, end):
+        return
+    start -= start % _PAGE
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise(start, end - start, _MADV_DONTNEED)
+
+
+def _in_mapped_file(start: int, end: int) -> bool:
+    """Whether memory [start, end) lies in a mapping of a file, whose pages may be dropped; others would be zeroed."""
+    try:
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                bounds, _, _, _, inode, *_ = line.split(maxsplit=5)
+                low, high = (int(bound, 16) for bound in bounds.split("-"))
+                if low <= start and end <= high:
+                    return inode != "0"
+    except OSError:
+        pass
+    return False
+
+
+def _load_pickle(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because its pickle is damaged or wants to build more than tensors, and a pickle can run "
+            f"code. If you trust it, save its tensors alone, as safetensors. ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable PyTorch file, truncated or corrupt ({_first_line(error)})"
+        ) from error
+
+
+def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise CheckpointError(f"{path}: {key} is not a plain dense tensor")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

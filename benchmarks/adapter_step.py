@@ -1,0 +1,280 @@
+"""How many instruction examples a second one training step takes in, and how many it could.
+
+A step is forward, backward and AdamW on the adapter, over one global batch of real records. In the same run, on the
+same frozen weights and the same batches, taking turns:
+
+    ours     micro-batches of like lengths under a token budget, the head at labelled positions only
+    peft     PEFT's AdaptionPrompt on transformers (SDPA), padded to the longest of each micro-batch, no attention mask
+             (padding is on the right), at whichever micro-batch size turns out fastest
+    padded   our model with every example padded to 512
+    floor    nothing but the matrix products that no exact implementation with this frozen base can leave out, as bare
+             torch.mm: all layers forward for the real tokens; the gradient with respect to the input of every product
+             above the lowest trainable prompt (so not of wq, wk, wv in the lowest adapted layer); the head forward and
+             backward for the labelled rows. No attention, norms, rotations, activations, memory or optimiser.
+
+    python -m benchmarks.adapter_step --data alpaca_data.json --tokenizer tokenizer.model --json
+
+Figures are medians over steps, in examples per second. Needs the extra `bench`.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import AdaptionPromptConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig as PeerConfig
+from transformers import LlamaForCausalLM
+
+from adapter.adaption import AdaptionConfig
+from adapter.batching import micro_batches
+from adapter.instruct import Example, encode_record, read_records
+from adapter.llama import Llama, LlamaConfig
+from adapter.loss import IGNORE
+from adapter.tokenizer import Tokenizer
+
+BASE = LlamaConfig(
+    dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32_000, max_seq_len=512, norm_eps=1e-6
+)
+ADAPTER = AdaptionConfig(n_layers=6, prompt_length=10, gate="identity")  # PEFT knows no other gate
+WIDTH = 512
+PEFT_SIZES = (1, 2, 4, 8)
+PADDED_SHARE = 8
+"""Only every eighth example goes through `padded`, to save time: only the head's part of its cost varies."""
+
+PEER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+Batch = list[Example]
+
+
+def collate(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens and labels (B, T), padded on the right to the longest or to `width`."""
+    width = width or max(len(example.ids) for example in batch)
+    tokens, labels = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), IGNORE)
+    for row, example in enumerate(batch):
+        ids = torch.tensor(example.ids)
+        tokens[row, : len(ids)] = ids
+        labels[row, example.label_start : len(ids)] = ids[example.label_start :]
+    return tokens, labels
+
+
+def label_count(batch: Batch) -> int:
+    return sum(len(example.ids) - example.label_start for example in batch)
+
+
+def step(
+    batch: Batch,
+    parts: list[list[int]],
+    loss_sum: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    width: int | None = None,
+) -> float:
+    """One training step over the parts of a batch; returns its loss, the mean over labels."""
+    n_labels, total = label_count(batch), 0.0
+    for part in parts:
+        loss = loss_sum(*collate([batch[i] for i in part], width)) / n_labels
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def in_order(batch: Batch, size: int) -> list[list[int]]:
+    return [list(range(start, min(start + size, len(batch)))) for start in range(0, len(batch), size)]
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=9e-3 / 4, weight_decay=0.02)
+
+
+def our_model() -> Llama:
+    """Random weights; small non-zero gates, so that the first loss already depends on the prompts."""
+    model = Llama(BASE)
+    generator = torch.Generator().manual_seed(0)
+    model.attach(ADAPTER, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() == 1:
+                parameter.fill_(0.1)
+            elif not parameter.requires_grad and parameter.dim() == 2:
+                parameter.normal_(std=0.02, generator=generator)
+            elif not parameter.requires_grad:
+                parameter.fill_(1.0)
+    return model
+
+
+def peft_model(ours: Llama) -> torch.nn.Module:
+    """PEFT's adaption prompts on transformers' decoder, all weights copied from ours."""
+    names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"} | {
+        f"layers.{i}.{our}": f"model.layers.{i}.{their}"
+        for i in range(BASE.n_layers)
+        for our, their in PEER_NAMES.items()
+    }
+    base = LlamaForCausalLM(
+        PeerConfig(
+            hidden_size=BASE.dim,
+            num_hidden_layers=BASE.n_layers,
+            num_attention_heads=BASE.n_heads,
+            num_key_value_heads=BASE.n_kv_heads,
+            intermediate_size=BASE.hidden_dim,
+            vocab_size=BASE.vocab_size,
+            rms_norm_eps=BASE.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": BASE.rope_theta},
+            max_position_embeddings=BASE.max_seq_len,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    )
+    state = {name.removesuffix(".weight"): w for name, w in ours.state_dict().items() if "adaption" not in name}
+    base.load_state_dict({f"{names[name]}.weight": weight for name, weight in state.items()}, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+        model = get_peft_model(
+            base,
+            AdaptionPromptConfig(
+                adapter_layers=ADAPTER.n_layers, adapter_len=ADAPTER.prompt_length, task_type="CAUSAL_LM"
+            ),
+        )
+    wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "adaption_prompt")]
+    with torch.no_grad():
+        for layer, adaption in zip(wrapped, ours.adaptions, strict=True):
+            layer.adaption_prompt.copy_(adaption.prompt[None])
+            layer.adaption_gate.copy_(adaption.gate[:1])
+    return model
+
+
+class Floor:
+    """The bare products of a step; each (rows, in) times (in, out), written into memory that is there already."""
+
+    CHUNK = 512
+    """Rows at a time. On one core 512 and 2,048 took the same time, within noise, and 128 a tenth more."""
+
+    def __init__(self) -> None:
+        dim, hidden, vocabulary = BASE.dim, BASE.hidden_dim, BASE.vocab_size
+        self.weights = {shape: torch.randn(shape) for shape in ((dim, dim), (hidden, dim), (dim, hidden))}
+        self.head = torch.randn(vocabulary, dim)
+        square, up, down = self.weights.values()
+        attention, rest = [square] * 3, [square, up, up, down]  # wq, wk, wv; wo, w1, w3, w2; each (out, in)
+        forward = BASE.n_layers * [w.T for w in attention + rest]
+        backward = ADAPTER.n_layers * rest + (ADAPTER.n_layers - 1) * attention
+        self.per_token: list[Tensor] = forward + backward
+        self.per_label = [self.head.T, self.head]
+        sizes = {n for w in (*self.per_token, *self.per_label) for n in w.shape}
+        self.rows = {n: torch.randn(self.CHUNK, n) for n in sizes}
+        self.out = {n: torch.empty(self.CHUNK, n) for n in sizes}
+
+    def __call__(self, batch: Batch) -> None:
+        self._multiply(sum(len(example.ids) for example in batch), self.per_token)
+        self._multiply(label_count(batch), self.per_label)
+
+    def _multiply(self, n_rows: int, weights: list[Tensor]) -> None:
+        for start in range(0, n_rows, self.CHUNK):
+            n = min(self.CHUNK, n_rows - start)
+            for weight in weights:
+                torch.mm(self.rows[weight.shape[0]][:n], weight, out=self.out[weight.shape[1]][:n])
+
+
+def seconds(clock: Callable[[], float], run: Callable[..., object], *args: object) -> float:
+    start = clock()
+    run(*args)
+    return clock() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="instruction records: JSON, JSONL or Parquet")
+    parser.add_argument("--tokenizer", required=True, help="a SentencePiece model of at most 32,000 pieces")
+    parser.add_argument("--batch", type=int, default=64, help="examples in a global batch (default: 64, the paper's)")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each contestant (default: 5)")
+    parser.add_argument("--token-budget", type=int, default=512, help="tokens in a micro-batch of ours (default: 512)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor seconds, with one thread: for a machine that is shared"
+    )
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    args.threads = 1 if args.cpu_time else args.threads
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+
+    tokenizer = Tokenizer(args.tokenizer)
+    tokenizer.check_fits(BASE.vocab_size)
+    records = list(read_records(args.data))
+    random.Random(0).shuffle(records)
+    wanted = records[: args.batch * (args.steps + 1)]
+    if len(wanted) < args.batch * (args.steps + 1):
+        parser.error(
+            f"{args.data} holds {len(records)} records, {args.batch} x ({args.steps} + 1 to warm up) are needed"
+        )
+    examples = [encode_record(record, tokenizer, max_length=WIDTH) for record in wanted]
+    warm_up, *batches = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
+
+    ours = our_model()
+    theirs = peft_model(ours)
+    optimizer, their_optimizer = optimizer_of(ours), optimizer_of(theirs)
+
+    def our_step(batch: Batch) -> float:
+        cut = micro_batches([len(example.ids) for example in batch], args.token_budget)
+        return step(batch, cut, ours, optimizer)
+
+    def padded_step(batch: Batch) -> float:
+        return step(batch, in_order(batch, 4), ours, optimizer, WIDTH)
+
+    def peft_step(batch: Batch, size: int) -> float:
+        def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
+            return theirs(input_ids=tokens, labels=labels, num_items_in_batch=1).loss
+
+        return step(batch, in_order(batch, size), loss_sum, their_optimizer)
+
+    # Warm up, and see that both compute the same thing, one step after another.
+    first = our_step(warm_up), peft_step(warm_up, PEFT_SIZES[0])
+    print(f"loss of the first step: ours {first[0]:.5f}, peft {first[1]:.5f}")
+    torch.testing.assert_close(first[0], first[1], rtol=1e-4, atol=0)
+    tried = {size: seconds(clock, peft_step, warm_up, size) for size in PEFT_SIZES}
+    size = min(tried, key=lambda size: tried[size])
+    print(f"peft is fastest at micro-batches of {size}: " + ", ".join(f"{k}: {v:.1f} s" for k, v in tried.items()))
+    floor = Floor()
+    floor(warm_up)
+
+    rates: dict[str, list[float]] = {"ours": [], "peft": [], "padded": [], "floor": []}
+    for number, batch in enumerate(batches, 1):
+        some = batch[::PADDED_SHARE]
+        rates["ours"].append(len(batch) / seconds(clock, our_step, batch))
+        rates["peft"].append(len(batch) / seconds(clock, peft_step, batch, size))
+        rates["floor"].append(len(batch) / seconds(clock, floor, batch))
+        rates["padded"].append(len(some) / seconds(clock, padded_step, some))
+        n_tokens = sum(len(example.ids) for example in batch)
+        print(
+            f"step {number}: {n_tokens} tokens, {label_count(batch)} labels; examples/s: "
+            + ", ".join(f"{name} {rate[-1]:.2f}" for name, rate in rates.items()),
+            flush=True,
+        )
+    result = {name: round(statistics.median(rate), 3) for name, rate in rates.items()}
+    counted = "processor time, 1 thread" if args.cpu_time else f"wall time, {args.threads} threads"
+    print(
+        f"ours is {result['ours'] / result['peft']:.2f} x peft, {result['ours'] / result['padded']:.2f} x padded, "
+        f"{result['ours'] / result['floor']:.0%} of the floor ({counted})"
+    )
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

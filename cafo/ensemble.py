@@ -1,0 +1,145 @@
+"""Adaptive inference: how the predictions of several caches join CLIP's zero-shot prediction.
+
+CaFo (arXiv 2303.02151), section 3.4 and table 5:
+
+    z(p)   = (p - mean(p)) / std(p)                 over the classes of one image
+    w_i    = Σ_n z(p_i)_n · z(p_ZS)_n               how far source i agrees with the baseline            (eq. 8)
+    p      = p_ZS + α · Σ_i softmax(w / τ)_i · s_i · z(p_i)                                              (eq. 9)
+
+τ = 1 and s_i = 1 are the paper's. Every rule here has the form `base + α · term` with a term that α does not touch; the
+search lives off that, and training, search and evaluation all call `combine`.
+
+Legend: B images, N classes, S sources that take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+ZERO_SHOT = "zero_shot"
+
+Rule = Literal["adaptive", "average", "maximum"]
+
+# Below this share of the largest magnitude a spread over classes is rounding, not signal.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """One way to join predictions.
+
+    A single name in `sources` is the paper's "CLIP only" or "DINO only": a softmax over one source is 1.
+
+    Raises:
+        ValueError: an unknown rule, a temperature or a scale that is not positive, a baseline with a rule that has
+        none.
+    """
+
+    rule: Rule = "adaptive"
+    """`adaptive` weighs by eq. 8; `average` is the mean and `maximum` the largest z(p_i), class by class."""
+    baseline: str = ZERO_SHOT
+    """What eq. 8 compares with: `zero_shot`, or the name of a source, which then changes places with p_ZS."""
+    sources: tuple[str, ...] | None = None
+    """The caches that take part; None for all."""
+    temperature: float = 1.0
+    """τ of the softmax; w is a sum over N classes, so τ = 1 nearly picks one source."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """s_i by source; 1 where absent."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"ensemble rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
+        if not self.temperature > 0:
+            raise ValueError(f"ensemble temperature must be positive, got {self.temperature}")
+        if bad := {name: scale for name, scale in self.scales.items() if not scale > 0}:
+            raise ValueError(f"ensemble scales must be positive (leave a source out through `sources`), got {bad}")
+        if self.baseline != ZERO_SHOT and self.rule != "adaptive":
+            raise ValueError(f"only the adaptive rule has a baseline; {self.rule!r} was given {self.baseline!r}")
+
+
+class Combination(NamedTuple):
+    """What `combine` returns; the logits are `base + α · term`."""
+
+    base: Tensor
+    """(…, B, N)"""
+    term: Tensor
+    """(…, B, N), free of α"""
+    shares: Tensor
+    """(…, B, S): the softmax of eq. 8, 1/S for the average, the share of classes won for the maximum"""
+    sources: tuple[str, ...]
+    """names of the S sources, in the order of `shares`"""
+
+    def logits(self, alpha: float) -> Tensor:
+        """Eq. 9: (…, B, N)."""
+        return self.base + alpha * self.term
+
+
+def standardise(p: Tensor) -> Tensor:
+    """z(p) of eq. 8: zero mean and unit variance (unbiased, N - 1) over the classes of each image; (…, N) → (…, N).
+
+    A prediction that is flat up to rounding has no opinion and becomes zeros rather than noise blown up to unit size.
+    """
+    mean = p.mean(dim=-1, keepdim=True)
+    centred = p - mean
+    spread = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (p.shape[-1] - 1) ** 0.5
+    floor = (_ROUNDING * mean.detach().abs()).clamp_min(torch.finfo(p.dtype).tiny)
+    return centred * torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
+
+
+def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble) -> Combination:
+    """Eq. 8-9 and the alternatives of table 5.
+
+    Args:
+        zero_shot: p_ZS, (B, N).
+        caches: p_i by source name, each (…, B, N); leading axes (the values of β in a search) carry through to the
+        result.
+            Any positive factor per image leaves the result as it is.
+        ensemble: the rule.
+
+    Raises:
+        ValueError: fewer than two classes, an unknown source, or none left to add.
+    """
+    if zero_shot.shape[-1] < 2:
+        raise ValueError("an ensemble over classes needs at least two classes")
+    names = tuple(caches) if ensemble.sources is None else ensemble.sources
+    wanted = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT})
+    if unknown := wanted - set(caches):
+        raise ValueError(f"no cache named {', '.join(sorted(unknown))}; there are {', '.join(caches) or 'none'}")
+    base, predictions = zero_shot, {name: caches[name] for name in names}
+    if ensemble.baseline != ZERO_SHOT:
+        # Table 5's other baselines: p_i and p_ZS change places. The sum of φ has no natural size (it shrinks with β),
+        # so the new base enters standardised, which keeps α comparable across β.
+        base = standardise(caches[ensemble.baseline])
+        predictions = {ZERO_SHOT: zero_shot} | {n: p for n, p in predictions.items() if n != ensemble.baseline}
+    if not predictions:
+        raise ValueError("an ensemble needs at least one source")
+    z = [standardise(p) for p in predictions.values()]
+    scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
+    if ensemble.rule == "adaptive":
+        against = standardise(base)
+        agreement = torch.stack([(zi * against).sum(dim=-1) for zi in z])  # (S, …, B)
+        shares = torch.softmax(agreement / ensemble.temperature, dim=0)
+        term = torch.stack([share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)]).sum(dim=0)
+    elif ensemble.rule == "average":
+        shares = torch.stack([torch.full_like(zi[..., 0], 1 / len(z)) for zi in z])
+        term = torch.stack(scaled).mean(dim=0)
+    else:
+        term, winner = torch.stack(scaled).max(dim=0)  # (…, B, N)
+        shares = torch.stack([(winner == i).float().mean(dim=-1) for i in range(len(z))])
+    return Combination(base, term, shares.movedim(0, -1), tuple(predictions))
+
+
+def table5(sources: tuple[str, ...]) -> dict[str, Ensemble]:
+    """The rows of the paper's table 5 for any number of sources, by label."""
+    return {
+        **{f"{name} only": Ensemble(sources=(name,)) for name in sources},
+        "average": Ensemble(rule="average"),
+        "maximum": Ensemble(rule="maximum"),
+        **{f"baseline {name}": Ensemble(baseline=name) for name in sources},
+        "baseline zero-shot": Ensemble(),
+    }

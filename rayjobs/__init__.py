@@ -1,0 +1,1 @@
+"""Everything that touches Ray or DeepSpeed: the jobs, and the streams, engines and sweeps they run on."""

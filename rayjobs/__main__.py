@@ -1,0 +1,77 @@
+"""The command line: rayjobs JOB --config FILE [section.key=value …] [--dry-run]."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from rayjobs.config import describe, load
+from rayjobs.runtime import environment
+
+JOBS = {
+    "adapter-train": "train an adapter on instruction records",
+    "adapter-eval": "loss and perplexity of a base, with or without an adapter, on held-out records",
+    "adapter-generate": "answer one prompt, a file of prompts, or whoever types",
+    "cafo-prompt": "sentences about a data set's classes, from a language model or a file",
+    "cafo-generate": "images of a data set's classes, from a generator, the best by CLIP",
+    "cafo-features": "encode a data set's images once, for all later runs",
+    "cafo-tune": "train and search caches over a space of settings; choose on val",
+    "cafo-eval": "open the test split once and score what a sweep has chosen",
+    "cafo": "all of CaFo for one data set: features, tune, eval",
+    "demo": "the whole of it on a world small enough for two cores, offline",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one job. Returns the exit code: 0 done, 1 a failure with its traceback, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="rayjobs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
+    for name, summary in JOBS.items():
+        command = jobs.add_parser(name, help=summary, add_help=False)
+        command.add_argument("-h", "--help", action="store_true", help="show this help with every field, and exit")
+        command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+        command.add_argument(
+            "--dry-run", action="store_true", help="check everything and show the plan, without running it"
+        )
+        command.add_argument("--verbose", action="store_true", help="let Ray and DeepSpeed speak, and show tracebacks")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
+        )
+    args = parser.parse_args(argv)
+
+    if args.verbose:
+        os.environ["RAYJOBS_VERBOSE"] = "1"
+    os.environ.update(environment())  # before Ray and DeepSpeed are imported, which read some of it at import
+    job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
+    if args.help:
+        _help(jobs.choices[args.job], job)
+        return 0
+    try:
+        settings = load(job.Config, args.config, args.overrides)
+        if args.dry_run:
+            job.plan(settings)
+        else:
+            job.run(settings)
+    except KeyboardInterrupt:
+        print(f"\nrayjobs {args.job}: interrupted; the same command resumes it", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.verbose:
+            traceback.print_exc()
+        print("\n".join(f"rayjobs {args.job}: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _help(parser: argparse.ArgumentParser, job: ModuleType) -> None:
+    parser.print_help()
+    print(f"\n{(job.__doc__ or '').strip()}\n\nsettings:")
+    for name, kind, default, meaning in describe(job.Config):
+        print(f"  {name}  ({kind}, {default if default == 'required' else f'default {default}'})\n      {meaning}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

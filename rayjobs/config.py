@@ -1,0 +1,104 @@
+"""Job configs: frozen dataclasses ← YAML ← `section.key=value` overrides; every error at once, before Ray starts."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line each."""
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def config(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only, validated dataclass whose attribute docstrings are its help."""
+    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Builds `cls` from its defaults, then a YAML file, then `section.key=value` overrides.
+
+    Raises ConfigError listing every unknown key, wrong type and bad value by its path.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a config is a mapping of sections, got {type(values).__name__}")
+    problems = [problem for override in overrides if (problem := _apply(values, override))]
+    try:
+        built = TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        problems += [_explain(cls, item) for item in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return built
+
+
+def to_dict(built: Any) -> dict[str, Any]:
+    """A config as plain values, ready for YAML."""
+    return TypeAdapter(type(built)).dump_python(built, mode="json")
+
+
+def describe(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Every field of a config: (dotted name, type, default, meaning)."""
+    for name, info in cls.__pydantic_fields__.items():
+        section = next((kind for kind in (info.annotation, *get_args(info.annotation)) if is_dataclass(kind)), None)
+        if section is not None:
+            yield from describe(section, f"{prefix}{name}.")
+            continue
+        kind = str(info.annotation) if get_args(info.annotation) else info.annotation.__name__
+        default = "required"
+        if not info.is_required():
+            default = yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True)
+        # A subclass's fields lose the docstrings that stand in its base.
+        told = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+        meaning = " ".join(next((field.description for field in told if field and field.description), "").split())
+        yield prefix + name, kind.replace("typing.", ""), default.removesuffix("...\n").strip(), meaning
+
+
+def _apply(values: dict[str, Any], override: str) -> str | None:
+    """Sets one `section.key=value` in place; returns what is wrong with it, if anything."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        return f"{override!r}: an override looks like section.key=value"
+    *sections, key = dotted.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            return f"{dotted}: {section!r} is a value, not a section"
+    try:
+        values[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[key] = text
+    return None
+
+
+def _explain(cls: Any, item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [name for name, *_ in describe(cls)]
+        known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
+        close = difflib.get_close_matches(place, known, n=1, cutoff=0.5)
+        return f"{place}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    if item["type"] in ("missing", "missing_argument"):
+        return f"{place}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}, got {item['input']!r}" if place else message

@@ -1,0 +1,146 @@
+"""Tiny foundation models, trained from scratch where the demo runs: stand-ins for the real ones, in the same files.
+
+The LLaMA here is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base,
+a Hugging Face folder with its tokenizer, and from then on the jobs know it by its path alone.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from adapter.llama import Llama, LlamaConfig, RMSNorm
+from adapter.tokenizer import Tokenizer
+from adapter.weights import save_llama
+from rayjobs.config import config, to_dict
+from rayjobs.demo import text
+from rayjobs.runtime import Progress
+
+FORMAT = 1
+"""Of the training below: a change that changes its outcome counts it up, so that no older model is taken for a new."""
+
+
+@config
+class LlamaStandIn:
+    """A LLaMA that can copy a note, and has read how notes are spelled."""
+
+    dim: int = Field(default=64, ge=8)
+    """Width."""
+    n_layers: int = Field(default=4, ge=1)
+    """Decoder layers."""
+    n_heads: int = Field(default=4, ge=1)
+    """Attention heads."""
+    vocab_size: int = Field(default=300, ge=200)
+    """SentencePiece pieces, at most."""
+    steps: int = Field(default=400, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=32, ge=1)
+    """Documents per step."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate."""
+    answer_weight: float = Field(default=10, ge=1)
+    """How much more counts in the loss what can be told from the text before."""
+    seed: int = Field(default=0, ge=0)
+    """Of the text and of the initial weights."""
+
+
+def stand_in_llama(settings: LlamaStandIn, cache: Path) -> Path:
+    """The folder of a tiny LLaMA, trained unless the cache holds the very same one."""
+    documents = text.documents(settings.seed, settings.steps * settings.batch)
+    identity = [FORMAT, to_dict(settings), documents]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / "demo" / f"llama-{key}"
+    if not folder.exists():
+        with _folder(folder) as unfinished:
+            lines = [" ".join(part for part, _ in document) for document in documents[::8]]
+            (unfinished / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size))
+            save_llama(_train(settings, documents, Tokenizer(unfinished)), unfinished)
+    return folder
+
+
+def _train(settings: LlamaStandIn, documents: list[text.Document], tokenizer: Tokenizer) -> Llama:
+    """Next-token prediction over all of the text, once."""
+    model = _untrained(settings, tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
+    with _threads(1), Progress("tiny LLaMA", unit="steps", total=settings.steps) as progress:
+        for step in range(settings.steps):
+            batch = documents[step * settings.batch : (step + 1) * settings.batch]
+            tokens, weights = _padded([_encoded(document, settings, tokenizer) for document in batch])
+            losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
+            loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.advance(note=f"loss {loss.item():.3f}")
+    return model
+
+
+def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:
+    shape = LlamaConfig(
+        dim=settings.dim,
+        n_layers=settings.n_layers,
+        n_heads=settings.n_heads,
+        n_kv_heads=settings.n_heads,
+        hidden_dim=settings.dim * 8 // 3,
+        vocab_size=vocab_size,
+        max_seq_len=256,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = Llama(shape)
+        model.apply(lambda module: module.reset_parameters() if isinstance(module, RMSNorm) else None)
+        nn.init.normal_(model.tok_embeddings.weight, std=settings.dim**-0.5)  # at 0.02 learning stalls
+    return model
+
+
+def _encoded(document: text.Document, settings: LlamaStandIn, tokenizer: Tokenizer) -> list[tuple[int, float]]:
+    """A document's ids, each with its weight in the loss."""
+    row = [(tokenizer.bos_id, 0.0)]
+    for part, can_be_told in document:
+        weight = settings.answer_weight if can_be_told else 1.0
+        row += [(id, weight) for id in tokenizer.encode(part, bos=False, eos=False)]
+    return [*row, (tokenizer.eos_id, 1.0)]
+
+
+def _padded(rows: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T), and their weights in the loss, which are nothing for padding."""
+    shape = (len(rows), max(map(len, rows)))
+    tokens, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    for i, row in enumerate(rows):
+        ids, counts = zip(*row, strict=True)
+        tokens[i, : len(row)], weights[i, : len(row)] = torch.tensor(ids), torch.tensor(counts)
+    return tokens, weights
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `path` if the block succeeds, and is removed if it does not."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads: at this size more are slower, and sums would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,312 @@
+"""Images → a feature store: decoded once by Ray Data, all views by all encoders, shared by every run and trial.
+
+A store is a folder per (list of images, encoder), named after everything its features depend on: each file's path and
+content, the encoder's identity (weights, preprocessing, precision), the views and their seed. It consists of Parquet
+parts cut at fixed places, each of which is there whole or not at all. So a restart makes the missing parts only, and
+two runs at once on one store write the same bytes.
+
+Legend: n images, V views, C width of an encoder's features, S side of its images.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from pydantic import Field
+from ray.data import ActorPoolStrategy
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cafo.encoders import ClipEncoder, EncoderSpec, load_encoder
+from cafo.images import ImageError, Preprocess, load_image
+from cafo.prompt import zero_shot_classifier
+from rayjobs.config import config
+from rayjobs.imagery import EncoderConfig, ImageList
+from rayjobs.runtime import Progress, data_context, unwrapped
+from rayjobs.tables import atomic_path, sha256_file, write_parquet
+
+VIEWS_PER_PART = 64
+"""Views of images encoded and written together; at 224 pixels 39 MB on their way to the encoder."""
+
+
+@config
+class FeaturesConfig:
+    """How images become features."""
+
+    views: int = Field(default=10, ge=1)
+    """Augmented views of every training image; trials may use the first few of them."""
+    seed: int = 0
+    """Of the views."""
+    batch: int = Field(default=64, ge=1)
+    """Views that an encoder reads at once."""
+    max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Stop if more than this share of a list's images cannot be read."""
+
+
+class Tower(NamedTuple):
+    """What is to be known of an encoder without holding it."""
+
+    spec: EncoderSpec
+    identity: str
+    preprocess: Preprocess
+    clip: bool
+
+
+class Rejected(NamedTuple):
+    """An image that could not be used."""
+
+    role: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """A list's features."""
+
+    rows: tuple[int, ...]
+    """The places in the list of the images that could be read."""
+    values: Mapping[str, np.ndarray]
+    """encoder → (V, n, C) float32 of unit norm"""
+    rejected: tuple[Rejected, ...]
+
+
+def open_towers(encoders: Mapping[str, EncoderConfig]) -> dict[str, Tower]:
+    """Every encoder's identity and preprocessing. Raises ValueError for one that does not load."""
+    towers = {}
+    for name, encoder in encoders.items():
+        loaded = load_encoder(encoder.spec())
+        towers[name] = Tower(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
+    return towers
+
+
+def prepare_features(
+    lists: Sequence[ImageList],
+    towers: Mapping[str, Tower],
+    settings: FeaturesConfig,
+    cache: Path,
+    *,
+    workers: int,
+    resources: Mapping[str, float],
+) -> dict[str, Features]:
+    """The features of each list by its role; what the stores lack is encoded by a pool of actors.
+
+    Raises ValueError if too many images of a list cannot be read.
+    """
+    folders = {images.role: _folders(images, towers, settings, cache) for images in lists}
+    chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings.seed)]
+    if chunks:
+        _encode(chunks, towers, settings, workers, dict(resources))
+    found = {images.role: _read(images, folders[images.role]) for images in lists}
+    for images in lists:
+        rejected = found[images.role].rejected
+        if len(rejected) > settings.max_rejected_fraction * len(images.items):
+            raise ValueError(
+                f"{len(rejected)} of {len(images.items)} {images.role} images cannot be read, over "
+                f"features.max_rejected_fraction={settings.max_rejected_fraction}; the first: {rejected[0].reason}"
+            )
+    return found
+
+
+class ClassifierFile(NamedTuple):
+    """CLIP's zero-shot classifier as it is kept: W (C, N), and how many sentences it is made of, how many cut."""
+
+    weights: Tensor
+    sentences: int
+    truncated: int
+
+
+def prepare_classifier(
+    tower: Tower, prompts: Mapping[str, Sequence[str]], names: Sequence[str], cache: Path, resources: dict[str, float]
+) -> ClassifierFile:
+    """CLIP's classifier from sentences, encoded unless it is there already."""
+    if not tower.clip:
+        raise ValueError(f"{tower.identity} has no text tower: the first encoder of a set has to be a CLIP")
+    identity = ["classifier", 1, tower.identity, [[name, list(prompts[name])] for name in names]]
+    path = cache / "classifiers" / f"{_digest(identity)}.safetensors"
+    if not path.exists():
+        task = ray.remote(_write_classifier).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
+        with unwrapped():
+            ray.get(task.remote(path, tower.spec, prompts, list(names), _device(resources)))
+    with safe_open(str(path), "pt") as file:
+        counts = file.metadata()
+        return ClassifierFile(file.get_tensor("weights"), int(counts["sentences"]), int(counts["truncated"]))
+
+
+def _write_classifier(
+    path: Path, spec: EncoderSpec, prompts: Mapping[str, Sequence[str]], names: list[str], device: str
+) -> None:
+    encoder = load_encoder(spec, device)
+    assert isinstance(encoder, ClipEncoder)
+    made = zero_shot_classifier(encoder, prompts, names)
+    counts = {"sentences": str(made.sentences), "truncated": str(len(made.truncated))}
+    with atomic_path(path) as temporary:
+        save_file({"weights": made.weights.contiguous()}, temporary, counts)
+
+
+def _device(resources: Mapping[str, float]) -> str:
+    return "cuda" if resources.get("GPU") else "cpu"
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _folders(images: ImageList, towers: Mapping[str, Tower], settings: FeaturesConfig, cache: Path) -> dict[str, Path]:
+    """The folder of each encoder's store."""
+    files = [[item.path, _content(images.root / item.path)] for item in images.items]
+    views = [images.views, settings.seed if images.views else None, VIEWS_PER_PART]
+    return {
+        name: cache / "features" / _digest(["features", 1, tower.identity, views, files])
+        for name, tower in towers.items()
+    }
+
+
+def _content(path: Path) -> str:
+    """A file's content; one that is not there is told where the others that cannot be read are."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def _parts(images: ImageList) -> list[tuple[int, str]]:
+    """First image and file name of each part."""
+    step = max(1, VIEWS_PER_PART // max(images.views, 1))
+    return [(first, f"part-{first:08d}.parquet") for first in range(0, len(images.items), step)]
+
+
+def _missing(images: ImageList, folders: Mapping[str, Path], seed: int) -> list[dict[str, str]]:
+    """A row per part that some encoder lacks: its images, and where each lacking encoder's part goes."""
+    starts = [first for first, _ in _parts(images)]
+    chunks = []
+    for (first, part), stop in zip(_parts(images), [*starts[1:], len(images.items)], strict=True):
+        lacking = {name: str(folder / part) for name, folder in folders.items() if not (folder / part).exists()}
+        if lacking:
+            chunk = {
+                "root": str(images.root.absolute()),
+                "role": images.role,
+                "first": first,
+                "paths": [item.path for item in images.items[first:stop]],
+                "views": images.views,
+                "seed": seed,
+                "parts": lacking,
+            }
+            chunks.append({"chunk": json.dumps(chunk)})
+    return chunks
+
+
+def _encode(
+    chunks: list[dict[str, str]],
+    towers: Mapping[str, Tower],
+    settings: FeaturesConfig,
+    workers: int,
+    resources: dict[str, float],
+) -> None:
+    total = sum(len(json.loads(chunk["chunk"])["paths"]) for chunk in chunks)
+    spare = ray.cluster_resources()["CPU"] - workers * resources["CPU"]
+    with data_context(preserve_order=False), unwrapped(), Progress("encode", unit="images", total=total) as bar:
+        decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+            decode_chunk,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0.9 if spare >= 0.9 else 0.4,  # other than the encoder's, or Ray would fuse the two
+            fn_kwargs={"preprocess": {name: tower.preprocess for name, tower in towers.items()}},
+        )
+        written = decoded.map_batches(
+            ChunkEncoder,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=workers),
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            fn_constructor_args=({n: tower.spec for n, tower in towers.items()}, settings.batch, _device(resources)),
+        )
+        for row in written.iter_rows():
+            bar.advance(row["images"])
+
+
+def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Table:
+    """Reads a part's images, each once, and makes the views each lacking encoder wants: (n * V, 3, S, S) float32.
+
+    Encoders of equal preprocessing share one column.
+    """
+    chunk = json.loads(table["chunk"][0].as_py())
+    wanted = {name: preprocess[name] for name in chunk["parts"]}
+    kinds = list(dict.fromkeys(wanted.values()))
+    pixels: list[list[np.ndarray]] = [[] for _ in kinds]
+    chunk |= {"columns": {name: kinds.index(kind) for name, kind in wanted.items()}, "rows": [], "rejected": []}
+    for row, path in enumerate(chunk["paths"], chunk["first"]):
+        try:
+            image = load_image(Path(chunk["root"]) / path, name=path)
+        except ImageError as error:
+            chunk["rejected"].append([path, str(error)])
+            continue
+        chunk["rows"].append(row)
+        for views, kind in zip(pixels, kinds, strict=True):
+            if chunk["views"]:
+                views += [kind.view(image, path, index, chunk["seed"]).numpy() for index in range(chunk["views"])]
+            else:
+                views.append(kind(image).numpy())
+    columns = {
+        f"pixels{i}": pa.array([b"".join(view.tobytes() for view in views)], pa.large_binary())
+        for i, views in enumerate(pixels)
+    }
+    # every row needs the same columns, also where fewer encoders lack the part
+    columns |= {f"pixels{i}": pa.array([b""], pa.large_binary()) for i in range(len(kinds), len(preprocess))}
+    return pa.table({"chunk": [json.dumps(chunk)], **columns})
+
+
+class ChunkEncoder:
+    """An actor that holds the towers, and writes the parts."""
+
+    def __init__(self, specs: Mapping[str, EncoderSpec], batch: int, device: str) -> None:
+        self.encoders = {name: load_encoder(spec, device) for name, spec in specs.items()}
+        self.batch = batch
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        chunk = json.loads(table["chunk"][0].as_py())
+        n = len(chunk["rows"])
+        for name, part in chunk["parts"].items():
+            encoder = self.encoders[name]
+            side, views = encoder.preprocess.size, max(chunk["views"], 1)
+            buffer = table[f"pixels{chunk['columns'][name]}"][0].as_buffer()
+            pixels = np.frombuffer(buffer, np.float32).reshape(n * views, 3, side, side)
+            features = np.empty((n * views, encoder.width), np.float32)
+            for at in range(0, n * views, self.batch):
+                batch = torch.tensor(pixels[at : at + self.batch])
+                features[at : at + self.batch] = encoder.encode_image(batch).cpu().numpy()
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * encoder.width)
+            columns = pa.table({"row": pa.array(chunk["rows"], pa.int64()), "features": flat})
+            about = {"views": str(views), "rejected": json.dumps(chunk["rejected"])}
+            write_parquet(part, columns.replace_schema_metadata(about))
+        return pa.table({"images": [len(chunk["paths"])], "rejected": [len(chunk["rejected"])]})
+
+
+def _read(images: ImageList, folders: Mapping[str, Path]) -> Features:
+    values: dict[str, np.ndarray] = {}
+    rows: list[int] = []
+    rejected: list[Rejected] = []
+    for name, folder in folders.items():
+        rows, rejected, parts = [], [], []
+        for _, part in _parts(images):
+            table = pq.read_table(folder / part)
+            about = table.schema.metadata
+            flat = table["features"].combine_chunks().flatten().to_numpy()
+            width = table.schema.field("features").type.list_size
+            views = int(about[b"views"])
+            parts.append(flat.reshape(table.num_rows, views, width // views))
+            rows += table["row"].to_pylist()
+            rejected += [Rejected(images.role, path, reason) for path, reason in json.loads(about[b"rejected"])]
+        if parts:
+            values[name] = np.ascontiguousarray(np.concatenate(parts).swapaxes(0, 1))  # (V, n, C)
+    return Features(rows=tuple(rows), values=values, rejected=tuple(rejected))

@@ -1,0 +1,145 @@
+"""The images, sentences and encoders that a CaFo job names, and the lists of images it has to encode."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from cafo.datasets import (
+    LAYOUTS,
+    TEST_ONLY,
+    Dataset,
+    Item,
+    load_dataset,
+    load_generated,
+    load_generated_list,
+    load_split,
+    load_tree,
+)
+from cafo.encoders import EncoderSpec, Precision
+from cafo.fewshot import FewShot
+from cafo.generate import best_of
+from cafo.prompt import read_prompts, template_prompts
+from rayjobs.config import config
+
+Sentences = Literal["file", "templates"]
+
+
+@config
+class ImagesConfig:
+    """One data set: images, labels, sentences."""
+
+    name: str = ""
+    """One of the eleven sets by name, read from `root`; any other name needs `split` or `tree`."""
+    root: str = "data"
+    """The folder that holds the sets in CoOp's layout."""
+    split: str | None = None
+    """A CoOp-style split JSON of a set of your own."""
+    images: str | None = None
+    """The folder that the split's paths are relative to; by default the split's own."""
+    tree: str | None = None
+    """A folder with one folder per class, split by `seed`."""
+    tree_shares: tuple[float, float] = (0.5, 0.2)
+    """Shares of train and val in a tree; the rest is test."""
+    val_share: float = Field(default=0.01, gt=0, lt=1)
+    """The share of ImageNet's training images held out for validation."""
+    seed: int = 0
+    """Of the splits that are drawn here: a tree's, and ImageNet's validation images."""
+    templates: list[str] | None = None
+    """Sentences with {} for the class name; by default the data set's own."""
+    prompts: str | None = None
+    """The JSON of sentences that cafo-prompt wrote, or CaFo's own; null for the templates alone."""
+    generated: str | None = None
+    """Drawn images: `dalle` or `sd` for a set in CoOp's layout under `root`, or the list that cafo-generate wrote."""
+    short_classes: Literal["error", "report"] = "error"
+    """What to do with a class of fewer than K training images: stop, or take what there is and report it."""
+
+    def open(self) -> Dataset:
+        """The data set with its test list still closed. Raises ValueError."""
+        if self.split and self.tree:
+            raise ValueError("data.split and data.tree exclude each other")
+        if self.split:
+            images = self.images or str(Path(self.split).parent)
+            dataset = load_split(self.split, images, name=self.name)
+        elif self.tree:
+            dataset = load_tree(self.tree, name=self.name, seed=self.seed, shares=self.tree_shares)
+        elif not self.name:
+            raise ValueError(f"data: give a name ({', '.join(LAYOUTS)}), or data.split, or data.tree")
+        else:
+            dataset = load_dataset(self.name, self.root, val_share=self.val_share, seed=self.seed)
+        if self.templates:
+            dataset = replace(dataset, templates=tuple(self.templates))
+        if not dataset.val and self.name not in TEST_ONLY:
+            raise ValueError(f"{dataset.name} has no validation image, and nothing is ever chosen on test")
+        return dataset
+
+    def drawn(self, dataset: Dataset, keep: int) -> tuple[Path, tuple[Item, ...]]:
+        """The folder and the best `keep` generated images of each class. Raises ValueError."""
+        if not keep:
+            return dataset.image_root, ()
+        if not self.generated:
+            raise ValueError("generated images are asked for: data.generated says where they are, and it is not set")
+        if self.generated.endswith(".json"):
+            root, items = Path(self.generated).parent, load_generated_list(self.generated, dataset.class_names)
+        else:
+            root, items = load_generated(dataset, self.root, self.generated)
+        return root, best_of(items, keep)
+
+    def sentences(self, dataset: Dataset, kind: Sentences) -> dict[str, list[str]]:
+        """Every class's sentences. Raises ValueError naming the classes without one."""
+        if kind == "templates":
+            return template_prompts(dataset.templates, dataset.class_names)
+        if self.prompts is None:
+            raise ValueError("sentences from a file are asked for, and data.prompts names none")
+        return read_prompts(self.prompts, dataset.class_names)
+
+
+@config
+class EncoderConfig:
+    """One frozen tower."""
+
+    kind: Literal["clip", "dino", "timm"]
+    """Which library and preprocessing: open_clip, DINO's, or timm's."""
+    name: str = ""
+    """Architecture in open_clip's or timm's spelling; DINO is resnet50 by default."""
+    weights: str
+    """open_clip's pretrained tag, a local file or folder, or random:SEED."""
+    config: str = ""
+    """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
+    quick_gelu: bool | None = None
+    """Whether the weights were trained with QuickGELU, where they cannot tell."""
+    precision: Precision = "fp32"
+    """fp32 or bf16."""
+
+    def spec(self) -> EncoderSpec:
+        return EncoderSpec(
+            kind=self.kind,
+            name=self.name,
+            weights=self.weights,
+            config=self.config,
+            quick_gelu=self.quick_gelu,
+            precision=self.precision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageList:
+    """Images of one role, to be encoded."""
+
+    role: str
+    root: Path
+    items: tuple[Item, ...]
+    views: int
+    """Augmented views of each image; 0 for the one plain view that predictions are made from."""
+
+
+def training_list(dataset: Dataset, choices: Iterable[FewShot], views: int) -> ImageList:
+    """The images of all choices, each once, whatever the order of the choices."""
+    items = sorted({item for choice in choices for item in choice.items})
+    return ImageList(role="train", root=dataset.image_root, items=tuple(items), views=views)
+
+
+def plain_list(role: str, root: Path, items: Sequence[Item]) -> ImageList:
+    return ImageList(role=role, root=root, items=tuple(items), views=0)

@@ -1,0 +1,188 @@
+"""Open the test split, once, and score what a sweep has chosen on val: by seed, by class, confusions, shifts."""
+
+import hashlib
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from cafo.cache import load_cache
+from cafo.datasets import Dataset
+from rayjobs.accuracy import ZERO_SHOT, can_plot, plot_landscape, plot_shots, published_row, table, write_tables
+from rayjobs.base import PoolConfig
+from rayjobs.config import config, load
+from rayjobs.features import open_towers, prepare_features
+from rayjobs.imagery import ImagesConfig, plain_list
+from rayjobs.jobs import cafo_tune
+from rayjobs.report import show_table
+from rayjobs.runtime import connect
+from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+
+
+@config
+class Config:
+    sweep: str
+    """The folder of a run of cafo-tune; what is found goes into its `test`."""
+    targets: dict[str, ImagesConfig] = Field(default_factory=dict)
+    """Other test sets with the same classes, by name: the distribution shift."""
+    plots: bool = True
+    """Draw PNGs, where the `plots` extra is installed."""
+    scale: PoolConfig = PoolConfig()
+    """The encoders' pool."""
+
+
+def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
+    """The sweep's settings and choice. Raises ValueError if it has not chosen."""
+    folder = Path(settings.sweep)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is no run of cafo-tune: there is no config.yaml")
+    if not (folder / "chosen.json").is_file():
+        raise ValueError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
+    return load(cafo_tune.Config, folder / "config.yaml"), read_json(folder / "chosen.json")["chosen"]
+
+
+def plan(settings: Config) -> None:
+    """Shows what `run` would do."""
+    swept, chosen = check(settings)
+    rows = [["sweep", settings.sweep], ["targets", ", ".join(["test", *settings.targets])]]
+    rows += [[f"{cell['shots']} shots", f"{cell['method']}: {len(cell['seeds'])} seeds"] for cell in chosen]
+    show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(swept.encoders)]])
+
+
+def run(settings: Config) -> dict[str, Any]:
+    """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
+    swept, chosen = check(settings)
+    folder = Path(settings.sweep) / "test"
+    dataset = swept.data.open()
+    sets = {dataset.name: dataset, **{name: target.open() for name, target in settings.targets.items()}}
+    for name, target in sets.items():
+        if target.class_names != dataset.class_names:
+            raise ValueError(f"targets.{name} has other classes than {dataset.name}")
+    record_opening(folder, chosen, sets)
+    connect()
+    lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
+    used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
+    features = prepare_features(
+        lists,
+        open_towers({name: swept.encoders[name] for name in used}),
+        swept.features,
+        swept.run.cache_folder,
+        workers=settings.scale.workers,
+        resources=settings.scale.resources(),
+    )
+    write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))
+    rows: list[dict[str, Any]] = []
+    for images in lists:
+        found = features[images.role]
+        labels = torch.tensor([images.items[row].label for row in found.rows])
+        values = {name: torch.from_numpy(value[0]) for name, value in found.values.items()}
+        rows += score(images.role, chosen, values, labels, Path(settings.sweep) / "trials")
+    write_rows(folder, rows, dataset)
+
+    paper = published_row(dataset.name, swept.encoders)
+    tables = {name: table(_of(rows, name), paper if name == dataset.name else {}) for name in sets}
+    write_tables(folder, tables)
+    if settings.plots and can_plot():
+        for name in sets:
+            plot_shots(folder / f"shots-{name}.png", name, _of(rows, name), paper if name == dataset.name else {})
+        draw_landscapes(folder, Path(settings.sweep) / "trials", chosen)
+    result = {
+        "test_images": {name: len(found.rows) for name, found in features.items()},
+        "rejected_images": sum(len(found.rejected) for found in features.values()),
+        "tables": {
+            name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
+            for name, (columns, lines) in tables.items()
+        },
+    }
+    write_json(folder / "result.json", result)
+    for name, (columns, lines) in tables.items():
+        show_table(f"{name}: test accuracy, %", columns, lines)
+    return result
+
+
+def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, Dataset]) -> None:
+    """Writes down that test was opened and for which choice. Raises ValueError if it was opened for another."""
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    path = folder / "opened.json"
+    before = read_json(path) if path.exists() else {}
+    if before and before["choice"] != digest:
+        raise ValueError(
+            f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
+            "Sweep under another run.name"
+        )
+    opened = before.get("opened") or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    targets = sorted({*before.get("targets", []), *sets})
+    write_json(path, {"opened": opened, "choice": digest, "targets": targets})
+
+
+def score(
+    target: str, chosen: list[dict[str, Any]], values: dict[str, torch.Tensor], labels: torch.Tensor, trials: Path
+) -> list[dict[str, Any]]:
+    """A row per chosen cache, and one per zero-shot classifier: accuracy and confusion (N, N), true class down."""
+    rows: list[dict[str, Any]] = []
+    baselines: dict[bytes, dict[str, Any]] = {}
+    for cell in chosen:
+        for seed in cell["seeds"]:
+            cache = load_cache(trials / seed["trial"] / "cache.safetensors")
+            taken = {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
+            base = {"target": target, "shots": cell["shots"], "method": cell["method"], "seed": seed["seed"]}
+            rows.append({**base, **_scored(cache.logits(taken), labels)})
+            key = hashlib.sha256(cache.classifier.numpy().tobytes()).digest()
+            if key not in baselines:
+                sort = f"{cell['setting']['encoders'][0]}, {cell['setting']['sentences']}"
+                baselines[key] = {"target": target, "shots": None, "method": f"{ZERO_SHOT} ({sort})", "seed": None}
+                baselines[key] |= _scored(cache.zero_shot(taken), labels)
+    if len(baselines) == 1:
+        next(iter(baselines.values()))["method"] = ZERO_SHOT
+    return [*baselines.values(), *rows]
+
+
+def _scored(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    classes = logits.shape[1]
+    pairs = torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2)
+    confusion = pairs.reshape(classes, classes).numpy()
+    correct = int(np.trace(confusion))
+    return {
+        "images": len(labels),
+        "correct": correct,
+        "accuracy": correct / max(len(labels), 1),
+        "confusion": confusion,
+    }
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:
+    """`accuracy.parquet`, `per_class.parquet` and `confusion.parquet` (pairs that occur only)."""
+    per_class, confusions = [], []
+    for row in rows:
+        about = {name: row[name] for name in ("target", "method", "shots", "seed")}
+        for label, counts in enumerate(row["confusion"]):
+            seen = {"images": int(counts.sum()), "correct": int(counts[label])}
+            per_class.append({**about, "class": dataset.class_names[label], **seen})
+            for other in np.flatnonzero(counts):
+                names = {"true": dataset.class_names[label], "predicted": dataset.class_names[other]}
+                confusions.append({**about, **names, "images": int(counts[other])})
+    plain = [{name: value for name, value in row.items() if name != "confusion"} for row in rows]
+    for name, listed in (("accuracy", plain), ("per_class", per_class), ("confusion", confusions)):
+        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(listed))
+
+
+def draw_landscapes(folder: Path, trials: Path, chosen: list[dict[str, Any]]) -> None:
+    """The search of each choice's first seed."""
+    for number, cell in enumerate(chosen):
+        seed = cell["seeds"][0]
+        found = read_json(trials / seed["trial"] / "landscape.json")
+        wanted = json.loads(seed["ensemble"])
+        landscape = next(one for one in found["landscapes"] if one["ensemble"] == wanted)
+        title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
+        plot_landscape(
+            folder / f"landscape-{number:02d}.png", title, landscape, found["total"], (seed["alpha"], seed["beta"])
+        )
+
+
+def _of(rows: list[dict[str, Any]], target: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["target"] == target]

@@ -1,0 +1,86 @@
+"""Encode a data set's images once: every view by every encoder, kept under the cache folder for all later runs."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from cafo import fewshot
+from cafo.datasets import Dataset
+from rayjobs.base import PoolConfig
+from rayjobs.config import config
+from rayjobs.features import FeaturesConfig, open_towers, prepare_features
+from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
+from rayjobs.report import show_table
+from rayjobs.runtime import RunConfig, connect, open_run
+from rayjobs.tables import write_json, write_jsonl
+
+
+@config
+class Config:
+    data: ImagesConfig
+    encoders: dict[str, EncoderConfig] = Field(min_length=1)
+    """The towers, by the names that a sweep calls them."""
+    features: FeaturesConfig = FeaturesConfig()
+    shots: int = Field(default=16, ge=0)
+    """K: training images of each class that are encoded, for every seed."""
+    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
+    """The few-shot choices that are encoded."""
+    generated: int = Field(default=0, ge=0)
+    """K': generated images of each class."""
+    test: bool = False
+    """Encode the test images too; without it nothing looks at them."""
+    scale: PoolConfig = PoolConfig()
+    run: RunConfig
+
+
+def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
+    """Everything that can be told before a worker starts. Raises ValueError."""
+    dataset = settings.data.open()
+    short = settings.data.short_classes
+    choices = [
+        fewshot.choose(dataset.train, dataset.class_names, shots=settings.shots, seed=seed, short=short)
+        for seed in settings.seeds
+    ]
+    root, drawn = settings.data.drawn(dataset, settings.generated)
+    views = settings.features.views
+    lists = [
+        training_list(dataset, choices, views),
+        ImageList(role="generated", root=root, items=drawn, views=views),
+        plain_list("val", dataset.image_root, dataset.val),
+    ]
+    if settings.test:
+        lists.append(plain_list("test", dataset.image_root, dataset.open_test()))
+    return dataset, [images for images in lists if images.items]
+
+
+def plan(settings: Config) -> None:
+    """Shows what `run` would do."""
+    dataset, lists = check(settings)
+    rows = [["data set", f"{dataset.name}, {len(dataset.class_names)} classes"]]
+    rows += [[images.role, f"{len(images.items)} images × {max(images.views, 1)} views"] for images in lists]
+    rows += [[f"encoder {name}", f"{e.kind} {e.name} {e.weights}"] for name, e in settings.encoders.items()]
+    show_table("plan", ["", ""], rows)
+
+
+def run(settings: Config) -> dict[str, Any]:
+    """Fills the feature store; returns and writes `result.json`, with `rejected.jsonl` beside it."""
+    dataset, lists = check(settings)
+    folder: Path = open_run(settings.run, settings)
+    connect()
+    found = prepare_features(
+        lists,
+        open_towers(settings.encoders),
+        settings.features,
+        settings.run.cache_folder,
+        workers=settings.scale.workers,
+        resources=settings.scale.resources(),
+    )
+    rejected = [reject for features in found.values() for reject in features.rejected]
+    write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
+    result: dict[str, Any] = {"data_set": dataset.name}
+    result |= {f"{role}_images": len(features.rows) for role, features in found.items()}
+    result |= {"rejected_images": len(rejected)}
+    write_json(folder / "result.json", result)
+    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    return result

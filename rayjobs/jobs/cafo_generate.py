@@ -1,0 +1,226 @@
+"""Step 2 of CaFo: an image generator draws every class, and CLIP keeps the best K'.
+
+The images come from a folder of drawn ones, an OpenAI-compatible endpoint, or `diffusers` on this machine. The list
+under `generated/` is in CoOp's format, with scores and prompts; the same command goes on where it stopped.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from cafo.encoders import ClipEncoder, load_encoder
+from cafo.files import read_json as read_json_file
+from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
+from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
+from rayjobs.config import config
+from rayjobs.imagery import EncoderConfig, ImagesConfig
+from rayjobs.report import show_table
+from rayjobs.runtime import Progress, RunConfig, open_run
+from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
+from rayjobs.tables import sha256_file, write_json
+
+
+@config
+class DiffusersConfig:
+    """A Stable Diffusion on this machine."""
+
+    model: str
+    """A folder in diffusers' format, or a name on its hub; safetensors weights only."""
+    steps: int = Field(default=30, ge=1)
+    """Denoising steps of each image."""
+
+
+@config
+class Config:
+    data: ImagesConfig | None = None
+    class_names: list[str] | None = Field(default=None, min_length=1)
+    """The classes as a plain list, instead of a data set."""
+    source: Literal["folder", "endpoint", "diffusers"]
+    """Where the images come from."""
+    folder: str | None = None
+    """Source folder: one folder of drawn images per class."""
+    endpoint: EndpointConfig | None = None
+    size: str = Field(default="256x256", pattern=r"^[1-9]\d*x[1-9]\d*$")
+    """Width and height of an endpoint's images, in pixels."""
+    diffusers: DiffusersConfig | None = None
+    clip: EncoderConfig
+    template: str | None = None
+    """What is drawn, with {} for the class name; by default the first of the data set's templates."""
+    prompts: str | None = None
+    """JSON of sentences that candidates are scored against; by default data.prompts, or else the templates."""
+    candidates: int = Field(default=16, ge=1)
+    """Images drawn of each class."""
+    keep: int = Field(default=8, ge=1)
+    """K': the best of them, which are kept."""
+    seed: int = Field(default=0, ge=0)
+    """Of the drawing, where the generator takes one."""
+    list_name: str = Field(default="dalle_generated.json", pattern=r"^\w[\w.\-]*\.json$")
+    """The list's file name."""
+    run: RunConfig
+
+    @property
+    def list_path(self) -> Path:
+        return self.run.folder / "generated" / self.list_name
+
+    @property
+    def sentence_file(self) -> str | None:
+        return self.prompts or (self.data.prompts if self.data is not None else None)
+
+    def sentences(self, classes: Classes) -> dict[str, list[str]]:
+        """What each class's candidates are scored against. Raises ValueError naming the classes without a sentence."""
+        if self.sentence_file is not None:
+            return read_prompts(self.sentence_file, classes.names)
+        return template_prompts(classes.templates, classes.names)
+
+
+def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
+    """Everything that can be told before CLIP is loaded and anything drawn: the classes, and what the images depend
+    on. Raises ValueError.
+    """
+    if getattr(settings, settings.source) is None:
+        needed = {"folder": "folder", "endpoint": "endpoint.model", "diffusers": "diffusers.model"}[settings.source]
+        raise ValueError(f"source is {settings.source}, so {needed} is required, but not given")
+    if settings.keep > settings.candidates:
+        raise ValueError(f"keep must be at most the {settings.candidates} candidates, got {settings.keep}")
+    if settings.clip.kind != "clip":
+        raise ValueError(
+            f"clip.kind must be clip: only CLIP can score an image against a text; got {settings.clip.kind}"
+        )
+    classes = open_classes(settings.data, settings.class_names)
+    template = settings.template or classes.templates[0]
+    check_sentence("template", template)
+    settings.sentences(classes)
+    source: dict[str, Any]
+    if settings.source == "folder":
+        source = {"folder": str(Path(str(settings.folder)).absolute())}
+        _check_folders(FolderGenerator(str(settings.folder)), classes)
+    elif settings.source == "endpoint":
+        assert settings.endpoint is not None
+        settings.endpoint.open()
+        source = {**settings.endpoint.identity(), "size": settings.size}
+    else:
+        assert settings.diffusers is not None
+        if importlib.util.find_spec("diffusers") is None:
+            raise ValueError(
+                "drawing locally needs the optional `diffusers` package; install the `diffusers` extra, or use another "
+                "source"
+            )
+        source = {"model": settings.diffusers.model, "steps": settings.diffusers.steps}
+    scored = sha256_file(settings.sentence_file) if settings.sentence_file else list(classes.templates)
+    identity = {
+        "source": settings.source,
+        **source,
+        "class_names": list(classes.names),  # images are kept by label
+        "template": template,
+        "scored_against": scored,
+        "candidates": settings.candidates,
+        "keep": settings.keep,
+        "seed": settings.seed,
+        "list_name": settings.list_name,
+    }
+    check_source(settings.run.folder / "source.json", identity)
+    return classes, identity
+
+
+def plan(settings: Config) -> None:
+    """Shows what `run` would do."""
+    classes, identity = check(settings)
+    todo = len(classes.names) - len(_drawn(settings.list_path))
+    rows = [
+        ["source", settings.source],
+        [
+            "drawn",
+            f"{todo} of {len(classes.names)} classes × {settings.candidates} candidates, the best {settings.keep}",
+        ],
+        ["for", identity["template"]],
+        ["scored against", settings.sentence_file or "templates"],
+        ["clip", f"{settings.clip.name} {settings.clip.weights}".strip()],
+        ["out", str(settings.list_path)],
+    ]
+    show_table("plan", ["", ""], rows)
+
+
+def run(settings: Config) -> dict[str, Any]:
+    """Writes the images and their list, and why others were rejected; returns and writes `result.json`."""
+    classes, identity = check(settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(settings.clip.spec(), device)
+    assert isinstance(encoder, ClipEncoder)
+    folder = open_run(settings.run, settings)
+    claim_source(folder / "source.json", identity)
+    classifier = zero_shot_classifier(encoder, settings.sentences(classes), classes.names)
+    before = len(_drawn(settings.list_path))
+    with asking(settings.endpoint), Progress("generate", unit="classes", total=len(classes.names)) as bar:
+        bar.update(before)
+
+        def report(class_name: str, kept: int, rejected: list[str]) -> None:
+            with (folder / "rejected.jsonl").open("a", encoding="utf-8") as lines:
+                for reason in rejected:
+                    lines.write(json.dumps({"class": class_name, "reason": reason}, ensure_ascii=False) + "\n")
+            bar.advance(note=f"{class_name}: kept {kept}" + (f", {len(rejected)} unusable" if rejected else ""))
+
+        path = generate(
+            _generator(settings, device),
+            encoder,
+            classifier.weights,
+            classes.names,
+            identity["template"],
+            settings.list_path.parent,
+            list_name=settings.list_name,
+            candidates=settings.candidates,
+            keep=settings.keep,
+            seed=settings.seed,
+            report=report,
+        )
+    content = read_json_file(path, "run the job again")
+    per_class = [0] * len(classes.names)
+    for _, label, _ in content["train"]:
+        per_class[label] += 1
+    result = {
+        "source": settings.source,
+        "classes": len(classes.names),
+        "classes_drawn_now": len(classes.names) - before,
+        "images": len(content["train"]),
+        "classes_short_of_keep": sum(count < settings.keep for count in per_class),
+        "rejected_images": _lines(folder / "rejected.jsonl"),
+        "sentences_truncated": len(classifier.truncated),
+        "list": str(path),
+    }
+    write_json(folder / "result.json", result)
+    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    return result
+
+
+def _generator(settings: Config, device: str) -> ImageGenerator:
+    if settings.source == "folder":
+        return FolderGenerator(str(settings.folder))
+    if settings.source == "endpoint":
+        assert settings.endpoint is not None
+        return EndpointGenerator(settings.endpoint.open(), settings.size)
+    assert settings.diffusers is not None
+    return DiffusersGenerator(settings.diffusers.model, device, settings.diffusers.steps)
+
+
+def _check_folders(generator: FolderGenerator, classes: Classes) -> None:
+    problems = []
+    for name in dict.fromkeys(classes.names):
+        try:
+            next(generator.draw(name, "", 0, 0), None)  # finds the folder and decodes no image
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError("\n".join([*problems[:20], *more]))
+
+
+def _drawn(path: Path) -> set[int]:
+    """Labels of the classes that the list has."""
+    return {entry[1] for entry in read_json_file(path, "")["train"]} if path.exists() else set()
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0

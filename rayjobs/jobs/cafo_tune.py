@@ -1,0 +1,209 @@
+"""Train and search caches over a space of settings, on features made once and shared; choose on validation images."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from cafo import fewshot
+from cafo.datasets import Dataset, Item
+from cafo.fewshot import FewShot
+from rayjobs.base import PoolConfig
+from rayjobs.choice import choose
+from rayjobs.config import config, to_dict
+from rayjobs.features import Features, FeaturesConfig, open_towers, prepare_classifier, prepare_features
+from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
+from rayjobs.report import show_table
+from rayjobs.runtime import RunConfig, connect, open_run
+from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
+from rayjobs.sweep import Shared, run_sweep
+from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+
+
+@config
+class Config:
+    data: ImagesConfig
+    encoders: dict[str, EncoderConfig] = Field(min_length=1)
+    """The towers, by the names that `space` calls them; the first is the CLIP that gives p_ZS."""
+    features: FeaturesConfig = FeaturesConfig()
+    space: SpaceConfig = SpaceConfig()
+    search: SearchConfig = SearchConfig()
+    trials: PoolConfig = PoolConfig(workers=2, gpus_per_worker=0)
+    """Trials at once, and what each may use."""
+    scale: PoolConfig = PoolConfig()
+    """The encoders' pool."""
+    run: RunConfig
+
+
+def check(settings: Config) -> tuple[Dataset, list[Setting]]:
+    """Everything that can be told before a worker starts. Raises ValueError."""
+    dataset = settings.data.open()
+    tried = settings_of(
+        settings.space,
+        settings.search,
+        list(settings.encoders),
+        settings.features.views,
+        file=settings.data.prompts is not None,
+    )
+    settings.search.grid()
+    if not trials_of(settings.space, tried):
+        raise ValueError("the space holds no trial: K = K' = 0 leaves nothing to cache")
+    for kind in {setting.sentences for setting in tried}:
+        settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
+    settings.data.drawn(dataset, max(setting.generated for setting in tried))
+    return dataset, tried
+
+
+def plan(settings: Config) -> None:
+    """Shows what `run` would do."""
+    dataset, tried = check(settings)
+    rows = [
+        ["data set", f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.val)} validation images"],
+        ["encoders", ", ".join(f"{name} ({e.kind} {e.name})" for name, e in settings.encoders.items())],
+        ["trials", str(len(trials_of(settings.space, tried)))],
+        ["shots", ", ".join(map(str, settings.space.shots))],
+        ["seeds", ", ".join(map(str, settings.space.seeds))],
+    ]
+    show_table("plan", ["", ""], rows)
+
+
+def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[tuple[int, int], FewShot]:
+    """The choice of each (shots, seed), read from the run where it stands there already, saved there otherwise."""
+    choices = {}
+    for shots in settings.space.shots:
+        for seed in settings.space.seeds:
+            path = folder / "few_shot" / f"shots{shots}-seed{seed}.json"
+            if not path.exists():
+                short = settings.data.short_classes
+                fewshot.save(
+                    fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short=short), path
+                )
+            choices[shots, seed] = fewshot.load(path)
+    return choices
+
+
+def run(settings: Config) -> dict[str, Any]:
+    """Returns and writes `result.json`; beside it `results.parquet` with a row per trial, `chosen.json`, and the caches
+    of the chosen trials."""
+    dataset, tried = check(settings)
+    same_sweep(settings)
+    folder = open_run(settings.run, settings)
+    connect()
+    choices = few_shot_choices(settings, dataset, folder)
+    towers = open_towers({name: settings.encoders[name] for name in _used(tried)})
+    root, drawn = settings.data.drawn(dataset, max(setting.generated for setting in tried))
+    lists = [
+        training_list(dataset, choices.values(), settings.features.views),
+        ImageList(role="generated", root=root, items=drawn, views=settings.features.views),
+        plain_list("val", dataset.image_root, dataset.val),
+    ]
+    lists = [images for images in lists if images.items]
+    resources, cache = settings.scale.resources(), settings.run.cache_folder
+    features = prepare_features(
+        lists, towers, settings.features, cache, workers=settings.scale.workers, resources=resources
+    )
+    write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))
+    classifiers, truncated = {}, 0
+    for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}:
+        sentences = settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
+        made = prepare_classifier(towers[name], sentences, dataset.class_names, cache, resources)
+        classifiers[name, kind] = made.weights.numpy()
+        truncated = max(truncated, made.truncated)
+    keeps = {setting.generated for setting in tried}
+    arrays = share(settings, dataset, {images.role: images for images in lists}, features, choices, keeps)
+    shared = Shared(
+        **arrays,
+        classifiers=classifiers,
+        class_names=dataset.class_names,
+        identities={name: tower.identity for name, tower in towers.items()},
+    )
+    trials = trials_of(settings.space, tried)
+    rows = run_sweep(
+        trials,
+        shared,
+        settings.search,
+        folder / "trials",
+        at_once=settings.trials.workers,
+        resources=settings.trials.resources(),
+    )
+    write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
+    chosen = choose(trials, rows, settings.search.compare)
+    keep_chosen(folder, chosen)
+    write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": rows[0]["val_images"], "chosen": chosen})
+    result = {
+        "data_set": dataset.name,
+        "trials": len(trials),
+        "zero_shot_val_accuracy": round(100 * max(row["zero_shot_val_accuracy"] for row in rows), 2),
+        "chosen": [
+            {"shots": c["shots"], "method": c["method"], "val_accuracy": round(100 * c["val_accuracy"], 2)}
+            for c in chosen
+        ],
+        "rejected_images": sum(len(found.rejected) for found in features.values()),
+        "truncated_sentences": truncated,
+    }
+    write_json(folder / "result.json", result)
+    lines = [[str(c["shots"]), c["method"], f"{100 * c['val_accuracy']:.2f}"] for c in chosen]
+    show_table(f"{settings.run.name}: chosen on val", ["shots", "method", "val accuracy"], lines)
+    return result
+
+
+def same_sweep(settings: Config) -> None:
+    """A sweep's folder belongs to its settings. Raises ValueError if others are found there."""
+    path = settings.run.folder / "sweep.json"
+    now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
+    if path.exists() and (before := read_json(path)) != now:
+        changed = [name for name in now if before.get(name) != now[name]]
+        raise ValueError(
+            f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
+        )
+    write_json(path, now)
+
+
+def _used(tried: list[Setting]) -> list[str]:
+    return list(dict.fromkeys(name for setting in tried for name in setting.encoders))
+
+
+def share(
+    settings: Config,
+    dataset: Dataset,
+    lists: Mapping[str, ImageList],
+    features: Mapping[str, Features],
+    choices: Mapping[tuple[int, int], FewShot],
+    keeps: set[int],
+) -> dict[str, Any]:
+    """The arrays of `Shared`: what may become a key is one array, training images first, then generated ones."""
+    roles = [role for role in ("train", "generated") if role in lists]
+    place: dict[tuple[str, Item], int] = {}
+    labels: list[int] = []
+    for role in roles:
+        for row in features[role].rows:
+            item = lists[role].items[row]
+            place[role, item] = len(labels)
+            labels.append(item.label)
+
+    def rows(role: str, items: tuple[Item, ...]) -> np.ndarray:
+        """Where those of the images that could be read are; the others are in rejected.jsonl."""
+        return np.array([place[role, item] for item in items if (role, item) in place], np.int64)
+
+    val = features["val"]
+    return {
+        "views": {name: np.concatenate([features[role].values[name] for role in roles], axis=1) for name in val.values},
+        "labels": np.array(labels, np.int64),
+        "few_shot": {at: rows("train", choice.items) for at, choice in choices.items()},
+        "generated": {keep: rows("generated", settings.data.drawn(dataset, keep)[1]) for keep in keeps},
+        "val": {name: values[0] for name, values in val.values.items()},
+        "val_labels": np.array([dataset.val[row].label for row in val.rows], np.int64),
+    }
+
+
+def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
+    """Leaves the caches of the chosen trials only: a thousand trials of ImageNet would be 200 GB."""
+    kept = {seed["trial"] for cell in chosen for seed in cell["seeds"]}
+    for trial in (folder / "trials").iterdir():
+        if trial.name not in kept:
+            (trial / "cache.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(folder / "tune", ignore_errors=True)

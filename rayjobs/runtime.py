@@ -1,0 +1,233 @@
+"""Ray started or joined, quietly; run folders; progress; errors in the words of whoever raised them."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from rayjobs.config import config, to_dict
+from rayjobs.tables import write_json, write_text
+
+QUIET = {
+    "DS_LOG_LEVEL": "error",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TQDM_DISABLE": "1",
+}
+"""What keeps libraries from writing over the progress display."""
+
+BEHAVIOUR = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Reports are polled often, so that they do not hold up short steps; Ray Data errs rather than waiting for ever."""
+
+
+@config
+class RunConfig:
+    """Where a run lives. The same command on the same folder resumes it."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    """The run's name; its folder is `storage/name`."""
+    storage: str = "runs"
+    """The folder of all runs; on a cluster, one that every node sees."""
+    cache: str | None = None
+    """Where prepared data is kept and shared between runs; by default `storage/cache`."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.storage).absolute() / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache).absolute() if self.cache else Path(self.storage).absolute() / "cache"
+
+
+def verbose() -> bool:
+    """Whether Ray and DeepSpeed may be heard: the command line's --verbose."""
+    return os.environ.get("RAYJOBS_VERBOSE") == "1"
+
+
+def environment() -> dict[str, str]:
+    """Environment variables for this process and every worker; what is set already stays."""
+    wanted = BEHAVIOUR if verbose() else {**BEHAVIOUR, **QUIET}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), or starts one on this machine.
+
+    A cluster that this process is connected to already is used as it is.
+    """
+    os.environ.update(environment())  # some of it is read when Ray's libraries are imported
+    import ray
+
+    if ray.is_initialized():
+        return
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with nullcontext() if verbose() else _without_stderr():
+        ray.init(
+            address="local" if local else None,
+            include_dashboard=False if local else None,
+            logging_level="INFO" if verbose() else "ERROR",
+            log_to_driver=verbose(),
+            runtime_env={"env_vars": environment()},
+        )
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's core announces its log level on the file descriptor itself, before it takes notice of that level."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+@contextmanager
+def data_context(*, preserve_order: bool) -> Iterator[None]:
+    """Ray Data with small blocks, so that rows flow as soon as they are made, and quiet."""
+    from ray.data import DataContext
+
+    saved = DataContext.get_current()
+    context = saved.copy()
+    context.execution_options.preserve_order = preserve_order
+    context.target_max_block_size = 1 << 20
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    DataContext._set_current(context)
+    try:
+        yield
+    finally:
+        DataContext._set_current(saved)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Lets a ValueError or OSError raised in a Ray task through as itself, without Ray's wrapping."""
+    try:
+        yield
+    except Exception as error:
+        for cause in causes(error):
+            if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, ValueError | OSError):
+                message, ray_added, _ = str(cause).partition("\nFailed to apply UDF transform")
+                if ray_added:
+                    cause.args = (message,)
+                raise cause from None
+        raise
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it was raised from, outermost first."""
+    seen: list[BaseException] = []
+    pending: list[Any] = [error]
+    while pending:
+        current = pending.pop(0)
+        if not isinstance(current, BaseException) or any(current is one for one in seen):
+            continue
+        seen.append(current)
+        yield current
+        failures = getattr(current, "worker_failures", {})
+        pending += [getattr(current, "cause", None), current.__cause__, *failures.values()]
+
+
+def open_run(run: RunConfig, settings: Any) -> Path:
+    """The run's folder, with the resolved config, versions and commit written into it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
+    write_json(run.folder / "versions.json", versions())
+    return run.folder
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides its config."""
+    names = ("torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
+    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {**found, "commit": git.stdout.strip() if git.returncode == 0 else "unknown"}
+
+
+class Progress:
+    """One line of progress: a live bar on a terminal, a plain line every few seconds otherwise."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self, title: str, *, unit: str, total: int | None = None) -> None:
+        self.title, self.unit, self.total = title, unit, total
+        self.done, self.note = 0, ""
+
+    def __enter__(self) -> "Progress":
+        self.started = self.printed = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn(self.unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, note="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        elif self.done:
+            self._print()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.update(self.done + count, note)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Sets how much is done, with a note such as the loss."""
+        self.done, self.note = done, note or self.note
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, note=self.note)
+        elif time.monotonic() - self.printed > self.PLAIN_EVERY_S:
+            self._print()
+
+    def _print(self) -> None:
+        self.printed = time.monotonic()
+        seconds = self.printed - self.started
+        of = f"/{self.total}" if self.total else ""
+        left = f", {seconds / self.done * (self.total - self.done):.0f} s left" if self.total and self.done else ""
+        print(
+            f"{self.title}: {self.done}{of} {self.unit} in {seconds:.0f} s{left}  {self.note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )

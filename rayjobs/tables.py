@@ -1,0 +1,74 @@
+"""What is written to disk: Arrow schemas, Parquet and JSON files that are whole or absent, never half there."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TOKENS = pa.schema(
+    [
+        ("id", pa.int64()),  # the record's place in the source: file * 2^40 + row
+        ("tokens", pa.list_(pa.int32())),
+        ("label_start", pa.int32()),  # tokens[label_start:] are labelled
+    ]
+)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; renamed into place if the block succeeds, removed if it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """A JSONL file's rows, or the whole ones among its last bytes; a last line cut short by a crash is left out."""
+    with Path(path).open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
+        file.seek(start)
+        lines = file.read().split(b"\n")
+    return [json.loads(line) for line in lines[1 if start else 0 : -1] if line]
+
+
+def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = None) -> None:
+    """Writes a table. Raises pyarrow.ArrowInvalid if it does not fit the schema."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table if schema is None else table.cast(schema), temporary)
+
+
+def sha256_file(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,314 @@
+"""Ray Train around the engine: one training run that reports, checkpoints, and resumes wherever it was cut off.
+
+The global batch is the unit: loss is the mean over its labelled tokens and the learning rate a function of the step, so
+neither knows the number of workers. A checkpoint holds the trainable state and the step; the stream does the rest.
+"""
+
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file, save_file
+
+from adapter.adaption import AdaptionConfig
+from rayjobs.base import PoolConfig
+from rayjobs.config import config
+from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.order import Order
+from rayjobs.runtime import Progress, environment, unwrapped, verbose
+from rayjobs.stream import stream
+from rayjobs.tables import read_jsonl, write_jsonl
+from rayjobs.tokens import TokenStore
+
+REPORT_EVERY_S = 1.0
+STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
+
+
+@config
+class TrainConfig:
+    """The recipe; the defaults are LLaMA-Adapter's for Alpaca."""
+
+    epochs: float = Field(default=5, gt=0)
+    """Passes over the training records."""
+    warmup_epochs: float = Field(default=2, ge=0)
+    """Linear warm-up, then half a cosine down to 0."""
+    global_batch: int = Field(default=64, ge=1)
+    """Records per optimizer step, over all workers."""
+    token_budget: int = Field(default=4096, ge=1)
+    """Tokens per micro-batch and worker, padding included: the knob for memory."""
+    shuffle_records: int = Field(default=65536, ge=1)
+    """Records shuffled together; a data set up to this size is shuffled as a whole."""
+    seed: int = Field(default=0, ge=0)
+    """Of the prompts' initial values and of the order of records."""
+    checkpoint_activations: bool = False
+    """Recompute the adapted layers in the backward pass: less memory, about a third more time."""
+    checkpoint_every_steps: int = Field(default=200, ge=1)
+    """How much work a failure may cost."""
+    validate_every_steps: int | None = Field(default=None, ge=1)
+    """Validate this often, besides before the first step and after the last; null for once an epoch."""
+
+    def learning_rate(self, step: int, steps_per_epoch: int, peak: float) -> float:
+        """The rate of one step: reaches `peak` at the end of warm-up; the last step's is just above 0."""
+        warmup, total = self.warmup_epochs * steps_per_epoch, self.total_steps(steps_per_epoch)
+        if step + 1 <= warmup:
+            return peak * (step + 1) / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return max(1, round(self.epochs * steps_per_epoch))
+
+
+@config
+class ScaleConfig(PoolConfig):
+    """How many Ray Train workers, one DeepSpeed rank each, and what each may use."""
+
+    max_failures: int = Field(default=3, ge=-1)
+    """Worker failures that the run survives; -1 for any number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """All that a worker needs to know."""
+
+    base: str
+    dtype: Dtype
+    adaption: AdaptionConfig
+    store: TokenStore
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    zero: ZeroConfig
+
+    def order(self, split: str) -> Order:
+        return Order(
+            store=self.store,
+            split="train" if split == "train" else "val",
+            global_batch=self.train.global_batch,
+            token_budget=self.train.token_budget,
+            shuffle_records=self.train.shuffle_records,
+            seed=self.train.seed if split == "train" else None,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.total_steps(self.order("train").steps_per_epoch)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optimizer.base_lr * self.train.global_batch / 256
+
+    def validates_after(self, step: int) -> bool:
+        every = self.train.validate_every_steps or self.order("train").steps_per_epoch
+        return bool(self.store.rows("val")) and (step % every == 0 or step == self.total_steps)
+
+
+def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
+    """What one Ray Train worker does. Returns {"stopped": reason} if the loss ceased to be finite."""
+    job: TrainJob = loop["job"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
+    model.checkpoint_activations = job.train.checkpoint_activations
+    engine = Engine(model, job.zero, job.optimizer)
+    step = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            engine.load_state(load_file(Path(folder) / STATE_FILE))
+            step = json.loads((Path(folder) / POSITION_FILE).read_text())["step"]
+
+    order = job.order("train")
+    rows: list[dict[str, Any]] = []
+    if step == 0 and job.validates_after(0):
+        rows.append({"step": 0, "val_loss": validate(engine, job, rank, world)})
+    began = reported = time.monotonic()
+    for micros in _by_step(stream(order, rank, world, range(step, job.total_steps))):
+        lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
+        losses = []
+        for micro in micros:
+            loss = engine.loss(micro.tokens, micro.labels) / micro.step_labels
+            engine.backward(loss)
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum().item()  # the step's one wait for the device
+        due = rank == 0 and time.monotonic() - reported > REPORT_EVERY_S
+        tokens = sum(micro.n_tokens for micro in micros)
+        shared = torch.tensor([total, float(due), float(tokens)], dtype=torch.float64, device=engine.device)
+        dist.all_reduce(shared)
+        mean_loss, due_any, all_tokens = shared.tolist()
+        if not math.isfinite(mean_loss):
+            bad = [id for micro, loss in zip(micros, losses, strict=True) if not loss.isfinite() for id in micro.ids]
+            return {"stopped": _blame(step, lr, mean_loss, bad)}
+        engine.step(lr)
+        step += 1
+        rows.append(
+            {
+                "step": step,
+                "epoch": round(step / order.steps_per_epoch, 4),
+                "loss": mean_loss,
+                "lr": lr,
+                "tokens_per_s": round(all_tokens / (time.monotonic() - began)),
+            }
+        )
+        if job.validates_after(step):
+            rows.append({"step": step, "val_loss": validate(engine, job, rank, world)})
+        if step % job.train.checkpoint_every_steps == 0 or step == job.total_steps:
+            _report(rows, rank, engine, step)
+            rows = []
+        elif due_any:
+            ray.train.report({"rows": rows})
+            rows = []
+        if not rows:
+            reported = time.monotonic()
+        began = time.monotonic()
+    return {"steps": step}
+
+
+def validate(engine: Engine, job: TrainJob, rank: int, world: int) -> float:
+    """The mean loss per labelled token of the whole validation split."""
+    order = job.order("val")
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.engine.eval()
+    with torch.no_grad():
+        for micro in stream(order, rank, world, range(order.steps_per_epoch)):
+            total[0] += engine.loss(micro.tokens, micro.labels)
+            total[1] += micro.step_labels if micro.last and rank == 0 else 0
+    engine.engine.train()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _by_step(micros: Iterator[Any]) -> Iterator[list[Any]]:
+    """Micro-batches in the lists that make a step."""
+    mine = []
+    for micro in micros:
+        mine.append(micro)
+        if micro.last:
+            yield mine
+            mine = []
+
+
+def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) -> None:
+    """Reports with a checkpoint, which rank 0 writes; gathering the state takes all ranks."""
+    state = engine.state()
+    if rank:
+        ray.train.report({"rows": rows})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, Path(folder) / STATE_FILE)
+        (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": step}))
+        ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, bad)
+    ids = sorted(id for part in everyone for id in part)
+    return (
+        f"the loss became {loss} at step {step + 1} (lr {lr:.3g}) on records with ids {ids}; nothing was updated. "
+        "Lower optimizer.base_lr, set optimizer.clip_norm, or look at these records; the same command resumes from "
+        "the last checkpoint"
+    )
+
+
+class MetricsLog(ray.train.UserCallback):
+    """Writes rank 0's rows to `metrics.jsonl` and TensorBoard, from the controller, which sits beside the driver."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last_step = math.inf
+        self.board: Any = None
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        rows = metrics[0]["rows"]
+        if not rows:
+            return
+        path = self.folder / "metrics.jsonl"
+        if rows[0]["step"] <= self.last_step and path.exists():  # resumed: these steps are being done again
+            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < rows[0]["step"]])
+        self.last_step = rows[-1]["step"]
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=rows[0]["step"])
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, row["step"])
+        self.board.flush()
+
+
+def fit(job: TrainJob, scale: ScaleConfig, folder: Path) -> dict[str, torch.Tensor]:
+    """Trains, or resumes what `folder` holds, with a progress bar. Returns the final trainable state.
+
+    Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
+    """
+    resources = scale.resources()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[MetricsLog(folder)],
+            worker_runtime_env={"env_vars": environment()},
+            logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    # In a thread of its own, so that Ctrl-C reaches this one, and this one can draw the bar.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    with Progress("train", unit="steps", total=job.total_steps) as progress:
+        while thread.is_alive():
+            thread.join(0.5)
+            _show(progress, folder / "metrics.jsonl")
+    with unwrapped():
+        if "error" in outcome:
+            raise outcome["error"]
+        result = outcome["result"]
+        if result.error is not None:
+            raise result.error
+    if stopped := (result.return_value or {}).get("stopped"):
+        raise FloatingPointError(stopped)
+    with result.checkpoint.as_directory() as final:
+        return load_file(Path(final) / STATE_FILE)
+
+
+def _show(progress: Progress, metrics: Path) -> None:
+    if not metrics.exists():
+        return
+    rows = read_jsonl(metrics, last_bytes=1 << 14)
+    losses = [row for row in rows if "loss" in row]
+    if losses:
+        last = losses[-1]
+        note = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
+        validated = [row["val_loss"] for row in rows if "val_loss" in row]
+        progress.update(last["step"], note + (f"  val {validated[-1]:.4f}" if validated else ""))

@@ -1,0 +1,107 @@
+"""The tokenizer keeps text, control pieces, padding and ignored labels apart, and complains in words."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from adapter.loss import IGNORE
+from adapter.tokenizer import Tokenizer, TokenizerError
+
+LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "llama"
+LINES = ["the cat sat on the mat", "a dog ran after the cat", "she sells sea shells"] * 5
+
+
+def train_model(path: Path, **options) -> Path:
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(LINES), model_writer=file, vocab_size=61, hard_vocab_limit=False, minloglevel=2,
+            **{"model_type": "bpe", "byte_fallback": False, **options},
+        )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_model(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def test_round_trip_and_control_pieces(model: Path) -> None:
+    tokenizer = Tokenizer(model)
+    bare = tokenizer.encode("the dog sat", bos=False, eos=False)
+    assert tokenizer.encode("the dog sat", bos=True, eos=True) == [tokenizer.bos_id, *bare, tokenizer.eos_id]
+    assert tokenizer.decode([tokenizer.bos_id, *bare, tokenizer.eos_id]) == "the dog sat"
+    assert tokenizer.encode("", bos=True, eos=False) == [tokenizer.bos_id]
+    assert tokenizer.eos_id not in tokenizer.encode("</s> the", bos=False, eos=False)
+
+
+def test_pad_ignore_and_unk_differ(model: Path) -> None:
+    tokenizer = Tokenizer(model)
+    ids = tokenizer.encode("the Ω", bos=False, eos=False)
+    assert tokenizer.unk_id in ids
+    assert tokenizer.pad_id != tokenizer.unk_id
+    assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
+    assert not 0 <= IGNORE < tokenizer.vocab_size
+
+
+def test_own_pad_piece_is_used(tmp_path: Path) -> None:
+    assert Tokenizer(train_model(tmp_path / "padded.model", pad_id=3)).pad_id == 3
+
+
+def test_pickles_without_its_file(tmp_path: Path) -> None:
+    path = train_model(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path)  # the folder will do
+    data = pickle.dumps(tokenizer)
+    path.unlink()
+    again = pickle.loads(data)
+    assert again.encode("the cat", bos=True, eos=True) == tokenizer.encode("the cat", bos=True, eos=True)
+    assert again.sha256 == tokenizer.sha256
+
+
+def test_fits(model: Path) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.check_fits(tokenizer.vocab_size)
+    with pytest.raises(TokenizerError, match=rf"{tokenizer.vocab_size} pieces.*only {tokenizer.vocab_size - 1}"):
+        tokenizer.check_fits(tokenizer.vocab_size - 1)
+
+
+@pytest.mark.parametrize("bad", [-1, IGNORE])
+def test_decode_refuses_what_is_no_id(model: Path, bad: int) -> None:
+    with pytest.raises(TokenizerError, match=f"{bad} is no id"):
+        Tokenizer(model).decode([5, bad])
+
+
+def test_rows_past_the_pieces_have_no_text(model: Path) -> None:
+    tokenizer = Tokenizer(model)
+    ids = tokenizer.encode("the cat", bos=True, eos=False)
+    assert tokenizer.decode([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 5]) == "the cat"
+    assert tokenizer.decode([]) == ""
+
+
+def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"absent\.model: no tokenizer"):
+        Tokenizer(tmp_path / "absent.model")
+    for name, content in (("empty.model", b""), ("junk.model", b"{}" * 50), ("cut.model", model.read_bytes()[:200])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TokenizerError, match=f"{name}: not a SentencePiece model"):
+            Tokenizer(tmp_path / name)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*SentencePiece tokenizer\.model is needed"):
+            Tokenizer(path)
+    train_model(tmp_path / "no_bos.model", bos_id=-1)
+    with pytest.raises(TokenizerError, match="no BOS"):
+        Tokenizer(tmp_path / "no_bos.model")
+
+
+@pytest.mark.skipif(not LLAMA.is_dir(), reason="the real tokenizers of ../shared/data are not here")
+def test_llama_7b() -> None:
+    tokenizer = Tokenizer(LLAMA / "llama-7b" / "tokenizer.model")
+    assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 0, 1, 2)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    text = "Below is an instruction — ünïcode, 漢字 🙂\n\n### Response:"
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert tokenizer.unk_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("Hello world", bos=True, eos=False) == [1, 15043, 3186]

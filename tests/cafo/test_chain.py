@@ -1,0 +1,89 @@
+"""The library's parts in a row on real images: data set → choice → views → keys → training → search → file → test."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cafo import fewshot
+from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, train_keys
+from cafo.datasets import load_dataset
+from cafo.encoders import EncoderSpec, load_encoder
+from cafo.images import load_image
+from cafo.prompt import read_prompts, zero_shot_classifier
+from cafo.search import BetaGrid, search
+from tests.cafo.test_encoders import RESNET
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "few_shot"
+
+
+def labels(items):
+    return torch.tensor([item.label for item in items])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no sample data at {SHARED}")
+def test_from_images_to_a_test_accuracy(tmp_path):
+    dataset = load_dataset("caltech101", SHARED)
+    (tmp_path / "tiny.json").write_text(json.dumps(RESNET))
+    encoders = {
+        "clip": load_encoder(EncoderSpec(kind="clip", weights="random:0", config=str(tmp_path / "tiny.json"))),
+        "dino": load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights="random:1")),
+    }
+    prompts = read_prompts(SHARED / "caltech_prompts.json", dataset.class_names)
+    prompts = {name: sentences[:2] for name, sentences in prompts.items()}
+    classifier = zero_shot_classifier(encoders["clip"], prompts, dataset.class_names)
+    assert classifier.truncated  # the tiny tower's window is 11 tokens
+
+    def features(items, view=None):
+        images = [(item.path, load_image(dataset.image_root / item.path)) for item in items]
+        out = {}
+        for name, encoder in encoders.items():
+            prepare = encoder.preprocess
+            pixels = [prepare(i) if view is None else prepare.view(i, path, view, 0) for path, i in images]
+            out[name] = encoder.encode_image(torch.stack(pixels))
+        return out
+
+    few = fewshot.choose(dataset.train, dataset.class_names, shots=2, seed=0)
+    each = [features(few.items, view) for view in range(2)]
+    views = {name: torch.stack([view[name] for view in each]) for name in encoders}
+    val = dataset.val[::4]
+    cache = Cache(
+        keys={name: mean_key(v) for name, v in views.items()},
+        labels=labels(few.items),
+        classifier=classifier.weights,
+        class_names=dataset.class_names,
+        encoders={name: encoder.identity for name, encoder in encoders.items()},
+    )
+    val_features = features(val)
+    trained, best = train_keys(cache, views, cache.labels, val_features, labels(val), KeyTraining(epochs=3, batch=16))
+    found = search(
+        trained.zero_shot(val_features),
+        trained.affinities(val_features),
+        trained.labels,
+        labels(val),
+        grid=BetaGrid(steps=20),
+    )
+    chosen = replace(trained, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
+    right = int((chosen.logits(val_features).argmax(1) == labels(val)).sum())
+    assert right == found.correct  # search and prediction are one formula
+    assert found.accuracy >= best.val_accuracy
+    save_cache(chosen, tmp_path / "cache.safetensors")
+    test = dataset.open_test()[::8]
+    test_features = features(test)
+    assert torch.equal(load_cache(tmp_path / "cache.safetensors").logits(test_features), chosen.logits(test_features))
+
+
+def test_the_library_needs_no_cluster_and_importing_it_does_nothing(tmp_path):
+    modules = sorted(path.stem for path in (Path(__file__).parents[2] / "cafo").glob("[a-z]*.py"))
+    code = (
+        f"import sys; import {', '.join(f'cafo.{m}' for m in modules)};"
+        "bad = {'ray', 'deepspeed', 'adapter', 'rayjobs', 'openai', 'diffusers'} & set(sys.modules);"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

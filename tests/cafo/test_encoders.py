@@ -1,0 +1,261 @@
+import json
+import pickle
+
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from cafo.encoders import EncoderSpec, ImageEncoder, load_encoder
+from cafo.images import CLIP_MEAN, IMAGENET_MEAN, Preprocess
+
+VIT = {
+    "embed_dim": 13,
+    "vision_cfg": {"image_size": 32, "layers": 5, "width": 34, "head_width": 17, "patch_size": 8},
+    "text_cfg": {"context_length": 11, "vocab_size": 49408, "width": 14, "heads": 2, "layers": 1},
+    "quick_gelu": True,
+}
+RESNET = VIT | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, "quick_gelu": False}
+SENTENCES = ["a photo of a bonsai.", "a small tree, " * 9]
+
+
+def tiny(config, seed=0):
+    torch.manual_seed(seed)
+    return open_clip.CLIP(**json.loads(json.dumps(config))).eval()
+
+
+def folder(tmp_path, config=VIT, model=None, **json_extra):
+    save_file(
+        {n: t.contiguous() for n, t in (model or tiny(config)).state_dict().items()},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, **json_extra}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_clip_is_open_clips_own_tower(tmp_path, config):
+    model = tiny(config)
+    encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path, config, model))))
+    batch = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_image(batch), model.encode_image(batch, normalize=True))
+        tokens = open_clip.SimpleTokenizer(context_length=11)(SENTENCES)
+        torch.testing.assert_close(encoder.encode_text(SENTENCES), model.encode_text(tokens, normalize=True))
+    assert encoder.width == 13
+    assert [encoder.is_truncated(s) for s in SENTENCES] == [False, True]
+    assert encoder.preprocess == Preprocess(size=32, resize=32, mean=CLIP_MEAN)
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_the_class_token_after_evenly_spaced_blocks(tmp_path):
+    encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path))))
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda m, i, o: seen.append(o))
+        for block in encoder.model.visual.transformer.resblocks
+    ]
+    got = encoder.multi_scale(torch.randn(3, 3, 32, 32), blocks=3)
+    for hook in hooks:
+        hook.remove()
+    assert [tuple(f.shape) for f in got] == [(3, 34)] * 3
+    for feature, block in zip(got, (1, 2, 4), strict=True):
+        torch.testing.assert_close(feature, seen[block][:, 0])
+    with pytest.raises(ValueError, match="6 blocks"):
+        encoder.multi_scale(torch.randn(1, 3, 32, 32), blocks=6)
+
+
+def test_pooled_stages_of_a_resnet(tmp_path):
+    model = tiny(RESNET)
+    encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path, RESNET, model))))
+    batch = torch.randn(3, 3, 32, 32)
+    got = encoder.multi_scale(batch)
+    assert [f.shape[1] for f in got] == [32, 64, 128, 256, 13]
+    with torch.no_grad():
+        x = model.visual.stem(batch)
+        for feature, layer in zip(got, ("layer1", "layer2", "layer3", "layer4"), strict=False):
+            x = getattr(model.visual, layer)(x)
+            torch.testing.assert_close(feature, x.mean(dim=(2, 3)))
+    torch.testing.assert_close(F.normalize(got[-1], dim=1), encoder.encode_image(batch))
+
+
+def test_identity_is_weights_preprocessing_and_precision(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+    folder(tmp_path / "a")
+    torch.save({"state_dict": {f"module.{n}": t for n, t in tiny(VIT).state_dict().items()}}, tmp_path / "b" / "w.pt")
+    (tmp_path / "b" / "w.json").write_text(json.dumps(VIT))
+    folder(tmp_path / "c", model=tiny(VIT, seed=1))
+    folder(tmp_path / "d", preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
+
+    def identity(where, **kwargs):
+        return load_encoder(EncoderSpec(kind="clip", name="tiny", weights=str(where), **kwargs)).identity
+
+    one = identity(tmp_path / "a")
+    assert identity(tmp_path / "b" / "w.pt") == one
+    assert (
+        len({one, identity(tmp_path / "c"), identity(tmp_path / "d"), identity(tmp_path / "a", precision="bf16")}) == 4
+    )
+
+
+def test_bf16_stays_near_fp32_and_returns_float32(tmp_path):
+    folder(tmp_path)
+    full, half = (load_encoder(EncoderSpec(kind="clip", weights=str(tmp_path), precision=p)) for p in ("fp32", "bf16"))
+    batch = torch.randn(3, 3, 32, 32)
+    assert half.encode_image(batch).dtype == half.encode_text(SENTENCES).dtype == torch.float32
+    assert F.cosine_similarity(full.encode_image(batch), half.encode_image(batch)).min() > 0.99
+
+
+def test_weights_must_fit_to_the_last_key(tmp_path):
+    model = tiny(VIT)
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(VIT))
+    for name, broken, message in [
+        ("missing", {n: t for n, t in state.items() if n != "logit_scale"}, "1 missing: logit_scale"),
+        ("extra", state | {"surplus": torch.zeros(1)}, "not expected: surplus"),
+        ("shape", state | {"visual.proj": torch.zeros(2, 2)}, "shape: visual.proj"),
+    ]:
+        save_file(broken, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=message):
+            load_encoder(EncoderSpec(kind="clip", weights=str(tmp_path / f"{name}.safetensors")))
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (pytest.fail, ("a weight file ran code",))
+
+
+def test_weight_files_never_run_code(tmp_path):
+    torch.save({"state_dict": Dangerous()}, tmp_path / "a.pt")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(Dangerous(), protocol=2))
+    for path in ("a.pt", "b.pth"):
+        with pytest.raises(ValueError, match="plain tensors"):
+            load_encoder(EncoderSpec(kind="timm", name="resnet10t", weights=str(tmp_path / path)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 3)).save(tmp_path / "RN50.pt")
+    with pytest.raises(ValueError, match="TorchScript"):
+        load_encoder(EncoderSpec(kind="clip", name="RN50-quickgelu", weights=str(tmp_path / "RN50.pt")))
+
+
+def activation(name, path, **kwargs):
+    """The error of loading an almost empty file: about the activation, or, once that is settled, about the keys."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the caller looks at the message
+        load_encoder(EncoderSpec(kind="clip", name=name, weights=str(path), **kwargs))
+    return str(error.value)
+
+
+def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("cafo.towers._assemble", lambda *a: (_ for _ in ()).throw(ValueError("assembled")))
+    plain, openai = tmp_path / "plain.pt", tmp_path / "openai.pt"
+    torch.save({"w": torch.zeros(1)}, plain)
+    scalars = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save({"w": torch.zeros(1)} | scalars, openai)
+    # nothing speaks for the weights
+    assert "does not tell" in activation("ViT-B-32", plain)
+    assert activation("ViT-B/32-quickgelu", plain) == "assembled"
+    assert activation("ViT-B-32", plain, quick_gelu=False) == "assembled"
+    assert "use ViT-B-32-quickgelu" in activation("ViT-B-32", plain, quick_gelu=True)
+    assert activation("convnext_base", plain) == "assembled"
+    # OpenAI's own archives do
+    assert "use RN50-quickgelu" in activation("RN50", openai)
+    assert "is stated" in activation("RN50-quickgelu", openai, quick_gelu=False)
+    assert activation("RN50-quickgelu", openai) == "assembled"
+    # a published file is known by its digest
+    monkeypatch.setattr("cafo.towers._published", lambda path: {"quick_gelu": False})
+    assert "use ViT-B-32" in activation("ViT-B-32-quickgelu", plain)
+    assert activation("ViT-B-32", plain) == "assembled"
+    # a tag is known by open_clip's table
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda entry: str(plain))
+    assert "use RN50-quickgelu" in activation("RN50", "openai")
+    assert activation("RN50-quickgelu", "openai") == "assembled"
+    assert "nor a tag" in activation("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
+
+
+def test_published_files_are_recognised_by_digest(tmp_path, monkeypatch):
+    import hashlib
+
+    from cafo.towers import _published
+
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    entry = {"url": f"https://example.org/models/{digest}/RN50.pt", "quick_gelu": True}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: entry)
+    assert _published(tmp_path / "w.pt") == entry
+    (tmp_path / "w.pt").write_bytes(b"other")
+    assert _published(tmp_path / "w.pt") == {}
+
+
+def test_unknown_names_and_files_say_so(tmp_path):
+    for spec, message in [
+        (EncoderSpec(kind="clip", name="RN5000", weights="openai"), "RN5000"),
+        (EncoderSpec(kind="clip", name="RN50-quickgelu", weights="nosuchtag"), "its tags: openai"),
+        (EncoderSpec(kind="timm", name="nosuchnet", weights="x"), "nosuchnet"),
+        (EncoderSpec(kind="dino", weights=str(tmp_path / "none.pth")), "none.pth"),
+        (EncoderSpec(kind="clip", weights=str(tmp_path)), "found none"),
+        (EncoderSpec(kind="mae", weights="x"), "mae"),
+        (EncoderSpec(kind="timm", name="resnet10t", weights="random:0", precision="fp8"), "fp8"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_encoder(spec)
+
+
+def test_random_towers_are_reproducible_and_leave_the_rng_alone():
+    state = torch.random.get_rng_state()
+    one, same, other = (
+        load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=f"random:{seed}")) for seed in (3, 3, 4)
+    )
+    assert one.identity == same.identity != other.identity
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("wrapper", ["official", "teacher", "module"])
+def test_dino_resnet50_from_its_checkpoints(tmp_path, wrapper):
+    torch.manual_seed(0)
+    reference = timm.create_model("resnet50", pretrained=False, num_classes=0).eval()
+    state = reference.state_dict()
+    if wrapper == "teacher":
+        heads = {"head.mlp.0.weight": torch.zeros(2), "head.last_layer.weight_g": torch.zeros(2)}
+        content = {"student": {}, "teacher": {f"backbone.{n}": t for n, t in state.items()} | heads, "epoch": 7}
+    elif wrapper == "module":
+        content = {"state_dict": {f"module.backbone.{n}": t for n, t in state.items()} | {"fc.weight": torch.zeros(2)}}
+    else:
+        content = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+    torch.save(content, tmp_path / "dino.pth")
+    encoder = load_encoder(EncoderSpec(kind="dino", weights=str(tmp_path / "dino.pth")))
+    assert (encoder.width, encoder.preprocess.mean, encoder.preprocess.resize) == (2048, IMAGENET_MEAN, 256)
+    batch = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_image(batch), F.normalize(reference(batch), dim=1))
+    if wrapper == "official":
+        assert [f.shape[1] for f in encoder.multi_scale(batch)] == [256, 512, 1024, 2048, 2048]
+
+
+def test_a_timm_vit(tmp_path):
+    torch.manual_seed(0)
+    reference = timm.create_model("test_vit", pretrained=False, num_classes=0).eval()
+    save_file(reference.state_dict() | {"head.weight": torch.zeros(3)}, tmp_path / "vit.safetensors")
+    encoder = load_encoder(EncoderSpec(kind="timm", name="test_vit", weights=str(tmp_path / "vit.safetensors")))
+    side = encoder.preprocess.size
+    batch = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_image(batch), F.normalize(reference(batch), dim=1))
+    assert len(encoder.multi_scale(batch, blocks=2)) == 2
+    assert encoder.preprocess.mean != CLIP_MEAN
+
+
+def test_a_tower_of_ones_own_and_features_that_are_not_finite():
+    tower = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 5 * 5, 7))
+    encoder = ImageEncoder(tower, name="own", preprocess=Preprocess(size=5, resize=5))
+    assert encoder.width == 7
+    batch = torch.randn(3, 3, 5, 5)
+    assert encoder.encode_image(batch).norm(dim=1).tolist() == pytest.approx([1, 1, 1])
+    batch[1] = float("nan")
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        encoder.encode_image(batch)
+    with pytest.raises(ValueError, match="forward_intermediates"):
+        encoder.multi_scale(batch)

@@ -1,0 +1,45 @@
+import itertools
+import random
+
+import pytest
+
+from cafo import fewshot
+from cafo.datasets import Item
+
+NAMES = ("ant", "bee", "cat")
+ITEMS = [Item(f"{name}/{i}.jpg", label, name) for label, name in enumerate(NAMES) for i in range(11 + label)]
+
+
+def test_the_choice_does_not_depend_on_file_order():
+    chosen = fewshot.choose(ITEMS, NAMES, shots=5, seed=1)
+    shuffled = random.Random(0).sample(ITEMS, len(ITEMS))
+    assert fewshot.choose(shuffled, NAMES, shots=5, seed=1) == chosen
+    assert [item.label for item in chosen.items] == [0] * 5 + [1] * 5 + [2] * 5
+    assert len(set(chosen.items)) == 15
+    assert fewshot.choose(ITEMS, NAMES, shots=5, seed=2) != chosen
+
+
+def test_choices_nest_and_zero_is_allowed():
+    choices = [set(fewshot.choose(ITEMS, NAMES, shots=k, seed=7).items) for k in (0, 1, 2, 4, 8)]
+    assert choices[0] == set()
+    assert all(a < b for a, b in itertools.pairwise(choices))
+
+
+def test_a_short_class_is_reported_and_never_repeated():
+    with pytest.raises(ValueError, match=r"ant \(11\)"):
+        fewshot.choose(ITEMS, NAMES, shots=12, seed=0)
+    chosen = fewshot.choose(ITEMS + ITEMS, (*NAMES, "dog"), shots=12, seed=0, short="report")
+    assert chosen.short == {"ant": 11, "dog": 0}
+    assert len(chosen.items) == len(set(chosen.items)) == 11 + 12 + 12
+
+
+def test_a_saved_choice_comes_back(tmp_path):
+    chosen = fewshot.choose(ITEMS, (*NAMES, "dog"), shots=3, seed=9, short="report")
+    fewshot.save(chosen, tmp_path / "run" / "few_shot.json")
+    assert fewshot.load(tmp_path / "run" / "few_shot.json") == chosen
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["few_shot.json"]
+    (tmp_path / "bad.json").write_text('{"shots": 1}')
+    with pytest.raises(ValueError, match="not a few-shot choice"):
+        fewshot.load(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="no file"):
+        fewshot.load(tmp_path / "none.json")

@@ -1,0 +1,115 @@
+import io
+import zlib
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from cafo.images import CLIP_MEAN, CLIP_STD, ImageError, Preprocess, load_image, random_view
+
+
+def gradient(width=37, height=23):
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 6, y * 11, (x + y) * 4], axis=-1).astype(np.uint8))
+
+
+def encoded(image, kind, **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return buffer.getvalue()
+
+
+PREPROCESS = Preprocess(size=16, resize=16)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "1", "YCbCr"])
+def test_every_mode_becomes_rgb(mode):
+    image = gradient().convert(mode)
+    loaded = load_image(encoded(image, "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"))
+    assert (loaded.mode, loaded.size) == ("RGB", (37, 23))
+    assert np.array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    values = np.linspace(0, 65535, 37 * 23).reshape(23, 37).astype(np.uint16)
+    loaded = np.asarray(load_image(encoded(Image.fromarray(values), "PNG")))
+    assert np.array_equal(loaded[..., 0], values // 257)
+    with pytest.raises(ImageError, match="floating-point"):
+        load_image(encoded(Image.fromarray(np.ones((3, 5), np.float32)), "TIFF"))
+
+
+def test_transparency_lies_over_white():
+    pixels = np.zeros((5, 7, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    loaded = np.asarray(load_image(encoded(Image.fromarray(pixels), "PNG")))
+    assert loaded[0, 0].tolist() == [10, 20, 30]
+    assert loaded[4, 6].tolist() == [255, 255, 255]
+    palette = Image.fromarray(np.zeros((5, 7), np.uint8)).convert("P")
+    assert np.asarray(load_image(encoded(palette, "GIF", transparency=0)))[2, 2].tolist() == [255, 255, 255]
+
+
+def test_exif_rotation_and_the_first_frame():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(gradient(), "JPEG", exif=exif)).size == (23, 37)
+    frames = [Image.new("RGB", (7, 5), colour) for colour in ("red", "blue")]
+    assert np.asarray(load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))[2, 2, 0] > 250
+
+
+def bomb():
+    """A valid PNG header that promises 60,000 x 60,000 pixels."""
+    header = b"\0\0\xea\x60\0\0\xea\x60\x08\x02\0\0\0"
+    chunk = b"IHDR" + header
+    return b"\x89PNG\r\n\x1a\n" + b"\0\0\0\r" + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not an image", encoded(gradient(), "JPEG")[:200], encoded(gradient(97, 89), "PNG")[:-40], bomb()],
+    ids=["empty", "text", "truncated jpeg", "truncated png", "bomb"],
+)
+def test_what_cannot_be_used_is_named(content, tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"picture\.jpg"):
+        load_image(tmp_path / "picture.jpg")
+    with pytest.raises(ImageError, match="row 7"):
+        load_image(content, name="row 7")
+
+
+def test_size_is_bounded_and_missing_files_are_named(tmp_path):
+    with pytest.raises(ImageError, match="37 x 23"):
+        load_image(encoded(gradient(), "PNG"), max_pixels=37 * 23 - 1)
+    assert load_image(encoded(gradient(), "PNG"), max_pixels=37 * 23).size == (37, 23)
+    with pytest.raises(ImageError, match=r"none\.png"):
+        load_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("size", [(37, 23), (23, 37), (16, 16), (7, 5), (211, 17)])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_preprocessing_is_open_clips(size, mode):
+    ours = Preprocess(size=16, resize=16, mode=mode)
+    theirs = open_clip.image_transform(16, False, CLIP_MEAN, CLIP_STD, resize_mode=mode, interpolation="bicubic")
+    torch.testing.assert_close(ours(gradient(*size)), theirs(gradient(*size)), rtol=0, atol=1e-6)
+
+
+def test_a_view_depends_on_its_name_alone():
+    image = gradient()
+    view = PREPROCESS.view(image, "a.jpg", 3, 5)
+    assert view.shape == (3, 16, 16)
+    torch.manual_seed(1)
+    assert torch.equal(PREPROCESS.view(image, "a.jpg", 3, 5), view)
+    for other in (("b.jpg", 3, 5), ("a.jpg", 4, 5), ("a.jpg", 3, 6)):
+        assert not torch.equal(PREPROCESS.view(image, *other), view)
+
+
+def test_views_keep_to_their_ranges():
+    boxes = [random_view(311, 211, key="x", index=i, seed=0) for i in range(500)]
+    areas = [w * h / (311 * 211) for _, _, w, h, _ in boxes]
+    assert 0.49 < min(areas) < 0.55
+    assert 0.9 < max(areas) <= 1
+    assert all(0.74 < w / h < 1.35 and x >= 0 and y >= 0 and x + w <= 311 and y + h <= 211 for x, y, w, h, _ in boxes)
+    assert 200 < sum(flip for *_, flip in boxes) < 300
+    assert random_view(1000, 3, key="x", index=0, seed=0)[2:4] == (4, 3)
+    assert random_view(1, 1, key="x", index=0, seed=0)[2:4] == (1, 1)

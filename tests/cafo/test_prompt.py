@@ -1,0 +1,145 @@
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cafo.endpoint import Endpoint
+from cafo.prompt import (
+    COMMANDS,
+    EndpointModel,
+    describe_classes,
+    read_prompts,
+    template_prompts,
+    zero_shot_classifier,
+)
+from tests.cafo.server import serve
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "few_shot" / "caltech_prompts.json"
+NAMES = ("joshua_tree", "emu")
+
+
+class Fake:
+    """Answers that tell what was asked."""
+
+    def __init__(self, silent=()):
+        self.asked, self.silent = [], silent
+
+    def describe(self, class_name, command, n):
+        self.asked.append((class_name, command))
+        if class_name in self.silent:
+            raise ConnectionError("gone")
+        return [f"{command.format(class_name)} {i}" for i in range(n)] + [" "]
+
+
+class Letters:
+    """A text encoder that counts letters, with a window of 12 characters."""
+
+    def encode_text(self, sentences):
+        counts = torch.tensor([[s.lower().count(c) for c in "abcdefghijklm"] for s in sentences]).float()
+        return F.normalize(counts + 0.1, dim=-1)
+
+    def is_truncated(self, sentence):
+        return len(sentence) > 12
+
+
+def test_five_commands_ten_answers_and_nothing_asked_twice(tmp_path):
+    path = tmp_path / "prompts.json"
+    model = Fake(silent={"emu"})
+    with pytest.raises(ConnectionError):
+        describe_classes(model, NAMES, path)
+    assert list(json.loads(path.read_text())) == ["joshua_tree"]
+    again = Fake()
+    prompts = describe_classes(again, NAMES, path)
+    assert {name for name, _ in again.asked} == {"emu"}
+    assert [command for _, command in again.asked] == list(COMMANDS)
+    assert [len(prompts[name]) for name in NAMES] == [50, 50]
+    assert read_prompts(path, NAMES) == prompts
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.json"]
+
+
+def test_a_model_that_says_nothing_and_a_command_without_a_place(tmp_path):
+    class Mute:
+        def describe(self, class_name, command, n):
+            return ["", " \n"]
+
+    with pytest.raises(ValueError, match="says nothing about 'joshua_tree'"):
+        describe_classes(Mute(), NAMES, tmp_path / "p.json")
+    with pytest.raises(ValueError, match="What is it"):
+        describe_classes(Fake(), NAMES, tmp_path / "p.json", commands=("What is it?",))
+
+
+def test_files_match_with_underscores_or_spaces_and_missing_classes_are_named(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"joshua tree": ["a"], "other": ["b"]}))
+    assert read_prompts(path, ["joshua_tree"]) == {"joshua_tree": ["a"]}
+    with pytest.raises(ValueError, match="no sentence for 2 of 3 classes: emu, rhino"):
+        read_prompts(path, ["joshua_tree", "emu", "rhino"])
+    path.write_text(json.dumps({"emu": "a sentence"}))
+    with pytest.raises(ValueError, match="'emu' should have a list"):
+        read_prompts(path, ["emu"])
+    with pytest.raises(ValueError, match="no file"):
+        read_prompts(tmp_path / "none.json", ["emu"])
+
+
+def test_templates_are_the_fallback():
+    prompts = template_prompts(("a photo of a {}.", "art of the {}."), NAMES)
+    assert prompts["joshua_tree"] == ["a photo of a joshua tree.", "art of the joshua tree."]
+
+
+def test_the_classifier_is_the_normalised_mean_and_counts_what_was_cut():
+    prompts = {"b": ["bad cab", "a"], "a": ["fig", "deaf badge faded", "hi", "jam"]}
+    got = zero_shot_classifier(Letters(), prompts, ["a", "b"])
+    for column, name in enumerate("ab"):
+        rows = [Letters().encode_text([text])[0] for text in prompts[name]]
+        mean = sum(rows) / len(rows)
+        torch.testing.assert_close(got.weights[:, column], mean / mean.norm())
+    assert got.sentences == 6
+    assert got.truncated == ("deaf badge faded",)
+    with pytest.raises(ValueError, match="1 of 2 classes: emu"):
+        zero_shot_classifier(Letters(), prompts, ["a", "emu"])
+
+
+def test_an_endpoint_is_asked_over_http(tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("MY_KEY", "secret")
+    with serve(fail_first=2, answers_at_once=2) as (url, requests):
+        endpoint = Endpoint(
+            model="gpt", base_url=url, key_variable="MY_KEY", requests_per_minute=60_000, retries=3, timeout_s=5
+        )
+        prompts = describe_classes(
+            EndpointModel(endpoint), ["joshua_tree"], tmp_path / "p.json", commands=COMMANDS[:2], answers=3
+        )
+    assert len(prompts["joshua_tree"]) == 6
+    assert all("\n" not in s and "joshua tree" in s for s in prompts["joshua_tree"])
+    assert {r["key"] for r in requests} == {"Bearer secret"}
+    assert [r["n"] for r in requests[2:]] == [3, 1, 3, 1]
+    assert len(requests) == 2 + 4
+
+
+def test_the_rate_is_kept(monkeypatch):
+    pytest.importorskip("openai")
+    with serve(answers_at_once=1) as (url, requests):
+        endpoint = Endpoint(model="gpt", base_url=url, key_variable="", requests_per_minute=1200)
+        EndpointModel(endpoint).describe("emu", "What is a {}?", 5)
+    gaps = [b["at"] - a["at"] for a, b in itertools.pairwise(requests)]
+    assert sum(gaps) > 4 * 0.05 * 0.8
+
+
+def test_a_missing_key_or_client_is_named(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        EndpointModel(Endpoint(model="gpt")).describe("emu", "{}", 1)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match="`openai` extra"):
+        EndpointModel(Endpoint(model="gpt")).describe("emu", "{}", 1)
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason=f"no sample data at {SHARED}")
+def test_the_real_sentences():
+    names = list(json.loads(SHARED.read_text()))
+    prompts = read_prompts(SHARED, [name.replace("_", " ") for name in names])
+    assert all(len(sentences) == 50 for sentences in prompts.values())

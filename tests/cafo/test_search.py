@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+import cafo.search
+from cafo.cache import affinity, class_logits, zero_shot_logits
+from cafo.ensemble import Ensemble, combine, table5
+from cafo.search import BetaGrid, accuracy_path, search, weight_grid
+from tests.cafo import oracles
+
+N = 7
+GRID = BetaGrid(low=0.1, high=12.0, steps=31, refinements=2, refined_steps=5)
+
+
+def setup(seed=0, **kwargs):
+    keys, features, classifier, key_labels, labels = oracles.problem(seed, **kwargs)
+    zero_shot = zero_shot_logits(features["clip"], classifier) / 8  # so that neither half drowns the other
+    return zero_shot, {n: affinity(keys[n], features[n]) for n in keys}, key_labels, labels
+
+
+def right(zero_shot, affinities, key_labels, labels, alpha, beta, ensemble=None):
+    p = {n: class_logits(a, key_labels, N, beta) for n, a in affinities.items()}
+    return int((combine(zero_shot, p, ensemble or Ensemble()).logits(alpha).argmax(1) == labels).sum())
+
+
+def test_the_path_is_the_accuracy_at_every_alpha():
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        base, term = torch.randn(53, N, generator=g), torch.randn(53, N, generator=g)
+        labels = torch.randint(N, (53,), generator=g)
+        path = accuracy_path(base, term, labels)
+        assert path.alphas[0] == 0
+        assert (path.alphas[1:] > path.alphas[:-1]).all()
+        edges = [*path.alphas.tolist(), 2 * path.alphas[-1].item() + 1]
+        for low, high, count in zip(edges, edges[1:], path.correct.tolist(), strict=False):
+            alpha = (low + high) / 2
+            assert int(((base.double() + alpha * term.double()).argmax(1) == labels).sum()) == count
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_never_below_a_dense_grid_and_right_to_the_last_image(seed, ragged):
+    data = setup(seed, ragged=ragged)
+    found = search(*data, grid=GRID)
+    alphas = [0.25 * i for i in range(41)]
+    grid = oracles.grid_loop(*data, alphas, GRID.values())
+    assert found.correct >= max(grid.values())
+    assert found.correct == right(*data, found.alpha, found.beta)
+    assert found.correct == oracles.grid_loop(*data, [found.alpha], [found.beta])[found.alpha, found.beta]
+    assert found.accuracy == found.correct / 53
+    assert found.correct > right(*data, 0.0, 1.0)  # the problem is one where the cache helps
+
+
+def test_the_landscape_is_the_best_alpha_of_every_beta():
+    data = setup(3)
+    found = search(*data, grid=BetaGrid(low=0.5, high=9.0, steps=60, refinements=0))
+    (landscape,) = found.landscapes
+    assert landscape.betas == pytest.approx(BetaGrid(low=0.5, high=9.0, steps=60, refinements=0).values())
+    for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
+        assert correct == right(*data, alpha, beta)  # 60 values of β cross the legs of the walk
+        p = {n: class_logits(a, data[2], N, beta) for n, a in data[1].items()}
+        combination = combine(data[0], p, Ensemble())
+        path = accuracy_path(combination.base, combination.term, data[3])
+        assert correct == int(path.correct.max())
+
+
+def test_ties_go_to_the_smaller_alpha():
+    zero_shot = torch.tensor([[2.0, 0.0, 1.0]])
+    affinities = {"clip": torch.tensor([[0.9], [0.1], [0.2]])}
+    found = search(zero_shot, affinities, torch.arange(3), torch.tensor([0]), grid=GRID)
+    assert found.alpha == 0
+    assert found.correct == 1
+    assert found.beta == GRID.low
+    # class 2 overtakes class 0 at one α and stays ahead: the answer sits beyond it, and as near as the path's step
+    # allows
+    affinities = {"clip": torch.tensor([[0.1], [0.2], [0.9]])}
+    found = search(zero_shot, affinities, torch.arange(3), torch.tensor([2]), grid=GRID)
+    assert found.correct == 1
+    assert 0 < found.alpha < 3
+
+
+def test_equal_logits_are_decided_as_argmax_decides_them():
+    base, term = torch.tensor([[1.0, 1.0, 0.0]]).repeat(3, 1), torch.tensor([[2.0, 2.0, 2.0]]).repeat(3, 1)
+    path = accuracy_path(base, term, torch.tensor([0, 1, 2]))
+    assert path.correct.tolist() == [1]
+    base = torch.zeros(2, 3)
+    term = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    path = accuracy_path(base, term, torch.tensor([0, 1]))  # image 0 is right at α = 0 alone, image 1 everywhere else
+    assert path.correct.tolist()[-1] == 1
+
+
+def test_all_ensembles_can_be_searched_together():
+    data = setup(1)
+    ensembles = [*table5(("clip", "dino")).values()]
+    found = search(*data, grid=GRID, ensembles=ensembles)
+    singles = [search(*data, grid=GRID, ensembles=[e]).correct for e in ensembles]
+    assert found.correct >= max(singles)
+    assert found.correct == right(*data, found.alpha, found.beta, found.ensemble)
+    assert len(found.landscapes) == len(ensembles)
+
+
+def test_weight_grid_leaves_out_multiples():
+    grid = weight_grid(Ensemble(sources=("clip", "dino")), ("clip", "dino"), (1.0, 10.0), (0.5, 1.0, 2.0))
+    ratios = {(e.temperature, e.scales["clip"] / e.scales["dino"]) for e in grid}
+    assert len(grid) == len(ratios) == 2 * 5
+    assert all(e.sources == ("clip", "dino") for e in grid)
+    data = setup(2)
+    assert search(*data, grid=GRID, ensembles=grid).correct >= search(*data, grid=GRID).correct
+
+
+def test_no_key_at_all_and_three_sources():
+    zero_shot, affinities, key_labels, labels = setup(0, widths=(11, 13, 17))
+    found = search(zero_shot, affinities, key_labels, labels, grid=GRID)
+    assert found.correct == right(zero_shot, affinities, key_labels, labels, found.alpha, found.beta)
+    found = search(zero_shot, {n: a[:0] for n, a in affinities.items()}, key_labels[:0], labels, grid=GRID)
+    assert found.alpha == 0
+    assert found.correct == int((zero_shot.argmax(1) == labels).sum())
+
+
+def test_small_blocks_give_the_same_answer(monkeypatch):
+    data = setup(0)
+    whole = search(*data, grid=GRID)
+    monkeypatch.setattr("cafo.search._BLOCK_FLOATS", 200)
+    blocks = search(*data, grid=GRID)
+    assert (blocks.correct, blocks.beta) == (whole.correct, whole.beta)
+    assert blocks.alpha == pytest.approx(whole.alpha, rel=1e-5)
+    assert blocks.landscapes[0].correct == whole.landscapes[0].correct
+
+
+def test_wrong_input_is_an_error():
+    zero_shot, affinities, key_labels, labels = setup(0)
+    with pytest.raises(ValueError, match="at least one image"):
+        search(zero_shot[:0], affinities, key_labels, labels[:0])
+    with pytest.raises(ValueError, match="shape"):
+        search(zero_shot, {n: a.T for n, a in affinities.items()}, key_labels, labels)
+    with pytest.raises(ValueError, match="7 classes"):
+        search(zero_shot, affinities, key_labels, labels + 1)
+    with pytest.raises(ValueError, match="low"):
+        BetaGrid(low=0.0)
+
+
+def test_a_claim_that_float32_does_not_confirm_gives_way(monkeypatch):
+    data = setup(0)
+    honest = search(*data, grid=GRID)
+    claims = cafo.search._claims
+
+    def boastful(*args):
+        return [*claims(*args), cafo.search._Claim(0, 1e6, 0.1, 0)]
+
+    monkeypatch.setattr(cafo.search, "_claims", boastful)
+    assert search(*data, grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)

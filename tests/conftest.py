@@ -1,0 +1,91 @@
+"""What tests share: a tiny base with its tokenizer, records, one Ray cluster, and the real data where it is there."""
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).parent.parent
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "under",
+    "mat",
+    "hill",
+    "house",
+    "red",
+    "big",
+    "seven",
+]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real weights and data beside the project."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data is not there: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA in Hugging Face's format with a SentencePiece tokenizer of its own."""
+    from adapter.llama import Llama, LlamaConfig, RMSNorm
+    from adapter.weights import save_llama
+
+    folder = tmp_path_factory.mktemp("tiny_base")
+    sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(200)]
+    sentences += ["Below is an instruction that describes a task, paired with an input. ### Response: Write"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=97, model_type="bpe", minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    torch.manual_seed(0)
+    llama = Llama(
+        LlamaConfig(
+            dim=24, n_layers=3, n_heads=6, n_kv_heads=3, hidden_dim=41, vocab_size=97, max_seq_len=1024, norm_eps=1e-5
+        )
+    )
+    for module in llama.modules():
+        if isinstance(module, RMSNorm):
+            module.reset_parameters()
+    save_llama(llama, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """101 instruction records, with and without input, in JSONL."""
+    path = tmp_path_factory.mktemp("records") / "records.jsonl"
+    draw = random.Random(7)
+    rows = []
+    for i in range(101):
+        words = draw.choices(WORDS, k=draw.randint(1, 9))
+        rows.append({"instruction": f"{words[0]} {i}", "input": " ".join(words[1:4]), "output": " ".join(words)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One Ray cluster for all tests that need one."""
+    import ray
+
+    from rayjobs.runtime import connect
+
+    connect()
+    yield
+    ray.shutdown()

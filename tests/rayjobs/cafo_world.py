@@ -1,0 +1,71 @@
+"""A small world for CaFo's jobs: coloured images in CoOp's format, and two tiny random towers as files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+CLIP = {
+    "embed_dim": 19,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "text_cfg": {"context_length": 11, "vocab_size": 49408, "width": 14, "heads": 2, "layers": 1},
+}
+CLASSES = {"red_thing": (200, 40, 40), "green_thing": (40, 180, 60), "blue_thing": (50, 60, 210), "grey": (120,) * 3}
+
+
+def towers(folder: Path) -> dict[str, Any]:
+    """A CLIP and a DINO-like ResNet, untrained, saved as files; what a config says of them."""
+    torch.manual_seed(0)
+    clip = folder / "clip"
+    clip.mkdir(parents=True)
+    state = open_clip.CLIP(**json.loads(json.dumps(CLIP))).state_dict()
+    save_file({n: t.contiguous() for n, t in state.items()}, clip / "open_clip_model.safetensors")
+    (clip / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP}))
+    dino = timm.create_model("test_resnet", pretrained=False, num_classes=0)
+    torch.save({"teacher": {f"backbone.{n}": t for n, t in dino.state_dict().items()}}, folder / "dino.pth")
+    return {
+        "clip": {"kind": "clip", "name": "tiny", "weights": str(clip)},
+        "dino": {"kind": "timm", "name": "test_resnet", "weights": str(folder / "dino.pth")},
+    }
+
+
+def images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Noisy coloured images and a split JSON over them; `counts` is images per class of each split."""
+    draw = np.random.default_rng(seed)
+    split: dict[str, list[list[Any]]] = {part: [] for part in counts}
+    for part, count in counts.items():
+        for label, (name, colour) in enumerate(CLASSES.items()):
+            for i in range(count):
+                tint = np.array(colour) + draw.normal(
+                    0, 60, 3
+                )  # so that classes overlap, and accuracies tell settings apart
+                pixels = np.clip(tint + draw.normal(0, 90, (37, 41, 3)), 0, 255).astype(np.uint8)
+                path = Path(part) / name / f"{i:03d}.png"
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / path)
+                split[part].append([path.as_posix(), label, name])
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder / "split.json"
+
+
+def world(folder: Path, counts: dict[str, int] | None = None) -> list[str]:
+    """Overrides that name the world: data, sentences and encoders."""
+    split = images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
+    drawn = images(folder / "drawn", {"train": 3}, seed=1)
+    prompts = folder / "prompts.json"
+    prompts.write_text(json.dumps({name: [f"a {name}", f"this is {name}"] for name in CLASSES}))
+    named = towers(folder / "towers")
+    return [
+        f"data.split={split}",
+        f"data.generated={drawn}",
+        f"data.prompts={prompts}",
+        *[f"encoders.{name}.{key}={value}" for name, tower in named.items() for key, value in tower.items()],
+        f"run.storage={folder / 'runs'}",
+        "features.views=3",
+    ]

@@ -1,0 +1,293 @@
+"""adapter-train on a real cluster, against a loop that knows neither Ray nor DeepSpeed."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapter import Base
+from adapter.adaption import AdaptionConfig
+from adapter.checkpoint import read_adapter
+from rayjobs.config import load
+from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
+from rayjobs.order import Order
+from rayjobs.stream import collate, stream
+from rayjobs.tables import read_jsonl
+from rayjobs.tokens import RecordsConfig, prepare_tokens
+
+pytestmark = pytest.mark.ray
+
+
+def settings(tiny_base: Path, records: Path, storage: Path, name: str, *more: str) -> adapter_train.Config:
+    return load(
+        adapter_train.Config,
+        None,
+        [
+            f"base.path={tiny_base}",
+            f"data.path=[{records}]",
+            "data.val_fraction=0.1",
+            "data.max_length=200",
+            "adapter.n_layers=2",
+            "adapter.prompt_length=5",
+            "train.epochs=2",
+            "train.warmup_epochs=1",
+            "train.global_batch=8",
+            "train.token_budget=600",
+            "optimizer.base_lr=1.0",
+            "scale.workers=2",
+            f"run.storage={storage}",
+            f"run.name={name}",
+            *more,
+        ],
+    )
+
+
+def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tensor, list[float]]:
+    """The same training as one plain PyTorch loop over whole global batches."""
+    (folder,) = (storage / "cache" / "tokens").iterdir()
+    index = json.loads((folder / "index.json").read_text())
+    from rayjobs.tokens import TokenStore
+
+    store = TokenStore.read(folder)
+    assert index["parts"]["val"]
+    order = Order(
+        store=store,
+        split="train",
+        global_batch=8,
+        token_budget=600,
+        shuffle_records=config.train.shuffle_records,
+        seed=0,
+    )
+    base = Base.load(config.base.path)
+    base.attach(config.adapter.adaption, seed=0)
+    trainable = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=0.02)
+    per_epoch, losses = order.steps_per_epoch, []
+    for epoch in range(2):
+        table = order.rows(epoch, 0)
+        for step in range(per_epoch):
+            rows = table.slice(step * 8, 8).to_pylist()
+            batch = collate({"step": 0, "last": True, "step_labels": 0, "rows": rows})
+            labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
+            loss = base.model(batch.tokens, batch.labels) / labels
+            optimizer.zero_grad()
+            loss.backward()
+            done = epoch * per_epoch + step
+            peak = 1.0 * 8 / 256
+            cosine = 0.5 * (1 + math.cos(math.pi * (done - per_epoch) / per_epoch))
+            optimizer.param_groups[0]["lr"] = peak * ((done + 1) / per_epoch if epoch == 0 else cosine)
+            optimizer.step()
+            losses.append(loss.item())
+    return torch.stack([adaption.prompt.detach() for adaption in base.model.adaptions]), losses
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: None, tiny_base: Path, records: Path, storage: Path) -> adapter_train.Config:
+    config = settings(tiny_base, records, storage, "two_workers")
+    before = _hash(tiny_base)
+    adapter_train.run(config)
+    assert _hash(tiny_base) == before, "the base's bytes must not change"
+    return config
+
+
+def _hash(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_equals_a_plain_loop(trained: adapter_train.Config, storage: Path) -> None:
+    prompts, losses = plain_loop(trained, storage)
+    rows = [row for row in read_jsonl(trained.run.folder / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(losses) + 1))
+    assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-5)
+    torch.testing.assert_close(
+        read_adapter(trained.run.folder / "adapter.safetensors").prompt, prompts, rtol=0, atol=1e-4
+    )
+
+
+def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) -> None:
+    folder = trained.run.folder
+    result = json.loads((folder / "result.json").read_text())
+    assert result["val_loss"] < result["base_val_loss"] - 0.02
+    assert result["trainable_parameters"] == 2 * (5 * 24 + 6)
+    assert result["train_records"] + result["val_records"] == 101
+    assert {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard"} <= {path.name for path in folder.iterdir()}
+    (checkpoint,) = (path for path in (folder / "train").glob("checkpoint_*") if path.is_dir())
+    state = load_file(checkpoint / "state.safetensors")
+    assert sum(tensor.numel() for tensor in state.values()) == 3 * 2 * (5 * 24 + 6) + 1, "never the base"
+
+
+def test_a_finished_run_is_shown_again_and_other_settings_are_refused(
+    trained: adapter_train.Config, tiny_base: Path, records: Path, storage: Path
+) -> None:
+    modified = (trained.run.folder / "adapter.safetensors").stat().st_mtime_ns
+    adapter_train.run(trained)
+    assert (trained.run.folder / "adapter.safetensors").stat().st_mtime_ns == modified
+    with pytest.raises(ValueError, match="other settings in train"):
+        adapter_train.run(settings(tiny_base, records, storage, "two_workers", "train.epochs=3"))
+
+
+@pytest.mark.parametrize("more", [("scale.workers=1", "zero.stage=0"), ("zero.stage=3",)], ids=["one-worker", "zero-3"])
+def test_any_number_of_workers_and_any_stage_train_the_same_adapter(
+    trained: adapter_train.Config, tiny_base: Path, records: Path, storage: Path, more: tuple[str, ...]
+) -> None:
+    other = settings(tiny_base, records, storage, "-".join(more).replace("=", ""), *more)
+    adapter_train.run(other)
+    ours, theirs = (read_adapter(config.run.folder / "adapter.safetensors") for config in (trained, other))
+    torch.testing.assert_close(theirs.prompt, ours.prompt, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.gate, ours.gate, rtol=0, atol=1e-5)
+
+
+def test_eval_agrees_with_training_and_with_the_model(
+    trained: adapter_train.Config, tiny_base: Path, records: Path
+) -> None:
+    config = load(
+        adapter_eval.Config,
+        None,
+        [
+            f"base.path={tiny_base}",
+            f"adapter={trained.run.folder / 'adapter.safetensors'}",
+            f"data.path=[{records}]",
+            "data.max_length=200",
+            f"run.storage={trained.run.storage}",
+            "run.name=eval",
+        ],
+    )
+    result = adapter_eval.run(config)
+    assert result["records"] == 101
+    base = Base.load(tiny_base)
+    base.load_adapter(trained.run.folder / "adapter.safetensors")
+    total = labels = 0.0
+    from adapter.instruct import encode_record, read_records
+
+    for record in read_records(records):
+        example = encode_record(record, base.tokenizer, max_length=200)
+        log_p = base.model(torch.tensor([example.ids]))[0].log_softmax(-1)
+        for place in range(example.label_start, len(example.ids)):
+            total -= log_p[place - 1, example.ids[place]].item()
+            labels += 1
+    assert result["labelled_tokens"] == labels
+    assert result["loss"] == pytest.approx(total / labels, abs=1e-4)
+
+
+def test_generate_answers_a_file_as_the_library_does(
+    trained: adapter_train.Config, tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    config = load(
+        adapter_generate.Config,
+        None,
+        [
+            f"base.path={tiny_base}",
+            f"adapter={trained.run.folder / 'adapter.safetensors'}",
+            f"file={records}",
+            f"out={tmp_path / 'answers.jsonl'}",
+            "decoding.max_new_tokens=7",
+            "decoding.temperature=0",
+            "batch_size=40",
+        ],
+    )
+    assert adapter_generate.run(config)["answers"] == 101
+    rows = read_jsonl(tmp_path / "answers.jsonl")
+    assert not (tmp_path / "answers.jsonl.parts").exists()
+    base = Base.load(tiny_base)
+    base.load_adapter(trained.run.folder / "adapter.safetensors")
+    prompts = [config.prompt_template().render(row["instruction"], row["input"]) for row in rows[:9]]
+    expected = base.generate(prompts, max_new_tokens=7, temperature=0)
+    assert [row["answer"] for row in rows[:9]] == [text.strip() for text in expected]
+
+
+def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    store = prepare_tokens(
+        RecordsConfig(path=[str(records)]), tiny_base / "tokenizer.model", tmp_path, val_fraction=0.1
+    )
+    order = Order(store=store, split="train", global_batch=8, token_budget=600, shuffle_records=30, seed=1)
+    steps = range(3, 2 * order.steps_per_epoch)
+    dealt = [list(stream(order, rank, 2, steps)) for rank in range(2)]
+    assert [[(micro.step, micro.last) for micro in part] for part in dealt[:1]] == [
+        [(micro.step, micro.last) for micro in part] for part in dealt[1:]
+    ]
+    second = Counter(id for part in dealt for micro in part if micro.step >= order.steps_per_epoch for id in micro.ids)
+    assert set(second.values()) == {1}
+    assert len(second) == store.rows("train")
+    assert store.rows("train") + store.rows("val") == 101
+
+
+def test_tokens_are_prepared_once_and_held_out_by_content(
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    config, tokenizer = RecordsConfig(path=[str(records)]), tiny_base / "tokenizer.model"
+    first = prepare_tokens(config, tokenizer, tmp_path, val_fraction=0.3)
+    (index,) = tmp_path.glob("tokens/*/index.json")
+    made = index.stat().st_mtime_ns
+    assert prepare_tokens(config, tokenizer, tmp_path, val_fraction=0.3) == first
+    assert index.stat().st_mtime_ns == made
+    shuffled = tmp_path / "shuffled.jsonl"
+    lines = records.read_text().splitlines()
+    shuffled.write_text("\n".join([*lines[::-1], lines[0]]) + "\n")
+    other = prepare_tokens(RecordsConfig(path=[str(shuffled)]), tokenizer, tmp_path, val_fraction=0.3)
+    assert abs(other.rows("val") - first.rows("val")) <= 1, "by content, not by place"
+
+
+def test_records_without_a_label_are_set_aside_with_their_reason(
+    cluster: None, tiny_base: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "cat " * (300 if i == 4 else 1), "output": "dog"} for i in range(30)]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(rows))
+    tokenizer = tiny_base / "tokenizer.model"
+    store = prepare_tokens(RecordsConfig(path=[str(path)], max_length=250), tokenizer, tmp_path)
+    assert (store.rows("train"), store.rejected) == (29, 1)
+    (rejected,) = read_jsonl(Path(store.folder) / "rejected.jsonl")
+    assert rejected["id"] == 4
+    assert "leaves no label within 250" in rejected["reason"]
+    with pytest.raises(ValueError, match=r"1 of 30 records cannot be used.*leaves no label"):
+        prepare_tokens(
+            RecordsConfig(path=[str(path)], max_length=250, max_rejected_fraction=0.01), tokenizer, tmp_path / "b"
+        )
+
+
+def test_a_bad_line_far_down_is_told_as_it_is(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"instruction": "cat", "output": "dog"}\n' * 1500 + '{"instruction": "cat"}\n')
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1501: the record has no 'output'") as error:
+        prepare_tokens(RecordsConfig(path=[str(path)]), tiny_base / "tokenizer.model", tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_adaption_shape() -> None:
+    assert adapter_train.AdapterConfig(n_layers=2, prompt_length=5).adaption == AdaptionConfig(
+        n_layers=2, prompt_length=5
+    )
+
+
+def test_a_really_trained_llama_learns_from_real_instructions(cluster: None, shared: Path, tmp_path: Path) -> None:
+    rows = json.loads((shared / "alpaca" / "alpaca_2000.json").read_text())[:240]
+    records = tmp_path / "alpaca.json"
+    records.write_text(json.dumps(rows))
+    config = settings(
+        shared / "llama" / "stories260K",
+        records,
+        tmp_path,
+        "alpaca",
+        "data.max_length=256",
+        "adapter.n_layers=5",
+        "train.epochs=3",
+        "train.global_batch=16",
+        "train.token_budget=4096",
+        "optimizer.base_lr=0.32",
+    )
+    result = adapter_train.run(config)
+    assert result["val_loss"] < result["base_val_loss"] - 0.3
+    base = Base.load(config.base.path)
+    base.load_adapter(result["adapter"])
+    prompt = config.data.prompt_template().render("Give three tips.")
+    assert base.generate([prompt], max_new_tokens=20, temperature=0)[0]

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: help, plans, and one line for everything that is wrong."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rayjobs.__main__ import JOBS, main
+from tests.conftest import ROOT
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def given(tiny_base: Path, records: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "base.path": str(tiny_base),
+        "data.path": f"[{records}]",
+        "adapter.n_layers": "2",
+        "run.name": "r",
+        "run.storage": str(tmp_path / "runs"),
+    }
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_tells_every_field_with_its_default(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, job, "--help")
+    assert code == 0
+    assert "settings:" in out
+    assert "--dry-run" in out
+
+
+def test_help_of_adapter_train_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "adapter-train", "--help")
+    assert "base.path  (str, required)" in out
+    assert "train.global_batch  (int, default 64)\n      Records per optimizer step, over all workers." in out
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    given: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "adapter-train", "--dry-run", *(f"{name}={value}" for name, value in given.items()))
+    assert code == 0
+    assert "trainable parameters" in out
+    assert "512" not in out.split("trainable parameters")[1].split("\n")[0]
+    assert f"{2 * (10 * 24 + 6):,}" in out
+    assert not (tmp_path / "runs").exists()
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return (os.system, ("touch exploded",))
+
+
+@pytest.mark.parametrize(
+    ("change", "written", "message"),
+    [
+        ({"data.path": "[none.json]"}, "", "none.json: no such file"),
+        ({"data.path": "[a.json]"}, "[1,", "a.json, line 1: a record must be an object"),
+        ({"data.path": "[a.json]"}, '[\n{"instruction" 1}]', "a.json, line 2: malformed JSON"),
+        ({"data.path": "[a.json]"}, '[{"instruction": "i"}]', "a.json, line 1: the record has no 'output'"),
+        ({"train.epoch": "3"}, "", "train.epoch: unknown key; did you mean train.epochs?"),
+        ({"train.epochs": "many"}, "", "train.epochs: Input should be a valid number"),
+        ({"adapter.n_layers": "31"}, "", "adapter.n_layers is 31, but"),
+        ({"base.path": "nowhere"}, "", "nowhere"),
+        ({"data.template": "nowhere.json"}, "", "nowhere.json"),
+    ],
+    ids=["file", "record", "json", "output", "key", "type", "layers", "base", "template"],
+)
+def test_bad_input_is_one_line_that_names_the_place(
+    given: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    written: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(written)
+    code, out, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in {**given, **change}.items()))
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("rayjobs adapter-train: error: ")
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary(
+    given: dict[str, str], shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given["base.tokenizer"] = str(shared / "llama" / "llama-7b" / "tokenizer.model")
+    code, _, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in given.items()))
+    assert code == 2
+    assert "32000" in err.replace(",", "")
+    assert "97" in err
+
+
+def test_a_pickle_that_wants_to_run_code_does_not(
+    given: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "meta"
+    base.mkdir()
+    (base / "params.json").write_text('{"dim": 24, "n_layers": 3, "n_heads": 6, "vocab_size": 97}')
+    (base / "consolidated.00.pth").write_bytes(pickle.dumps({"norm.weight": _Bomb()}, protocol=2))
+    given["base.path"] = str(base)
+    code, _, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in given.items()))
+    assert code == 2
+    assert "consolidated.00.pth" in err
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_the_module_runs_and_exits_with_the_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "rayjobs", "adapter-train"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"rayjobs adapter-train: error: {name}: required, but not given" for name in ("base", "data", "run")
+    ]

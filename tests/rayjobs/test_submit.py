@@ -43,6 +43,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
             "--node-ip-address=127.0.0.1",
             f"--port={free_port()}",
             f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={free_port()}",  # its default may be another cluster's
             "--dashboard-host=127.0.0.1",
             "--num-cpus=2",
         ],

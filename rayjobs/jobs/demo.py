@@ -14,7 +14,7 @@ from pydantic import Field
 from adapter.base import Base
 from rayjobs.config import config, load
 from rayjobs.demo import text
-from rayjobs.demo.foundation import LlamaStandIn, stand_in_llama
+from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
 from rayjobs.jobs import adapter_train
 from rayjobs.report import show_table
 from rayjobs.runtime import RunConfig, open_run

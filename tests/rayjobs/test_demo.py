@@ -8,7 +8,7 @@ import pytest
 
 from adapter import Base
 from rayjobs.demo import text
-from rayjobs.demo.foundation import LlamaStandIn, stand_in_llama
+from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
 
 
 def test_test_notes_are_in_nothing_that_is_trained_on() -> None:
@@ -38,7 +38,7 @@ def test_a_stand_in_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     settings = LlamaStandIn(steps=3, batch=64, dim=16)
     folder = stand_in_llama(settings, tmp_path)
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr("rayjobs.demo.foundation._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("rayjobs.demo.llama._train", lambda *_: pytest.fail("trained again"))
     assert stand_in_llama(settings, tmp_path) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
     assert len(list((tmp_path / "demo").iterdir())) == 1, "nothing unfinished is left"

@@ -1,15 +1,9 @@
-"""Tiny foundation models, trained from scratch where the demo runs: stand-ins for the real ones, in the same files.
+"""A tiny LLaMA, trained from scratch where the demo runs: a stand-in for a real one, in the same files.
 
-The LLaMA here is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base,
-a Hugging Face folder with its tokenizer, and from then on the jobs know it by its path alone.
+It is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base, a Hugging Face
+folder with its tokenizer, and from then on the jobs know it by its path alone.
 """
 
-import hashlib
-import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,10 +16,8 @@ from adapter.tokenizer import Tokenizer
 from adapter.weights import save_llama
 from rayjobs.config import config, to_dict
 from rayjobs.demo import text
+from rayjobs.demo.kept import kept, threads, unfinished
 from rayjobs.runtime import Progress
-
-FORMAT = 1
-"""Of the training below: a change that changes its outcome counts it up, so that no older model is taken for a new."""
 
 
 @config
@@ -55,14 +47,12 @@ class LlamaStandIn:
 def stand_in_llama(settings: LlamaStandIn, cache: Path) -> Path:
     """The folder of a tiny LLaMA, trained unless the cache holds the very same one."""
     documents = text.documents(settings.seed, settings.steps * settings.batch)
-    identity = [FORMAT, to_dict(settings), documents]
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / "demo" / f"llama-{key}"
+    folder = kept(cache, "llama", to_dict(settings), documents)
     if not folder.exists():
-        with _folder(folder) as unfinished:
+        with unfinished(folder) as new:
             lines = [" ".join(part for part, _ in document) for document in documents[::8]]
-            (unfinished / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size))
-            save_llama(_train(settings, documents, Tokenizer(unfinished)), unfinished)
+            (new / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size))
+            save_llama(_train(settings, documents, Tokenizer(new)), new)
     return folder
 
 
@@ -71,7 +61,7 @@ def _train(settings: LlamaStandIn, documents: list[text.Document], tokenizer: To
     model = _untrained(settings, tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
-    with _threads(1), Progress("tiny LLaMA", unit="steps", total=settings.steps) as progress:
+    with threads(1), Progress("tiny LLaMA", unit="steps", total=settings.steps) as progress:
         for step in range(settings.steps):
             batch = documents[step * settings.batch : (step + 1) * settings.batch]
             tokens, weights = _padded([_encoded(document, settings, tokenizer) for document in batch])
@@ -121,26 +111,3 @@ def _padded(rows: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
         ids, counts = zip(*row, strict=True)
         tokens[i, : len(row)], weights[i, : len(row)] = torch.tensor(ids), torch.tensor(counts)
     return tokens, weights
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `path` if the block succeeds, and is removed if it does not."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """PyTorch on so many threads: at this size more are slower, and sums would depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,45 @@
+"""What the demo makes once: folders in the cache, named after all that their content follows from."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 2
+"""Of all that is made here: a change that changes its outcome counts it up, so that nothing older is taken for new."""
+
+
+def kept(cache: Path, kind: str, *identity: Any) -> Path:
+    """The folder of this kind and identity, which is there whole or not at all."""
+    text = json.dumps([FORMAT, kind, identity], sort_keys=True)
+    return cache / "demo" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `folder` if the block succeeds, and is removed if it does not."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not folder.exists():  # another run may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads: at this size more are slower, and sums would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,9 +6,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 from rayjobs.config import describe, load
+from rayjobs.runs import find_runs
 from rayjobs.runtime import environment
 
 JOBS = {
@@ -40,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
         )
+    shown = jobs.add_parser("report", help="write a run's report.html anew, or compare several runs on one page")
+    shown.add_argument("run", nargs="+", type=Path, help="a run's folder")
+    shown.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page that compares several runs")
+    listed = jobs.add_parser("runs", help="list runs with their state and headline")
+    listed.add_argument("storage", nargs="?", type=Path, default=Path("runs"), help="the folder of all runs")
     args = parser.parse_args(argv)
+    if args.job in ("report", "runs"):
+        return _look(args)
 
     if args.verbose:
         os.environ["RAYJOBS_VERBOSE"] = "1"
@@ -64,6 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"rayjobs {args.job}: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     return 0
+
+
+def _look(args: argparse.Namespace) -> int:
+    """The commands that run nothing."""
+    from rayjobs.report import RUN_COLUMNS, compare, run_rows, show_table, write_report
+
+    try:
+        if args.job == "report":
+            print(write_report(*args.run) if len(args.run) == 1 else compare(args.run, args.out))
+            return 0
+        folders = find_runs(args.storage)
+        names = [str(folder.relative_to(args.storage)) for folder in folders]
+        rows = [[name, *row] for name, row in zip(names, run_rows(folders), strict=True)]
+        show_table(str(args.storage), RUN_COLUMNS, rows)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"rayjobs {args.job}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _help(parser: argparse.ArgumentParser, job: ModuleType) -> None:

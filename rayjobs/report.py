@@ -1,17 +1,160 @@
-"""What a run shows at its end."""
+"""What a run shows: tables on the terminal at its end, and `report.html`, made from the files that the run left.
 
-from collections.abc import Sequence
+Each kind of file has one reader here, which turns it into sections of the report; so a report can be built again at any
+time, and is as complete as the run is.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayjobs import plots
+from rayjobs.page import Plot, Section, Table, write_page
+from rayjobs.runs import Record, headline, read_record
+from rayjobs.tables import read_json, read_jsonl
+
+REPORT = "report.html"
+SHOWN_ROWS = 50
+RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table; a table without column names has no header."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=any(columns))
+    table = Grid(title=title, title_justify="left", box=box.SIMPLE, show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into a run's folder. Raises ValueError for a folder that holds no run."""
+    record = _record(folder)
+    sections = [section for reader in READERS for section in reader(folder)]
+    facts = [record.job, record.state, f"started {_time(record.started)}", f"{record.seconds:,.0f} s"]
+    return write_page(folder / REPORT, folder.name, headline(folder) or record.error, facts, sections)
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Writes one page with several runs side by side: figures, settings that differ, and curves over one another."""
+    rows = run_rows(folders)
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    results = [_flat(_json(folder / "result.json")) for folder in folders]
+    configs = [_flat(_config(folder)) for folder in folders]
+    sections: list[Section] = [
+        Table("runs", RUN_COLUMNS, [[name, *row] for name, row in zip(names, rows, strict=True)])
+    ]
+    sections.append(Table("figures", ["", *names], _side_by_side(results)))
+    differing = [line for line in _side_by_side(configs) if len(set(line[1:])) > 1]
+    sections.append(Table("settings that differ", ["", *names], differing))
+    curves = {name: _metrics(folder) for name, folder in zip(names, folders, strict=True)}
+    sections += [Plot(title, figure) for title, figure in plots.training_curves({n: c for n, c in curves.items() if c})]
+    return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
+
+
+def run_rows(folders: Sequence[Path]) -> list[list[str]]:
+    """What `RUN_COLUMNS` names after the run itself, for each folder. Raises ValueError for one that holds no run."""
+    records = [_record(folder) for folder in folders]
+    return [[r.job, r.state, _time(r.started), headline(f) or r.error] for r, f in zip(records, folders, strict=True)]
+
+
+def _record(folder: Path) -> Record:
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists those there are")
+    return record.now()
+
+
+def _result(folder: Path) -> Iterator[Section]:
+    """Figures in one table, and a table for each list of rows."""
+    result = _json(folder / "result.json")
+    plain = [[_spoken(name), _cell(value)] for name, value in result.items() if not isinstance(value, list | dict)]
+    if plain:
+        yield Table("result", ["", ""], plain)
+    for name, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            columns = list(dict.fromkeys(column for row in value for column in row))
+            rows = [[_cell(row.get(column)) for column in columns] for row in value]
+            yield Table(_spoken(name), [_spoken(column) for column in columns], rows)
+
+
+def _curves(folder: Path) -> Iterator[Section]:
+    if rows := _metrics(folder):
+        for title, figure in plots.training_curves({folder.name: rows}):
+            yield Plot(title, figure)
+
+
+def _rejected(folder: Path) -> Iterator[Section]:
+    path = folder / "rejected.jsonl"
+    rows = read_jsonl(path) if path.is_file() else []
+    if rows:
+        columns = list(dict.fromkeys(column for row in rows[:SHOWN_ROWS] for column in row))
+        lines = [[_cell(row.get(column)) for column in columns] for row in rows[:SHOWN_ROWS]]
+        more = f"The first {SHOWN_ROWS} of {len(rows)}; all are in {path.name}." if len(rows) > SHOWN_ROWS else ""
+        yield Table("rejected", [_spoken(column) for column in columns], lines, more)
+
+
+def _settings(folder: Path) -> Iterator[Section]:
+    settings = [[name, value] for name, value in _flat(_config(folder)).items()]
+    yield Table("settings", ["", ""], settings, folded=True)
+    if versions := _json(folder / "versions.json"):
+        yield Table("versions", ["", ""], [[name, str(value)] for name, value in versions.items()], folded=True)
+
+
+READERS: list[Callable[[Path], Iterator[Section]]] = [_result, _curves, _rejected, _settings]
+"""In the order of the report."""
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"section.key": value as text}."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: _cell(value)}
+    return flat
+
+
+def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [[name, *(column.get(name, "") for column in columns)] for name in names]
+
+
+def _time(iso: str) -> str:
+    return iso.replace("T", " ").removesuffix("+00:00")
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, str) or value is None:
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

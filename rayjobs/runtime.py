@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from rayjobs.config import config, to_dict
+from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 
 QUIET = {
@@ -157,8 +158,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def open_run(run: RunConfig, settings: Any) -> Path:
-    """The run's folder, with the resolved config, versions and commit written into it."""
+    """The run's folder, with the resolved config, versions, commit and the run's record written into it."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    begin(run.folder, settings)
     write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
     write_json(run.folder / "versions.json", versions())
     return run.folder

@@ -15,6 +15,7 @@ from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
 from rayjobs.order import Order, window_micro_batches
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
 from rayjobs.stream import collate
 from rayjobs.tables import write_json, write_parquet
@@ -75,6 +76,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], [*rows, ["workers", str(settings.scale.workers)]])
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, with every record's loss beside it in `losses.parquet`."""
     tokenizer = check(settings)

@@ -18,6 +18,7 @@ from rayjobs.base import BaseConfig
 from rayjobs.config import config, to_dict
 from rayjobs.engine import OptimizerConfig, ZeroConfig
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.tables import read_json, read_jsonl, write_json
 from rayjobs.tokens import DataConfig, prepare_tokens
@@ -103,6 +104,7 @@ def plan(settings: Config) -> None:
     )
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Trains or resumes; returns and writes `result.json`, beside `adapter.safetensors` and `metrics.jsonl`."""
     checkpoint, tokenizer = check(settings)

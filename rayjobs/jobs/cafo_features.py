@@ -12,6 +12,7 @@ from rayjobs.config import config
 from rayjobs.features import FeaturesConfig, open_towers, prepare_features
 from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.tables import write_json, write_jsonl
 
@@ -63,6 +64,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Fills the feature store; returns and writes `result.json`, with `rejected.jsonl` beside it."""
     dataset, lists = check(settings)

@@ -19,6 +19,7 @@ from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
 from rayjobs.imagery import EncoderConfig, ImagesConfig
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
 from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
 from rayjobs.tables import sha256_file, write_json
@@ -144,6 +145,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Writes the images and their list, and why others were rejected; returns and writes `result.json`."""
     classes, identity = check(settings)

@@ -30,6 +30,7 @@ from rayjobs.base import BaseConfig
 from rayjobs.config import config
 from rayjobs.imagery import ImagesConfig
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
 from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
 from rayjobs.tables import sha256_file, write_json
@@ -178,6 +179,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Writes `prompts.json`; returns and writes `result.json`."""
     classes, identity = check(settings)

@@ -18,6 +18,7 @@ from rayjobs.config import config, to_dict
 from rayjobs.features import Features, FeaturesConfig, open_towers, prepare_classifier, prepare_features
 from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
 from rayjobs.sweep import Shared, run_sweep
@@ -86,6 +87,7 @@ def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[t
     return choices
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`; beside it `results.parquet` with a row per trial, `chosen.json`, and the caches
     of the chosen trials."""

@@ -17,6 +17,7 @@ from rayjobs.demo import text
 from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
 from rayjobs.jobs import adapter_train
 from rayjobs.report import show_table
+from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, open_run
 from rayjobs.tables import write_json, write_jsonl
 
@@ -54,6 +55,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], stages)
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Runs the chain and prints what came of it; returns and writes `result.json`."""
     folder, began = open_run(settings.run, settings), time.monotonic()

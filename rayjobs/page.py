@@ -1,0 +1,82 @@
+"""One self-contained HTML page of tables, plots and pictures: no network, light and dark, readable on a phone."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rayjobs.tables import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; a table without column names has no header."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    folded: bool = False
+    """Shown when the reader opens it."""
+    kind: str = field(default="table", init=False)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A matplotlib figure."""
+
+    title: str
+    figure: "Figure"
+    note: str = ""
+    kind: str = field(default="plot", init=False)
+
+    @property
+    def svg(self) -> str:
+        """The figure as inline SVG in the page's own colours for text, lines and ground."""
+        import matplotlib
+
+        text = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title}):
+            self.figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        svg = text.getvalue()
+        return svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures with a caption each; a picture is a PNG or JPEG file's bytes."""
+
+    title: str
+    pictures: Sequence[tuple[bytes, str]]
+    note: str = ""
+    kind: str = field(default="gallery", init=False)
+
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        """(data URL, caption)."""
+        return [(_data_url(picture), caption) for picture, caption in self.pictures]
+
+
+Section = Table | Plot | Gallery
+
+
+def _data_url(picture: bytes) -> str:
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def write_page(path: Path, title: str, headline: str, facts: Sequence[str], sections: Sequence[Section]) -> Path:
+    """Writes the page, whole or not at all."""
+    environment = Environment(loader=PackageLoader("rayjobs", "."), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template(TEMPLATE).render(title=title, headline=headline, facts=facts, sections=sections)
+    write_text(path, page)
+    return path

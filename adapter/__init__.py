@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapter.files import CheckpointError
     from adapter.llama import Llama, LlamaConfig
     from adapter.tokenizer import Tokenizer, TokenizerError
+    from adapter.vision import VisionConfig
     from adapter.weights import load_llama, open_checkpoint, save_llama
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "LlamaConfig",
     "Tokenizer",
     "TokenizerError",
+    "VisionConfig",
     "adapter_from",
     "attach_file",
     "export_v1",
@@ -42,7 +44,7 @@ __all__ = [
     "save_llama",
 ]
 
-_ROOMS = ("adaption", "base", "checkpoint", "files", "llama", "tokenizer", "weights")
+_ROOMS = ("adaption", "base", "checkpoint", "files", "llama", "tokenizer", "vision", "weights")
 
 
 def __getattr__(name: str) -> Any:

@@ -54,13 +54,15 @@ class Base:
         device = self.model.tok_embeddings.weight.device
         self.model.attach(config, torch.Generator(device).manual_seed(seed))
 
-    def load_adapter(self, path: str | Path, *, gate: Gate | None = None) -> None:
+    def load_adapter(self, path: str | Path, *, gate: Gate | None = None, tower: str | None = None) -> None:
         """Loads an adapter file of any known form; `gate` is an official v1 file's convention (see `read_adapter`).
 
-        Raises CheckpointError if it was made for another base or tokenizer.
+        tower: the identity of the tower whose features it will be given. Raises CheckpointError if it was made for
+        another base, tokenizer or tower.
         """
         file = read_adapter(path, gate=gate)
-        attach_file(self.model, file, fingerprint=self.fingerprint, tokenizer_sha256=self.tokenizer.sha256)
+        known = {"fingerprint": self.fingerprint, "tokenizer_sha256": self.tokenizer.sha256, "tower": tower}
+        attach_file(self.model, file, **known)
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Writes the adapter alone, marked with this base and tokenizer."""
@@ -69,8 +71,11 @@ class Base:
         ).save(path)
 
     @torch.no_grad()
-    def logits(self, texts: Sequence[str]) -> list[Tensor]:
-        """Each text's next-token logits (T, V) after BOS and each of its T - 1 pieces, in the model's dtype."""
+    def logits(self, texts: Sequence[str], *, images: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Each text's next-token logits (T, V) after BOS and each of its T - 1 pieces, in the model's dtype.
+
+        images: each text's features (F,) from the adapter's tower, or None where it has none.
+        """
         rows = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
         if not rows:
             return []
@@ -80,24 +85,30 @@ class Base:
             raise ValueError(f"a text of {width} tokens does not fit the base's window of {limit}")
         pad = self.tokenizer.pad_id  # on the right, where causal attention keeps it from every real token
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-        logits = self.model(ids.to(self.model.tok_embeddings.weight.device))
+        seen = None if images is None else self.model.images(images)
+        logits = self.model(ids.to(self.model.tok_embeddings.weight.device), images=seen)
         return [row_logits[: len(row)] for row_logits, row in zip(logits, rows, strict=True)]
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
+        images: Sequence[Tensor | None] | None = None,
         max_new_tokens: int,
         temperature: float = 0.1,
         top_p: float = 0.75,
         seed: int = 0,
     ) -> list[str]:
-        """Continues each prompt until EOS or `max_new_tokens`; only the new text. Temperature 0 is greedy."""
+        """Continues each prompt until EOS or `max_new_tokens`; only the new text. Temperature 0 is greedy.
+
+        images: each prompt's features (F,) from the adapter's tower, or None where it has none.
+        """
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         new = generate(
             self.model,
             ids,
             eos_id=self.tokenizer.eos_id,
+            images=images,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

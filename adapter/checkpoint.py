@@ -1,7 +1,8 @@
 """Adapter files: prompts and gates with all that is needed to know which base they belong to.
 
 Our own form is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32, with a header that holds the
-format's version, the gate convention, the base's shape and fingerprint, and the tokenizer's hash. Read besides:
+format's version, the gate convention, the base's shape and fingerprint, and the tokenizer's hash; an adapter that reads
+images adds `vision.*`, its projection, and the tower's identity and preprocessing. Read besides:
 
     official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, per head or one for all
     litgpt        `transformer.h.i.attn.adapter_wte.weight` (K, C), `...gating_factor` (1, 1, H, 1)
@@ -13,7 +14,7 @@ L adapted layers, K prompt length, C width, H query heads, N layers of the base.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,11 +26,13 @@ from adapter.adaption import AdaptionConfig, Gate
 from adapter.files import CheckpointError, atomic, open_tensors, read_metadata
 from adapter.llama import Llama, LlamaConfig
 from adapter.settings import Settings
+from adapter.vision import Projection, VisionConfig
 
 FORMAT = "llama-adapter"
 VERSION = 1
 _SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
 
+_OWN, _PROJECTION = {"prompt", "gate"}, "vision."
 # Prompts and gates of the foreign forms, each key with its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
 _LITGPT = re.compile(r"transformer\.h\.(\d+)\.attn\.(?:(adapter_wte\.weight)|gating_factor)")
@@ -51,13 +54,23 @@ class AdapterFile:
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; foreign files have none."""
     tokenizer_sha256: str | None = None
+    vision: VisionConfig | None = None
+    """How it reads images, and of which tower; None for text alone."""
+    projection: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of `adapter.vision.Projection`, by name."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Anything else, as JSON."""
 
     @property
     def config(self) -> AdaptionConfig:
         n_layers, prompt_length, _ = self.prompt.shape
-        return AdaptionConfig(n_layers=n_layers, prompt_length=prompt_length, gate=self.convention)
+        return AdaptionConfig(n_layers=n_layers, prompt_length=prompt_length, gate=self.convention, vision=self.vision)
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        gates = self.gate.numel() if self.convention in ("tanh", "identity") else 0
+        return self.prompt.numel() + gates + sum(tensor.numel() for tensor in self.projection.values())
 
     def save(self, path: str | Path) -> None:
         """Writes our own form; the file appears whole or not at all."""
@@ -74,8 +87,12 @@ class AdapterFile:
             "tokenizer_sha256": self.tokenizer_sha256 or "",
             "extra": json.dumps(dict(self.extra)),
         }
+        if self.vision is not None:
+            header["vision"] = json.dumps(asdict(self.vision))
+        tensors = {"prompt": self.prompt, "gate": self.gate}
+        tensors |= {_PROJECTION + name: tensor for name, tensor in self.projection.items()}
         with atomic(path) as part:
-            save_file({"prompt": self.prompt.contiguous(), "gate": self.gate.contiguous()}, part, metadata=header)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
 
 
 def adapter_from(
@@ -95,18 +112,28 @@ def adapter_from(
         base_shape=_shape_of(model.config),
         base_fingerprint=base_fingerprint,
         tokenizer_sha256=tokenizer_sha256,
+        vision=model.adaption_config.vision,
+        projection={} if model.vision is None else {n: _float(t) for n, t in model.vision.state_dict().items()},
         extra=extra or {},
     )
 
 
 def attach_file(
-    model: Llama, file: AdapterFile, *, fingerprint: str | None = None, tokenizer_sha256: str | None = None
+    model: Llama,
+    file: AdapterFile,
+    *,
+    fingerprint: str | None = None,
+    tokenizer_sha256: str | None = None,
+    tower: str | None = None,
 ) -> None:
     """Puts a file's adaption on a base, replacing any that is there.
 
-    Raises CheckpointError, leaving the model as it was, if the base's shape, its `fingerprint` or the tokenizer's hash
-    is not what the file was made for. What either side does not know is not compared: foreign files know shapes only.
+    Raises CheckpointError, leaving the model as it was, if the base's shape, its `fingerprint`, the tokenizer's hash or
+    the identity of the `tower` whose features it will be given is not what the file was made for. What either side does
+    not know is not compared: foreign files know shapes only.
     """
+    if tower and file.vision is None:
+        raise CheckpointError("the adapter was made for text alone: it cannot read images, leave out the tower")
     n_layers, _, dim = file.prompt.shape
     shape = _shape_of(model.config)
     wanted = {"dim": dim, **file.base_shape}
@@ -119,14 +146,19 @@ def attach_file(
     for what, theirs, ours in (
         ("base of the same shape but other weights: fingerprint", file.base_fingerprint, fingerprint),
         ("tokenizer: sha256", file.tokenizer_sha256, tokenizer_sha256),
+        ("image tower, preprocessing or precision:", file.vision and file.vision.tower, tower),
     ):
         if theirs and ours and theirs != ours:
-            raise CheckpointError(f"the adapter was made for another {what} {theirs[:12]}…, here {ours[:12]}…")
+            if "tower" not in what:
+                theirs, ours = f"{theirs[:12]}…", f"{ours[:12]}…"
+            raise CheckpointError(f"the adapter was made for another {what} {theirs}, here {ours}")
     model.attach(file.config)
     with torch.no_grad():
         for adaption, prompt, gate in zip(model.adaptions, file.prompt, file.gate, strict=True):
             adaption.prompt.copy_(prompt)
             adaption.gate.copy_(gate.expand_as(adaption.gate))
+        if model.vision is not None:
+            model.vision.load_state_dict(dict(file.projection))
 
 
 def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | None = None) -> AdapterFile:
@@ -158,7 +190,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
         raise CheckpointError(f"{path}: no adapter of a known form (ours, official v1, litgpt, PEFT); {_some(tensors)}")
     if gate and gate != file.convention:
         raise CheckpointError(f"{path}: its gates are for {file.convention!r}, not {gate!r}")
-    for name, tensor in (("prompt", file.prompt), ("gate", file.gate)):
+    for name, tensor in (("prompt", file.prompt), ("gate", file.gate), *file.projection.items()):
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: a {name} is not finite")
     if settings is not None:
@@ -175,8 +207,12 @@ def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -
     """Writes the official v1 form, for code that applies `gate`: identity is the official inference code's.
 
     The values are converted where the conventions differ, so that the outputs stay. Raises ValueError where that, or
-    the form, is impossible: an identity gate outside (-1, 1) is the tanh of nothing; N and H must be known.
+    the form, is impossible: an identity gate outside (-1, 1) is the tanh of nothing; N and H must be known; it knows no
+    images, and none of the ablations.
     """
+    if file.vision is not None or file.convention not in ("tanh", "identity"):
+        what = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
+        raise ValueError(f"the official v1 form cannot hold an adapter that {what}; keep our own form")
     missing = [key for key in ("n_layers", "n_heads") if key not in file.base_shape]
     if missing:
         raise ValueError(f"the base's {' and '.join(missing)} must be known: attach the file, and use `adapter_from`")
@@ -196,10 +232,10 @@ def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -
 def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
     if header.get("version") != str(VERSION):
         raise CheckpointError(f"{path}: format version {header.get('version')!r}; this code reads version {VERSION}")
-    if tensors.keys() != {"prompt", "gate"}:
-        raise CheckpointError(f"{path}: expected the tensors prompt and gate; {_some(tensors)}")
+    projection = {name.removeprefix(_PROJECTION): _float(t) for name, t in tensors.items() if name not in _OWN}
     try:
-        convention = header["gate"]
+        convention: Any = header["gate"]
+        vision = _read_vision(header["vision"]) if "vision" in header else None
         stated = (int(header["n_layers"]), int(header["prompt_length"]))
         base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
         if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
@@ -208,21 +244,48 @@ def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
             raise ValueError(f"base_shape holds {sorted(unknown)}")
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
+    names = _OWN | {_PROJECTION + name for name in _projection_shapes(vision, 1)}
+    if tensors.keys() != names:
+        raise CheckpointError(f"{path}: expected the tensors {', '.join(sorted(names))}; {_some(tensors)}")
     prompt, gate = _float(tensors["prompt"]), _float(tensors["gate"])
     if prompt.dim() != 3 or gate.dim() != 2 or stated != prompt.shape[:2] or len(gate) != len(prompt):
         raise CheckpointError(
             f"{path}: prompt {tuple(prompt.shape)} and gate {tuple(gate.shape)} are not the {stated[0]} layers of "
             f"{stated[1]} prompts that the header states"
         )
+    for name, shape in _projection_shapes(vision, prompt.shape[2]).items():
+        if projection[name].shape != shape:
+            raise CheckpointError(
+                f"{path}: {_PROJECTION}{name} has shape {tuple(projection[name].shape)}, the header states {shape}"
+            )
     return AdapterFile(
         prompt=prompt,
         gate=gate,
-        convention="tanh" if convention == "tanh" else "identity",
+        convention=convention,
+        vision=vision,
+        projection=projection,
         base_shape=base_shape,
         base_fingerprint=header.get("base_fingerprint") or None,
         tokenizer_sha256=header.get("tokenizer_sha256") or None,
         extra=extra,
     )
+
+
+def _read_vision(header: str) -> VisionConfig:
+    fields = json.loads(header)
+    if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
+        raise ValueError(f"vision {header}")
+    try:
+        return VisionConfig(**{**fields, "widths": tuple(fields["widths"])})
+    except TypeError as error:
+        raise ValueError(f"vision {header}: {error}") from error
+
+
+def _projection_shapes(vision: VisionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
+    if vision is None:
+        return {}
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Projection(vision, dim).state_dict().items()}
 
 
 def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers: int | None) -> AdapterFile:

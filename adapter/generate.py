@@ -22,12 +22,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     eos_id: int,
+    images: Sequence[Tensor | None] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.1,
     top_p: float = 0.75,
     seed: int | None = None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, EOS left out.
+    """The ids that follow each prompt, EOS left out. images: each prompt's features (F,), or None where it has none.
 
     A row ends at EOS, after max_new_tokens, or where prompt and answer fill the window (`config.max_seq_len`); a prompt
     that fills it alone gets no answer. temperature 0 takes the likeliest token, whatever top_p; else the draw is from
@@ -55,7 +56,8 @@ def generate(
     tokens = torch.zeros(len(running), int(lengths.max()), dtype=torch.long)
     for i, row in enumerate(running):
         tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
-    hidden = model.hidden(tokens.to(weight.device), cache)
+    seen = None if images is None else model.images([images[row] for row in running])
+    hidden = model.hidden(tokens.to(weight.device), cache, seen)
     cache.trim(lengths)
     last = hidden[torch.arange(len(running), device=weight.device), lengths - 1]  # (B, C)
 

@@ -10,7 +10,7 @@ G key/value heads, D = C/H.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter.adaption import Adaption, AdaptionConfig
+from adapter.adaption import Adaption, AdaptionConfig, attend
 from adapter.loss import labelled_cross_entropy
+from adapter.vision import Images, Projection, gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class KVCache:
     """Keys and values of the tokens seen so far. Slot s of a row holds its token at position s.
 
     Rows may differ in length: a batch padded on the right is run, then `trim`med to the real lengths, and the slots of
-    padding are written over. It also keeps the prompts' keys and values, which depend on no token.
+    padding are written over. It also keeps the prompts' keys and values, which depend on no word.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -137,6 +138,9 @@ class KVCache:
         """Drops all rows of the batch but these."""
         self.lengths = self.lengths[rows]
         self.used = int(self.lengths.max())
+        for prompt in self.prompts:
+            if prompt and len(prompt[0]) > 1:  # rows of their own, for some have an image
+                prompt[:] = [x[rows] for x in prompt]
         for layer in range(len(self.keys)):  # one layer at a time: never two caches in memory
             self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
 
@@ -161,6 +165,7 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
+        images: Images | None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
@@ -169,10 +174,11 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        grouped = self.n_heads != self.n_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        if self.adaption is not None:
-            y = y + self.adaption(q, self.wk, self.wv, None if cache is None else cache.prompts[self.layer])
+        if self.adaption is None:
+            y = attend(q, k, v, mask, causal=mask is None)
+        else:
+            known = None if cache is None else cache.prompts[self.layer]
+            y = self.adaption(q, k, v, mask, (self.wk, self.wv), known, images)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -203,8 +209,9 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: KVCache | None,
+        images: Images | None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, images)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -220,6 +227,8 @@ class Head(nn.Linear):
 class Llama(nn.Module):
     """The decoder. Parameter names are Meta's; a tied head shares the embedding's parameter."""
 
+    vision: Projection | None
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
@@ -229,6 +238,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Head(config.dim, config.vocab_size, bias=False)
+        self.register_module("vision", None)
         self.tie()
 
     def tie(self) -> None:
@@ -253,6 +263,16 @@ class Llama(nn.Module):
         found = (block.attention.adaption for block in self.blocks)
         return [adaption for adaption in found if adaption is not None]
 
+    @property
+    def adapter_modules(self) -> list[Adaption | Projection]:
+        """All that an adapter adds to the base, in the order in which it is drawn."""
+        return [*self.adaptions, *([] if self.vision is None else [self.vision])]
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The names and parameters of those modules; fixed gates are among them."""
+        ours = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
+        return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in ours)
+
     def attach(self, config: AdaptionConfig, generator: torch.Generator | None = None) -> None:
         """Freezes the base and puts a fresh adaption on each of the top L layers, replacing any that is there.
 
@@ -265,22 +285,44 @@ class Llama(nn.Module):
             )
         self.requires_grad_(False)
         self.adaption_config = config
-        weight = self.tok_embeddings.weight
         for layer, block in enumerate(self.blocks):
-            block.attention.adaption = None
-            if layer >= self.first_adapted:
-                adaption = Adaption(config, self.config.dim, self.config.n_heads)
-                if not weight.is_meta:
-                    adaption.to_empty(device=weight.device)
-                    adaption.reset_parameters(generator)
-                block.attention.adaption = adaption
+            adapted = layer >= self.first_adapted
+            block.attention.adaption = Adaption(config, self.config.dim, self.config.n_heads) if adapted else None
+        self.vision = None if config.vision is None else Projection(config.vision, self.config.dim)
+        device = self.tok_embeddings.weight.device
+        if device.type != "meta":
+            self.draw_adapter(generator, device)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def draw_adapter(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+        """Gives the attached adapter its initial values, on a device: the generator's own."""
+        for module in self.adapter_modules:
+            module.to_empty(device=device)
+            module.reset_parameters(generator)
+
+    def images(self, features: Sequence[Tensor | None]) -> Images | None:
+        """Each row's features (F,), or None where it has no image, as `hidden` takes them.
+
+        Raises ValueError for features that the adapter cannot read.
+        """
+        if not any(one is not None for one in features):
+            return None
+        if self.vision is None:
+            raise ValueError("there are images, but the adapter was made for text alone: train one with vision")
+        found, rows = gather(features, self.vision.down.in_features)
+        device = self.tok_embeddings.weight.device
+        return found.to(device), rows.to(device)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, images: Images | None = None) -> Tensor:
         """Final normalised states (B, T, C) of tokens (B, T), which follow those in the cache, if there is one.
 
         Rows padded on the right need no mask: no real token looks ahead. Layers below the first adapted one run without
-        autograd.
+        autograd. images are features (n, F) and the rows (n,) that they belong to; with a cache, which remembers them,
+        they are given once.
+
         """
+        if images is not None:
+            assert self.vision is not None
+            images = self.vision(images[0]), images[1]
         T = tokens.shape[1]
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)
         mask = None  # causal
@@ -294,16 +336,16 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.blocks):
             with torch.set_grad_enabled(grad and layer >= self.first_adapted):
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                    x = checkpoint(block, x, rope, mask, cache, images, use_reentrant=False)
                 else:
-                    x = block(x, rope, mask, cache)
+                    x = block(x, rope, mask, cache, images)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, images: Images | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) in the model's dtype; or, given labels (B, T), the summed float32 loss.
 
         labels[b, t] is the id that position t must be predicted as (by position t - 1), or `adapter.loss.IGNORE`.
         """
-        return self.output(self.hidden(tokens), labels)
+        return self.output(self.hidden(tokens, images=images), labels)

@@ -195,7 +195,7 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     tensors = {
         _hf_key(name): parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
-        if ".adaption." not in name
+        if ".adaption." not in name and not name.startswith("vision.")
     }
     with atomic(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adapter.adaption import AdaptionConfig
 from adapter.llama import Llama
+from adapter.vision import Images
 from adapter.weights import open_checkpoint, skeleton
 from rayjobs.config import config
 
@@ -108,11 +109,8 @@ def adapted_model(
                 _partition(parameter, zero, to)
 
     place(checkpoint.tensors(), DTYPES[dtype])
-    for adapted in model.adaptions:
-        adapted.to_empty(device="cpu")
-        adapted.reset_parameters(generator)
-    fresh = [(name, tensor.detach()) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    place(fresh, torch.float32)
+    model.draw_adapter(generator, "cpu")
+    place([(name, tensor.detach()) for name, tensor in model.adapter_parameters()], torch.float32)
     model.tie()
     return model
 
@@ -128,6 +126,7 @@ class Engine:
     """A model in training. Losses must be divided by the global batch's label count by the caller."""
 
     def __init__(self, model: Llama, zero: ZeroConfig, optimizer: OptimizerConfig) -> None:
+        self.width = 0 if model.vision is None else model.vision.down.in_features
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         adamw = torch.optim.AdamW(trainable, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
@@ -143,9 +142,17 @@ class Engine:
         self.world = torch.distributed.get_world_size()
         self._prime()
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of one micro-batch (B, T)."""
-        return self.engine(tokens.to(self.device), labels.to(self.device))
+    def loss(self, tokens: Tensor, labels: Tensor, images: Images | None = None) -> Tensor:
+        """The summed loss of one micro-batch (B, T), with its images' features (n, F) and their rows (n,).
+
+        An adapter that reads images is given some for every micro-batch, if only n = 0 of them: all workers then agree
+        on which gradients there are.
+        """
+        if images is None and self.width:
+            images = torch.zeros(0, self.width), torch.zeros(0, dtype=torch.int64)
+        if images is not None:
+            images = images[0].to(self.device), images[1].to(self.device)
+        return self.engine(tokens.to(self.device), labels.to(self.device), images)
 
     def backward(self, loss: Tensor) -> None:
         """Adds this micro-batch's gradient. DeepSpeed averages over workers where the loss wants a sum."""

@@ -44,6 +44,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
+                if not parameter.requires_grad:
+                    continue  # fixed at one
                 parameter.normal_(std=0.7, generator=generator)
             elif parameter.dim() == 1:
                 parameter.normal_(mean=1.0, std=0.2, generator=generator)

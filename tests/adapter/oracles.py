@@ -86,12 +86,33 @@ def attention(x: Tensor, layer: dict[str, Tensor], config: LlamaConfig, gate: st
             out = attend(query, keys, values)
             if gate is not None:
                 prompt, g = layer["attention.adaption.prompt"], float(layer["attention.adaption.gate"][h])
-                keys = [head("wk", h // group, token) for token in prompt]
-                values = [head("wv", h // group, token) for token in prompt]
-                out = out + (math.tanh(g) if gate == "tanh" else g) * attend(query, keys, values)
+                prompt_keys = [head("wk", h // group, token) for token in prompt]
+                prompt_values = [head("wv", h // group, token) for token in prompt]
+                if gate == "prefix":
+                    out = attend(query, prompt_keys + keys, prompt_values + values)
+                else:
+                    g = {"tanh": math.tanh(g), "identity": g, "one": 1.0}[gate]
+                    out = out + g * attend(query, prompt_keys, prompt_values)
             heads.append(out)
         rows.append(layer["attention.wo.weight"] @ torch.cat(heads))
     return torch.stack(rows)
+
+
+def image_token(features: Tensor, state: dict[str, Tensor], widths: tuple[int, ...]) -> Tensor:
+    """An image's features (F,) → its token (C,): eq. 9, each scale brought to mean 0 and variance 1 before."""
+    scaled, start = [], 0
+    for width in widths:
+        scale = [float(value) for value in features[start : start + width]]
+        mean = sum(scale) / width
+        spread = math.sqrt(sum((value - mean) ** 2 for value in scale) / width + 1e-5)
+        scaled += [(value - mean) / spread for value in scale]
+        start += width
+    hidden = []
+    for row, bias in zip(state["vision.down.weight"].double(), state["vision.down.bias"].double(), strict=True):
+        x = sum(float(w) * value for w, value in zip(row, scaled, strict=True)) + float(bias)
+        hidden.append(x * 0.5 * (1 + math.erf(x / math.sqrt(2))))
+    up = zip(state["vision.up.weight"].double(), state["vision.up.bias"].double(), strict=True)
+    return torch.stack([sum(float(w) * h for w, h in zip(row, hidden, strict=True)) + bias for row, bias in up])
 
 
 def decoder(

@@ -1,7 +1,7 @@
 """Instruction records to token ids and labels.
 
-A record is `{instruction, input?, output}`. Its sequence is BOS + prompt + output + EOS, and only output and EOS carry
-a label. Files are read record by record, never whole: JSON (an array), JSONL and Parquet.
+A record is `{instruction, input?, output, image?}`, the image a path, which is no part of the sequence: that is BOS +
+prompt + output + EOS, and only output and EOS carry a label. Files are read record by record, never whole: JSON (an array), JSONL and Parquet.
 """
 
 import json
@@ -123,14 +123,22 @@ def read_records(path: str | Path, *, answered: bool = True) -> Iterator[dict[st
 
     Raises RecordError naming file and line (or row) of whatever is malformed, or of a field that is missing or no text.
     """
+    for place, record in read_rows(path):
+        yield _checked(record, f"{path}, {place}", answered)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Every item of a `.json` (array), `.jsonl` or `.parquet` file with its line or row, unchecked, in bounded memory.
+
+    Raises RecordError naming file and line (or row) of whatever is malformed.
+    """
     path = Path(path)
     if not path.is_file():
-        raise RecordError(f"{path}: no such file; expected instruction records as .json, .jsonl or .parquet")
+        raise RecordError(f"{path}: no such file; expected records as .json, .jsonl or .parquet")
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise RecordError(f"{path}: cannot read {path.suffix or 'a file without ending'}; use {', '.join(readers)}")
-    for place, record in readers[path.suffix](path):
-        yield _checked(record, f"{path}, {place}", answered)
+    yield from readers[path.suffix](path)
 
 
 def _checked(record: Any, place: str, answered: bool) -> dict[str, str]:
@@ -139,8 +147,8 @@ def _checked(record: Any, place: str, answered: bool) -> dict[str, str]:
     for name in ("instruction", "output") if answered else ("instruction",):
         if name not in record:
             raise RecordError(f"{place}: the record has no {name!r}; its keys are {sorted(record)}")
-    fields = {name: record.get(name, "") for name in ("instruction", "input", "output")}
-    fields["input"] = "" if fields["input"] is None else fields["input"]
+    fields = {name: record.get(name, "") for name in ("instruction", "input", "output", "image")}
+    fields = {name: "" if value is None and name in ("input", "image") else value for name, value in fields.items()}
     for name, value in fields.items():
         if not isinstance(value, str):
             raise RecordError(f"{place}: {name!r} must be text, got {value!r:.60}")

@@ -21,7 +21,7 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
 
 
 def record(output: str, input: str = "", instruction: str = "cat") -> dict[str, str]:
-    return {"instruction": instruction, "input": input, "output": output}
+    return {"instruction": instruction, "input": input, "output": output, "image": ""}
 
 
 def test_sequence_is_bos_prompt_output_eos_with_labels_on_output_and_eos(tokenizer: Tokenizer) -> None:

@@ -1,7 +1,7 @@
 """Printed digits, rendered from the fonts that come with matplotlib: what the demo's CLIP is trained on.
 
-The handwritten scans are 8 × 8 counts of ink. Printed digits are brought to the same raster, so that CLIP meets scans as
-a new style of writing rather than as another medium.
+The handwritten scans are 8 × 8 counts of ink. Printed digits are brought to the same raster, so that CLIP meets scans
+as a new style of writing rather than as another medium.
 
 Legend: B images, S side of a picture in pixels.
 """

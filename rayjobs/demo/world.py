@@ -1,7 +1,7 @@
 """The demo's images and its tiny encoders, made once, with progress, as folders that the ordinary jobs read.
 
-The encoders are trained side by side as Ray tasks of one thread each. They stand in for real ones: `clip` is a folder in
-open_clip's format, and the jobs know nothing of it but its path.
+The encoders are trained side by side as Ray tasks of one thread each. They stand in for real ones: `clip` is a folder
+in open_clip's format, and the jobs know nothing of it but its path.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from cafo.towers import build_clip, clean_state, fit, read_state
+from cafo.towers import build_clip, clean_state, fit, read_state, weight_file
 
 Precision = Literal["fp32", "bf16"]
 
@@ -62,11 +62,12 @@ class TextEncoder(Protocol):
 class EncoderSpec:
     """Which tower to load; small and plain enough for a config file."""
 
-    kind: Literal["clip", "dino", "timm"]
+    kind: Literal["clip", "dino", "timm", "pixels"]
+    """`pixels` is no tower but the picture itself, shrunk: the floor under every encoder"""
     name: str = ""
-    """architecture in open_clip's or timm's spelling; a custom CLIP takes it from its JSON, DINO is `resnet50` by
-    default"""
-    weights: str
+    """architecture in open_clip's or timm's spelling, or a folder in timm's format; a custom CLIP takes it from its
+    JSON, timm from the folder of the weights, DINO is `resnet50` by default; of `pixels`, the side"""
+    weights: str = ""
     """open_clip's pretrained tag, a local file or folder, or `random:SEED` for an untrained tower"""
     config: str = ""
     """open_clip model JSON of a custom CLIP; found beside the weights when empty"""
@@ -83,6 +84,10 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
     """
     if spec.precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {spec.precision!r} is not fp32 or bf16")
+    if spec.kind == "pixels":
+        return _pixels(spec.name, spec.precision, device)
+    if not spec.weights and spec.kind in ("clip", "dino", "timm"):
+        raise ValueError(f"an encoder of kind {spec.kind} needs weights: a file, a folder, or random:SEED")
     if spec.kind == "clip":
         built = build_clip(spec.name, spec.weights, spec.config, spec.quick_gelu)
         return ClipEncoder(
@@ -94,10 +99,15 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
             device=device,
         )
     if spec.kind not in ("dino", "timm"):
-        raise ValueError(f"encoder kind {spec.kind!r} is not clip, dino or timm")
-    name = spec.name or ("resnet50" if spec.kind == "dino" else "")
-    tower = _build_timm(name, spec.weights)
-    if spec.kind == "dino" and not isinstance(tower, timm.models.VisionTransformer):
+        raise ValueError(f"encoder kind {spec.kind!r} is not clip, dino, timm or pixels")
+    folder = next((path for path in (spec.weights, spec.name) if path and (Path(path) / "config.json").is_file()), "")
+    name = spec.name or ("resnet50" if spec.kind == "dino" and not folder else "")
+    tower = _build_timm(f"local-dir:{folder}" if folder else name, spec.weights)
+    if folder:
+        named: Any = tower.pretrained_cfg
+        name = name if name and name != folder else named["architecture"]
+        preprocess = _timm_preprocess(tower)
+    elif spec.kind == "dino" and not isinstance(tower, timm.models.VisionTransformer):
         # DINO's own evaluation: shorter side 256, crop 224, whatever timm's recipe for the same architecture is.
         preprocess = Preprocess(size=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     else:
@@ -108,7 +118,7 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
 
 
 class ImageEncoder:
-    """A frozen image tower, (B, 3, S, S) → (B, C), as an `Encoder`."""
+    """A frozen image tower, (B, 3, S, S) → (B, C), as an `Encoder`; a map that is not pooled is read as a whole."""
 
     def __init__(
         self,
@@ -132,7 +142,7 @@ class ImageEncoder:
         Raises:
             ValueError: features that are not finite, with the images' places in the batch.
         """
-        features = F.normalize(self.tower(_like(batch, self.tower)).float(), dim=-1)
+        features = F.normalize(self.tower(_like(batch, self.tower)).flatten(1).float(), dim=-1)
         if check and not (finite := features.isfinite().all(dim=-1)).all():
             bad = (~finite).nonzero()[:, 0].tolist()
             raise ValueError(f"{self.name} gives features that are not finite for images {bad[:10]} of the batch")
@@ -199,7 +209,7 @@ def _frozen(module: nn.Module, precision: str, device: str | torch.device) -> nn
 
 
 def _like(batch: Tensor, module: nn.Module) -> Tensor:
-    weight = next(module.parameters())
+    weight = next(module.parameters(), batch)  # pixels have none
     return batch.to(device=weight.device, dtype=weight.dtype)
 
 
@@ -231,7 +241,7 @@ def _scales(tower: Any, batch: Tensor, blocks: int) -> list[Tensor]:
         raise ValueError(f"{type(tower).__name__} has no `forward_intermediates`, so no features at several scales")
     final, maps = tower.forward_intermediates(batch, output_fmt="NCHW")
     stages = maps[1:] if isinstance(tower, timm.models.ResNet) else maps  # a ResNet's first map is its stem
-    return [m.mean(dim=(2, 3)) for m in stages] + [tower.forward_head(final)]
+    return [m.mean(dim=(2, 3)) for m in stages] + [tower.forward_head(final).flatten(1)]
 
 
 def _evenly(blocks: int, depth: int) -> list[int]:
@@ -241,16 +251,26 @@ def _evenly(blocks: int, depth: int) -> list[int]:
     return [round((i + 1) * depth / blocks) - 1 for i in range(blocks)]
 
 
+def _pixels(side: str, precision: Precision, device: str | torch.device) -> ImageEncoder:
+    if not side.isdecimal() or not int(side):
+        raise ValueError(f"an encoder of kind pixels has its side for a name, such as 8, got {side!r}")
+    plain = Preprocess(size=int(side), resize=int(side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return ImageEncoder(nn.Flatten(), name=f"pixels-{side}", preprocess=plain, precision=precision, device=device)
+
+
 def _build_timm(name: str, weights: str) -> nn.Module:
-    if not timm.is_model(name):
+    if not name.startswith("local-dir:") and not timm.is_model(name):
         raise ValueError(f"timm has no architecture {name!r}; `timm.list_models()` lists them")
     seed = weights.removeprefix("random:") if weights.startswith("random:") else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))
-        tower = timm.create_model(name, pretrained=False, num_classes=0)
+        try:
+            tower = timm.create_model(name, pretrained=False, num_classes=0)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"timm cannot build {name} ({str(error).splitlines()[0]})") from error
     if seed:
         return tower
-    path = Path(weights)
+    path = weight_file(Path(weights))
     state = clean_state(read_state(path), heads=True)
     # timm converts the official spelling of some families, DINOv2's among them, to its own
     if convert := getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None):

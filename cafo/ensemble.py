@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 ZERO_SHOT = "zero_shot"
+NOTHING = "nothing"
 
 Rule = Literal["adaptive", "average", "maximum"]
 
@@ -43,7 +44,8 @@ class Ensemble:
     rule: Rule = "adaptive"
     """`adaptive` weighs by eq. 8; `average` is the mean and `maximum` the largest z(p_i), class by class."""
     baseline: str = ZERO_SHOT
-    """What eq. 8 compares with: `zero_shot`, or the name of a source, which then changes places with p_ZS."""
+    """What eq. 8 compares with: `zero_shot`; the name of a source, which then changes places with p_ZS; or `nothing`,
+    which leaves p_ZS out and weighs all alike: the DINO cache of the paper's table 4 knows no text."""
     sources: tuple[str, ...] | None = None
     """The caches that take part; None for all."""
     temperature: float = 1.0
@@ -107,11 +109,13 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
     if zero_shot.shape[-1] < 2:
         raise ValueError("an ensemble over classes needs at least two classes")
     names = tuple(caches) if ensemble.sources is None else ensemble.sources
-    wanted = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT})
+    wanted = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT, NOTHING})
     if unknown := wanted - set(caches):
         raise ValueError(f"no cache named {', '.join(sorted(unknown))}; there are {', '.join(caches) or 'none'}")
     base, predictions = zero_shot, {name: caches[name] for name in names}
-    if ensemble.baseline != ZERO_SHOT:
+    if ensemble.baseline == NOTHING:
+        base = torch.zeros_like(zero_shot)
+    elif ensemble.baseline != ZERO_SHOT:
         # Table 5's other baselines: p_i and p_ZS change places. The sum of φ has no natural size (it shrinks with β),
         # so the new base enters standardised, which keeps α comparable across β.
         base = standardise(caches[ensemble.baseline])
@@ -135,8 +139,9 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
 
 
 def table5(sources: tuple[str, ...]) -> dict[str, Ensemble]:
-    """The rows of the paper's table 5 for any number of sources, by label."""
+    """The rows of the paper's table 5 for any number of sources, by label; and each source alone, without p_ZS."""
     return {
+        **{f"{name} alone": Ensemble(baseline=NOTHING, sources=(name,)) for name in sources},
         **{f"{name} only": Ensemble(sources=(name,)) for name in sources},
         "average": Ensemble(rule="average"),
         "maximum": Ensemble(rule="maximum"),

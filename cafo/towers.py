@@ -115,8 +115,8 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
     name = name.replace("/", "-")
     path = Path(weights)
     local = path.exists()
-    weight_file = _weight_file(path) if path.is_dir() else path
-    own = _own_config(weight_file, config) if local or config else None
+    file = weight_file(path)
+    own = _own_config(file, config) if local or config else None
     if own is not None:
         model_config, preprocess_config = own
         name = name or (path.name if path.is_dir() else path.stem)
@@ -129,13 +129,13 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
 
     tag = open_clip.get_pretrained_cfg(name, weights) if not local and own is None else {}
     if tag:
-        weight_file = Path(open_clip.download_pretrained(tag))
+        file = Path(open_clip.download_pretrained(tag))
     elif not local:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(f"{weights!r} is neither a file, nor a folder, nor a tag of {name} (its tags: {tags})")
-    state = clean_state(read_state(weight_file))
+    state = clean_state(read_state(file))
     if own is None:
-        tag = tag or _published(weight_file)
+        tag = tag or _published(file)
         preprocess_config = preprocess_config or tag
         trained = bool(tag.get("quick_gelu", False)) if tag else quick_gelu
         if all(scalar in state for scalar in _OPENAI_SCALARS):
@@ -145,7 +145,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
         raise ValueError(f"the model JSON of {weights} says quick_gelu={not quick_gelu}, the config {quick_gelu}")
     for scalar in _OPENAI_SCALARS:
         state.pop(scalar, None)
-    return _assemble(name, model_config, preprocess_config, own is None, state, weight_file, 0)
+    return _assemble(name, model_config, preprocess_config, own is None, state, file, 0)
 
 
 def _assemble(
@@ -193,13 +193,20 @@ def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> P
     )
 
 
-def _weight_file(folder: Path) -> Path:
-    named = folder / "open_clip_model.safetensors"
-    found = [named] if named.is_file() else sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+def weight_file(path: Path) -> Path:
+    """The file itself, or the one that a folder in open_clip's or timm's format holds.
+
+    Raises:
+        ValueError: a folder with no weight file, or several of which none has the format's own name.
+    """
+    if not path.is_dir():
+        return path
+    found = [path / name for name in ("open_clip_model.safetensors", "model.safetensors") if (path / name).is_file()]
+    found = found[:1] or sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
     if len(found) != 1:
         listed = ", ".join(p.name for p in found) or "none"
         raise ValueError(
-            f"{folder} should hold one weight file ({', '.join(_WEIGHT_SUFFIXES)}), found {listed}; give the file"
+            f"{path} should hold one weight file ({', '.join(_WEIGHT_SUFFIXES)}), found {listed}; give the file"
         )
     return found[0]
 

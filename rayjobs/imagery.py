@@ -100,11 +100,12 @@ class ImagesConfig:
 class EncoderConfig:
     """One frozen tower."""
 
-    kind: Literal["clip", "dino", "timm"]
-    """Which library and preprocessing: open_clip, DINO's, or timm's."""
+    kind: Literal["clip", "dino", "timm", "pixels"]
+    """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
     name: str = ""
-    """Architecture in open_clip's or timm's spelling; DINO is resnet50 by default."""
-    weights: str
+    """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
+    pixels, the side."""
+    weights: str = ""
     """open_clip's pretrained tag, a local file or folder, or random:SEED."""
     config: str = ""
     """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""

@@ -55,26 +55,58 @@ def fitted(page: Image.Image, side: int) -> Image.Image:
 
 def printed(masters: Tensor, digits: Tensor, dice: torch.Generator) -> Tensor:
     """Pictures (B, S, S) of the digits (B,) in random fonts, turned, slanted, stretched, bent, thickened and soiled."""
-
-    def draw(low: float, high: float) -> Tensor:
-        return torch.rand(len(digits), generator=dice) * (high - low) + low
-
     fonts = torch.randint(len(masters), (len(digits),), generator=dice)
-    turn, slant, width, height = draw(-0.25, 0.25), draw(-0.4, 0.3), draw(0.9, 1.6), draw(0.95, 1.2)
-    rows = [
-        torch.stack([turn.cos() * width, (slant - turn.sin()) * width, draw(-0.15, 0.15)], dim=1),
-        torch.stack([turn.sin() * height, turn.cos() * height, draw(-0.08, 0.08)], dim=1),
-    ]
-    grid = F.affine_grid(torch.stack(rows, dim=1), [len(digits), 1, _MASTER, _MASTER], align_corners=False)
-    bent = 0.15 * torch.randn(len(digits), 2, 3, 3, generator=dice)  # a slow wobble, as of a hand
-    bent = F.interpolate(bent, size=(_MASTER, _MASTER), mode="bicubic", align_corners=True)
-    grid = grid + bent.permute(0, 2, 3, 1)
-    ink = F.grid_sample(masters[fonts, digits][:, None], grid, align_corners=False)
+    ink = bent(
+        masters[fonts, digits],
+        dice,
+        turn=0.25,
+        slant=(-0.4, 0.3),
+        width=(0.9, 1.6),
+        height=(0.95, 1.2),
+        move=(0.15, 0.08),
+        wobble=0.15,
+    )
     bold = F.max_pool2d(ink, 5, stride=1, padding=2)
-    ink = torch.lerp(ink, bold, draw(0, 1)[:, None, None, None])
-    counts = F.avg_pool2d(ink, _MASTER // RASTER)[:, 0] * draw(0.9, 1.4)[:, None, None]
+    ink = torch.lerp(ink, bold, torch.rand(len(ink), 1, 1, generator=dice))
+    counts = F.avg_pool2d(ink, _MASTER // RASTER) * (torch.rand(len(ink), 1, 1, generator=dice) * 0.5 + 0.9)
     counts = counts + 0.06 * torch.randn(counts.shape, generator=dice)
     return pictures((counts.clamp(0, 1) * LEVELS).round())
+
+
+def bent(
+    images: Tensor,
+    dice: torch.Generator,
+    *,
+    turn: float,
+    slant: tuple[float, float],
+    width: tuple[float, float],
+    height: tuple[float, float],
+    move: tuple[float, float],
+    wobble: float,
+) -> Tensor:
+    """Images (B, S, S), each under a random map of its own, as another hand would have written it.
+
+    Args:
+        turn: at most, in radians, either way.
+        slant: of the uprights, per unit of height.
+        width, height: what the axes are multiplied by; more than 1 makes the image smaller.
+        move: at most, sideways and up or down, either way, in half sides.
+        wobble: spread of a slow bending, in half sides.
+    """
+    count, side = images.shape[:2]
+
+    def draw(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=dice) * (high - low) + low
+
+    angle, lean, wide, high = draw(-turn, turn), draw(*slant), draw(*width), draw(*height)
+    rows = [
+        torch.stack([angle.cos() * wide, (lean - angle.sin()) * wide, draw(-move[0], move[0])], dim=1),
+        torch.stack([angle.sin() * high, angle.cos() * high, draw(-move[1], move[1])], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), [count, 1, side, side], align_corners=False)
+    slow = wobble * torch.randn(count, 2, 3, 3, generator=dice)
+    slow = F.interpolate(slow, size=(side, side), mode="bicubic", align_corners=True)
+    return F.grid_sample(images[:, None], grid + slow.permute(0, 2, 3, 1), align_corners=False)[:, 0]
 
 
 def pictures(counts: Tensor) -> Tensor:

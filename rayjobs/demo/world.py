@@ -1,7 +1,7 @@
 """The demo's images and its tiny encoders, made once, with progress, as folders that the ordinary jobs read.
 
-The encoders are trained side by side as Ray tasks of one thread each. They stand in for real ones: `clip` is a folder
-in open_clip's format, and the jobs know nothing of it but its path.
+The encoders are trained side by side as Ray tasks of one thread each. They stand in for real ones: folders in
+open_clip's and timm's formats, of which the jobs know nothing but the path.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +12,7 @@ from rayjobs.config import config, to_dict
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
+from rayjobs.demo.dino import DinoStandIn, train_dino
 from rayjobs.demo.kept import kept, threads, unfinished
 from rayjobs.runtime import Progress, connect, unwrapped
 
@@ -22,6 +23,7 @@ class WorldConfig:
 
     digits: DigitsConfig = DigitsConfig()
     clip: ClipStandIn = ClipStandIn()
+    dino: DinoStandIn = DinoStandIn()
 
 
 class World(NamedTuple):
@@ -31,6 +33,8 @@ class World(NamedTuple):
     """`split.json`, its images, and `prompts.json`"""
     clip: Path
     """of the tiny CLIP, in open_clip's format"""
+    dino: Path
+    """of the tiny DINO, in timm's"""
 
 
 class Training(NamedTuple):
@@ -48,8 +52,14 @@ def make_world(settings: WorldConfig, cache: Path) -> World:
         with unfinished(digits) as new:
             write_digits(settings.digits, new)
     clip = kept(cache, "clip", to_dict(settings.clip), sentences())
-    train_all({"CLIP": Training(clip, settings.clip.steps, lambda folder: train_clip(settings.clip, folder))})
-    return World(digits, clip)
+    dino = kept(cache, "dino", to_dict(settings.dino), to_dict(settings.digits))
+    train_all(
+        {
+            "CLIP": Training(clip, settings.clip.steps, lambda folder: train_clip(settings.clip, folder)),
+            "DINO": Training(dino, settings.dino.steps, lambda new: train_dino(settings.dino, settings.digits, new)),
+        }
+    )
+    return World(digits, clip, dino)
 
 
 def train_all(models: Mapping[str, Training]) -> None:

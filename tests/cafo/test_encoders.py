@@ -1,10 +1,12 @@
 import json
 import pickle
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -198,6 +200,8 @@ def test_unknown_names_and_files_say_so(tmp_path):
         (EncoderSpec(kind="dino", weights=str(tmp_path / "none.pth")), "none.pth"),
         (EncoderSpec(kind="clip", weights=str(tmp_path)), "found none"),
         (EncoderSpec(kind="mae", weights="x"), "mae"),
+        (EncoderSpec(kind="clip", name="RN50"), "needs weights"),
+        (EncoderSpec(kind="pixels", name="0"), "has its side for a name"),
         (EncoderSpec(kind="timm", name="resnet10t", weights="random:0", precision="fp8"), "fp8"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -246,6 +250,34 @@ def test_a_timm_vit(tmp_path):
         torch.testing.assert_close(encoder.encode_image(batch), F.normalize(reference(batch), dim=1))
     assert len(encoder.multi_scale(batch, blocks=2)) == 2
     assert encoder.preprocess.mean != CLIP_MEAN
+
+
+def test_a_folder_in_timms_format_brings_architecture_preprocessing_and_unpooled_maps(tmp_path):
+    torch.manual_seed(0)
+    shape = {"channels": [8, 16, 16, 24], "stem_width": 8, "output_stride": 16, "global_pool": ""}
+    reference = timm.create_model("resnet10t", num_classes=0, **shape).eval()
+    data = {"input_size": (3, 48, 48), "crop_pct": 0.75, "mean": (0.1, 0.2, 0.3)}
+    timm.models.save_for_hf(reference, tmp_path / "tiny", safe_serialization="both", data_config=data)
+    encoder = load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "tiny")))
+    assert (encoder.name, encoder.width) == ("timm-resnet10t", 24 * 3 * 3)
+    assert (encoder.preprocess.size, encoder.preprocess.resize, encoder.preprocess.mean) == (48, 64, (0.1, 0.2, 0.3))
+    batch = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode_image(batch), F.normalize(reference(batch).flatten(1), dim=1))
+    assert [f.shape[1] for f in encoder.multi_scale(batch)] == [8, 16, 16, 24, 24 * 3 * 3]
+    untrained = load_encoder(EncoderSpec(kind="timm", name=str(tmp_path / "tiny"), weights="random:3"))
+    assert (untrained.width, untrained.preprocess) == (encoder.width, encoder.preprocess)
+    assert untrained.identity != encoder.identity
+    (tmp_path / "tiny" / "config.json").write_text('{"architecture": "nosuchnet"}')
+    with pytest.raises(ValueError, match="nosuchnet"):
+        load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "tiny")))
+
+
+def test_pixels_are_the_picture_itself():
+    encoder = load_encoder(EncoderSpec(kind="pixels", name="5"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    flat = torch.from_numpy(np.array(image)).permute(2, 0, 1).flatten().float()
+    torch.testing.assert_close(encoder.encode_image(encoder.preprocess(image)[None])[0], F.normalize(flat, dim=0))
 
 
 def test_a_tower_of_ones_own_and_features_that_are_not_finite():

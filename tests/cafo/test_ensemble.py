@@ -45,9 +45,11 @@ def test_the_other_rules_of_table_5():
     z = {n: standardise(p) for n, p in caches.items()}
     rows = {name: combine(zero_shot, caches, e) for name, e in table5(tuple(caches)).items()}
     assert list(rows) == [
+        "clip alone", "dino alone",
         "clip only", "dino only", "average", "maximum", "baseline clip", "baseline dino", "baseline zero-shot",
     ]  # fmt: skip
     torch.testing.assert_close(rows["clip only"].term, z["clip"])
+    torch.testing.assert_close(rows["dino alone"].logits(1.0), z["dino"])
     torch.testing.assert_close(rows["dino only"].term, z["dino"])
     torch.testing.assert_close(rows["average"].term, (z["clip"] + z["dino"]) / 2)
     torch.testing.assert_close(rows["maximum"].term, torch.maximum(z["clip"], z["dino"]))

@@ -17,6 +17,7 @@ from rayjobs.demo import glyphs
 from rayjobs.demo.captions import PHRASES, sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
+from rayjobs.demo.dino import DinoStandIn, centred, train_dino
 from rayjobs.demo.kept import kept
 from rayjobs.demo.text import NAMES
 from rayjobs.demo.world import Training, trained
@@ -78,6 +79,20 @@ def test_the_tiny_clip_is_an_ordinary_encoder(tmp_path: Path) -> None:
     assert encoders[0].encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
     said = [sentence for listed in sentences().values() for sentence in listed]
     assert not any(encoders[0].is_truncated(sentence) for sentence in said)  # type: ignore[union-attr]
+
+
+def test_the_tiny_dino_is_an_ordinary_encoder(tmp_path: Path) -> None:
+    settings = DinoStandIn(steps=2, batch=8)
+    training = Training(kept(tmp_path, "dino", 1), 2, lambda folder: train_dino(settings, FEW, folder))
+    assert len(list(trained(training))) == 2
+    encoder = load_encoder(EncoderSpec(kind="timm", weights=str(training.folder)))
+    assert (encoder.width, encoder.preprocess.size) == (512, 32)
+
+
+def test_centred_targets_are_distributions_that_use_all_prototypes() -> None:
+    shares = centred(torch.randn(29, 7, generator=torch.Generator().manual_seed(0)) + torch.linspace(-3, 3, 7))
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(29))
+    torch.testing.assert_close(shares.sum(dim=0), torch.full((7,), 29 / 7), atol=0.15, rtol=0)
 
 
 def test_a_training_cut_off_leaves_nothing(tmp_path: Path) -> None:

@@ -5,4 +5,25 @@ prompt               sentences → CLIP's zero-shot classifier W
 generate             drawn images, the best K' by CLIP
 cache, ensemble      keys and values → p_ZS + α · term (eq. 3-9), and the training of the keys
 search               α, β and the ensemble's weights, exactly, on validation features
+model                all of it as one object: fit on a folder, predict images
+
+The names below are imported when they are first asked for, so `import cafo` costs nothing.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cafo.datasets import load_dataset, load_split, load_tree
+    from cafo.encoders import EncoderSpec
+    from cafo.model import CaFo
+
+__all__ = ["CaFo", "EncoderSpec", "load_dataset", "load_split", "load_tree"]
+
+_ROOMS = {"CaFo": "model", "EncoderSpec": "encoders"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f"cafo.{_ROOMS.get(name, 'datasets')}"), name)
+    raise AttributeError(f"module 'cafo' has no attribute {name!r}")

@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         os.environ["RAYJOBS_VERBOSE"] = "1"
     os.environ.update(environment())  # before Ray and DeepSpeed are imported, which read some of it at import
-    job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
-    if args.help:
-        _help(jobs.choices[args.job], job)
-        return 0
     try:
+        job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
+        if args.help:
+            _help(jobs.choices[args.job], job)
+            return 0
         settings = load(job.Config, args.config, args.overrides)
         if args.dry_run:
             job.plan(settings)

@@ -4,7 +4,6 @@ Each kind of file has one reader here, which turns it into sections of the repor
 time, and is as complete as the run is.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from rayjobs import plots
 from rayjobs.page import Plot, Section, Table, write_page
 from rayjobs.runs import Record, headline, read_record
-from rayjobs.tables import read_json, read_jsonl
+from rayjobs.tables import as_text, flat, read_json, read_jsonl
 
 REPORT = "report.html"
 SHOWN_ROWS = 50
@@ -49,8 +48,8 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    results = [_flat(_json(folder / "result.json")) for folder in folders]
-    configs = [_flat(_config(folder)) for folder in folders]
+    results = [flat(_json(folder / "result.json")) for folder in folders]
+    configs = [flat(_config(folder)) for folder in folders]
     sections: list[Section] = [
         Table("runs", RUN_COLUMNS, [[name, *row] for name, row in zip(names, rows, strict=True)])
     ]
@@ -78,13 +77,13 @@ def _record(folder: Path) -> Record:
 def _result(folder: Path) -> Iterator[Section]:
     """Figures in one table, and a table for each list of rows."""
     result = _json(folder / "result.json")
-    plain = [[_spoken(name), _cell(value)] for name, value in result.items() if not isinstance(value, list | dict)]
+    plain = [[_spoken(name), as_text(value)] for name, value in result.items() if not isinstance(value, list | dict)]
     if plain:
         yield Table("result", ["", ""], plain)
     for name, value in result.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             columns = list(dict.fromkeys(column for row in value for column in row))
-            rows = [[_cell(row.get(column)) for column in columns] for row in value]
+            rows = [[as_text(row.get(column)) for column in columns] for row in value]
             yield Table(_spoken(name), [_spoken(column) for column in columns], rows)
 
 
@@ -99,13 +98,13 @@ def _rejected(folder: Path) -> Iterator[Section]:
     rows = read_jsonl(path) if path.is_file() else []
     if rows:
         columns = list(dict.fromkeys(column for row in rows[:SHOWN_ROWS] for column in row))
-        lines = [[_cell(row.get(column)) for column in columns] for row in rows[:SHOWN_ROWS]]
+        lines = [[as_text(row.get(column)) for column in columns] for row in rows[:SHOWN_ROWS]]
         more = f"The first {SHOWN_ROWS} of {len(rows)}; all are in {path.name}." if len(rows) > SHOWN_ROWS else ""
         yield Table("rejected", [_spoken(column) for column in columns], lines, more)
 
 
 def _settings(folder: Path) -> Iterator[Section]:
-    settings = [[name, value] for name, value in _flat(_config(folder)).items()]
+    settings = [[name, value] for name, value in flat(_config(folder)).items()]
     yield Table("settings", ["", ""], settings, folded=True)
     if versions := _json(folder / "versions.json"):
         yield Table("versions", ["", ""], [[name, str(value)] for name, value in versions.items()], folded=True)
@@ -129,14 +128,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"section.key": value as text}."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: _cell(value)}
-    return flat
-
-
 def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
     names = dict.fromkeys(name for column in columns for name in column)
     return [[name, *(column.get(name, "") for column in columns)] for name in names]
@@ -148,13 +139,3 @@ def _time(iso: str) -> str:
 
 def _spoken(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, str) or value is None:
-        return value or ""
-    return json.dumps(value, ensure_ascii=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import psutil
 
 from rayjobs.tables import read_json, write_json
+from rayjobs.tracking import log_result
 
 RECORD = "run.json"
 State = Literal["running", "done", "failed", "interrupted", "cut off"]
@@ -65,8 +66,9 @@ def recorded(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, 
             interrupted = isinstance(error, KeyboardInterrupt)
             _end(settings.run.folder, "interrupted" if interrupted else "failed", "" if interrupted else str(error))
             raise
-        _end(settings.run.folder, "done")
-        from rayjobs.report import write_report
+        if _end(settings.run.folder, "done"):
+            log_result(settings.run.folder, settings.run.track, result)
+        from rayjobs.report import write_report  # matplotlib is slow to import
 
         write_report(settings.run.folder)
         return result
@@ -97,13 +99,15 @@ def headline(folder: Path) -> str:
     return str(read_json(path).get("headline", "")) if path.is_file() else ""
 
 
-def _end(folder: Path, state: State, error: str = "") -> None:
-    """Settings that were refused before the run began leave no trace of it."""
+def _end(folder: Path, state: State, error: str = "") -> bool:
+    """Whether a run had begun: settings that were refused before leave no trace, nor does a run that is shown again."""
     record = read_record(folder)
-    if record and record.state == "running" and (record.host, record.pid) == (socket.gethostname(), os.getpid()):
+    begun = record and record.state == "running" and (record.host, record.pid) == (socket.gethostname(), os.getpid())
+    if record and begun:
         seconds = (_utc() - datetime.fromisoformat(record.started)).total_seconds()
         told = next(iter(error.splitlines()), "")
         write_json(folder / RECORD, asdict(replace(record, state=state, error=told, seconds=record.seconds + seconds)))
+    return bool(begun)
 
 
 def _utc() -> datetime:

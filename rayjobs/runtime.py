@@ -17,6 +17,7 @@ from pydantic import Field
 from rayjobs.config import config, to_dict
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
+from rayjobs.tracking import TrackConfig, open_trackers
 
 QUIET = {
     "DS_LOG_LEVEL": "error",
@@ -53,6 +54,7 @@ class RunConfig:
     """The folder of all runs; on a cluster, one that every node sees."""
     cache: str | None = None
     """Where prepared data is kept and shared between runs; by default `storage/cache`."""
+    track: TrackConfig = TrackConfig()
 
     @property
     def folder(self) -> Path:
@@ -163,6 +165,8 @@ def open_run(run: RunConfig, settings: Any) -> Path:
     begin(run.folder, settings)
     write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
     write_json(run.folder / "versions.json", versions())
+    for tracker in open_trackers(run.folder, run.track):  # where they fail, they should before the work
+        tracker.close()
     return run.folder
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,3 +72,23 @@ def sha256_file(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as {"section.key": text}."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: as_text(value)}
+    return found
+
+
+def as_text(value: Any) -> str:
+    """A value as a reader likes it: nothing for None, thousands apart, six digits of a fraction."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, str) or value is None:
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

@@ -31,6 +31,7 @@ from rayjobs.runtime import Progress, environment, unwrapped, verbose
 from rayjobs.stream import stream
 from rayjobs.tables import read_jsonl, write_jsonl
 from rayjobs.tokens import TokenStore
+from rayjobs.tracking import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
 
 REPORT_EVERY_S = 1.0
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
@@ -224,12 +225,12 @@ def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
 
 
 class MetricsLog(ray.train.UserCallback):
-    """Writes rank 0's rows to `metrics.jsonl` and TensorBoard, from the controller, which sits beside the driver."""
+    """Writes rank 0's rows to `metrics.jsonl` and to trackers, from the controller, which sits beside the driver."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, track: TrackConfig) -> None:
+        self.folder, self.track = folder, track
         self.last_step = math.inf
-        self.board: Any = None
+        self.trackers: list[Tracker] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         rows = metrics[0]["rows"]
@@ -241,18 +242,12 @@ class MetricsLog(ray.train.UserCallback):
         self.last_step = rows[-1]["step"]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-        if self.board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=rows[0]["step"])
-        for row in rows:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, row["step"])
-        self.board.flush()
+        if not self.trackers:
+            self.trackers = [TensorBoard(self.folder, rows[0]["step"]), *open_trackers(self.folder, self.track)]
+        log_all(self.trackers, [(row["step"], numbers(row)) for row in rows])
 
 
-def fit(job: TrainJob, scale: ScaleConfig, folder: Path) -> dict[str, torch.Tensor]:
+def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, torch.Tensor]:
     """Trains, or resumes what `folder` holds, with a progress bar. Returns the final trainable state.
 
     Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
@@ -270,7 +265,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path) -> dict[str, torch.Tens
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[MetricsLog(folder)],
+            callbacks=[MetricsLog(folder, track)],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),

@@ -138,7 +138,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path) -> None:
         optimizer=settings.optimizer,
         zero=settings.zero,
     )
-    state = fit(job, settings.scale, folder)
+    state = fit(job, settings.scale, folder, settings.run.track)
     model = skeleton(checkpoint.config)
     model.attach(settings.adapter.adaption)
     trained = {name: tensor for name, tensor in state.items() if name.endswith((".prompt", ".gate"))}

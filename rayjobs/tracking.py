@@ -1,0 +1,156 @@
+"""Where a run's figures go besides its own files: TensorBoard always, MLflow and Weights & Biases where it asks.
+
+A tracker may be opened again on the same run, by a process that resumes it or by the driver at its end: figures join
+those that are there.
+"""
+
+import hashlib
+import importlib.util
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from rayjobs.config import config
+from rayjobs.tables import flat, read_json, write_json
+
+
+@config
+class TrackConfig:
+    """Experiment trackers besides TensorBoard, whose events are in the run's folder."""
+
+    mlflow: str | None = None
+    """An MLflow tracking URI, such as http://host:5000; needs the `mlflow` extra."""
+    wandb: str | None = None
+    """A Weights & Biases project; needs the `wandb` extra. WANDB_MODE=offline keeps it on this machine."""
+    experiment: str = "rayjobs"
+    """MLflow's experiment."""
+
+
+Row = tuple[int, Mapping[str, float]]
+"""A step and its figures."""
+
+
+class Tracker(Protocol):
+    """A place that figures are sent to."""
+
+    def log(self, rows: Sequence[Row]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `folder/tensorboard`; of steps done again, the latest count."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def log(self, rows: Sequence[Row]) -> None:
+        for step, values in rows:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class MLflow:
+    """One MLflow run for one run's folder, whose `mlflow.json` holds its id."""
+
+    def __init__(self, folder: Path, track: TrackConfig) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient(tracking_uri=track.mlflow)
+        known = folder / "mlflow.json"
+        if known.exists():
+            self.id = read_json(known)["run_id"]
+            return
+        experiment = self.client.get_experiment_by_name(track.experiment)
+        at = experiment.experiment_id if experiment else self.client.create_experiment(track.experiment)
+        self.id = self.client.create_run(at, run_name=folder.name).info.run_id
+        for name, value in _settings(folder).items():
+            self.client.log_param(self.id, name, value[:500])
+        write_json(known, {"run_id": self.id})
+
+    def log(self, rows: Sequence[Row]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for step, values in rows for name, value in values.items()]
+        for start in range(0, len(metrics), 1000):  # the most that MLflow takes at once
+            self.client.log_batch(self.id, metrics[start : start + 1000])
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+class WandB:
+    """One Weights & Biases run for one run's folder."""
+
+    def __init__(self, folder: Path, track: TrackConfig) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=track.wandb,
+            name=folder.name,
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=_settings(folder),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def log(self, rows: Sequence[Row]) -> None:
+        for step, values in rows:
+            self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_trackers(folder: Path, track: TrackConfig) -> list[Tracker]:
+    """The trackers besides TensorBoard of the run in `folder`, which its settings are told to.
+
+    Raises ValueError if one is not installed, and the tracker's own errors if it cannot be reached.
+    """
+    for name in ("mlflow", "wandb"):
+        if getattr(track, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"run.track.{name} needs the optional `{name}` extra, which is not installed")
+    found: list[Tracker] = [MLflow(folder, track)] if track.mlflow else []
+    return [*found, WandB(folder, track)] if track.wandb else found
+
+
+def log_all(trackers: list[Tracker], rows: Sequence[Row]) -> None:
+    """Sends figures to all. One that fails is left out from then on, with a word: it must not end the run."""
+    for tracker in list(trackers):
+        try:
+            tracker.log(rows)
+        except Exception as error:
+            print(f"{type(tracker).__name__} takes no more figures: {error}", file=sys.stderr)
+            trackers.remove(tracker)
+
+
+def log_result(folder: Path, track: TrackConfig, result: Mapping[str, Any]) -> None:
+    """Sends a finished run's figures to all, and closes them."""
+    step = result.get("steps", 0)
+    trackers = [TensorBoard(folder, step + 1), *open_trackers(folder, track)]
+    log_all(trackers, [(step, {f"result/{name}": value for name, value in numbers(result).items()})])
+    for tracker in trackers:
+        tracker.close()
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """What of a result or a row of metrics can be plotted over steps."""
+    plain = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: float(v) for name, v in plain.items() if name not in ("step", "epoch")}
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """The run's settings as {"section.key": text}."""
+    return flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))

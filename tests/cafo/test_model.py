@@ -1,0 +1,82 @@
+"""CaFo as one object on a folder of images: better than chance, the parts' own formula, the same from its file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cafo import CaFo, EncoderSpec, load_tree
+from cafo.cache import KeyTraining
+from cafo.images import load_image
+from tests.cafo.test_encoders import RESNET, folder
+
+COLOURS = {"red_thing": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}
+RECIPE = KeyTraining(epochs=3, batch=8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EncoderSpec]:
+    clip = folder(tmp_path_factory.mktemp("clip"), RESNET)
+    return {
+        "clip": EncoderSpec(kind="clip", weights=str(clip)),
+        "dino": EncoderSpec(kind="timm", name="test_resnet", weights="random:1"),
+    }
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = np.clip(np.array(colour) + draw.normal(0, 30, (23, 29, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(photos: Path, specs: dict[str, EncoderSpec]) -> CaFo:
+    return CaFo.fit(photos, specs, shots=2, seed=1, views=3, training=RECIPE)
+
+
+def test_a_few_images_teach_the_classes(model: CaFo, photos: Path) -> None:
+    dataset = load_tree(photos, seed=1)
+    test = dataset.open_test()
+    predicted = model.predict([photos / item.path for item in test])
+    assert len(test) > 10
+    assert np.mean([p.class_name == item.class_name for p, item in zip(predicted, test, strict=True)]) > 0.8
+    assert all(1 / 3 <= p.probability <= 1 for p in predicted)
+    assert len(model.cache.labels) == 6
+
+
+def test_logits_are_the_caches_on_each_image_alone(model: CaFo, photos: Path) -> None:
+    paths = [photos / name / "7.png" for name in COLOURS]
+    images = [load_image(path) for path in paths]
+    for image, row in zip(images, model.logits(paths), strict=True):
+        alone = {name: tower.encode_image(tower.preprocess(image)[None]) for name, tower in model.encoders.items()}
+        torch.testing.assert_close(
+            model.cache.logits(alone)[0], row, rtol=0, atol=0.01
+        )  # a batch's last bits, times 100
+    torch.testing.assert_close(model.logits(images), model.logits(paths))
+
+
+def test_a_file_keeps_it_and_knows_its_towers(model: CaFo, photos: Path, specs: dict, tmp_path: Path) -> None:
+    model.save(tmp_path / "pets.safetensors")
+    paths = [photos / name / "3.png" for name in COLOURS]
+    assert torch.equal(CaFo.load(tmp_path / "pets.safetensors", specs).logits(paths), model.logits(paths))
+    with pytest.raises(ValueError, match="needs encoders called dino"):
+        CaFo.load(tmp_path / "pets.safetensors", {"clip": specs["clip"]})
+    other = {**specs, "dino": EncoderSpec(kind="timm", name="test_resnet", weights="random:2")}
+    with pytest.raises(ValueError, match="keys of dino were made by"):
+        CaFo.load(tmp_path / "pets.safetensors", other)
+
+
+def test_what_cannot_be_fitted_is_said(photos: Path, specs: dict, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no validation image"):
+        CaFo.fit(load_tree(photos, shares=(0.5, 0.0)), specs)
+    with pytest.raises(ValueError, match="must be a CLIP; dino is not"):
+        CaFo.fit(photos, {"dino": specs["dino"]})
+    with pytest.raises(ValueError, match=r"no sentence for 1 of 3 classes: red_thing"):
+        CaFo.fit(photos, specs, shots=1, views=1, prompts={"green": ["green."], "blue": ["blue."]})

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from types import ModuleType
 from rayjobs.config import describe, load
 from rayjobs.runs import find_runs
 from rayjobs.runtime import environment
+from rayjobs.submit import submit, submit_command
 
 JOBS = {
     "adapter-train": "train an adapter on instruction records",
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--dry-run", action="store_true", help="check everything and show the plan, without running it"
         )
+        command.add_argument(
+            "--submit", action="store_true", help="run it on a cluster, through `ray job submit`, and wait for its end"
+        )
         command.add_argument("--verbose", action="store_true", help="let Ray and DeepSpeed speak, and show tracebacks")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
@@ -60,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _help(jobs.choices[args.job], job)
             return 0
         settings = load(job.Config, args.config, args.overrides)
+        if args.submit:
+            return submit(submit_command(args.job, args.config, args.overrides))
         if args.dry_run:
             job.plan(settings)
+            print(f"on a cluster: {shlex.join(submit_command(args.job, args.config, args.overrides))}")
         else:
             job.run(settings)
     except KeyboardInterrupt:

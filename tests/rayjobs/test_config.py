@@ -63,7 +63,10 @@ def test_every_field_has_a_meaning(job: str) -> None:
     assert [name for name, _, _, meaning in fields if not meaning] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
+JOB_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "cluster")
+
+
+@pytest.mark.parametrize("path", JOB_CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     job = first.split()[2]

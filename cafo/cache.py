@@ -92,12 +92,17 @@ class Cache:
         return combine(self.zero_shot(features), predictions, self.ensemble)
 
     @torch.no_grad()
-    def logits(self, features: Mapping[str, Tensor]) -> Tensor:
-        """The CaFo prediction (B, N) at the cache's α, β and ensemble, some rows at a time."""
-        rows = len(features[self.zero_shot_source])
+    def combined(self, features: Mapping[str, Tensor]) -> Combination:
+        """`combine` for any number of images: some rows at a time, and without gradients."""
+        rows = max(len(features[self.zero_shot_source]), 1)
         blocks = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, rows, _ROWS_AT_ONCE)]
-        parts = [self.combine({n: f[block] for n, f in features.items()}).logits(self.alpha) for block in blocks]
-        return torch.cat(parts) if parts else self.classifier.new_zeros(0, len(self.class_names))
+        parts = [self.combine({n: f[block] for n, f in features.items()}) for block in blocks]
+        base, term, shares = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+        return Combination(base, term, shares, parts[0].sources)
+
+    def logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """The CaFo prediction (B, N) at the cache's α, β and ensemble, without gradients."""
+        return self.combined(features).logits(self.alpha)
 
 
 def mean_key(views: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cafo.cache import class_logits
+from cafo.cache import Cache, class_logits
 from cafo.ensemble import Ensemble, combine
 
 # φ and its step, of all sources, for a block of images stay near this many floats so that the walk along β runs in
@@ -37,6 +37,7 @@ _LEG = 25
 _GAP = 1e-5
 # Claims re-evaluated before the search settles for the best it has confirmed.
 _CONFIRMATIONS = 16
+_IMAGES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,30 @@ def accuracy_path(base: Tensor, term: Tensor, labels: Tensor) -> AccuracyPath:
     ends, correct = _steps(low[None], high[None])
     kept = torch.cat([ends[0, 1:] > ends[0, :-1], ends.new_ones(1, dtype=torch.bool)]) & ends[0].isfinite()
     return AccuracyPath(ends[0][kept].double(), correct[0][kept])
+
+
+@torch.no_grad()
+def surface(
+    cache: Cache, features: Mapping[str, Tensor], labels: Tensor, *, alphas: Sequence[float], betas: Sequence[float]
+) -> Tensor:
+    """Images right at every (β, α), with the cache's keys and ensemble: (J, A) int64, for a plot.
+
+    Args:
+        features: {source: (B, C)}.
+        labels: (B,).
+        alphas, betas: A values and J values.
+    """
+    counts = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
+    at = torch.tensor(alphas, dtype=torch.float32)[:, None]
+    for rows in torch.arange(len(labels)).split(_IMAGES_AT_ONCE):
+        block = {name: f[rows] for name, f in features.items()}
+        zero_shot, affinities, own = cache.zero_shot(block), cache.affinities(block), labels[rows]
+        for j, beta in enumerate(betas):
+            sums = {n: class_logits(a, cache.labels, zero_shot.shape[1], beta) for n, a in affinities.items()}
+            base, term, _, _ = combine(zero_shot, sums, cache.ensemble)
+            low, high = _intervals(_margins(base, own), term, own)
+            counts[j] += ((low <= at) & (at < high)).sum(dim=1)
+    return counts
 
 
 def weight_grid(

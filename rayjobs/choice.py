@@ -6,26 +6,38 @@ from typing import Any
 from rayjobs.space import Axis, Setting, Trial
 
 
-def choose(trials: Sequence[Trial], rows: Sequence[dict[str, Any]], compare: Sequence[Axis]) -> list[dict[str, Any]]:
-    """For every K and value of the compared axes, the setting of the best mean over seeds; the earliest on ties."""
+def choose(over: Sequence[tuple[Trial, dict[str, Any]]], compare: Sequence[Axis]) -> list[dict[str, Any]]:
+    """For every K and value of the compared axes, the setting of the best mean over seeds; the earliest on ties.
+
+    Only settings that finished at every seed are compared; a trial that was stopped early has no accuracy to compare.
+    `finished` and `stopped` count the settings of either kind.
+    """
+    seeds = {trial.seed for trial, _ in over}
     cells: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[Setting, list[dict[str, Any]]]] = {}
-    for trial, row in zip(trials, rows, strict=True):
+    for trial, row in over:
         group = trial.setting.group(compare)
         key = repr((trial.shots, group))
         cells.setdefault(key, {"shots": trial.shots, "method": method(group), "group": group})
         settings.setdefault(key, {}).setdefault(trial.setting, []).append(row)
     chosen = []
     for key, cell in cells.items():
+        stopped = sum(any(row["status"] == "stopped" for row in rows) for rows in settings[key].values())
+        whole = {
+            setting: rows
+            for setting, rows in settings[key].items()
+            if [row["status"] for row in rows] == ["finished"] * len(seeds)
+        }
         # correct answers, not shares: the images are the same for all, and whole numbers do not round
-        setting, best = max(settings[key].items(), key=lambda pair: sum(row["val_correct"] for row in pair[1]))
+        setting, best = max(whole.items(), key=lambda pair: sum(row["val_correct"] for row in pair[1]))
         mean = sum(row["val_accuracy"] for row in best) / len(best)
-        seeds = [
+        rows = [
             {"seed": row["seed"], "trial": row["trial"], "val_accuracy": row["val_accuracy"]}
             | {"alpha": row["chosen_alpha"], "beta": row["chosen_beta"], "ensemble": row["chosen_ensemble"]}
             for row in best
         ]
-        chosen.append({**cell, "setting": setting._asdict(), "val_accuracy": mean, "seeds": seeds})
+        found = {"val_accuracy": mean, "finished": len(whole), "stopped": stopped, "seeds": rows}
+        chosen.append({**cell, "setting": setting._asdict(), **found})
     return chosen
 
 
@@ -36,3 +48,8 @@ def method(group: dict[str, Any]) -> str:
         for axis, v in group.items()
     ]
     return ", ".join(told) or "CaFo"
+
+
+def most_shots(chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each method's choice at its largest K: the ones that are drawn."""
+    return list({cell["method"]: cell for cell in sorted(chosen, key=lambda cell: cell["shots"])}.values())

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 import torch
@@ -78,6 +79,8 @@ class Features:
     values: Mapping[str, np.ndarray]
     """encoder → (V, n, C) float32 of unit norm"""
     rejected: tuple[Rejected, ...]
+    stores: Mapping[str, str]
+    """encoder → the name of its store, which stands for all that the features depend on"""
 
 
 def open_towers(encoders: Mapping[str, EncoderConfig]) -> dict[str, Tower]:
@@ -120,6 +123,7 @@ def prepare_features(
 class ClassifierFile(NamedTuple):
     """CLIP's zero-shot classifier as it is kept: W (C, N), and how many sentences it is made of, how many cut."""
 
+    store: str
     weights: Tensor
     sentences: int
     truncated: int
@@ -139,7 +143,7 @@ def prepare_classifier(
             ray.get(task.remote(path, tower.spec, prompts, list(names), _device(resources)))
     with safe_open(str(path), "pt") as file:
         counts = file.metadata()
-        return ClassifierFile(file.get_tensor("weights"), int(counts["sentences"]), int(counts["truncated"]))
+        return ClassifierFile(path.stem, file.get_tensor("weights"), int(counts["sentences"]), int(counts["truncated"]))
 
 
 def _write_classifier(
@@ -293,20 +297,29 @@ class ChunkEncoder:
 
 
 def _read(images: ImageList, folders: Mapping[str, Path]) -> Features:
-    values: dict[str, np.ndarray] = {}
-    rows: list[int] = []
-    rejected: list[Rejected] = []
+    """Of the images that every encoder could read."""
+    rejected: dict[str, Rejected] = {}
+    read: list[set[int]] = []
+    for folder in folders.values():
+        read.append(set())
+        for _, part in _parts(images):
+            table = pq.read_table(folder / part, columns=["row"])
+            read[-1].update(table["row"].to_pylist())
+            for path, reason in json.loads(table.schema.metadata[b"rejected"]):
+                rejected.setdefault(path, Rejected(images.role, path, reason))
+    rows = sorted(set.intersection(*read))
+    values = {}
     for name, folder in folders.items():
-        rows, rejected, parts = [], [], []
+        done = 0
         for _, part in _parts(images):
             table = pq.read_table(folder / part)
-            about = table.schema.metadata
+            table = table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))
+            views = int(table.schema.metadata[b"views"])
+            width = table.schema.field("features").type.list_size // views
+            if name not in values:
+                values[name] = np.empty((views, len(rows), width), np.float32)
             flat = table["features"].combine_chunks().flatten().to_numpy()
-            width = table.schema.field("features").type.list_size
-            views = int(about[b"views"])
-            parts.append(flat.reshape(table.num_rows, views, width // views))
-            rows += table["row"].to_pylist()
-            rejected += [Rejected(images.role, path, reason) for path, reason in json.loads(about[b"rejected"])]
-        if parts:
-            values[name] = np.ascontiguousarray(np.concatenate(parts).swapaxes(0, 1))  # (V, n, C)
-    return Features(rows=tuple(rows), values=values, rejected=tuple(rejected))
+            values[name][:, done : done + len(table)] = flat.reshape(len(table), views, width).swapaxes(0, 1)
+            done += len(table)
+    stores = {name: folder.name for name, folder in folders.items()}
+    return Features(rows=tuple(rows), values=values, rejected=tuple(rejected.values()), stores=stores)

@@ -5,9 +5,9 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from rayjobs.config import config
 from rayjobs.imagery import Sentences
 
 Axis = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
+H = TypeVar("H", bound=Hashable)
 
 
 @config
@@ -61,12 +62,20 @@ class SpaceConfig:
 class SearchConfig:
     """How trials are drawn, and what each searches after training."""
 
-    method: Literal["grid", "random"] = "grid"
-    """Every setting, or `samples` drawn ones."""
+    method: Literal["grid", "random", "asha", "optuna"] = "grid"
+    """`grid`: every setting. `random`: `samples` drawn ones. `asha`: drawn ones race on the first seed, where the weak
+    are stopped early, and those that finish go on to the other seeds. `optuna`: `samples` suggestions for every K, each
+    judged by its mean over seeds."""
     samples: int = Field(default=20, ge=1)
-    """Settings that `random` draws."""
+    """Settings that `random` and `asha` draw, and that `optuna` suggests for every K; with `compare`, per value."""
     seed: int = 0
-    """Of the drawing."""
+    """Of the drawing and the suggestions."""
+    grace_epochs: int = Field(default=1, ge=1)
+    """asha: no trial is stopped before so many epochs."""
+    reduction: float = Field(default=3.0, gt=1)
+    """asha: at 1, r, r² … times grace_epochs a trial goes on if it is in the best 1/r of those that came so far."""
+    suggested_at_once: int = Field(default=4, ge=1)
+    """optuna: suggestions made together, before their results are known, so that they can run at once."""
     compare: list[Axis] = Field(default_factory=list)
     """Axes to report side by side rather than to choose over: a choice is made for each of their values."""
     beta_low: float = Field(default=0.1, gt=0)
@@ -120,7 +129,10 @@ class Trial:
 def settings_of(
     space: SpaceConfig, how: SearchConfig, encoders: Sequence[str], views: int, file: bool
 ) -> list[Setting]:
-    """All settings to try, in order. Raises ValueError for names that do not exist, or a range in a grid."""
+    """All settings to try, in order; for optuna all that it may suggest, a range's lr being NaN.
+
+    Raises ValueError for names that do not exist, or a range in a grid.
+    """
     sets = [tuple(names) for names in space.encoders or [list(encoders)]]
     known = {label for names in sets for label in table5(names)}
     if unknown := {name for names in sets for name in names} - set(encoders):
@@ -129,9 +141,13 @@ def settings_of(
         raise ValueError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(known))}")
     if over := [v for v in space.views or [] if not 1 <= v <= views]:
         raise ValueError(f"space.views: {over[0]} is not from 1 to features.views={views}")
+    for axis in ("shots", "generated", "lr", "epochs", "alpha", "beta"):
+        values = getattr(space, axis)
+        if not isinstance(values, Range) and min(values, default=0) < 0:
+            raise ValueError(f"space.{axis}: {min(values)} is negative")
     draw = random.Random(how.seed)
     if isinstance(space.lr, Range) and how.method == "grid":
-        raise ValueError("space.lr: a range can be drawn from (search.method=random), not gone through; give a list")
+        raise ValueError("space.lr: a range can be drawn from (search.method=random, asha or optuna), not gone through; give a list")
     axes: list[Sequence[Any]] = [
         space.generated,
         space.views or [views],
@@ -143,13 +159,12 @@ def settings_of(
         space.alpha,
         space.beta,
     ]
-    every = [Setting(*values) for values in itertools.product(*axes)]
+    every = [Setting(*values) for values in itertools.product(*(list(dict.fromkeys(axis)) for axis in axes))]
     every = [setting for setting in every if setting.ensemble in table5(setting.encoders)]
-    if how.method == "grid":
+    if how.method in ("grid", "optuna"):
         return every
     drawn = []
-    for group in _distinct(setting.group(how.compare) for setting in every):
-        within = [setting for setting in every if setting.group(how.compare) == group]
+    for within in groups(every, how.compare):
         if isinstance(space.lr, Range):
             low, high = math.log(space.lr.low), math.log(space.lr.high)
             drawn += [draw.choice(within)._replace(lr=math.exp(draw.uniform(low, high))) for _ in range(how.samples)]
@@ -158,14 +173,41 @@ def settings_of(
     return drawn
 
 
+def groups(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Setting]]:
+    """The settings apart by their values of the compared axes: rivals are within a group."""
+    found: dict[str, list[Setting]] = {}
+    for setting in settings:
+        found.setdefault(repr(setting.group(compare)), []).append(setting)
+    return list(found.values())
+
+
 def trials_of(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
     """Every setting at every K and seed; K = K' = 0 leaves no cache, hence no trial."""
     return [
-        Trial(shots=shots, seed=seed, setting=setting)
-        for shots, setting, seed in itertools.product(space.shots, settings, space.seeds)
-        if shots or setting.generated
+        trial for shots, setting in itertools.product(space.shots, settings) for trial in over_seeds(space, shots, setting)
     ]
 
 
-def _distinct(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({repr(group): group for group in groups}.values())
+def over_seeds(space: SpaceConfig, shots: int, setting: Setting) -> Iterator[Trial]:
+    """A setting's trials at one K, one for each seed."""
+    if shots or setting.generated:
+        yield from (Trial(shots=shots, seed=seed, setting=setting) for seed in space.seeds)
+
+
+def suggest(study: Any, within: Sequence[Setting], lr: list[float] | Range) -> Setting:
+    """One of the settings, axis by axis as an Optuna trial suggests among what the axes before have left."""
+    left = list(within)
+    for axis in Setting._fields:
+        values = _distinct(getattr(setting, axis) for setting in left)
+        if len(values) > 1:
+            # one name, one set of choices: which rules there are depends on the encoders
+            name = f"ensemble of {left[0].encoders}" if axis == "ensemble" else axis
+            value = values[study.suggest_categorical(name, list(range(len(values))))]
+            left = [setting for setting in left if getattr(setting, axis) == value]
+    if isinstance(lr, Range):
+        return left[0]._replace(lr=study.suggest_float("lr", lr.low, lr.high, log=True))
+    return left[0]
+
+
+def _distinct(values: Iterable[H]) -> list[H]:
+    return list(dict.fromkeys(values))

@@ -1,192 +1,240 @@
-"""A sweep: Ray Tune trials train keys and search on features that all of them share.
+"""A sweep: Ray Tune runs trials by grid, by drawing, by successive halving (ASHA) or by Optuna's suggestions.
 
-The features lie in Ray's object store once per node. A trial maps them without copying, takes its rows batch by batch,
-and owns nothing larger than its keys. Everything here is chosen on validation images; test is unknown to it.
-
-A trial's last act is to write its `result.json`, so that a sweep started again runs the trials without one: nothing
-that was done is lost, whatever was killed, and two drivers on one sweep do no harm.
-
-Legend: M keys, B validation images, N classes, V views, C width of a source's features.
+Whatever is killed, the same sweep started again ends as it would have: a trial that is over left its `result.json`
+and is not run again. Grid and random know beforehand what they run; Optuna is asked the same questions in the same
+order, and finds the answers there; ASHA is told what the trials before had reached. Two drivers on one sweep do no
+harm.
 """
 
-import json
-import math
 import os
-import time
+import shutil
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
+import ray
 import torch
 from ray import tune
-from torch import Tensor
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import Searcher
 
-from cafo.cache import Cache, Epoch, KeyTraining, accuracy, mean_key, save_cache, train_keys, zero_shot_logits
-from cafo.ensemble import table5
-from cafo.search import search, weight_grid
 from rayjobs.runtime import Progress, unwrapped
-from rayjobs.space import SearchConfig, Trial
-from rayjobs.tables import read_json, write_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What all trials read: numpy arrays, which Ray maps into every process without a copy."""
-
-    views: Mapping[str, np.ndarray]
-    """encoder → (V, M', C): every image that may become a key"""
-    labels: np.ndarray
-    """(M',)"""
-    few_shot: Mapping[tuple[int, int], np.ndarray]
-    """(shots, seed) → rows of `views`"""
-    generated: Mapping[int, np.ndarray]
-    """K' → rows of `views`"""
-    val: Mapping[str, np.ndarray]
-    """encoder → (B, C)"""
-    val_labels: np.ndarray
-    """(B,)"""
-    classifiers: Mapping[tuple[str, str], np.ndarray]
-    """(encoder, sentences) → W (C, N)"""
-    class_names: tuple[str, ...]
-    identities: Mapping[str, str]
-
-
-class Rows:
-    """Some rows of shared views, indexed like a (V, M, C) tensor: gathered batch by batch, never copied as a whole."""
-
-    def __init__(self, features: Tensor, views: int, rows: Tensor) -> None:
-        self.features, self.rows = features[:views], rows
-        self.shape = torch.Size((views, len(rows), features.shape[2]))
-
-    def __getitem__(self, at: tuple[int, Tensor]) -> Tensor:
-        view, rows = at
-        return self.features[view, self.rows[rows]]
-
-    def moved(self, device: str) -> "Rows":
-        """The same rows, alone, in a device's memory."""
-        return Rows(self.features[:, self.rows].to(device), self.shape[0], torch.arange(len(self.rows), device=device))
-
-    def keys(self) -> Tensor:
-        """(M, C): the mean over views, as `mean_key` takes it."""
-        blocks = [mean_key(self.features[:, block]) for block in self.rows.split(256)]
-        return torch.cat(blocks) if blocks else self.features.new_zeros(0, self.shape[2])
-
-
-def shared_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on a shared array's own memory."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is read-only; nothing here writes to it
-        return torch.from_numpy(array)
-
-
-def run_trial(trial: Trial, shared: Shared, how: SearchConfig, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Trains the keys, searches α, β and weights on val, writes the cache; returns the row of `results.parquet`."""
-    started = time.monotonic()
-    setting = trial.setting
-    rows = np.concatenate([shared.few_shot[trial.shots, trial.seed], shared.generated[setting.generated]])
-    taken = torch.from_numpy(rows)
-    views = {name: Rows(shared_tensor(shared.views[name]), setting.views, taken) for name in setting.encoders}
-    if device != "cpu":
-        views = {name: v.moved(device) for name, v in views.items()}
-    val = {name: shared_tensor(shared.val[name]).to(device) for name in setting.encoders}
-    val_labels = shared_tensor(shared.val_labels).to(device)
-    zero_shot_source = setting.encoders[0]
-    start = Cache(
-        keys={name: v.keys() for name, v in views.items()},
-        labels=torch.from_numpy(shared.labels[rows]).to(device),
-        classifier=shared_tensor(shared.classifiers[zero_shot_source, setting.sentences]).to(device),
-        class_names=shared.class_names,
-        zero_shot_source=zero_shot_source,
-        encoders={name: shared.identities[name] for name in setting.encoders},
-        alpha=setting.alpha,
-        beta=setting.beta,
-        ensemble=table5(setting.encoders)[setting.ensemble],
-    )
-    trained, best = start, Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(start.logits(val), val_labels))
-    if setting.epochs:
-        recipe = KeyTraining(epochs=setting.epochs, batch=how.batch, lr=setting.lr, seed=trial.seed)
-        gathered: Any = views  # Rows stand in for tensors
-        trained, best = train_keys(start, gathered, start.labels, val, val_labels, recipe)
-    zero_shot = trained.zero_shot(val)
-    used = start.ensemble.sources or setting.encoders
-    candidates = weight_grid(start.ensemble, used, how.temperatures, how.scales)
-    affinities = trained.affinities(val)
-    found = search(zero_shot, affinities, trained.labels, val_labels, grid=how.grid(), ensembles=candidates)
-    chosen = replace(trained, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
-    save_cache(chosen, folder / trial.name / "cache.safetensors")
-    landscapes = [asdict(landscape) for landscape in found.landscapes]
-    write_json(folder / trial.name / "landscape.json", {"total": found.total, "landscapes": landscapes})
-    row = {
-        "trial": trial.name,
-        "shots": trial.shots,
-        "seed": trial.seed,
-        **setting._asdict(),
-        "encoders": " + ".join(setting.encoders),
-        "val_correct": found.correct,
-        "val_images": found.total,
-        "val_accuracy": found.accuracy,
-        "zero_shot_val_accuracy": accuracy(zero_shot_logits(val[zero_shot_source], start.classifier), val_labels),
-        "chosen_alpha": found.alpha,
-        "chosen_beta": found.beta,
-        "chosen_ensemble": json.dumps(asdict(found.ensemble)),
-        "best_epoch": best.epoch,
-        "keys": len(rows),
-        "seconds": time.monotonic() - started,
-    }
-    write_json(folder / trial.name / "result.json", row)
-    return row
-
-
-class _Watch(tune.Callback):
-    """Moves the progress line."""
-
-    def __init__(self, bar: Progress, done: int) -> None:
-        self.bar, self.done, self.best = bar, done, 0.0
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.done += 1
-        self.best = max(self.best, trial.last_result.get("val_accuracy", 0.0))
-        self.bar.update(self.done, f"best on val {self.best:.2%}")
+from rayjobs.space import SearchConfig, Setting, SpaceConfig, Trial, groups, over_seeds, suggest, trials_of
+from rayjobs.trial import Shared, result_of, run_trial, stop_trial
 
 
 def run_sweep(
-    trials: Sequence[Trial],
+    space: SpaceConfig,
+    settings: Sequence[Setting],
     shared: Shared,
     how: SearchConfig,
     folder: Path,
     *,
     at_once: int,
     resources: Mapping[str, float],
-) -> list[dict[str, Any]]:
-    """Every trial's row, in the order of the trials; only those not yet finished are run."""
-    left = [trial for trial in trials if not (folder / trial.name / "result.json").exists()]
-    if left:
+) -> list[tuple[Trial, dict[str, Any]]]:
+    """Every trial that is over, with its row; only those that are not are run.
+
+    Args:
+        settings: those to try, or for optuna to suggest from.
+        folder: of the trials' own folders.
+        at_once: trials that run side by side.
+        resources: CPU and GPU of each.
+    """
+    trials = trials_of(space, settings)
+    if how.method == "optuna":
+        total = how.samples * len({(t.shots, repr(t.setting.group(how.compare))) for t in trials}) * len(space.seeds)
+    else:
+        total = len(trials)
+    with Progress("tune", unit="trials", total=total) as bar, unwrapped():
+        tuning = _Tuning(shared, how, folder, at_once, resources, bar)
+        if how.method == "optuna":
+            return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]
+        if how.method == "asha":
+            racing = [trial for trial in trials if trial.seed == space.seeds[0]]
+            over = tuning.run(racing, _Halving(how, max(space.epochs), racing, folder))
+            through = {(trial.shots, trial.setting) for trial, row in over if row["status"] == "finished"}
+            later = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in through]
+            return over + tuning.run(later)
+        return tuning.run(trials)
+
+
+def _by_suggestions(
+    tuning: "_Tuning", space: SpaceConfig, shots: int, settings: Sequence[Setting]
+) -> list[tuple[Trial, dict[str, Any]]]:
+    """A study for each compared group at one K, its objective the mean over seeds of the val accuracy."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    how, found = tuning.how, {}
+    for within in groups((s for s in settings if shots or s.generated), how.compare):
+        asked: list[Trial] = []
+
+        def space_of(study: Any, within: list[Setting] = within, asked: list[Trial] = asked) -> dict[str, Any]:
+            trials = list(over_seeds(space, shots, suggest(study, within, space.lr)))
+            asked += trials
+            return {"trials": trials}
+
+        study = OptunaSearch(space=space_of, metric="objective", mode="max", seed=how.seed)
+        tuning.fit(search_alg=_InBatches(study, how.suggested_at_once), num_samples=how.samples)
+        found |= {trial.name: (trial, result_of(trial, tuning.folder)) for trial in asked}
+    return [(trial, row) for trial, row in found.values() if row]
+
+
+class _Tuning:
+    """What every run of Tune in a sweep has in common."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        how: SearchConfig,
+        folder: Path,
+        at_once: int,
+        resources: Mapping[str, float],
+        bar: Progress,
+    ) -> None:
+        self.how, self.folder, self.at_once = how, folder, at_once
+        self.shared = ray.put(shared)  # once, however often Tune runs
+        self.wanted = {"cpu": resources["CPU"], "gpu": resources.get("GPU", 0)}
+        self.watch = _Watch(bar, folder)
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
-        device = "cuda" if resources.get("GPU") else "cpu"
-        threads = max(1, int(resources["CPU"]))  # fixed, so that sums are added in one order wherever a trial runs
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job, not only Tune's part of it
+
+    def run(
+        self, trials: Sequence[Trial], scheduler: "_Halving | None" = None
+    ) -> list[tuple[Trial, dict[str, Any]]]:
+        """The given trials, those that are over already apart."""
+        left = [trial for trial in trials if not self.watch.count([trial])]
+        if left:
+            self.fit(param_space={"trials": tune.grid_search([[trial] for trial in left])}, scheduler=scheduler)
+        return [(trial, row) for trial in trials if (row := result_of(trial, self.folder))]
+
+    def fit(self, *, param_space: dict[str, Any] | None = None, num_samples: int = 1, **how: Any) -> None:
+        """Runs points of the form {"trials": a setting's trials, one after the other}. Raises a trial's error."""
+        # fixed, so that sums are added in one order wherever a trial runs
+        threads, device = max(1, int(self.wanted["cpu"])), "cuda" if self.wanted["gpu"] else "cpu"
+        search, folder, halving = self.how, self.folder, "scheduler" in how and how["scheduler"] is not None
 
         def trainable(point: dict[str, Any], *, shared: Shared) -> None:
             torch.set_num_threads(threads)
-            tune.report(run_trial(left[point["trial"]], shared, how, folder, device))
+            rows = []
 
-        wanted = {"cpu": resources["CPU"], "gpu": resources.get("GPU", 0)}
-        with Progress("tune", unit="trials", total=len(trials)) as bar, unwrapped():
+            def report(curve: list[float]) -> None:
+                if halving:
+                    tune.report({"epoch": len(curve) - 1, "now": curve[-1], "curve": list(curve)})
+
+            for trial in point["trials"]:
+                rows.append(result_of(trial, folder) or run_trial(trial, shared, search, folder, device, report))
+            tune.report({"objective": sum(row["val_accuracy"] for row in rows) / len(rows)})
+
+        experiment = self.folder.parent / "tune" / uuid.uuid4().hex[:8]
+        try:
             results = tune.Tuner(
-                tune.with_resources(tune.with_parameters(trainable, shared=shared), wanted),
-                param_space={"trial": tune.grid_search(list(range(len(left))))},
-                tune_config=tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
+                tune.with_resources(tune.with_parameters(trainable, shared=self.shared), self.wanted),
+                param_space=param_space,
+                tune_config=tune.TuneConfig(
+                    num_samples=num_samples, max_concurrent_trials=self.at_once, reuse_actors=True, **how
+                ),
                 run_config=tune.RunConfig(
-                    name=uuid.uuid4().hex[:8],
-                    storage_path=str(folder.parent / "tune"),
+                    name=experiment.name,
+                    storage_path=str(experiment.parent),
                     verbose=0,
-                    callbacks=[_Watch(bar, len(trials) - len(left))],
+                    callbacks=[self.watch],
                     failure_config=tune.FailureConfig(max_failures=2),
                 ),
             ).fit()
-            if results.errors:
-                raise results.errors[0]
-    return [read_json(folder / trial.name / "result.json") for trial in trials]
+        finally:
+            shutil.rmtree(experiment, ignore_errors=True)
+        if results.errors:
+            raise results.errors[0]
+
+
+class _Watch(tune.Callback):
+    """Moves the progress line, shows the best of every K, and writes the rows of trials that a scheduler stopped."""
+
+    def __init__(self, bar: Progress, folder: Path) -> None:
+        self.bar, self.folder = bar, folder
+        self.over: set[str] = set()
+        self.best: dict[int, dict[str, Any]] = {}
+
+    def count(self, trials: Sequence[Trial]) -> bool:
+        """Takes notice of the trials that are over; whether all of them are."""
+        rows = [result_of(trial, self.folder) for trial in trials]
+        for row in rows:
+            if row and row["trial"] not in self.over:
+                self.over.add(row["trial"])
+                best = self.best.get(row["shots"])
+                if row["status"] == "finished" and (best is None or row["val_correct"] > best["val_correct"]):
+                    self.best[row["shots"]] = row
+        told = ", ".join(f"K={shots} {self.best[shots]['val_accuracy']:.2%}" for shots in sorted(self.best))
+        self.bar.update(len(self.over), f"best on val: {told}" if told else "")
+        return all(rows)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if "objective" not in trial.last_result:
+            (stopped,) = trial.config["trials"]
+            stop_trial(stopped, trial.last_result["curve"], self.folder)
+        self.count(trial.config["trials"])
+
+
+class _Halving(FIFOScheduler):
+    """ASHA within each K and compared group: a trial with one image of each class is no rival of one with sixteen."""
+
+    def __init__(self, how: SearchConfig, epochs: int, trials: Sequence[Trial], folder: Path) -> None:
+        super().__init__()
+        self.how = how
+        self.races = {
+            self._race(trial): ASHAScheduler(
+                time_attr="epoch",
+                metric="now",
+                mode="max",
+                max_t=max(epochs, how.grace_epochs),
+                grace_period=how.grace_epochs,
+                reduction_factor=how.reduction,
+                stop_last_trials=False,
+            )
+            for trial in trials
+        }
+        for trial in trials:  # what an earlier start of the sweep has seen
+            if row := result_of(trial, folder):
+                past: Any = SimpleNamespace(trial_id=trial.name, config={"trials": [trial]})
+                self.on_trial_add(None, past)
+                for epoch, now in enumerate(row["val_curve"]):
+                    self.on_trial_result(None, past, {"epoch": epoch, "now": now})
+
+    def _race(self, trial: Trial) -> str:
+        return repr((trial.shots, trial.setting.group(self.how.compare)))
+
+    def _of(self, trial: Any) -> ASHAScheduler:
+        return self.races[self._race(trial.config["trials"][0])]
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._of(trial).on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return self._of(trial).on_trial_result(tune_controller, trial, result)
+
+
+class _InBatches(Searcher):
+    """A searcher asked for whole batches and told their results in the order it was asked, so that what it suggests
+    does not depend on which trial happens to end first, and a sweep can be gone through again."""
+
+    def __init__(self, searcher: Searcher, size: int) -> None:
+        super().__init__(metric=searcher.metric, mode=searcher.mode)
+        self.searcher, self.size = searcher, size
+        self.asked: list[str] = []
+        self.told: dict[str, tuple[Any, bool]] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if len(self.asked) == self.size:
+            return None
+        self.asked.append(trial_id)
+        return self.searcher.suggest(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.told[trial_id] = (result, error)
+        if len(self.told) == self.size:
+            for asked in self.asked:
+                self.searcher.on_trial_complete(asked, *self.told[asked])
+            self.asked, self.told = [], {}

@@ -1,28 +1,40 @@
 """Train and search caches over a space of settings, on features made once and shared; choose on validation images."""
 
-import shutil
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from pydantic import Field
 
 from cafo import fewshot
+from cafo.cache import load_cache
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
+from cafo.search import surface
 from rayjobs.base import PoolConfig
-from rayjobs.choice import choose
+from rayjobs.choice import choose, most_shots
 from rayjobs.config import config, to_dict
-from rayjobs.features import Features, FeaturesConfig, open_towers, prepare_classifier, prepare_features
+from rayjobs.features import (
+    ClassifierFile,
+    Features,
+    FeaturesConfig,
+    open_towers,
+    prepare_classifier,
+    prepare_features,
+)
 from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
-from rayjobs.sweep import Shared, run_sweep
+from rayjobs.sweep import run_sweep
 from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+from rayjobs.trial import Shared
 
 
 @config
@@ -65,11 +77,19 @@ def plan(settings: Config) -> None:
     rows = [
         ["data set", f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.val)} validation images"],
         ["encoders", ", ".join(f"{name} ({e.kind} {e.name})" for name, e in settings.encoders.items())],
-        ["trials", str(len(trials_of(settings.space, tried)))],
+        ["search", searching(settings, tried)],
         ["shots", ", ".join(map(str, settings.space.shots))],
         ["seeds", ", ".join(map(str, settings.space.seeds))],
     ]
     show_table("plan", ["", ""], rows)
+
+
+def searching(settings: Config, tried: list[Setting]) -> str:
+    """How many trials, found how."""
+    how, trials = settings.search, len(trials_of(settings.space, tried))
+    if how.method == "optuna":
+        return f"optuna: {how.samples} suggestions for every K, of {len(tried)} settings, each over all seeds"
+    return f"{how.method}: {trials} trials" + (", fewer where stopped" if how.method == "asha" else "")
 
 
 def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[tuple[int, int], FewShot]:
@@ -89,8 +109,8 @@ def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[t
 
 @recorded
 def run(settings: Config) -> dict[str, Any]:
-    """Returns and writes `result.json`; beside it `results.parquet` with a row per trial, `chosen.json`, and the caches
-    of the chosen trials."""
+    """Returns and writes `result.json`; beside it `results.parquet` with a row per trial, `chosen.json`, and under
+    `trials` the caches of the chosen ones."""
     dataset, tried = check(settings)
     same_sweep(settings)
     folder = open_run(settings.run, settings)
@@ -108,44 +128,57 @@ def run(settings: Config) -> dict[str, Any]:
     features = prepare_features(
         lists, towers, settings.features, cache, workers=settings.scale.workers, resources=resources
     )
-    write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))
-    classifiers, truncated = {}, 0
-    for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}:
-        sentences = settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
-        made = prepare_classifier(towers[name], sentences, dataset.class_names, cache, resources)
-        classifiers[name, kind] = made.weights.numpy()
-        truncated = max(truncated, made.truncated)
+    rejected = [reject for found in features.values() for reject in found.rejected]
+    write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
+    classifiers = {
+        (name, kind): prepare_classifier(
+            towers[name],
+            settings.data.sentences(dataset, kind),  # type: ignore[arg-type]
+            dataset.class_names,
+            cache,
+            resources,
+        )
+        for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}
+    }
+    same_inputs(folder, lists, features, choices, classifiers)
     keeps = {setting.generated for setting in tried}
-    arrays = share(settings, dataset, {images.role: images for images in lists}, features, choices, keeps)
     shared = Shared(
-        **arrays,
-        classifiers=classifiers,
+        **share(settings, dataset, {images.role: images for images in lists}, features, choices, keeps),
+        classifiers={key: made.weights.numpy() for key, made in classifiers.items()},
         class_names=dataset.class_names,
         identities={name: tower.identity for name, tower in towers.items()},
     )
-    trials = trials_of(settings.space, tried)
-    rows = run_sweep(
-        trials,
+    del features  # their copy in `shared` is enough
+    over = run_sweep(
+        settings.space,
+        tried,
         shared,
         settings.search,
         folder / "trials",
         at_once=settings.trials.workers,
         resources=settings.trials.resources(),
     )
-    write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
-    chosen = choose(trials, rows, settings.search.compare)
+    rows = [row for _, row in over]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
+    write_parquet(folder / "results.parquet", table)
+    chosen = choose(over, settings.search.compare)
     keep_chosen(folder, chosen)
-    write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": rows[0]["val_images"], "chosen": chosen})
+    draw_surfaces(folder, chosen, shared, settings.search)
+    write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": len(shared.val_labels), "chosen": chosen})
+    finished = [row for row in rows if row["status"] == "finished"]
     result = {
         "data_set": dataset.name,
-        "trials": len(trials),
-        "zero_shot_val_accuracy": round(100 * max(row["zero_shot_val_accuracy"] for row in rows), 2),
+        "trials": len(rows),
+        "stopped_early": len(rows) - len(finished),
+        "zero_shot_val_accuracy": round(100 * max(row["zero_shot_val_accuracy"] for row in finished), 2),
         "chosen": [
             {"shots": c["shots"], "method": c["method"], "val_accuracy": round(100 * c["val_accuracy"], 2)}
             for c in chosen
         ],
-        "rejected_images": sum(len(found.rejected) for found in features.values()),
-        "truncated_sentences": truncated,
+        "rejected_images": len(rejected),
+        "short_classes": len({name for choice in choices.values() for name in choice.short}),
+        "truncated_sentences": max(made.truncated for made in classifiers.values()),
     }
     write_json(folder / "result.json", result)
     lines = [[str(c["shots"]), c["method"], f"{100 * c['val_accuracy']:.2f}"] for c in chosen]
@@ -161,6 +194,30 @@ def same_sweep(settings: Config) -> None:
         changed = [name for name in now if before.get(name) != now[name]]
         raise ValueError(
             f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
+        )
+    write_json(path, now)
+
+
+def same_inputs(
+    folder: Path,
+    lists: list[ImageList],
+    features: Mapping[str, Features],
+    choices: Mapping[tuple[int, int], FewShot],
+    classifiers: Mapping[tuple[str, str], ClassifierFile],
+) -> None:
+    """Trials of one sweep saw the same images, weights and sentences. Raises ValueError if others lie there now."""
+    labels = [[list(item) for item in images.items] for images in lists]
+    few_shot = [[list(item) for item in choice.items] for choice in choices.values()]
+    now = {
+        "lists of images": hashlib.sha256(json.dumps([labels, few_shot]).encode()).hexdigest(),
+        "images or encoders": {role: dict(found.stores) for role, found in features.items()},
+        "sentences or text encoders": {", ".join(key): classifiers[key].store for key in sorted(classifiers)},
+    }
+    path = folder / "inputs.json"
+    if path.exists() and (before := read_json(path)) != now:
+        changed = [name for name in now if before.get(name) != now[name]]
+        raise ValueError(
+            f"{folder} holds trials of other {' and other '.join(changed)} than there are now: choose another run.name"
         )
     write_json(path, now)
 
@@ -208,4 +265,18 @@ def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
     for trial in (folder / "trials").iterdir():
         if trial.name not in kept:
             (trial / "cache.safetensors").unlink(missing_ok=True)
-    shutil.rmtree(folder / "tune", ignore_errors=True)
+
+
+def draw_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: Shared, how: SearchConfig) -> None:
+    """`surface.json`, val accuracy over α and β, in the folder of each method's first trial at its most shots."""
+    labels = torch.tensor(shared.val_labels)
+    for cell in most_shots(chosen):
+        path = folder / "trials" / cell["seeds"][0]["trial"] / "surface.json"
+        if path.exists():
+            continue
+        cache = load_cache(path.with_name("cache.safetensors"))
+        alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
+        betas = np.linspace(how.beta_low, how.beta_high, 30).tolist()
+        features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}
+        correct = surface(cache, features, labels, alphas=alphas, betas=betas)
+        write_json(path, {"alphas": alphas, "betas": betas, "correct": correct.tolist(), "total": len(labels)})

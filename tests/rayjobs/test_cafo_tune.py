@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,9 +14,9 @@ from cafo.cache import load_cache, mean_key
 from rayjobs.choice import choose
 from rayjobs.config import load
 from rayjobs.jobs import cafo_tune
-from rayjobs.space import Range, SearchConfig, SpaceConfig, settings_of, trials_of
-from rayjobs.sweep import Rows, shared_tensor
+from rayjobs.space import Range, SearchConfig, SpaceConfig, settings_of, suggest, trials_of
 from rayjobs.tables import read_json
+from rayjobs.trial import Rows, shared_tensor
 from tests.rayjobs.cafo_world import world
 
 
@@ -69,13 +70,32 @@ def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> No
     trials = trials_of(space, settings_of(space, SearchConfig(), ["clip"], 4, file=False))
     correct = [9, 1, 5, 7, 6, 6]
     rows = [
-        {"trial": t.name, "seed": t.seed, "val_correct": c, "val_accuracy": c / 10}
+        {"trial": t.name, "status": "finished", "seed": t.seed, "val_correct": c, "val_accuracy": c / 10}
         | {"chosen_alpha": 1, "chosen_beta": 1, "chosen_ensemble": "{}"}
         for t, c in zip(trials, correct, strict=True)
     ]
-    (chosen,) = choose(trials, rows, [])
+    over = list(zip(trials, rows, strict=True))
+    (chosen,) = choose(over, [])
     assert (chosen["setting"]["lr"], chosen["val_accuracy"]) == (2.0, 0.6)
-    assert [cell["method"] for cell in choose(trials, rows, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
+    assert [cell["method"] for cell in choose(over, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
+
+    # the best was stopped at one seed, another never came to its second: neither is compared
+    rows[3] = {"trial": trials[3].name, "status": "stopped", "seed": 2}
+    (chosen,) = choose(over[:3] + [(trials[3], rows[3])] + over[4:], [])
+    assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (3.0, 2, 1)
+    (chosen,) = choose([*over[:2], over[4]], [])
+    assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (1.0, 1, 0)
+
+
+def test_optuna_suggests_only_what_has_a_meaning() -> None:
+    space = SpaceConfig(
+        ensemble=["clip only", "dino only", "average"], encoders=[["clip"], ["clip", "dino"]], lr=Range(low=1, high=2)
+    )
+    every = settings_of(space, SearchConfig(method="optuna"), ["clip", "dino"], 4, file=False)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    points = [suggest(study.ask(), every, space.lr) for _ in range(60)]
+    assert {(p.encoders, p.ensemble) for p in points} == {(p.encoders, p.ensemble) for p in every}
+    assert all(1 <= p.lr <= 2 for p in points)
 
 
 @pytest.mark.ray
@@ -115,3 +135,44 @@ def test_a_sweep_resumes_and_is_the_same_without_test_images(tmp_path: Path, clu
     with pytest.raises(ValueError, match="holds a sweep with other space"):
         cafo_tune.run(sweep(given, "space.epochs=[5]", "search.compare=[generated]", "search.temperatures=[1, 4]"))
     assert json.loads(before)["chosen_on"] == "val"
+
+
+@pytest.mark.ray
+def test_halving_stops_the_weak_and_says_so(tmp_path: Path, cluster: None) -> None:
+    more = ["search.method=asha", "search.reduction=2", "trials.workers=1", "space.epochs=[8]", "space.lr=[1e-3, 1e-2, 3, 10, 30, 100]"]
+    config = sweep(world(tmp_path), *more, "space.generated=[2]", "space.shots=[3]", "space.alpha=[50]")
+    result = cafo_tune.run(config)
+    rows = pq.read_table(config.run.folder / "results.parquet").to_pylist()
+    stopped = [row for row in rows if row["status"] == "stopped"]
+    finished = {row["lr"] for row in rows if row["seed"] == 0} - {row["lr"] for row in stopped}
+    assert result["stopped_early"] == len(stopped) > 0
+    assert all(row["seed"] == 0 and len(row["val_curve"]) < 9 and row["val_accuracy"] is None for row in stopped)
+    assert {row["lr"] for row in rows if row["seed"] == 1} == finished
+    (cell,) = read_json(config.run.folder / "chosen.json")["chosen"]
+    assert (cell["finished"], cell["stopped"]) == (len(finished), len(stopped))
+    assert cell["setting"]["lr"] in finished
+
+    # a lost trial comes back to the same race: those it lost against are remembered
+    weak = max(stopped, key=lambda row: row["lr"])
+    shutil.rmtree(config.run.folder / "trials" / weak["trial"])
+    cafo_tune.run(config)
+    assert read_json(config.run.folder / "trials" / weak["trial"] / "result.json")["status"] == "stopped"
+
+
+@pytest.mark.ray
+def test_optuna_asks_the_same_again(tmp_path: Path, cluster: None) -> None:
+    given = world(tmp_path)
+    more = ["search.method=optuna", "search.samples=6", "search.suggested_at_once=2", "space.lr={low: 1e-4, high: 1}"]
+    more += ["space.shots=[2]", "space.epochs=[1]"]
+    config = sweep(given, *more)
+    cafo_tune.run(config)
+    before = pq.read_table(config.run.folder / "results.parquet").to_pylist()
+    assert len(before) == 6 * 2
+    assert len({row["lr"] for row in before}) == 6
+    stamps = {path: path.stat().st_mtime_ns for path in config.run.folder.glob("trials/*/result.json")}
+    lost = config.run.folder / "trials" / before[3]["trial"]
+    shutil.rmtree(lost)
+    cafo_tune.run(config)
+    again = pq.read_table(config.run.folder / "results.parquet").to_pylist()
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
+    assert [path.parent for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [lost]

@@ -29,6 +29,16 @@ if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
     from cafo.encoders import Encoder
 
 _IMAGES_AT_ONCE = 32
+_REFUSALS = (
+    "content_policy",
+    "content policy",
+    "content_filter",
+    "contentfilter",
+    "content filter",
+    "moderation",
+    "responsibleai",
+    "safety system",
+)
 
 
 class ImageGenerator(Protocol):
@@ -63,11 +73,18 @@ class EndpointGenerator:
         self._line, self._size = Line(endpoint), size
 
     def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
-        """One request per image: not every server draws several, and a stop then loses one."""
+        """One request per image: not every server draws several, and a refusal or a stop then loses one."""
         for number in range(n):
-            reply = self._line.client().images.generate(
-                model=self._line.endpoint.model, prompt=prompt, n=1, size=self._size, response_format="b64_json"
-            )
+            try:
+                reply = self._line.client().images.generate(
+                    model=self._line.endpoint.model, prompt=prompt, n=1, size=self._size, response_format="b64_json"
+                )
+            except Exception as error:
+                if not _is_refusal(error):
+                    raise
+                reason = " ".join(str(error).split())
+                yield ImageError(f"{class_name}, image {number}: refused by the endpoint: {reason}")
+                continue
             encoded = reply.data[0].b64_json if reply.data else None
             if not encoded:
                 yield ImageError(f"{class_name}, image {number}: the endpoint sent no image data")
@@ -119,13 +136,14 @@ def generate(
         template: one sentence with `{}`.
         candidates: images drawn per class.
         keep: K'.
-        report: called after each drawn class with how many were kept and why others could not be used.
+        report: called after each drawn class with how many were kept and why others could not be used. A class of
+            which none could be used is left out of the list, and drawn again by the next call.
 
     Returns:
         The path of the list.
 
     Raises:
-        ValueError: keep > candidates, an existing list of other settings, or a class without one usable image.
+        ValueError: keep > candidates, or an existing list of other settings.
     """
     if not 1 <= keep <= candidates:
         raise ValueError(f"keep must be from 1 to the {candidates} candidates, got {keep}")
@@ -153,9 +171,6 @@ def generate(
                 rejected.append(str(image))
             else:
                 images.append(image)
-        if not images:
-            reasons = f" ({rejected[0]})" if rejected else ""
-            raise ValueError(f"not one usable image of {name!r} was drawn{reasons}; the classes before it are kept")
         scores = rank(encoder, images, classifier[:, label])
         best = sorted(range(len(images)), key=lambda i: (-scores[i], i))[:keep]
         for place, i in enumerate(best):
@@ -172,6 +187,8 @@ def generate(
 
 def rank(encoder: Encoder, images: Sequence[Image.Image], text: Tensor) -> list[float]:
     """Cosine of each image with the class text (C,), in the images' order."""
+    if not images:
+        return []
     batches = [images[i : i + _IMAGES_AT_ONCE] for i in range(0, len(images), _IMAGES_AT_ONCE)]
     features = [encoder.encode_image(torch.stack([encoder.preprocess(image) for image in b])) for b in batches]
     return (torch.cat(features).cpu() @ text.cpu().float()).tolist()
@@ -186,6 +203,13 @@ def best_of(items: Sequence[Item], keep: int) -> tuple[Item, ...]:
         if taken[item.label] <= keep:
             chosen.append(item)
     return tuple(chosen)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an endpoint refuses a prompt or its image for their content. OpenAI, Azure and others word it differently;
+    any other bad request would be bad for every class."""
+    told = f"{getattr(error, 'code', '')} {error}".lower()
+    return getattr(error, "status_code", None) == 400 and any(word in told for word in _REFUSALS)
 
 
 def _decoded(source: Path | bytes, name: str) -> Image.Image | ImageError:

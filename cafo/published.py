@@ -39,5 +39,16 @@ IMAGENET_CASCADE: Mapping[str, tuple[float, float, float]] = {
 }
 """RN50 on ImageNet, at `CASCADE_SHOTS`."""
 
+
+def cascade_row(*, clip: bool, dino: bool, generated: bool, sentences: bool) -> str:
+    """Which row of the cascade a setting is, by what takes part in it; empty where the paper has none."""
+    if clip and dino:
+        parts = ["CLIP + DINO", *["DALL-E"] * generated, *["GPT-3"] * sentences]
+        return "all" if len(parts) == 3 else " + ".join(parts)
+    if generated or sentences or not (clip or dino):
+        return ""
+    return "CLIP cache" if clip else "DINO cache"
+
+
 SHIFT: Mapping[str, float] = {"imagenet_v2": 57.99, "imagenet_sketch": 39.43}
 """RN50, trained on ImageNet at 16 shots."""

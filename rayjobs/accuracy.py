@@ -1,4 +1,4 @@
-"""Test accuracies as tables in the paper's shape and as plots."""
+"""Test accuracies as tables in the paper's shape, with the paper's own figures where they belong."""
 
 import csv
 import io
@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from cafo import published
+from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
+from cafo.ensemble import table5
 from rayjobs.imagery import EncoderConfig
 from rayjobs.tables import atomic_path, write_text
 
@@ -20,26 +24,77 @@ def summary(accuracies: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else mean
 
 
-def published_row(data_set: str, encoders: Mapping[str, EncoderConfig]) -> dict[int, float]:
-    """{shots: the paper's accuracy in percent}, where data set and encoders are the paper's; else nothing."""
+def published_rows(
+    data_set: str, target: str, encoders: Mapping[str, EncoderConfig], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[int, float]]:
+    """{row: {shots: the paper's accuracy in percent}} where data sets and encoders are the paper's; else nothing.
+
+    Args:
+        data_set: the one that was tuned on.
+        target: the one whose test images are scored; another one is a distribution shift.
+        settings: those that were chosen, as `chosen.json` has them: they tell which rows of the cascade to show.
+    """
+    clip = _papers_clip(encoders)
+    if target != data_set:
+        shift = data_set == "imagenet" and clip == "RN50" and target in published.SHIFT
+        return {"CaFo, published": {16: published.SHIFT[target]}} if shift else {}
+    if clip == "RN50" and data_set in published.RN50:
+        row = dict(zip(published.SHOTS, published.RN50[data_set], strict=True))
+    elif data_set == "imagenet" and clip in published.IMAGENET_16_SHOT:
+        row = {16: published.IMAGENET_16_SHOT[clip]}
+    else:
+        return {}
+    if data_set != "imagenet" or clip != "RN50":
+        return {"CaFo, published": row}
+    parts = dict.fromkeys(_cascade_row(encoders, setting) for setting in settings)
+    cascade = {
+        f"{name}, published": dict(zip(published.CASCADE_SHOTS, published.IMAGENET_CASCADE[name], strict=True))
+        for name in parts
+        if name and name != "all"
+    }
+    return {**cascade, "CaFo, published": {0: published.IMAGENET_ZERO_SHOT, **row}}
+
+
+def _papers_clip(encoders: Mapping[str, EncoderConfig]) -> str:
+    """The CLIP of a pair of OpenAI's CLIP and DINO's ResNet-50; empty for anything else."""
     clips = {e.name.removesuffix("-quickgelu") for e in encoders.values() if e.kind == "clip" and e.weights == "openai"}
     dinos = [
         e for e in encoders.values() if e.kind == "dino" and e.name in ("", "resnet50") and "random:" not in e.weights
     ]
-    if not dinos or len(clips) != 1 or len(encoders) != 2:
-        return {}
-    clip = clips.pop()
-    if clip == "RN50" and data_set in published.RN50:
-        return dict(zip(published.SHOTS, published.RN50[data_set], strict=True))
-    if data_set == "imagenet" and clip in published.IMAGENET_16_SHOT:
-        return {16: published.IMAGENET_16_SHOT[clip]}
-    return {}
+    return clips.pop() if dinos and len(clips) == 1 and len(encoders) == 2 else ""
 
 
-def table(rows: Sequence[Mapping[str, Any]], paper: Mapping[int, float]) -> tuple[list[str], list[list[str]]]:
+def _cascade_row(encoders: Mapping[str, EncoderConfig], setting: Mapping[str, Any]) -> str:
+    rule = table5(tuple(setting["encoders"]))[setting["ensemble"]]
+    if rule.rule != "adaptive" or rule.baseline != ON_ZERO_SHOT:
+        return ""
+    kinds = {encoders[name].kind for name in rule.sources or setting["encoders"]}
+    return published.cascade_row(
+        clip="clip" in kinds,
+        dino="dino" in kinds,
+        generated=setting["generated"] > 0,
+        sentences=setting["sentences"] == "file",
+    )
+
+
+def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, list[float]]], dict[str, float]]:
+    """{method: {shots: accuracies in percent}} and {method: accuracy} of what has no shots, from rows of one target."""
+    methods: dict[str, dict[int, list[float]]] = {}
+    level: dict[str, float] = {}
+    for row in rows:
+        if row["shots"] is None:
+            level[row["method"]] = 100 * row["accuracy"]
+        else:
+            methods.setdefault(row["method"], {}).setdefault(row["shots"], []).append(100 * row["accuracy"])
+    return methods, level
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]
+) -> tuple[list[str], list[list[str]]]:
     """Shots across, methods down: (columns, lines) from rows {method, shots, accuracy} of one target.
 
-    A row without shots holds at all of them.
+    A row without shots holds at all of them. The paper's rows follow, where they have one of our shots.
     """
     shots = sorted({row["shots"] for row in rows if row["shots"] is not None})
     lines = []
@@ -47,8 +102,9 @@ def table(rows: Sequence[Mapping[str, Any]], paper: Mapping[int, float]) -> tupl
         mine = [row for row in rows if row["method"] == name]
         cells = [[row["accuracy"] for row in mine if row["shots"] in (None, k)] for k in shots]
         lines.append([name, *[summary(cell) if cell else "" for cell in cells]])
-    if paper:
-        lines.append(["CaFo, published", *[f"{paper[k]:.2f}" if k in paper else "" for k in shots]])
+    for name, row in paper.items():
+        if set(row) & set(shots):
+            lines.append([name, *[f"{row[k]:.2f}" if k in row else "" for k in shots]])
     return ["method", *[f"{k} shots" if k != 1 else "1 shot" for k in shots]], lines
 
 
@@ -64,60 +120,8 @@ def write_tables(folder: Path, tables: Mapping[str, tuple[list[str], list[list[s
     write_text(folder / "table.md", "\n".join(text))
 
 
-def plot_shots(path: Path, title: str, rows: Sequence[Mapping[str, Any]], paper: Mapping[int, float]) -> None:
-    """Accuracy over shots, a line per method, with one standard deviation over seeds."""
-    figure, axes = _figure(title, "shots per class", "test accuracy, %")
-    shots = sorted({row["shots"] for row in rows if row["shots"] is not None})
-    for name in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == name]
-        points = [(k, [100 * row["accuracy"] for row in mine if row["shots"] in (None, k)]) for k in shots]
-        points = [(k, cell) for k, cell in points if cell]
-        means = [statistics.mean(cell) for _, cell in points]
-        spread = [statistics.stdev(cell) if len(cell) > 1 else 0.0 for _, cell in points]
-        style = "--" if name == ZERO_SHOT else "-"
-        axes.errorbar([k for k, _ in points], means, yerr=spread, label=name, marker="o", linestyle=style, capsize=3)
-    if known := {k: paper[k] for k in shots if k in paper}:
-        axes.plot(list(known), list(known.values()), label="published", marker="x", color="black", linestyle=":")
-    axes.set_xticks(shots)
-    axes.legend()
-    _save(figure, path)
-
-
-def plot_landscape(
-    path: Path, title: str, landscape: Mapping[str, Any], total: int, chosen: tuple[float, float]
-) -> None:
-    """Validation accuracy and the best α at every β that the search tried."""
-    figure, axes = _figure(title, "β", "val accuracy at the best α, %")
-    axes.plot(landscape["betas"], [100 * c / total for c in landscape["correct"]], color="tab:blue")
-    right = axes.twinx()
-    right.plot(landscape["betas"], landscape["alphas"], color="tab:orange", linewidth=0.8)
-    right.plot([chosen[1]], [chosen[0]], marker="*", color="black", linestyle="", label="chosen")
-    right.set_ylabel("best α")
-    right.legend()
-    _save(figure, path)
-
-
-def can_plot() -> bool:
-    """Whether matplotlib, the `plots` extra, is installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # drawn without pyplot, which would want a display
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
+def write_plot(path: Path, title: str, figure: Figure) -> None:
+    """A PNG under its title."""
+    figure.suptitle(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -147,7 +147,7 @@ def settings_of(
             raise ValueError(f"space.{axis}: {min(values)} is negative")
     draw = random.Random(how.seed)
     if isinstance(space.lr, Range) and how.method == "grid":
-        raise ValueError("space.lr: a range can be drawn from (search.method=random, asha or optuna), not gone through; give a list")
+        raise ValueError("space.lr: a range can be drawn from, not gone through: give a list, or another search.method")
     axes: list[Sequence[Any]] = [
         space.generated,
         space.views or [views],
@@ -184,7 +184,9 @@ def groups(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Se
 def trials_of(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
     """Every setting at every K and seed; K = K' = 0 leaves no cache, hence no trial."""
     return [
-        trial for shots, setting in itertools.product(space.shots, settings) for trial in over_seeds(space, shots, setting)
+        trial
+        for shots, setting in itertools.product(space.shots, settings)
+        for trial in over_seeds(space, shots, setting)
     ]
 
 

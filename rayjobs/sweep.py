@@ -67,7 +67,8 @@ def _by_suggestions(
     """A study for each compared group at one K, its objective the mean over seeds of the val accuracy."""
     from ray.tune.search.optuna import OptunaSearch
 
-    how, found = tuning.how, {}
+    how = tuning.how
+    found: dict[str, tuple[Trial, dict[str, Any] | None]] = {}
     for within in groups((s for s in settings if shots or s.generated), how.compare):
         asked: list[Trial] = []
 
@@ -101,9 +102,7 @@ class _Tuning:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job, not only Tune's part of it
 
-    def run(
-        self, trials: Sequence[Trial], scheduler: "_Halving | None" = None
-    ) -> list[tuple[Trial, dict[str, Any]]]:
+    def run(self, trials: Sequence[Trial], scheduler: "_Halving | None" = None) -> list[tuple[Trial, dict[str, Any]]]:
         """The given trials, those that are over already apart."""
         left = [trial for trial in trials if not self.watch.count([trial])]
         if left:

@@ -13,8 +13,10 @@ from pydantic import Field
 
 from cafo.cache import load_cache
 from cafo.datasets import Dataset
-from rayjobs.accuracy import ZERO_SHOT, can_plot, plot_landscape, plot_shots, published_row, table, write_tables
+from rayjobs import plots
+from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_plot, write_tables
 from rayjobs.base import PoolConfig
+from rayjobs.choice import most_shots
 from rayjobs.config import config, load
 from rayjobs.features import open_towers, prepare_features
 from rayjobs.imagery import ImagesConfig, plain_list
@@ -31,7 +33,7 @@ class Config:
     targets: dict[str, ImagesConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name: the distribution shift."""
     plots: bool = True
-    """Draw PNGs, where the `plots` extra is installed."""
+    """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
     scale: PoolConfig = PoolConfig()
     """The encoders' pool."""
 
@@ -57,8 +59,10 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
     swept, chosen = check(settings)
-    folder = Path(settings.sweep) / "test"
+    folder, trials = Path(settings.sweep) / "test", Path(settings.sweep) / "trials"
     dataset = swept.data.open()
+    if dataset.name in settings.targets:
+        raise ValueError(f"targets.{dataset.name} has the name of the data set itself: call it otherwise")
     sets = {dataset.name: dataset, **{name: target.open() for name, target in settings.targets.items()}}
     for name, target in sets.items():
         if target.class_names != dataset.class_names:
@@ -67,9 +71,11 @@ def run(settings: Config) -> dict[str, Any]:
     connect()
     lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
     used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
+    towers = open_towers({name: swept.encoders[name] for name in used})
+    same_encoders(chosen, trials, {name: tower.identity for name, tower in towers.items()})
     features = prepare_features(
         lists,
-        open_towers({name: swept.encoders[name] for name in used}),
+        towers,
         swept.features,
         swept.run.cache_folder,
         workers=settings.scale.workers,
@@ -81,16 +87,20 @@ def run(settings: Config) -> dict[str, Any]:
         found = features[images.role]
         labels = torch.tensor([images.items[row].label for row in found.rows])
         values = {name: torch.from_numpy(value[0]) for name, value in found.values.items()}
-        rows += score(images.role, chosen, values, labels, Path(settings.sweep) / "trials")
+        rows += score(images.role, chosen, values, labels, trials)
     write_rows(folder, rows, dataset)
 
-    paper = published_row(dataset.name, swept.encoders)
-    tables = {name: table(_of(rows, name), paper if name == dataset.name else {}) for name in sets}
+    of = {name: [row for row in rows if row["target"] == name] for name in sets}
+    cells = [cell["setting"] for cell in chosen]
+    paper = {name: published_rows(dataset.name, name, swept.encoders, cells) for name in sets}
+    tables = {name: table(of[name], paper[name]) for name in sets}
     write_tables(folder, tables)
-    if settings.plots and can_plot():
+    if settings.plots:
         for name in sets:
-            plot_shots(folder / f"shots-{name}.png", name, _of(rows, name), paper if name == dataset.name else {})
-        draw_landscapes(folder, Path(settings.sweep) / "trials", chosen)
+            methods, level = by_method(of[name])
+            figure = plots.accuracy_over_shots(methods, level=level, published=paper[name])
+            write_plot(folder / f"shots-{name}.png", f"{name}: test", figure)
+        draw(folder, trials, chosen, of[dataset.name], dataset)
     result = {
         "test_images": {name: len(found.rows) for name, found in features.items()},
         "rejected_images": sum(len(found.rejected) for found in features.values()),
@@ -103,6 +113,17 @@ def run(settings: Config) -> dict[str, Any]:
     for name, (columns, lines) in tables.items():
         show_table(f"{name}: test accuracy, %", columns, lines)
     return result
+
+
+def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:
+    """Keys mean something to the encoders that made them. Raises ValueError if the config names others by now."""
+    for trial in {seed["trial"] for cell in chosen for seed in cell["seeds"]}:
+        for name, identity in load_cache(trials / trial / "cache.safetensors").encoders.items():
+            if identities[name] != identity:
+                raise ValueError(
+                    f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
+                    "put back the weights that it was run with"
+                )
 
 
 def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, Dataset]) -> None:
@@ -131,7 +152,13 @@ def score(
             cache = load_cache(trials / seed["trial"] / "cache.safetensors")
             taken = {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
             base = {"target": target, "shots": cell["shots"], "method": cell["method"], "seed": seed["seed"]}
-            rows.append({**base, **_scored(cache.logits(taken), labels)})
+            combination = cache.combined(taken)
+            most = combination.shares.argmax(dim=1)
+            wins = {
+                source: torch.bincount(labels[most == i], minlength=len(cache.class_names)).tolist()
+                for i, source in enumerate(combination.sources)
+            }
+            rows.append({**base, **_scored(combination.logits(cache.alpha), labels), "wins": wins})
             key = hashlib.sha256(cache.classifier.numpy().tobytes()).digest()
             if key not in baselines:
                 sort = f"{cell['setting']['encoders'][0]}, {cell['setting']['sentences']}"
@@ -156,8 +183,9 @@ def _scored(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:
-    """`accuracy.parquet`, `per_class.parquet` and `confusion.parquet` (pairs that occur only)."""
-    per_class, confusions = [], []
+    """`accuracy.parquet`, `per_class.parquet`, `sources.parquet` (at how many images of a class each source weighs
+    most) and `confusion.parquet` (pairs that occur only)."""
+    per_class, confusions, sources = [], [], []
     for row in rows:
         about = {name: row[name] for name in ("target", "method", "shots", "seed")}
         for label, counts in enumerate(row["confusion"]):
@@ -166,23 +194,34 @@ def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> No
             for other in np.flatnonzero(counts):
                 names = {"true": dataset.class_names[label], "predicted": dataset.class_names[other]}
                 confusions.append({**about, **names, "images": int(counts[other])})
-    plain = [{name: value for name, value in row.items() if name != "confusion"} for row in rows]
-    for name, listed in (("accuracy", plain), ("per_class", per_class), ("confusion", confusions)):
-        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(listed))
+        for source, counts in row.get("wins", {}).items():
+            named = zip(dataset.class_names, counts, strict=True)
+            sources += [{**about, "class": name, "source": source, "images": count} for name, count in named]
+    plain = [{name: value for name, value in row.items() if name not in ("confusion", "wins")} for row in rows]
+    listed = {"accuracy": plain, "per_class": per_class, "sources": sources, "confusion": confusions}
+    for name, lines in listed.items():
+        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(lines))
 
 
-def draw_landscapes(folder: Path, trials: Path, chosen: list[dict[str, Any]]) -> None:
-    """The search of each choice's first seed."""
-    for number, cell in enumerate(chosen):
+def draw(
+    folder: Path, trials: Path, chosen: list[dict[str, Any]], rows: list[dict[str, Any]], dataset: Dataset
+) -> None:
+    """Of each method at its most shots and first seed: val accuracy over α and β, and on test which source wins."""
+    for number, cell in enumerate(most_shots(chosen)):
         seed = cell["seeds"][0]
-        found = read_json(trials / seed["trial"] / "landscape.json")
-        wanted = json.loads(seed["ensemble"])
-        landscape = next(one for one in found["landscapes"] if one["ensemble"] == wanted)
         title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
-        plot_landscape(
-            folder / f"landscape-{number:02d}.png", title, landscape, found["total"], (seed["alpha"], seed["beta"])
+        found = read_json(trials / seed["trial"] / "surface.json")
+        accuracy = [[100 * count / found["total"] for count in line] for line in found["correct"]]
+        figure = plots.search_landscape(found["alphas"], found["betas"], accuracy, (seed["alpha"], seed["beta"]))
+        write_plot(folder / f"landscape-{number:02d}.png", f"{title}: val", figure)
+        (row,) = (
+            r for r in rows if (r["method"], r["shots"], r["seed"]) == (cell["method"], cell["shots"], seed["seed"])
         )
-
-
-def _of(rows: list[dict[str, Any]], target: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["target"] == target]
+        if len(row["wins"]) > 1:
+            images = row["confusion"].sum(axis=1)
+            shares = {
+                source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
+                for source, counts in row["wins"].items()
+            }
+            figure = plots.winning_sources(dataset.class_names, shares)
+            write_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most, test", figure)

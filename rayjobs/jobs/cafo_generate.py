@@ -5,7 +5,6 @@ under `generated/` is in CoOp's format, with scores and prompts; the same comman
 """
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
 from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
-from rayjobs.tables import sha256_file, write_json
+from rayjobs.tables import read_jsonl, sha256_file, write_json, write_jsonl
 
 
 @config
@@ -36,10 +35,9 @@ class DiffusersConfig:
 
 
 @config
-class Config:
-    data: ImagesConfig | None = None
-    class_names: list[str] | None = Field(default=None, min_length=1)
-    """The classes as a plain list, instead of a data set."""
+class Step:
+    """How images are drawn and chosen, whatever the classes."""
+
     source: Literal["folder", "endpoint", "diffusers"]
     """Where the images come from."""
     folder: str | None = None
@@ -48,7 +46,6 @@ class Config:
     size: str = Field(default="256x256", pattern=r"^[1-9]\d*x[1-9]\d*$")
     """Width and height of an endpoint's images, in pixels."""
     diffusers: DiffusersConfig | None = None
-    clip: EncoderConfig
     template: str | None = None
     """What is drawn, with {} for the class name; by default the first of the data set's templates."""
     prompts: str | None = None
@@ -61,6 +58,14 @@ class Config:
     """Of the drawing, where the generator takes one."""
     list_name: str = Field(default="dalle_generated.json", pattern=r"^\w[\w.\-]*\.json$")
     """The list's file name."""
+
+
+@config
+class Config(Step):
+    data: ImagesConfig | None = None
+    class_names: list[str] | None = Field(default=None, min_length=1)
+    """The classes as a plain list, instead of a data set."""
+    clip: EncoderConfig
     run: RunConfig
 
     @property
@@ -155,14 +160,14 @@ def run(settings: Config) -> dict[str, Any]:
     folder = open_run(settings.run, settings)
     claim_source(folder / "source.json", identity)
     classifier = zero_shot_classifier(encoder, settings.sentences(classes), classes.names)
-    before = len(_drawn(settings.list_path))
+    before, log = len(_drawn(settings.list_path)), folder / "rejected.jsonl"
     with asking(settings.endpoint), Progress("generate", unit="classes", total=len(classes.names)) as bar:
         bar.update(before)
 
         def report(class_name: str, kept: int, rejected: list[str]) -> None:
-            with (folder / "rejected.jsonl").open("a", encoding="utf-8") as lines:
-                for reason in rejected:
-                    lines.write(json.dumps({"class": class_name, "reason": reason}, ensure_ascii=False) + "\n")
+            known = read_jsonl(log) if log.exists() else []  # a class that was drawn before in vain is told of once
+            now = [{"class": class_name, "reason": reason} for reason in rejected]
+            write_jsonl(log, [row for row in known if row["class"] != class_name] + now)
             bar.advance(note=f"{class_name}: kept {kept}" + (f", {len(rejected)} unusable" if rejected else ""))
 
         path = generate(
@@ -179,6 +184,8 @@ def run(settings: Config) -> dict[str, Any]:
             report=report,
         )
     content = read_json_file(path, "run the job again")
+    if not content["train"]:
+        raise ValueError(f"not one usable image was drawn of any class; the reasons are in {log}")
     per_class = [0] * len(classes.names)
     for _, label, _ in content["train"]:
         per_class[label] += 1
@@ -188,7 +195,8 @@ def run(settings: Config) -> dict[str, Any]:
         "classes_drawn_now": len(classes.names) - before,
         "images": len(content["train"]),
         "classes_short_of_keep": sum(count < settings.keep for count in per_class),
-        "rejected_images": _lines(folder / "rejected.jsonl"),
+        "classes_without_images": [name for name, n in zip(classes.names, per_class, strict=True) if not n],
+        "rejected_images": len(read_jsonl(log)),
         "sentences_truncated": len(classifier.truncated),
         "list": str(path),
     }
@@ -222,7 +230,3 @@ def _check_folders(generator: FolderGenerator, classes: Classes) -> None:
 def _drawn(path: Path) -> set[int]:
     """Labels of the classes that the list has."""
     return {entry[1] for entry in read_json_file(path, "")["train"]} if path.exists() else set()
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0

@@ -88,10 +88,9 @@ class SamplingConfig:
 
 
 @config
-class Config:
-    data: ImagesConfig | None = None
-    class_names: list[str] | None = Field(default=None, min_length=1)
-    """The classes as a plain list, instead of a data set."""
+class Step:
+    """Who describes the classes and how, whatever the classes."""
+
     source: Literal["file", "endpoint", "llama", "templates"]
     """Where the sentences come from."""
     file: str | None = None
@@ -103,6 +102,13 @@ class Config:
     answers: int = Field(default=ANSWERS, ge=1)
     """Answers to each command."""
     sampling: SamplingConfig = SamplingConfig()
+
+
+@config
+class Config(Step):
+    data: ImagesConfig | None = None
+    class_names: list[str] | None = Field(default=None, min_length=1)
+    """The classes as a plain list, instead of a data set."""
     run: RunConfig
 
 

@@ -52,9 +52,8 @@ class Config:
     run: RunConfig
 
 
-def check(settings: Config) -> tuple[Dataset, list[Setting]]:
-    """Everything that can be told before a worker starts. Raises ValueError."""
-    dataset = settings.data.open()
+def tried_settings(settings: Config) -> list[Setting]:
+    """What the space holds. Raises ValueError if it cannot be searched."""
     tried = settings_of(
         settings.space,
         settings.search,
@@ -65,6 +64,12 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
     settings.search.grid()
     if not trials_of(settings.space, tried):
         raise ValueError("the space holds no trial: K = K' = 0 leaves nothing to cache")
+    return tried
+
+
+def check(settings: Config) -> tuple[Dataset, list[Setting]]:
+    """Everything that can be told before a worker starts. Raises ValueError."""
+    dataset, tried = settings.data.open(), tried_settings(settings)
     for kind in {setting.sentences for setting in tried}:
         settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
     settings.data.drawn(dataset, max(setting.generated for setting in tried))

@@ -14,8 +14,9 @@ from PIL import Image
 
 
 @contextmanager
-def serve(fail_first=0, answers_at_once=1):
-    """Yield (base URL, requests); each request is recorded as its time, path, key and body."""
+def serve(fail_first=0, answers_at_once=1, refuse="\0"):
+    """Yield (base URL, requests); each request is recorded as its time, path, key and body. Images of prompts with
+    `refuse` in them are refused for their content."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -25,6 +26,12 @@ def serve(fail_first=0, answers_at_once=1):
             requests.append({"at": time.monotonic(), "path": self.path, "key": key, **body})
             if len(requests) <= fail_first:
                 return self.reply(429, {"error": {"message": "slow down"}})
+            if refuse in body.get("prompt", ""):
+                error = {
+                    "code": "content_policy_violation",
+                    "message": "Your request was rejected by our safety system.",
+                }
+                return self.reply(400, {"error": error})
             if self.path.endswith("/images/generations"):
                 buffer = io.BytesIO()
                 Image.new("RGB", (5, 7), (17 * len(requests) % 256, 0, 0)).save(buffer, "PNG")

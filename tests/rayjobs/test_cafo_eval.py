@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cafo import published
-from rayjobs.accuracy import published_row, summary, table
+from rayjobs.accuracy import published_rows, summary, table
 from rayjobs.config import load
 from rayjobs.imagery import EncoderConfig
 from rayjobs.jobs import cafo, cafo_eval
@@ -22,7 +22,7 @@ def test_the_table_has_the_papers_shape() -> None:
         {"method": "CLIP zero-shot", "shots": None, "accuracy": 0.5},
         *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((1, 0.6), (1, 0.62), (16, 0.7), (16, 0.7))],
     ]
-    columns, lines = table(rows, {1: 91.85})
+    columns, lines = table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
     assert columns == ["method", "1 shot", "16 shots"]
     assert lines == [
         ["CLIP zero-shot", "50.00", "50.00"],
@@ -35,14 +35,47 @@ def test_the_table_has_the_papers_shape() -> None:
 def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> None:
     clip = EncoderConfig(kind="clip", name="RN50-quickgelu", weights="openai")
     dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
-    assert published_row("dtd", {"clip": clip, "dino": dino}) == dict(
-        zip(published.SHOTS, published.RN50["dtd"], strict=True)
-    )
+    pair = {"clip": clip, "dino": dino}
+    dtd = dict(zip(published.SHOTS, published.RN50["dtd"], strict=True))
+    assert published_rows("dtd", "dtd", pair, []) == {"CaFo, published": dtd}
     vit = EncoderConfig(kind="clip", name="ViT-B-16", weights="openai")
-    assert published_row("imagenet", {"clip": vit, "dino": dino}) == {16: 74.48}
-    assert published_row("dtd", {"clip": vit, "dino": dino}) == {}
-    assert published_row("dtd", {"clip": clip}) == {}
-    assert published_row("my own", {"clip": clip, "dino": dino}) == {}
+    assert published_rows("imagenet", "imagenet", {"clip": vit, "dino": dino}, []) == {"CaFo, published": {16: 74.48}}
+    for data_set, target, encoders in (
+        ("dtd", "dtd", {"clip": vit, "dino": dino}),
+        ("dtd", "dtd", {"clip": clip}),
+        ("dtd", "imagenet_v2", pair),
+        ("my own", "my own", pair),
+        ("imagenet", "imagenet_v2", {"clip": vit, "dino": dino}),
+    ):
+        assert published_rows(data_set, target, encoders, []) == {}
+    assert published_rows("imagenet", "imagenet_v2", pair, []) == {"CaFo, published": {16: 57.99}}
+
+
+def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
+    clip = EncoderConfig(kind="clip", name="RN50", weights="openai")
+    dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    given = [
+        ("clip only", 0, "templates"),
+        ("dino only", 0, "templates"),
+        ("dino only", 8, "templates"),  # the paper has no such row
+        ("average", 0, "templates"),
+        ("baseline clip", 8, "file"),
+        ("baseline zero-shot", 0, "templates"),
+        ("baseline zero-shot", 8, "templates"),
+        ("baseline zero-shot", 0, "file"),
+        ("baseline zero-shot", 8, "file"),
+    ]
+    settings = [{"encoders": ["clip", "dino"], "ensemble": e, "generated": g, "sentences": s} for e, g, s in given]
+    rows = published_rows("imagenet", "imagenet", {"clip": clip, "dino": dino}, settings)
+    assert {name.removesuffix(", published"): row[16] for name, row in rows.items()} == {
+        "CLIP cache": 65.51,
+        "DINO cache": 53.27,
+        "CLIP + DINO": 68.08,
+        "CLIP + DINO + DALL-E": 68.42,
+        "CLIP + DINO + GPT-3": 68.51,
+        "CaFo": 68.79,
+    }
+    assert rows["CaFo, published"][0] == 62.99
 
 
 def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:

@@ -115,6 +115,27 @@ def test_an_endpoint_draws_a_class_once_and_a_refusal_keeps_the_rest(
             cafo_generate.run(settings(tmp_path, clip, *more, "keep=2"))
 
 
+def test_a_refusal_is_a_rejected_image_and_a_bad_request_is_an_error(
+    tmp_path: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai")
+    with serve(refuse="green") as (url, requests):
+        more = ["source=endpoint", "endpoint.model=dall-e", f"endpoint.base_url={url}", "endpoint.key_variable=''"]
+        more += ["endpoint.requests_per_minute=60000", "endpoint.retries=0"]
+        result = cafo_generate.run(settings(tmp_path, clip, *more))
+        assert (result["images"], result["rejected_images"]) == (6, 5)
+        assert result["classes_without_images"] == ["green thing"]
+        rejected = [json.loads(line) for line in (tmp_path / "runs" / "g" / "rejected.jsonl").read_text().splitlines()]
+        assert all("refused by the endpoint" in row["reason"] and "safety" in row["reason"] for row in rejected)
+        cafo_generate.run(settings(tmp_path, clip, *more))  # asks for the refused class alone
+        assert len(requests) == 15 + 5
+        assert len((tmp_path / "runs" / "g" / "rejected.jsonl").read_text().splitlines()) == 5
+    with serve(refuse="thing") as (url, _):
+        more[2] = f"endpoint.base_url={url}"
+        assert main(["cafo-generate", *overrides(tmp_path, clip, *more, "run.name=none")]) == 2
+        assert "not one usable image" in capsys.readouterr().err
+
+
 def test_a_stop_loses_one_class_and_changes_nothing(
     tmp_path: Path, clip: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

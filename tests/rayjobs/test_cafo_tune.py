@@ -81,7 +81,7 @@ def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> No
 
     # the best was stopped at one seed, another never came to its second: neither is compared
     rows[3] = {"trial": trials[3].name, "status": "stopped", "seed": 2}
-    (chosen,) = choose(over[:3] + [(trials[3], rows[3])] + over[4:], [])
+    (chosen,) = choose([*over[:3], (trials[3], rows[3]), *over[4:]], [])
     assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (3.0, 2, 1)
     (chosen,) = choose([*over[:2], over[4]], [])
     assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (1.0, 1, 0)
@@ -139,8 +139,9 @@ def test_a_sweep_resumes_and_is_the_same_without_test_images(tmp_path: Path, clu
 
 @pytest.mark.ray
 def test_halving_stops_the_weak_and_says_so(tmp_path: Path, cluster: None) -> None:
-    more = ["search.method=asha", "search.reduction=2", "trials.workers=1", "space.epochs=[8]", "space.lr=[1e-3, 1e-2, 3, 10, 30, 100]"]
-    config = sweep(world(tmp_path), *more, "space.generated=[2]", "space.shots=[3]", "space.alpha=[50]")
+    more = ["search.method=asha", "search.reduction=2", "trials.workers=1", "space.generated=[2]", "space.shots=[3]"]
+    more += ["space.epochs=[8]", "space.alpha=[50]", "space.lr=[1e-3, 1e-2, 3, 10, 30, 100]"]
+    config = sweep(world(tmp_path), *more)
     result = cafo_tune.run(config)
     rows = pq.read_table(config.run.folder / "results.parquet").to_pylist()
     stopped = [row for row in rows if row["status"] == "stopped"]

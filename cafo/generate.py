@@ -206,8 +206,8 @@ def best_of(items: Sequence[Item], keep: int) -> tuple[Item, ...]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an endpoint refuses a prompt or its image for their content. OpenAI, Azure and others word it differently;
-    any other bad request would be bad for every class."""
+    """Whether an endpoint refuses a prompt or its image for their content, which servers word differently. Any other
+    bad request would be bad for every class."""
     told = f"{getattr(error, 'code', '')} {error}".lower()
     return getattr(error, "status_code", None) == 400 and any(word in told for word in _REFUSALS)
 

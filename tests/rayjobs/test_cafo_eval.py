@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cafo import published
+from cafo.cache import load_cache
 from rayjobs.accuracy import published_rows, summary, table
 from rayjobs.config import load
 from rayjobs.imagery import EncoderConfig
-from rayjobs.jobs import cafo, cafo_eval
+from rayjobs.jobs import cafo, cafo_eval, cafo_tune
 from rayjobs.tables import read_json, write_json
+from tests.cafo.server import serve
 from tests.rayjobs.cafo_world import images, towers, world
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
@@ -86,18 +89,47 @@ def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:
         cafo_eval.run(cafo_eval.Config(sweep=str(tmp_path)))
 
 
+def chain(folder: Path, *more: str) -> cafo.Config:
+    """All steps: sentences asked for, images taken from a folder, a sweep, and a second test set."""
+    given = [one for one in world(folder) if not one.startswith(("data.prompts", "data.generated"))]
+    shifted = images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
+    steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable=''"]
+    steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
+    steps += ["generate.source=folder", f"generate.folder={folder / 'drawn' / 'train'}"]
+    steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]
+    return load(cafo.Config, None, [*given, *FEW, *steps, "data.name=colours", "run.name=chain", *more])
+
+
+def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path) -> None:
+    for more, match in (
+        (["data.prompts=p.json"], "data.prompts already names"),
+        (["data.generated=dalle"], "data.generated already names"),
+        (["space.ensemble=[median]"], "median unknown"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cafo.run(chain(tmp_path / match[:6], *more))
+        assert not (tmp_path / match[:6] / "runs").exists()
+
+
 @pytest.mark.ray
 def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None) -> None:
-    given = world(tmp_path)
-    shifted = images(tmp_path / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
-    config = load(
-        cafo.Config, None, [*given, *FEW, "data.name=colours", "run.name=chain", f"targets.shift.split={shifted}"]
-    )
-    result = cafo.run(config)["eval"]
+    with serve() as (url, requests):
+        config = chain(tmp_path, f"prompt.endpoint.base_url={url}")
+        result = cafo.run(config)["eval"]
+        assert len(requests) == 4 * 2
+        kept = {path: path.stat().st_mtime_ns for path in config.run.folder.glob("*/*/*.safetensors")}
+        cafo.run(config)  # as a whole again: nothing is asked, drawn, encoded or trained twice
+        assert len(requests) == 4 * 2
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    cache = load_cache(next(iter(kept)))
+    assert len(cache.labels) in (4 * (1 + 2), 4 * (3 + 2))
     assert result["test_images"] == {"colours": 28, "shift": 16}
     test = config.run.folder / "test"
     rows = pq.read_table(test / "accuracy.parquet").to_pylist()
     assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(list(test.glob("landscape-*.png"))) == len(list(test.glob("sources-*.png"))) == 1
+    sources = pq.read_table(test / "sources.parquet").to_pylist()
+    assert sum(row["images"] for row in sources) == sum(row["images"] for row in rows if row["shots"] is not None)
     for name in ("per_class", "confusion"):
         whole = pq.read_table(test / f"{name}.parquet").to_pylist()
         assert sum(row["images"] for row in whole) == sum(row["images"] for row in rows)
@@ -111,6 +143,13 @@ def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None)
     again = pq.read_table(test / "accuracy.parquet").to_pylist()
     assert [row["accuracy"] for row in again] == accuracies
     assert read_json(test / "opened.json") == opened
+    other = tmp_path / "towers" / "dino.pth"
+    weights = torch.load(other)
+    torch.save({"teacher": {name: 1.5 * tensor for name, tensor in weights["teacher"].items()}}, other)
+    with pytest.raises(ValueError, match=r"encoders.dino: the sweep's caches are of .*, the weights are now"):
+        cafo_eval.run(evaluation)
+    with pytest.raises(ValueError, match="holds trials of other images or encoders than there are now"):
+        cafo_tune.run(cafo.tuning(config))
     chosen = read_json(config.run.folder / "chosen.json")
     chosen["chosen"][0]["seeds"].pop()
     write_json(config.run.folder / "chosen.json", chosen)

@@ -65,8 +65,10 @@ def _by_suggestions(
     tuning: "_Tuning", space: SpaceConfig, shots: int, settings: Sequence[Setting]
 ) -> list[tuple[Trial, dict[str, Any]]]:
     """A study for each compared group at one K, its objective the mean over seeds of the val accuracy."""
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     how = tuning.how
     found: dict[str, tuple[Trial, dict[str, Any] | None]] = {}
     for within in groups((s for s in settings if shots or s.generated), how.compare):
@@ -219,9 +221,9 @@ class _InBatches(Searcher):
     """A searcher asked for whole batches and told their results in the order it was asked, so that what it suggests
     does not depend on which trial happens to end first, and a sweep can be gone through again."""
 
-    def __init__(self, searcher: Searcher, size: int) -> None:
-        super().__init__(metric=searcher.metric, mode=searcher.mode)
-        self.searcher, self.size = searcher, size
+    def __init__(self, asked_of: Searcher, size: int) -> None:
+        super().__init__(metric=asked_of.metric, mode=asked_of.mode)
+        self.asked_of, self.size = asked_of, size
         self.asked: list[str] = []
         self.told: dict[str, tuple[Any, bool]] = {}
 
@@ -229,11 +231,14 @@ class _InBatches(Searcher):
         if len(self.asked) == self.size:
             return None
         self.asked.append(trial_id)
-        return self.searcher.suggest(trial_id)
+        return self.asked_of.suggest(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self.told[trial_id] = (result, error)
         if len(self.told) == self.size:
             for asked in self.asked:
-                self.searcher.on_trial_complete(asked, *self.told[asked])
+                self.asked_of.on_trial_complete(asked, *self.told[asked])
             self.asked, self.told = [], {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep goes on by asking again, not from what Tune keeps."""

@@ -106,26 +106,32 @@ class Preprocess:
         left, top = (round((side - self.size) / 2) for side in image.size)
         return self._tensor(image.crop((left, top, left + self.size, top + self.size)))
 
-    def view(self, image: Image.Image, key: str, index: int, seed: int) -> Tensor:
+    def view(
+        self, image: Image.Image, key: str, index: int, seed: int, *, min_area: float = 0.5, flips: bool = True
+    ) -> Tensor:
         """Augmented view number `index` of the image called `key`: (3, S, S) float32. The same call, the same
         tensor."""
-        left, top, width, height, flip = random_view(*image.size, key=key, index=index, seed=seed)
+        box = random_view(*image.size, key=key, index=index, seed=seed, min_area=min_area)
+        left, top, width, height, flip = box
         crop = image.convert("RGB").crop((left, top, left + width, top + height))
         crop = crop.resize((self.size, self.size), _FILTERS[self.interpolation])
-        return self._tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+        return self._tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and flips else crop)
 
     def _tensor(self, image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
 
-def random_view(width: int, height: int, *, key: str, index: int, seed: int) -> tuple[int, int, int, int, bool]:
-    """Crop box (left, top, width, height) and flip of one view: area 0.5-1 of the image, ratio 3/4-4/3, flip at 1/2."""
+def random_view(
+    width: int, height: int, *, key: str, index: int, seed: int, min_area: float = 0.5
+) -> tuple[int, int, int, int, bool]:
+    """Crop box (left, top, width, height) and flip of one view: area `min_area`-1 of the image, ratio 3/4-4/3, flip at
+    1/2."""
     digest = hashlib.sha256(f"{seed}\0{index}\0{key}".encode()).digest()
     rng = random.Random(int.from_bytes(digest, "big"))
     flip = rng.random() < 0.5
     for _ in range(10):
-        area = width * height * rng.uniform(0.5, 1.0)
+        area = width * height * rng.uniform(min_area, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

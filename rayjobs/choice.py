@@ -44,8 +44,9 @@ def choose(over: Sequence[tuple[Trial, dict[str, Any]]], compare: Sequence[Axis]
 def method(group: dict[str, Any]) -> str:
     """What a row of the table is called: the compared axes' values, or CaFo itself."""
     told = [
-        " + ".join(v) if isinstance(v, tuple | list) else v if axis == "ensemble" else f"{axis} {v}"
+        " + ".join(v) if isinstance(v, tuple | list) else v if axis in ("method", "ensemble") else f"{axis} {v}"
         for axis, v in group.items()
+        if v != ""
     ]
     return ", ".join(told) or "CaFo"
 

@@ -47,6 +47,10 @@ class FeaturesConfig:
     """Augmented views of every training image; trials may use the first few of them."""
     seed: int = 0
     """Of the views."""
+    min_area: float = Field(default=0.5, gt=0, le=1)
+    """The smallest share of an image that a view shows; near 1 where a class lies in the whole layout of the image."""
+    flips: bool = True
+    """Mirror half of the views; off where a mirror image is another class or none, as with letters and digits."""
     batch: int = Field(default=64, ge=1)
     """Views that an encoder reads at once."""
     max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
@@ -106,7 +110,7 @@ def prepare_features(
     Raises ValueError if too many images of a list cannot be read.
     """
     folders = {images.role: _folders(images, towers, settings, cache) for images in lists}
-    chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings.seed)]
+    chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
     if chunks:
         _encode(chunks, towers, settings, workers, dict(resources))
     found = {images.role: _read(images, folders[images.role]) for images in lists}
@@ -168,9 +172,10 @@ def _digest(identity: Any) -> str:
 def _folders(images: ImageList, towers: Mapping[str, Tower], settings: FeaturesConfig, cache: Path) -> dict[str, Path]:
     """The folder of each encoder's store."""
     files = [[item.path, _content(images.root / item.path)] for item in images.items]
-    views = [images.views, settings.seed if images.views else None, VIEWS_PER_PART]
+    drawn = [settings.seed, settings.min_area, settings.flips] if images.views else None
+    views = [images.views, drawn, VIEWS_PER_PART]
     return {
-        name: cache / "features" / _digest(["features", 1, tower.identity, views, files])
+        name: cache / "features" / _digest(["features", 2, tower.identity, views, files])
         for name, tower in towers.items()
     }
 
@@ -189,7 +194,7 @@ def _parts(images: ImageList) -> list[tuple[int, str]]:
     return [(first, f"part-{first:08d}.parquet") for first in range(0, len(images.items), step)]
 
 
-def _missing(images: ImageList, folders: Mapping[str, Path], seed: int) -> list[dict[str, str]]:
+def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesConfig) -> list[dict[str, str]]:
     """A row per part that some encoder lacks: its images, and where each lacking encoder's part goes."""
     starts = [first for first, _ in _parts(images)]
     chunks = []
@@ -202,7 +207,8 @@ def _missing(images: ImageList, folders: Mapping[str, Path], seed: int) -> list[
                 "first": first,
                 "paths": [item.path for item in images.items[first:stop]],
                 "views": images.views,
-                "seed": seed,
+                "seed": settings.seed,
+                "augment": {"min_area": settings.min_area, "flips": settings.flips},
                 "parts": lacking,
             }
             chunks.append({"chunk": json.dumps(chunk)})
@@ -258,7 +264,8 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
         chunk["rows"].append(row)
         for views, kind in zip(pixels, kinds, strict=True):
             if chunk["views"]:
-                views += [kind.view(image, path, index, chunk["seed"]).numpy() for index in range(chunk["views"])]
+                seed, augment = chunk["seed"], chunk["augment"]
+                views += [kind.view(image, path, i, seed, **augment).numpy() for i in range(chunk["views"])]
             else:
                 views.append(kind(image).numpy())
     columns = {

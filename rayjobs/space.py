@@ -6,10 +6,10 @@ import json
 import math
 import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from cafo.ensemble import table5
 from cafo.search import BetaGrid
@@ -56,6 +56,9 @@ class SpaceConfig:
     """Initial α, at which keys are trained."""
     beta: list[float] = Field(default=[5.5], min_length=1)
     """Initial β, at which keys are trained."""
+    methods: dict[str, dict[Axis, list[Any]]] = Field(default_factory=dict)
+    """Rows of the table by name, each with the axes that it narrows, such as `CLIP cache: {encoders: [[clip]]}`; a
+    choice is made for each."""
 
 
 @config
@@ -107,9 +110,10 @@ class Setting(NamedTuple):
     epochs: int
     alpha: float
     beta: float
+    method: str = ""
 
     def group(self, compare: Sequence[Axis]) -> dict[str, Any]:
-        return {axis: getattr(self, axis) for axis in compare}
+        return {"method": self.method, **{axis: getattr(self, axis) for axis in compare}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +137,13 @@ def settings_of(
 
     Raises ValueError for names that do not exist, or a range in a grid.
     """
+    if space.methods:
+        narrowed = {name: space_of(space, name) for name in space.methods}
+        return [
+            setting._replace(method=name)
+            for name, own in narrowed.items()
+            for setting in settings_of(own, how, encoders, views, file)
+        ]
     sets = [tuple(names) for names in space.encoders or [list(encoders)]]
     known = {label for names in sets for label in table5(names)}
     if unknown := {name for names in sets for name in names} - set(encoders):
@@ -179,6 +190,17 @@ def groups(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Se
     for setting in settings:
         found.setdefault(repr(setting.group(compare)), []).append(setting)
     return list(found.values())
+
+
+def space_of(space: SpaceConfig, method: str) -> SpaceConfig:
+    """The space of one of its methods. Raises ValueError for values that no axis takes."""
+    try:
+        return replace(space, methods={}, **space.methods[method])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+        ) from error
 
 
 def trials_of(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from rayjobs.config import config, to_dict
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
 from rayjobs.demo.dino import DinoStandIn, train_dino
 from rayjobs.demo.kept import kept, threads, unfinished
+from rayjobs.demo.pen import write_drawings
 from rayjobs.runtime import Progress, connect, unwrapped
 
 
@@ -24,10 +27,12 @@ class WorldConfig:
     digits: DigitsConfig = DigitsConfig()
     clip: ClipStandIn = ClipStandIn()
     dino: DinoStandIn = DinoStandIn()
+    drawings: int = Field(default=16, ge=1)
+    """Pictures that the pen writes of each digit."""
 
 
 class World(NamedTuple):
-    """Folders."""
+    """Folders by what they hold."""
 
     digits: Path
     """`split.json`, its images, and `prompts.json`"""
@@ -35,6 +40,8 @@ class World(NamedTuple):
     """of the tiny CLIP, in open_clip's format"""
     dino: Path
     """of the tiny DINO, in timm's"""
+    drawn: Path
+    """what the pen wrote, a folder per digit"""
 
 
 class Training(NamedTuple):
@@ -59,7 +66,11 @@ def make_world(settings: WorldConfig, cache: Path) -> World:
             "DINO": Training(dino, settings.dino.steps, lambda new: train_dino(settings.dino, settings.digits, new)),
         }
     )
-    return World(digits, clip, dino)
+    drawn = kept(cache, "drawn", settings.drawings, settings.digits.seed)
+    if not drawn.exists():
+        with unfinished(drawn) as new:
+            write_drawings(new, settings.drawings, settings.digits.seed)
+    return World(digits, clip, dino, drawn)
 
 
 def train_all(models: Mapping[str, Training]) -> None:

@@ -104,6 +104,14 @@ def test_a_view_depends_on_its_name_alone():
         assert not torch.equal(PREPROCESS.view(image, *other), view)
 
 
+def test_views_are_not_mirrored_where_a_mirror_image_is_another_class():
+    image = gradient()
+    for index in range(8):
+        mirrored = random_view(*image.size, key="a.jpg", index=index, seed=5)[4]
+        drawn, kept = (PREPROCESS.view(image, "a.jpg", index, 5, flips=flips) for flips in (True, False))
+        assert torch.equal(drawn, kept.flip(2) if mirrored else kept)
+
+
 def test_views_keep_to_their_ranges():
     boxes = [random_view(311, 211, key="x", index=i, seed=0) for i in range(500)]
     areas = [w * h / (311 * 211) for _, _, w, h, _ in boxes]
@@ -111,5 +119,7 @@ def test_views_keep_to_their_ranges():
     assert 0.9 < max(areas) <= 1
     assert all(0.74 < w / h < 1.35 and x >= 0 and y >= 0 and x + w <= 311 and y + h <= 211 for x, y, w, h, _ in boxes)
     assert 200 < sum(flip for *_, flip in boxes) < 300
+    large = [random_view(311, 211, key="x", index=i, seed=0, min_area=0.9) for i in range(50)]
+    assert all(w * h > 0.88 * 311 * 211 for _, _, w, h, _ in large)
     assert random_view(1000, 3, key="x", index=0, seed=0)[2:4] == (4, 3)
     assert random_view(1, 1, key="x", index=0, seed=0)[2:4] == (1, 1)

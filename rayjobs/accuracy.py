@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ def table(
     """
     shots = sorted({row["shots"] for row in rows if row["shots"] is not None})
     lines = []
-    for name in dict.fromkeys(row["method"] for row in rows):
+    # the most shots know all methods in their order; K = 0 only those with generated images
+    for name in dict.fromkeys(row["method"] for row in sorted(rows, key=_most_first)):
         mine = [row for row in rows if row["method"] == name]
         cells = [[row["accuracy"] for row in mine if row["shots"] in (None, k)] for k in shots]
         lines.append([name, *[summary(cell) if cell else "" for cell in cells]])
@@ -106,6 +108,10 @@ def table(
         if set(row) & set(shots):
             lines.append([name, *[f"{row[k]:.2f}" if k in row else "" for k in shots]])
     return ["method", *[f"{k} shots" if k != 1 else "1 shot" for k in shots]], lines
+
+
+def _most_first(row: Mapping[str, Any]) -> float:
+    return -math.inf if row["shots"] is None else -row["shots"]
 
 
 def write_tables(folder: Path, tables: Mapping[str, tuple[list[str], list[list[str]]]]) -> None:

@@ -17,8 +17,11 @@ FORMAT = 2
 
 def kept(cache: Path, kind: str, *identity: Any) -> Path:
     """The folder of this kind and identity, which is there whole or not at all."""
-    text = json.dumps([FORMAT, kind, identity], sort_keys=True)
-    return cache / "demo" / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return cache / "demo" / f"{kind}-{digest(kind, *identity)}"
+
+
+def digest(*identity: Any) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, *identity], sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -32,6 +35,14 @@ def unfinished(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link(path: Path, target: Path) -> None:
+    """Lets `path` lead to `target`, whatever it led to before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.symlink_to(target)
+    temporary.replace(path)
 
 
 @contextmanager

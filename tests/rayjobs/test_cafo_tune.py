@@ -52,6 +52,34 @@ def test_settings_of_a_space() -> None:
             settings_of(wrong, SearchConfig(), ["clip", "dino"], 4, file=False)
 
 
+def test_methods_narrow_the_space_by_name() -> None:
+    space = SpaceConfig(
+        generated=[0, 2],
+        lr=[1e-3, 1e-2],
+        methods={
+            "CLIP cache": {"encoders": [["clip"]], "generated": [0]},
+            "DINO cache": {"encoders": [["clip", "dino"]], "generated": [0], "ensemble": ["dino alone"]},
+            "all": {},
+        },
+    )
+    points = settings_of(space, SearchConfig(), ["clip", "dino"], 4, file=True)
+    assert [(p.method, p.generated, len(p.encoders)) for p in points[::2]] == [
+        ("CLIP cache", 0, 1),
+        ("DINO cache", 0, 2),
+        ("all", 0, 2),
+        ("all", 2, 2),
+    ]
+    names = {trial.name for trial in trials_of(space, points)}
+    assert len(names) == 8 * 5 * 3, "equal settings of two methods are two trials"
+    for wrong, match in (
+        ({"generated": ["many"]}, "methods.all: generated"),
+        ({"encoders": [["vit"]]}, "vit not among"),
+    ):
+        narrowed = SpaceConfig(methods={"all": wrong})
+        with pytest.raises(ValueError, match=match):
+            settings_of(narrowed, SearchConfig(), ["clip", "dino"], 4, file=True)
+
+
 def test_shared_rows_behave_as_the_tensor_they_stand_for() -> None:
     features = np.random.default_rng(0).normal(size=(5, 301, 7)).astype(np.float32)
     features.setflags(write=False)

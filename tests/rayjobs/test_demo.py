@@ -1,5 +1,6 @@
 """The demo's world: seeded, held out by content, and a base that is what the cache says."""
 
+import re
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -7,8 +8,12 @@ from random import Random
 import pytest
 
 from adapter import Base
+from rayjobs.config import load
 from rayjobs.demo import text
+from rayjobs.demo.cascade import BASELINES, CASCADE
 from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
+from rayjobs.jobs import demo
+from tests.conftest import ROOT
 
 
 def test_test_notes_are_in_nothing_that_is_trained_on() -> None:
@@ -32,6 +37,44 @@ def test_records_are_seeded_and_right() -> None:
 def test_a_tenth_or_more_of_all_notes_is_held_out() -> None:
     notes = set(islice(text.notes(Random(0), test=True), 5000))
     assert 100 < len(notes) < 300
+
+
+@pytest.mark.ray
+def test_cafos_ordinary_jobs_run_in_the_demos_world_and_again(tmp_path: Path, cluster: None) -> None:
+    few = [
+        "world.digits.train=60",
+        "world.digits.val=30",
+        "world.digits.test=40",
+        "world.clip.steps=2",
+        "world.clip.batch=4",
+        "world.clip.width=8",
+        "world.dino.steps=2",
+        "world.dino.batch=4",
+        "world.drawings=2",
+        "cafo.shots=[0,1]",
+        "cafo.seeds=[1]",
+        "cafo.generated=[1]",
+        "cafo.epochs=[1]",
+        f"run.storage={tmp_path}",
+    ]
+    settings, folder = load(demo.Config, None, few), tmp_path / "demo"
+    table = demo.cafo_tables(settings, folder, demo.Stages())
+    assert list(table)[-8:] == [*BASELINES, *CASCADE]
+    assert table["CLIP cache"]["0 shots"] == "", "no cache without images"
+    assert all(table[name]["0 shots"] for name in ("… + generated", "all of CaFo"))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert demo.cafo_tables(settings, folder, demo.Stages()) == table
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == made, "all was kept"
+    for path, target in yaml_paths(ROOT / "configs" / "cafo" / "digits.yaml"):
+        assert (tmp_path / path).exists(), f"{target} names what the demo does not make"
+
+
+def yaml_paths(path: Path) -> list[tuple[str, str]]:
+    """What a config names under runs/: (path below the storage, as it stands there)."""
+    found = re.findall(
+        r"runs/(demo/[\w./]+)", "\n".join(line for line in path.read_text().splitlines() if line[0] != "#")
+    )
+    return [(place, f"runs/{place}") for place in found]
 
 
 def test_a_stand_in_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

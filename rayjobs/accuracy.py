@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cafo import published
+from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
-from cafo.ensemble import table5
 from rayjobs.imagery import EncoderConfig
 from rayjobs.tables import atomic_path, write_text
 
@@ -67,9 +67,10 @@ def _papers_clip(encoders: Mapping[str, EncoderConfig]) -> str:
 
 def _cascade_row(encoders: Mapping[str, EncoderConfig], setting: Mapping[str, Any]) -> str:
     rule = table5(tuple(setting["encoders"]))[setting["ensemble"]]
-    if rule.rule != "adaptive" or rule.baseline != ON_ZERO_SHOT:
-        return ""
     kinds = {encoders[name].kind for name in rule.sources or setting["encoders"]}
+    # the paper's DINO cache knows no text; all other rows stand on p_ZS
+    if rule.rule != "adaptive" or rule.baseline != (NOTHING if kinds == {"dino"} else ON_ZERO_SHOT):
+        return ""
     return published.cascade_row(
         clip="clip" in kinds,
         dino="dino" in kinds,

@@ -228,7 +228,7 @@ def suggest(study: Any, within: Sequence[Setting], lr: list[float] | Range) -> S
             name = f"ensemble of {left[0].encoders}" if axis == "ensemble" else axis
             value = values[study.suggest_categorical(name, list(range(len(values))))]
             left = [setting for setting in left if getattr(setting, axis) == value]
-    if isinstance(lr, Range):
+    if isinstance(lr, Range) and math.isnan(left[0].lr):
         return left[0]._replace(lr=study.suggest_float("lr", lr.low, lr.high, log=True))
     return left[0]
 

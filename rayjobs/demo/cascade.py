@@ -1,13 +1,13 @@
-"""The settings of CaFo's ordinary jobs in the demo's world."""
+"""The settings of CaFo's ordinary job in the demo's world."""
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from rayjobs.config import config
+from rayjobs.config import config, to_dict
 from rayjobs.demo.captions import TEMPLATE
 from rayjobs.demo.world import World
+from rayjobs.runtime import RunConfig
 
 BASELINES: dict[str, dict[str, Any]] = {
     "raw pixels": {"encoders": [["clip", "pixels"]], "ensemble": ["pixels alone"]},
@@ -40,29 +40,32 @@ class CascadeConfig:
     """Epochs of the keys' training."""
 
 
-def generating(world: World, folder: Path, drawings: int, keep: int) -> dict[str, Any]:
-    """Of cafo-generate."""
-    return {
-        "source": "folder",
-        "folder": str(world.drawn),
-        "data": _data(world),
-        "clip": _encoders(world)["clip"],
-        "candidates": drawings,
-        "keep": keep,
-        "run": {"name": "generated", "storage": str(folder)},
-    }
-
-
-def cascade(settings: CascadeConfig, world: World, drawn: str, folder: Path, cache: Path) -> dict[str, Any]:
-    """Of cafo-tune and cafo-eval. `drawn` is the list that cafo-generate wrote."""
+def cascade(settings: CascadeConfig, world: World, run: RunConfig) -> dict[str, Any]:
+    """Of the job `cafo`, which is cafo-generate, cafo-features, cafo-tune and cafo-eval in one."""
     methods = {}
     for name, row in {**BASELINES, **CASCADE}.items():
         sentences = ["file" if row.get("sentences") else "templates"]
         generated = settings.generated if row.get("generated") else [0]
         methods[name] = {**row, "sentences": sentences, "generated": generated}
     return {
-        "data": {**_data(world), "generated": drawn},
-        "encoders": _encoders(world),
+        "data": {
+            "name": "digits",
+            "split": str(world.digits / "split.json"),
+            "prompts": str(world.digits / "prompts.json"),
+            "templates": [TEMPLATE],
+        },
+        "encoders": {
+            "clip": {"kind": "clip", "name": "tiny", "weights": str(world.clip)},
+            "dino": {"kind": "timm", "weights": str(world.dino)},
+            "untrained": {"kind": "timm", "name": str(world.dino), "weights": "random:0"},
+            "pixels": {"kind": "pixels", "name": "8"},
+        },
+        "generate": {
+            "source": "folder",
+            "folder": str(world.drawn),
+            "candidates": 2 * max(settings.generated),
+            "keep": max(settings.generated),
+        },
         # a mirrored digit is none, and where in the picture a stroke lies is what tells digits apart
         "features": {"views": 4, "min_area": 0.9, "flips": False},
         "space": {
@@ -73,23 +76,5 @@ def cascade(settings: CascadeConfig, world: World, drawn: str, folder: Path, cac
             "methods": methods,
         },
         "search": {"beta_high": 50.0, "beta_steps": 100},
-        "run": {"name": "cafo", "storage": str(folder), "cache": str(cache)},
-    }
-
-
-def _data(world: World) -> dict[str, Any]:
-    return {
-        "name": "digits",
-        "split": str(world.digits / "split.json"),
-        "prompts": str(world.digits / "prompts.json"),
-        "templates": [TEMPLATE],
-    }
-
-
-def _encoders(world: World) -> dict[str, Any]:
-    return {
-        "clip": {"kind": "clip", "name": "tiny", "weights": str(world.clip)},
-        "dino": {"kind": "timm", "weights": str(world.dino)},
-        "untrained": {"kind": "timm", "name": str(world.dino), "weights": "random:0"},
-        "pixels": {"kind": "pixels", "name": "8"},
+        "run": to_dict(run),
     }

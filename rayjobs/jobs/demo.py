@@ -1,14 +1,14 @@
 """Both methods on a world small enough for two cores, offline: real scans, and tiny models trained while you watch.
 
-A tiny CLIP, DINO and LLaMA stand in for real ones. What follows is a chain of the ordinary jobs, cafo-generate, cafo
-and adapter-train, and of the ordinary library. What is there already is taken from the cache: a second run is short.
+A tiny CLIP, DINO and LLaMA stand in for real ones. What follows is a chain of the ordinary jobs, cafo and
+adapter-train, and of the ordinary library. What is there already is taken from the cache: a second run is short.
 """
 
 import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -16,17 +16,15 @@ from pydantic import Field
 from adapter.base import Base
 from rayjobs.config import config, load, to_dict
 from rayjobs.demo import text
-from rayjobs.demo.cascade import BASELINES, CascadeConfig, cascade, generating
+from rayjobs.demo.cascade import BASELINES, CascadeConfig, cascade
 from rayjobs.demo.kept import digest, link
 from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
 from rayjobs.demo.world import WorldConfig, make_world
-from rayjobs.jobs import adapter_train, cafo, cafo_generate
+from rayjobs.jobs import adapter_train, cafo
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, open_run
 from rayjobs.tables import write_json, write_jsonl, write_text
-
-T = TypeVar("T")
 
 
 @config
@@ -61,7 +59,6 @@ def plan(settings: Config) -> None:
         ["scans", f"{world.digits.train} to train on, {world.digits.val} to choose on, {world.digits.test} to test on"],
         ["tiny CLIP", f"{world.clip.steps} steps on printed digits with captions; it never sees a scan"],
         ["tiny DINO", f"{world.dino.steps} steps on the training scans without labels"],
-        ["cafo-generate", f"{world.drawings} drawn pictures of each digit, the best {max(settings.cafo.generated)}"],
         ["cafo", f"{len(settings.cafo.shots)} numbers of shots × {len(settings.cafo.seeds)} seeds, chosen on val"],
         ["tiny LLaMA", f"{settings.llama.steps} steps on notes in digits and words, then frozen"],
         ["adapter-train", f"{settings.train_records} records, {settings.workers} workers under ZeRO-2"],
@@ -79,8 +76,7 @@ def check() -> None:
 
 STAGES = {
     "A tiny CLIP and a tiny DINO are trained from scratch; they stand in for real ones.": 45,
-    "cafo-generate lets CLIP choose among drawn pictures of each digit.": 3,
-    "cafo encodes the scans once, trains and searches caches, chooses on val, and opens test.": 60,
+    "cafo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 60,
     "A tiny LLaMA is trained from scratch; it stands in for a real one.": 45,
     "It is frozen; adapter-train teaches it an instruction that it does not know.": 65,
     "Both answer held-out records.": 20,
@@ -111,7 +107,7 @@ def run(settings: Config) -> dict[str, Any]:
     """Runs the chain and prints what came of it; returns and writes `result.json`."""
     check()
     folder, stages = open_run(settings.run, settings), Stages()
-    tables = cafo_tables(settings, folder, stages)
+    tables = cafo_table(settings, folder, stages)
     stages.begin()
     base = stand_in_llama(settings.llama, settings.run.cache_folder)
     stages.begin()
@@ -133,28 +129,20 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def cafo_tables(settings: Config, folder: Path, stages: Stages) -> dict[str, dict[str, str]]:
+def cafo_table(settings: Config, folder: Path, stages: Stages) -> dict[str, dict[str, str]]:
     """CaFo's jobs in the demo's world; the table of test accuracies, {method: {shots: accuracy}}."""
     stages.begin()
     cache = settings.run.cache_folder
     world = make_world(settings.world, cache)
-    chain = folder / f"cafo-{digest(to_dict(settings.world), to_dict(settings.cafo))}"
-    stages.begin()
-    keep = max(settings.cafo.generated)
-    drawn = cafo_generate.run(
-        _load(cafo_generate.Config, generating(world, chain, settings.world.drawings, keep), chain / "generate.yaml")
-    )["list"]
-    for name, path in {**world._asdict(), "generated": Path(drawn).parent}.items():
+    for name, path in world._asdict().items():
         link(folder / "world" / name, path)
     stages.begin()
-    values = cascade(settings.cafo, world, drawn, chain, cache)
-    return cafo.run(_load(cafo.Config, values, chain / "cafo.yaml"))["eval"]["tables"]["digits"]
-
-
-def _load(cls: type[T], values: dict[str, Any], path: Path) -> T:
-    """An ordinary config by way of an ordinary file, from which the job could be run again."""
+    # by its content, so that other settings, or a newer version, find a folder of their own
+    name = f"cafo-{digest(*map(str, world), to_dict(settings.cafo))}"
+    values = cascade(settings.cafo, world, RunConfig(name=name, storage=str(folder), cache=str(cache)))
+    path = folder / f"{name}.yaml"  # an ordinary config, from which the job can be run again
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return load(cls, path)
+    return cafo.run(load(cafo.Config, path))["eval"]["tables"]["digits"]
 
 
 def _adapter_train(settings: Config, base: Path, folder: Path) -> adapter_train.Config:

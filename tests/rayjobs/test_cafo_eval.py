@@ -59,8 +59,9 @@ def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
     dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
     given = [
         ("clip only", 0, "templates"),
-        ("dino only", 0, "templates"),
-        ("dino only", 8, "templates"),  # the paper has no such row
+        ("dino alone", 0, "templates"),
+        ("dino only", 0, "templates"),  # the paper has no such row
+        ("dino alone", 8, "templates"),
         ("average", 0, "templates"),
         ("baseline clip", 8, "file"),
         ("baseline zero-shot", 0, "templates"),

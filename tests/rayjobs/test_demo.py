@@ -1,11 +1,11 @@
 """The demo's world: seeded, held out by content, and a base that is what the cache says."""
 
-import re
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
 from adapter import Base
 from rayjobs.config import load
@@ -13,6 +13,7 @@ from rayjobs.demo import text
 from rayjobs.demo.cascade import BASELINES, CASCADE
 from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
 from rayjobs.jobs import demo
+from rayjobs.tables import flat
 from tests.conftest import ROOT
 
 
@@ -58,23 +59,17 @@ def test_cafos_ordinary_jobs_run_in_the_demos_world_and_again(tmp_path: Path, cl
         f"run.storage={tmp_path}",
     ]
     settings, folder = load(demo.Config, None, few), tmp_path / "demo"
-    table = demo.cafo_tables(settings, folder, demo.Stages())
+    table = demo.cafo_table(settings, folder, demo.Stages())
     assert list(table)[-8:] == [*BASELINES, *CASCADE]
     assert table["CLIP cache"]["0 shots"] == "", "no cache without images"
     assert all(table[name]["0 shots"] for name in ("… + generated", "all of CaFo"))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    assert demo.cafo_tables(settings, folder, demo.Stages()) == table
+    assert demo.cafo_table(settings, folder, demo.Stages()) == table
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == made, "all was kept"
-    for path, target in yaml_paths(ROOT / "configs" / "cafo" / "digits.yaml"):
-        assert (tmp_path / path).exists(), f"{target} names what the demo does not make"
-
-
-def yaml_paths(path: Path) -> list[tuple[str, str]]:
-    """What a config names under runs/: (path below the storage, as it stands there)."""
-    found = re.findall(
-        r"runs/(demo/[\w./]+)", "\n".join(line for line in path.read_text().splitlines() if line[0] != "#")
-    )
-    return [(place, f"runs/{place}") for place in found]
+    shipped = yaml.safe_load((ROOT / "configs" / "cafo" / "digits.yaml").read_text())
+    named = [place for place in flat(shipped).values() if place.startswith("runs/")]
+    assert len(named) == 6
+    assert not [place for place in named if not (tmp_path / place.removeprefix("runs/")).exists()]
 
 
 def test_a_stand_in_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from cafo import published
 from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
 from rayjobs.imagery import EncoderConfig
-from rayjobs.tables import atomic_path, write_text
+from rayjobs.tables import write_text
 
 ZERO_SHOT = "CLIP zero-shot"
 
@@ -125,10 +123,3 @@ def write_tables(folder: Path, tables: Mapping[str, tuple[list[str], list[list[s
         csv.writer(written, lineterminator="\n").writerows([columns, *lines])
         write_text(folder / f"table-{target}.csv", written.getvalue())
     write_text(folder / "table.md", "\n".join(text))
-
-
-def write_plot(path: Path, title: str, figure: Figure) -> None:
-    """A PNG under its title."""
-    figure.suptitle(title)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)

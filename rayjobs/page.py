@@ -32,23 +32,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A matplotlib figure."""
+    """A drawing, as `svg` makes it."""
 
     title: str
-    figure: "Figure"
+    svg: str
     note: str = ""
     kind: str = field(default="plot", init=False)
-
-    @property
-    def svg(self) -> str:
-        """The figure as inline SVG in the page's own colours for text, lines and ground."""
-        import matplotlib
-
-        text = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.title}):
-            self.figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-        svg = text.getvalue()
-        return svg[svg.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,17 @@ class Gallery:
 
 
 Section = Table | Plot | Gallery
+
+
+def svg(figure: "Figure") -> str:
+    """A matplotlib figure as SVG that takes on the page's own colours for text, lines and ground."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayjobs"}):
+        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
 
 
 def _data_url(picture: bytes) -> str:

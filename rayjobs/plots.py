@@ -108,6 +108,30 @@ def winning_sources(classes: Sequence[str], wins: Mapping[str, Sequence[float]])
     return figure
 
 
+def class_accuracy(classes: Sequence[str], accuracy: Sequence[float]) -> Figure:
+    """Accuracy of each class in percent, the worst first."""
+    order = sorted(range(len(classes)), key=lambda i: accuracy[i])
+    figure, axes = panel("class", "accuracy, %")
+    axes.bar(range(len(order)), [accuracy[i] for i in order], width=0.8)
+    named = len(order) <= 50
+    axes.set_xticks(range(len(order)) if named else [], [classes[i] for i in order] if named else [], rotation=90)
+    axes.set_xlim(-0.6, len(order) - 0.4)
+    return figure
+
+
+def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
+    """Images by true class (down) and predicted class (across), as shares of the true class."""
+    shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
+    figure, axes = panel("predicted", "true", width=6.0, height=5.2)
+    axes.grid(False)
+    colours = axes.imshow(shares, cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(colours, label="of the true class, %")
+    if len(classes) <= 50:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    return figure
+
+
 def panel(x: str, y: str, *, width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, in the house's manner. Width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -4,16 +4,21 @@ Each kind of file has one reader here, which turns it into sections of the repor
 time, and is as complete as the run is.
 """
 
+import html
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rayjobs import plots
-from rayjobs.page import Plot, Section, Table, write_page
+from rayjobs.page import Gallery, Plot, Section, Table, svg, write_page
 from rayjobs.runs import Record, headline, read_record
-from rayjobs.tables import as_text, flat, read_json, read_jsonl
+from rayjobs.tables import as_text, atomic_path, flat, read_json, read_jsonl, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT = "report.html"
 SHOWN_ROWS = 50
@@ -57,7 +62,9 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     differing = [line for line in _side_by_side(configs) if len(set(line[1:])) > 1]
     sections.append(Table("settings that differ", ["", *names], differing))
     curves = {name: _metrics(folder) for name, folder in zip(names, folders, strict=True)}
-    sections += [Plot(title, figure) for title, figure in plots.training_curves({n: c for n, c in curves.items() if c})]
+    sections += [
+        Plot(title, svg(figure)) for title, figure in plots.training_curves({n: c for n, c in curves.items() if c})
+    ]
     return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
 
 
@@ -65,6 +72,16 @@ def run_rows(folders: Sequence[Path]) -> list[list[str]]:
     """What `RUN_COLUMNS` names after the run itself, for each folder. Raises ValueError for one that holds no run."""
     records = [_record(folder) for folder in folders]
     return [[r.job, r.state, _time(r.started), headline(f) or r.error] for r, f in zip(records, folders, strict=True)]
+
+
+def save_plot(path: Path, title: str, figure: "Figure") -> None:
+    """Writes a figure twice under its title: `path`, a PNG to show, and an SVG beside it for the report."""
+    drawn = svg(figure)
+    start = drawn.index(">") + 1
+    write_text(path.with_suffix(".svg"), f"{drawn[:start]}<title>{html.escape(title)}</title>{drawn[start:]}")
+    figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _record(folder: Path) -> Record:
@@ -90,7 +107,30 @@ def _result(folder: Path) -> Iterator[Section]:
 def _curves(folder: Path) -> Iterator[Section]:
     if rows := _metrics(folder):
         for title, figure in plots.training_curves({folder.name: rows}):
-            yield Plot(title, figure)
+            yield Plot(title, svg(figure))
+
+
+def _test_tables(folder: Path) -> Iterator[Section]:
+    for target, lines in _json(folder / "test" / "result.json").get("tables", {}).items():
+        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
+        yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
+
+
+def _plots(folder: Path) -> Iterator[Section]:
+    """What `save_plot` drew."""
+    for path in [*sorted(folder.glob("*.svg")), *sorted((folder / "test").glob("*.svg"))]:
+        drawing = path.read_text(encoding="utf-8")
+        title = re.search(r"<title>(.*?)</title>", drawing)
+        yield Plot(html.unescape(title[1]) if title else path.stem, drawing)
+
+
+def _examples(folder: Path) -> Iterator[Section]:
+    path = folder / "test" / "examples.json"
+    if path.is_file():
+        found = read_json(path)
+        pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found["images"]]
+        yield Gallery("examples", pictures, found["note"])
 
 
 def _rejected(folder: Path) -> Iterator[Section]:
@@ -110,7 +150,15 @@ def _settings(folder: Path) -> Iterator[Section]:
         yield Table("versions", ["", ""], [[name, str(value)] for name, value in versions.items()], folded=True)
 
 
-READERS: list[Callable[[Path], Iterator[Section]]] = [_result, _curves, _rejected, _settings]
+READERS: list[Callable[[Path], Iterator[Section]]] = [
+    _test_tables,
+    _result,
+    _plots,
+    _curves,
+    _examples,
+    _rejected,
+    _settings,
+]
 """In the order of the report."""
 
 

@@ -95,8 +95,10 @@ def find_runs(storage: Path) -> list[Path]:
 
 def headline(folder: Path) -> str:
     """The one figure that tells how a run came out; empty as long as there is none."""
-    path = folder / "result.json"
-    return str(read_json(path).get("headline", "")) if path.is_file() else ""
+    for path in (folder / "test" / "result.json", folder / "result.json"):
+        if path.is_file():
+            return str(read_json(path).get("headline", ""))
+    return ""
 
 
 def _end(folder: Path, state: State, error: str = "") -> bool:

@@ -13,17 +13,19 @@ from pydantic import Field
 
 from cafo.cache import load_cache
 from cafo.datasets import Dataset
+from cafo.images import load_image
 from rayjobs import plots
-from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_plot, write_tables
+from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_tables
 from rayjobs.base import PoolConfig
 from rayjobs.choice import most_shots
 from rayjobs.config import config, load
-from rayjobs.features import open_towers, prepare_features
-from rayjobs.imagery import ImagesConfig, plain_list
+from rayjobs.features import Features, open_towers, prepare_features
+from rayjobs.imagery import ImageList, ImagesConfig, plain_list
 from rayjobs.jobs import cafo_tune
-from rayjobs.report import show_table
-from rayjobs.runtime import connect
-from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+from rayjobs.report import save_plot, show_table
+from rayjobs.runs import begin, recorded
+from rayjobs.runtime import RunConfig, connect
+from rayjobs.tables import atomic_path, read_json, write_json, write_jsonl, write_parquet
 
 
 @config
@@ -36,6 +38,12 @@ class Config:
     """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
     scale: PoolConfig = PoolConfig()
     """The encoders' pool."""
+
+    @property
+    def run(self) -> RunConfig:
+        """The sweep's."""
+        folder = Path(self.sweep).absolute()
+        return RunConfig(name=folder.name, storage=str(folder.parent))
 
 
 def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
@@ -56,6 +64,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(swept.encoders)]])
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
     swept, chosen = check(settings)
@@ -68,6 +77,7 @@ def run(settings: Config) -> dict[str, Any]:
         if target.class_names != dataset.class_names:
             raise ValueError(f"targets.{name} has other classes than {dataset.name}")
     record_opening(folder, chosen, sets)
+    begin(settings.run.folder, settings)
     connect()
     lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
     used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
@@ -99,9 +109,13 @@ def run(settings: Config) -> dict[str, Any]:
         for name in sets:
             methods, level = by_method(of[name])
             figure = plots.accuracy_over_shots(methods, level=level, published=paper[name])
-            write_plot(folder / f"shots-{name}.png", f"{name}: test", figure)
+            save_plot(folder / f"shots-{name}.png", f"{name}: test", figure)
         draw(folder, trials, chosen, of[dataset.name], dataset)
+        keep_examples(folder, trials, chosen, lists[0], features[dataset.name])
+    best = max(chosen, key=lambda cell: cell["val_accuracy"])
+    told = table([r for r in of[dataset.name] if (r["method"], r["shots"]) == (best["method"], best["shots"])], {})
     result = {
+        "headline": f"{told[1][0][1]}% on {dataset.name}'s test with {best['method']} at {best['shots']} shots",
         "test_images": {name: len(found.rows) for name, found in features.items()},
         "rejected_images": sum(len(found.rejected) for found in features.values()),
         "tables": {
@@ -113,6 +127,33 @@ def run(settings: Config) -> dict[str, Any]:
     for name, (columns, lines) in tables.items():
         show_table(f"{name}: test accuracy, %", columns, lines)
     return result
+
+
+def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], images: ImageList, found: Features) -> None:
+    """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
+    best = max(chosen, key=lambda cell: cell["val_accuracy"])
+    cache = load_cache(trials / best["seeds"][0]["trial"] / "cache.safetensors")
+    shares = cache.logits({name: torch.from_numpy(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
+    items = [images.items[row] for row in found.rows]
+    wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
+    right = sorted(set(range(len(items))) - set(wrong))
+    shown = []
+    for number, i in enumerate([*_spread(wrong, 6), *_spread(right, 6)]):
+        said = int(shares[i].argmax())
+        file = folder / "examples" / f"{number:02d}.jpg"
+        small = load_image(images.root / items[i].path)
+        small.thumbnail((160, 160))
+        with atomic_path(file) as temporary:
+            small.save(temporary, format="JPEG")
+        truth = "" if said == items[i].label else f", not {items[i].class_name}"
+        caption = f"{cache.class_names[said]}{truth} ({shares[i, said]:.0%})"
+        shown.append({"file": f"examples/{file.name}", "caption": caption})
+    note = f"{best['method']} at {best['shots']} shots, first seed; mistakes first, then right answers, evenly drawn."
+    write_json(folder / "examples.json", {"note": note, "images": shown})
+
+
+def _spread(places: list[int], count: int) -> list[int]:
+    return places[:: max(1, len(places) // count)][:count]
 
 
 def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:
@@ -206,22 +247,28 @@ def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> No
 def draw(
     folder: Path, trials: Path, chosen: list[dict[str, Any]], rows: list[dict[str, Any]], dataset: Dataset
 ) -> None:
-    """Of each method at its most shots and first seed: val accuracy over α and β, and on test which source wins."""
+    """Of each method at its most shots and first seed: val accuracy over α and β; on test each class's accuracy, the
+    confusion, and which source wins."""
     for number, cell in enumerate(most_shots(chosen)):
         seed = cell["seeds"][0]
         title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
         found = read_json(trials / seed["trial"] / "surface.json")
         accuracy = [[100 * count / found["total"] for count in line] for line in found["correct"]]
         figure = plots.search_landscape(found["alphas"], found["betas"], accuracy, (seed["alpha"], seed["beta"]))
-        write_plot(folder / f"landscape-{number:02d}.png", f"{title}: val", figure)
+        save_plot(folder / f"landscape-{number:02d}.png", f"{title}: val", figure)
         (row,) = (
             r for r in rows if (r["method"], r["shots"], r["seed"]) == (cell["method"], cell["shots"], seed["seed"])
         )
+        images = row["confusion"].sum(axis=1)
+        accuracy = (100 * row["confusion"].diagonal() / images.clip(min=1)).tolist()
+        figure = plots.class_accuracy(dataset.class_names, accuracy)
+        save_plot(folder / f"classes-{number:02d}.png", f"{title}: each class, test", figure)
+        figure = plots.confusion(dataset.class_names, row["confusion"].tolist())
+        save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion, test", figure)
         if len(row["wins"]) > 1:
-            images = row["confusion"].sum(axis=1)
             shares = {
                 source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
                 for source, counts in row["wins"].items()
             }
             figure = plots.winning_sources(dataset.class_names, shares)
-            write_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most, test", figure)
+            save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most, test", figure)

@@ -80,7 +80,9 @@ def run(settings: Config) -> dict[str, Any]:
     )
     rejected = [reject for features in found.values() for reject in features.rejected]
     write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
-    result: dict[str, Any] = {"data_set": dataset.name}
+    encoded = sum(len(features.rows) for features in found.values())
+    headline = f"{encoded} images through {', '.join(settings.encoders)}"
+    result: dict[str, Any] = {"headline": headline, "data_set": dataset.name}
     result |= {f"{role}_images": len(features.rows) for role, features in found.items()}
     result |= {"rejected_images": len(rejected)}
     write_json(folder / "result.json", result)

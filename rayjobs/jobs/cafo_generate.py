@@ -190,6 +190,7 @@ def run(settings: Config) -> dict[str, Any]:
     for _, label, _ in content["train"]:
         per_class[label] += 1
     result = {
+        "headline": f"{len(content['train'])} images of {len(classes.names)} classes",
         "source": settings.source,
         "classes": len(classes.names),
         "classes_drawn_now": len(classes.names) - before,

@@ -203,6 +203,7 @@ def run(settings: Config) -> dict[str, Any]:
         asked = len(classes.missing(_known(path)))
         prompts = _asked(settings, classes, path) if asked else read_prompts(path, classes.names)
     result = {
+        "headline": f"{sum(map(len, prompts.values()))} sentences about {len(classes.names)} classes",
         "source": settings.source,
         "classes": len(classes.names),
         "classes_asked_now": asked,

@@ -172,7 +172,9 @@ def run(settings: Config) -> dict[str, Any]:
     draw_surfaces(folder, chosen, shared, settings.search)
     write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": len(shared.val_labels), "chosen": chosen})
     finished = [row for row in rows if row["status"] == "finished"]
+    best = max(chosen, key=lambda cell: cell["val_accuracy"])
     result = {
+        "headline": f"{best['val_accuracy']:.2%} on val with {best['method']} at {best['shots']} shots",
         "data_set": dataset.name,
         "trials": len(rows),
         "stopped_early": len(rows) - len(finished),

@@ -135,7 +135,9 @@ def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None)
         whole = pq.read_table(test / f"{name}.parquet").to_pylist()
         assert sum(row["images"] for row in whole) == sum(row["images"] for row in rows)
     assert "| method | 1 shot | 3 shots |" in (test / "table.md").read_text()
-    assert {path.suffix for path in test.iterdir()} == {".json", ".jsonl", ".parquet", ".md", ".csv", ".png"}
+    suffixes = {path.suffix for path in test.iterdir() if path.is_file()}
+    assert suffixes == {".json", ".jsonl", ".parquet", ".md", ".csv", ".png", ".svg"}
+    assert (test.parent / "report.html").read_text().count("<svg") == len(list(test.glob("*.svg")))
 
     evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
     opened = read_json(test / "opened.json")

@@ -15,7 +15,9 @@ from torch import Tensor
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.checkpoint import adapter_from, attach_file, read_adapter
 from adapter.generate import generate
+from adapter.instruct import Example
 from adapter.llama import Llama
+from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 from adapter.weights import load_llama, open_checkpoint
 
@@ -104,9 +106,24 @@ class Base:
         images: each prompt's features (F,) from the adapter's tower, or None where it has none.
         """
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return self.continue_ids(
+            ids, images=images, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+
+    def continue_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        images: Sequence[Tensor | None] | None = None,
+        max_new_tokens: int,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        seed: int = 0,
+    ) -> list[str]:
+        """As `generate`, for prompts that are ids already, BOS included."""
         new = generate(
             self.model,
-            ids,
+            prompts,
             eos_id=self.tokenizer.eos_id,
             images=images,
             max_new_tokens=max_new_tokens,
@@ -115,3 +132,18 @@ class Base:
             seed=seed,
         )
         return [self.tokenizer.decode(row) for row in new]
+
+    @torch.no_grad()
+    def losses(self, examples: Sequence[Example], *, images: Sequence[Tensor | None] | None = None) -> list[float]:
+        """Each example's cross-entropy, summed over its labels: how unlikely its output is after its prompt."""
+        if not examples:
+            return []
+        tokens = torch.zeros(len(examples), max(len(example.ids) for example in examples), dtype=torch.int64)
+        labels = torch.full_like(tokens, IGNORE)
+        for row, example in enumerate(examples):
+            ids, start = torch.tensor(example.ids), example.label_start
+            tokens[row, : len(ids)], labels[row, start : len(ids)] = ids, ids[start:]
+        device = self.model.tok_embeddings.weight.device
+        hidden = self.model.hidden(tokens.to(device), images=None if images is None else self.model.images(images))
+        labels = labels.to(device)
+        return [self.model.output(hidden[i : i + 1], labels[i : i + 1]).item() for i in range(len(examples))]

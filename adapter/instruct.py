@@ -1,7 +1,8 @@
 """Instruction records to token ids and labels.
 
 A record is `{instruction, input?, output, image?}`, the image a path, which is no part of the sequence: that is BOS +
-prompt + output + EOS, and only output and EOS carry a label. Files are read record by record, never whole: JSON (an array), JSONL and Parquet.
+prompt + output + EOS, and only output and EOS carry a label. Files are read record by record, never whole: JSON (an
+array), JSONL and Parquet.
 """
 
 import json

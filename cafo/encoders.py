@@ -143,9 +143,8 @@ class ImageEncoder:
             ValueError: features that are not finite, with the images' places in the batch.
         """
         features = F.normalize(self.tower(_like(batch, self.tower)).flatten(1).float(), dim=-1)
-        if check and not (finite := features.isfinite().all(dim=-1)).all():
-            bad = (~finite).nonzero()[:, 0].tolist()
-            raise ValueError(f"{self.name} gives features that are not finite for images {bad[:10]} of the batch")
+        if check:
+            self._check(features)
         return features
 
     @torch.no_grad()
@@ -156,9 +155,17 @@ class ImageEncoder:
         stage's map, and its final embedding.
 
         Raises:
-            ValueError: more blocks than the ViT has, or a tower of one's own without `forward_intermediates`.
+            ValueError: more blocks than the ViT has, a tower of one's own without `forward_intermediates`, or features
+                that are not finite, with the images' places in the batch.
         """
-        return [feature.float() for feature in _scales(self.tower, _like(batch, self.tower), blocks)]
+        features = [feature.float() for feature in _scales(self.tower, _like(batch, self.tower), blocks)]
+        self._check(torch.cat(features, dim=1))
+        return features
+
+    def _check(self, features: Tensor) -> None:
+        if not (finite := features.isfinite().all(dim=-1)).all():
+            bad = (~finite).nonzero()[:, 0].tolist()
+            raise ValueError(f"{self.name} gives features that are not finite for images {bad[:10]} of the batch")
 
 
 class ClipEncoder(ImageEncoder):

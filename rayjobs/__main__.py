@@ -17,7 +17,8 @@ from rayjobs.submit import submit, submit_command
 
 JOBS = {
     "adapter-train": "train an adapter on instruction records",
-    "adapter-eval": "loss and perplexity of a base, with or without an adapter, on held-out records",
+    "adapter-eval": "loss on held-out records, or accuracy on ScienceQA, with or without an adapter",
+    "adapter-tune": "sweep adapter-train's settings: the paper's ablations, or a search",
     "adapter-generate": "answer one prompt, a file of prompts, or whoever types",
     "cafo-prompt": "sentences about a data set's classes, from a language model or a file",
     "cafo-generate": "images of a data set's classes, from a generator, the best by CLIP",

@@ -32,11 +32,14 @@ class BaseConfig:
         Tokenizer(path).check_fits(checkpoint.config.vocab_size)
         return checkpoint, path.absolute()
 
-    def load(self, adapter: str | None, device: str) -> Base:
-        """The whole model in memory, with an adapter file of any known form if one is named."""
+    def load(self, adapter: str | None, device: str, *, tower: str | None = None) -> Base:
+        """The whole model in memory, with an adapter file of any known form if one is named.
+
+        tower: the identity of the tower whose features it will be given. Raises ValueError for an adapter of another.
+        """
         base = Base.load(self.path, tokenizer=self.tokenizer, dtype=DTYPES[self.dtype], device=device)
         if adapter is not None:
-            base.load_adapter(adapter)
+            base.load_adapter(adapter, tower=tower)
         return base
 
 

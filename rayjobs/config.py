@@ -1,7 +1,8 @@
 """Job configs: frozen dataclasses ← YAML ← `section.key=value` overrides; every error at once, before Ray starts."""
 
+import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -25,13 +26,14 @@ def config(cls: type[T]) -> type[T]:
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
 
 
-def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Builds `cls` from its defaults, then a YAML file, then `section.key=value` overrides.
+def load(cls: type[T], given: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:
+    """Builds `cls` from its defaults, then a YAML file or plain values, then `section.key=value` overrides.
 
     Raises ConfigError listing every unknown key, wrong type and bad value by its path.
     """
-    values: Any = {}
-    if path is not None:
+    values: Any = copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
+    if isinstance(given, str | Path):
+        path = given
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:

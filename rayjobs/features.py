@@ -27,15 +27,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cafo.encoders import ClipEncoder, EncoderSpec, load_encoder
+from cafo.encoders import ClipEncoder, EncoderSpec, ImageEncoder, load_encoder
 from cafo.images import ImageError, Preprocess, load_image
 from cafo.prompt import zero_shot_classifier
 from rayjobs.config import config
-from rayjobs.imagery import EncoderConfig, ImageList
+from rayjobs.encoder import EncoderConfig
+from rayjobs.imagery import ImageList
+from rayjobs.pictures import STORE_IMAGES, part_name
 from rayjobs.runtime import Progress, data_context, unwrapped
 from rayjobs.tables import atomic_path, sha256_file, write_parquet
 
-VIEWS_PER_PART = 64
+VIEWS_PER_PART = STORE_IMAGES
 """Views of images encoded and written together; at 224 pixels 39 MB on their way to the encoder."""
 
 
@@ -64,6 +66,14 @@ class Tower(NamedTuple):
     identity: str
     preprocess: Preprocess
     clip: bool
+    scales: int = 0
+    """0 for the embedding of unit norm, else for `multi_scale` of so many blocks, end to end."""
+
+    def features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this tower, held."""
+        if not self.scales:
+            return encoder.encode_image(batch).cpu()
+        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1).cpu()
 
 
 class Rejected(NamedTuple):
@@ -109,10 +119,7 @@ def prepare_features(
 
     Raises ValueError if too many images of a list cannot be read.
     """
-    folders = {images.role: _folders(images, towers, settings, cache) for images in lists}
-    chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
-    if chunks:
-        _encode(chunks, towers, settings, workers, dict(resources))
+    folders = fill_store(lists, towers, settings, cache, workers=workers, resources=resources)
     found = {images.role: _read(images, folders[images.role]) for images in lists}
     for images in lists:
         rejected = found[images.role].rejected
@@ -122,6 +129,23 @@ def prepare_features(
                 f"features.max_rejected_fraction={settings.max_rejected_fraction}; the first: {rejected[0].reason}"
             )
     return found
+
+
+def fill_store(
+    lists: Sequence[ImageList],
+    towers: Mapping[str, Tower],
+    settings: FeaturesConfig,
+    cache: Path,
+    *,
+    workers: int,
+    resources: Mapping[str, float],
+) -> dict[str, dict[str, Path]]:
+    """{role: {encoder: its folder}}, whole: what the stores lack is encoded by a pool of actors."""
+    folders = {images.role: _folders(images, towers, settings, cache) for images in lists}
+    chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
+    if chunks:
+        _encode(chunks, towers, settings, workers, dict(resources))
+    return folders
 
 
 class ClassifierFile(NamedTuple):
@@ -191,7 +215,7 @@ def _content(path: Path) -> str:
 def _parts(images: ImageList) -> list[tuple[int, str]]:
     """First image and file name of each part."""
     step = max(1, VIEWS_PER_PART // max(images.views, 1))
-    return [(first, f"part-{first:08d}.parquet") for first in range(0, len(images.items), step)]
+    return [(first, part_name(first)) for first in range(0, len(images.items), step)]
 
 
 def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesConfig) -> list[dict[str, str]]:
@@ -239,7 +263,7 @@ def _encode(
             compute=ActorPoolStrategy(size=workers),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            fn_constructor_args=({n: tower.spec for n, tower in towers.items()}, settings.batch, _device(resources)),
+            fn_constructor_args=(dict(towers), settings.batch, _device(resources)),
         )
         for row in written.iter_rows():
             bar.advance(row["images"])
@@ -280,9 +304,9 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
 class ChunkEncoder:
     """An actor that holds the towers, and writes the parts."""
 
-    def __init__(self, specs: Mapping[str, EncoderSpec], batch: int, device: str) -> None:
-        self.encoders = {name: load_encoder(spec, device) for name, spec in specs.items()}
-        self.batch = batch
+    def __init__(self, towers: Mapping[str, Tower], batch: int, device: str) -> None:
+        self.towers, self.batch = towers, batch
+        self.encoders = {name: load_encoder(tower.spec, device) for name, tower in towers.items()}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = json.loads(table["chunk"][0].as_py())
@@ -292,11 +316,12 @@ class ChunkEncoder:
             side, views = encoder.preprocess.size, max(chunk["views"], 1)
             buffer = table[f"pixels{chunk['columns'][name]}"][0].as_buffer()
             pixels = np.frombuffer(buffer, np.float32).reshape(n * views, 3, side, side)
-            features = np.empty((n * views, encoder.width), np.float32)
-            for at in range(0, n * views, self.batch):
-                batch = torch.tensor(pixels[at : at + self.batch])
-                features[at : at + self.batch] = encoder.encode_image(batch).cpu().numpy()
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * encoder.width)
+            encoded = [
+                self.towers[name].features(encoder, torch.tensor(pixels[at : at + self.batch])).numpy()
+                for at in range(0, n * views, self.batch)
+            ]
+            features = np.concatenate(encoded) if encoded else np.empty((0, encoder.width), np.float32)
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * features.shape[1])
             columns = pa.table({"row": pa.array(chunk["rows"], pa.int64()), "features": flat})
             about = {"views": str(views), "rejected": json.dumps(chunk["rejected"])}
             write_parquet(part, columns.replace_schema_metadata(about))

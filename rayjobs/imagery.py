@@ -1,4 +1,4 @@
-"""The images, sentences and encoders that a CaFo job names, and the lists of images it has to encode."""
+"""The images and sentences that a CaFo job names, and the lists of images it has to encode."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from cafo.datasets import (
     load_split,
     load_tree,
 )
-from cafo.encoders import EncoderSpec, Precision
 from cafo.fewshot import FewShot
 from cafo.generate import best_of
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
+from rayjobs.encoder import EncoderConfig as EncoderConfig
 
 Sentences = Literal["file", "templates"]
 
@@ -94,35 +94,6 @@ class ImagesConfig:
         if self.prompts is None:
             raise ValueError("sentences from a file are asked for, and data.prompts names none")
         return read_prompts(self.prompts, dataset.class_names)
-
-
-@config
-class EncoderConfig:
-    """One frozen tower."""
-
-    kind: Literal["clip", "dino", "timm", "pixels"]
-    """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
-    name: str = ""
-    """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
-    pixels, the side."""
-    weights: str = ""
-    """open_clip's pretrained tag, a local file or folder, or random:SEED."""
-    config: str = ""
-    """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
-    quick_gelu: bool | None = None
-    """Whether the weights were trained with QuickGELU, where they cannot tell."""
-    precision: Precision = "fp32"
-    """fp32 or bf16."""
-
-    def spec(self) -> EncoderSpec:
-        return EncoderSpec(
-            kind=self.kind,
-            name=self.name,
-            weights=self.weights,
-            config=self.config,
-            quick_gelu=self.quick_gelu,
-            precision=self.precision,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,20 @@
 """The order of training: a function of (store, seed, epoch, step), whatever the number of workers.
 
-    epoch   the parts in an order drawn from (seed, epoch), laid end to end
+    epoch   the parts in an order drawn from (seed, epoch), laid end to end; of a source of weight w, w of its records
     window  the next `shuffle_records` rows of that line, shuffled by (seed, epoch, window)
     step    the next `global_batch` rows of the window
     micro   those rows sorted by length and cut under the token budget
 
 and only then micro-batch j goes to worker j mod W, with empty ones added until all workers have as many. So every
 record is seen once per epoch, one worker computes what two do, and a run may resume at any step with any number of
-workers. Memory is bounded by a window. Runs in Ray Data's tasks, so it does not import torch, which takes seconds.
+workers. A source of weight w is shuffled afresh whenever all of it was seen, and each epoch goes on where the last one
+stopped: no record is ever seen twice more than another. Memory is bounded by a window. Runs in Ray Data's tasks, so it
+does not import torch, which takes seconds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adapter.batching import micro_batches
+from rayjobs.pictures import Pictures
 from rayjobs.tables import TOKENS
-from rayjobs.tokens import Split, TokenStore
+from rayjobs.tokens import Split, TokenStore, part_source, source_of
+
+ROW = pa.schema([*[field for field in TOKENS if field.name != "image"], ("image", pa.large_binary())])
+"""A record with its image as `rayjobs.pictures` reads it, in place of the image's place."""
 
 MICRO_BATCH = pa.schema(
     [
         ("step", pa.int64()),  # counted from 0 over all epochs
         ("last", pa.bool_()),  # whether the worker's part of the step ends here
         ("step_labels", pa.int64()),  # labelled tokens in the whole step, over all workers: the loss's denominator
-        ("rows", pa.list_(pa.struct(TOKENS))),  # none in a micro-batch that only keeps the workers even
+        ("rows", pa.list_(pa.struct(ROW))),  # none in a micro-batch that only keeps the workers even
     ]
 )
 
@@ -45,10 +52,46 @@ class Order:
     """Rows shuffled together; rounded up to whole steps."""
     seed: int | None
     """None keeps the order of the source."""
+    weights: tuple[float, ...] = ()
+    """How often the records of each source are seen in an epoch; sources past the end are seen once."""
+    pictures: Pictures | None = None
+    """Where images come from; None leaves them out."""
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.store.rows(self.split) // self.global_batch)
+        return -(-sum(self._wanted(source) for source in self._sources) // self.global_batch)
+
+    @cached_property
+    def _sources(self) -> dict[int, list[tuple[str, int]]]:
+        """Each source's parts."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        for name, rows in self.store.parts[self.split]:
+            found.setdefault(part_source(name), []).append((name, rows))
+        return found
+
+    def _wanted(self, source: int) -> int:
+        """Rows of a source in one epoch."""
+        rows = sum(rows for _, rows in self._sources[source])
+        return rows if source >= len(self.weights) else max(1, round(self.weights[source] * rows))
+
+    def _pieces(self, epoch: int) -> list[tuple[str, np.ndarray | None, int]]:
+        """What an epoch takes of each part: (file, which of its rows or None for all, how many)."""
+        pieces: list[tuple[str, np.ndarray | None, int]] = []
+        for source, parts in self._sources.items():
+            total, wanted = sum(rows for _, rows in parts), self._wanted(source)
+            if wanted == total:
+                pieces += [(name, None, rows) for name, rows in parts]
+                continue
+            start, taken = epoch * wanted, []
+            for turn in range(start // total, (start + wanted - 1) // total + 1):
+                line = np.random.default_rng([self.seed or 0, source, turn]).permutation(total)
+                taken.append(line[max(0, start - turn * total) : start + wanted - turn * total])
+            rows_taken, first = np.sort(np.concatenate(taken)), 0
+            for name, rows in parts:
+                mine = rows_taken[(rows_taken >= first) & (rows_taken < first + rows)] - first
+                pieces += [(name, mine, len(mine))] if len(mine) else []
+                first += rows
+        return pieces
 
     @property
     def windows_per_epoch(self) -> int:
@@ -66,18 +109,19 @@ class Order:
 
     def rows(self, epoch: int, window: int) -> pa.Table:
         """The rows of one window, in the order in which they are trained on."""
-        parts = self.store.parts[self.split]
+        parts = self._pieces(epoch)
         order = range(len(parts))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(parts)).tolist()
         size = self.steps_per_window * self.global_batch
         skip, tables, found = window * size, [], 0
         for part in order:
-            name, rows = parts[part]
+            name, which, rows = parts[part]
             if skip >= rows:
                 skip -= rows
                 continue
-            tables.append(pq.read_table(Path(self.store.folder) / name).slice(skip, size - found))
+            table = pq.read_table(Path(self.store.folder) / name)
+            tables.append((table if which is None else table.take(which)).slice(skip, size - found))
             found, skip = found + tables[-1].num_rows, 0
             if found == size:
                 break
@@ -85,6 +129,12 @@ class Order:
         if self.seed is not None:
             table = table.take(np.random.default_rng([self.seed, epoch, window + 1]).permutation(table.num_rows))
         return table
+
+    def picture(self, row: dict[str, Any], epoch: int) -> bytes | None:
+        """A row's image as a worker gets it."""
+        if self.pictures is None or row["image"] is None:
+            return None
+        return self.pictures.read(source_of(row["id"]), row["image"], None if self.seed is None else epoch)
 
 
 def deal(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
@@ -107,6 +157,8 @@ def window_micro_batches(
         lengths = [len(row["tokens"]) for row in rows]
         labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
         mine = deal(lengths, order.token_budget, world)[rank]
+        for row in {row for micro in mine for row in micro}:
+            rows[row]["image"] = order.picture(rows[row], epoch)
         micros = [
             {"step": step, "last": i == len(mine) - 1, "step_labels": labels, "rows": [rows[row] for row in micro]}
             for i, micro in enumerate(mine)

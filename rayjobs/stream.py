@@ -32,6 +32,8 @@ class MicroBatch:
     """(B, T) int64, padded on the right with 0, which no label and no real token ever looks at."""
     labels: Tensor
     """(B, T) int64, IGNORE where there is none."""
+    images: list[bytes | None]
+    """Each record's image as `rayjobs.pictures` reads it."""
 
 
 def stream(order: Order, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
@@ -68,4 +70,5 @@ def collate(micro: dict[str, Any]) -> MicroBatch:
         tokens[i, : len(sequence)] = sequence
         labels[i, start : len(sequence)] = sequence[start:]
     ids = [row["id"] for row in rows]
-    return MicroBatch(**micro, ids=ids, n_tokens=sum(lengths), tokens=tokens, labels=labels)
+    images = [row["image"] for row in rows]
+    return MicroBatch(**micro, ids=ids, n_tokens=sum(lengths), tokens=tokens, labels=labels, images=images)

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 TOKENS = pa.schema(
     [
-        ("id", pa.int64()),  # the record's place in the source: file * 2^40 + row
+        ("id", pa.int64()),  # the record's place in the sources: source * 2^40 + row
         ("tokens", pa.list_(pa.int32())),
         ("label_start", pa.int32()),  # tokens[label_start:] are labelled
+        ("image", pa.int64()),  # the image's place in the source's list; null without one
     ]
 )
 

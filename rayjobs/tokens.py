@@ -1,4 +1,4 @@
-"""Instruction files → a token store: read and encoded once by Ray Data, then streamed by every epoch of every run.
+"""Records → a token store: read and encoded once by Ray Data, then streamed by every epoch of every run.
 
 A store is a folder named after everything its content depends on, with Parquet parts per split and `index.json`, which
 is written last: a folder without it is unfinished and is made again. Chunks are cut by the reader at fixed places, so a
@@ -15,47 +15,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
-from pydantic import Field
 
-from adapter.instruct import ALPACA, PromptTemplate, RecordError, encode_record, read_records
+from adapter.instruct import RecordError, encode_record
 from adapter.tokenizer import Tokenizer
-from rayjobs.config import config
+from rayjobs.records import RecordsConfig, Source
 from rayjobs.runtime import Progress, data_context, unwrapped
 from rayjobs.tables import TOKENS, read_json, sha256_file, write_json, write_jsonl, write_parquet
 
 Split = Literal["train", "val"]
 
 CHUNK_RECORDS = 1024
-ROWS_PER_FILE = 1 << 40
-"""Record ids are file * ROWS_PER_FILE + row, so they are unique and say where a record stands."""
-
-
-@config
-class RecordsConfig:
-    """Instruction records and how they become tokens."""
-
-    path: list[str]
-    """Files of records {instruction, input?, output}: .json (an array), .jsonl or .parquet."""
-    template: str = "alpaca"
-    """'alpaca', or a JSON file with 'with_input' and 'without_input' prompt templates."""
-    max_length: int = Field(default=512, ge=2)
-    """The longest sequence in tokens; longer records lose the left of their input, then the right of their output."""
-    max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Stop if more than this share of the records cannot be used."""
-
-    def prompt_template(self) -> PromptTemplate:
-        return ALPACA if self.template == "alpaca" else PromptTemplate.read(self.template)
-
-
-@config
-class DataConfig(RecordsConfig):
-    """Instruction records to train on, and to validate on."""
-
-    val_path: list[str] = Field(default_factory=list)
-    """Held-out files; if none, a share of `path` is held out by a hash of each record's content."""
-    val_fraction: float = Field(default=0.02, ge=0, lt=1)
-    """The share of `path` held out for validation when `val_path` is empty; never trained on."""
+ROWS_PER_SOURCE = 1 << 40
+"""Record ids are source * ROWS_PER_SOURCE + row, so they are unique and say where a record stands."""
+IMAGE_LISTS = "images.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +43,14 @@ class TokenStore:
     def rows(self, split: Split) -> int:
         return sum(rows for _, rows in self.parts[split])
 
+    def images(self, split: Split) -> int:
+        """Records that have an image."""
+        return sum(self._with_image(name) for name, _ in self.parts[split])
+
+    def _with_image(self, name: str) -> int:
+        images = pq.read_table(Path(self.folder) / name, columns=["image"])["image"]
+        return len(images) - images.null_count
+
     @classmethod
     def read(cls, folder: str | Path) -> "TokenStore":
         index = read_json(Path(folder) / "index.json")
@@ -81,9 +63,19 @@ class _Encoding:
     """All that decides a store's content besides the files."""
 
     tokenizer: str
-    template: PromptTemplate
     max_length: int
     val_fraction: float
+    images: bool
+
+
+def source_of(id: int) -> int:
+    """The source that a record stands in."""
+    return id // ROWS_PER_SOURCE
+
+
+def part_source(name: str) -> int:
+    """The source that a store's part was made of."""
+    return source_of(int(name.partition("-")[2].partition(".")[0], 16))
 
 
 def prepare_tokens(
@@ -91,37 +83,46 @@ def prepare_tokens(
     tokenizer: str | Path,
     cache: str | Path,
     *,
-    val_path: Sequence[str] = (),
+    val_sources: Sequence[Source] = (),
     val_fraction: float = 0.0,
+    images: bool = False,
 ) -> TokenStore:
     """The token store of some records, made by Ray Data unless it stands already.
 
-    Raises RecordError if a file is malformed, or too many records are left without a label.
+    With images, a record whose image cannot be read is set aside like one without a label; without, images are left
+    out. Raises RecordError if a file is malformed, or too many records cannot be used.
     """
     encoding = _Encoding(
-        tokenizer=str(tokenizer),
-        template=records.prompt_template(),
-        max_length=records.max_length,
-        val_fraction=val_fraction,
+        tokenizer=str(tokenizer), max_length=records.max_length, val_fraction=val_fraction, images=images
     )
-    sources = [(path, "train") for path in records.path] + [(path, "val") for path in val_path]
-    for path, _ in sources:
-        next(iter(read_records(path)), None)  # a missing or unreadable file is told at once
+    sources = [(source, "train") for source in records.sources()] + [(source, "val") for source in val_sources]
+    for source, _ in sources:
+        next(iter(source.read()), None)  # a missing or unreadable file is told at once
+    lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if images else {}
     identity = {
         **asdict(encoding),
         "tokenizer": sha256_file(tokenizer),
-        "sources": [(split, sha256_file(path)) for path, split in sources],
-        "format": 1,
+        "sources": [
+            [split, source.format, source.split, asdict(source.template), [sha256_file(file) for file in source.files]]
+            for source, split in sources
+        ],
+        "images": [
+            [path, sha256_file(file) if (file := Path(sources[i][0].images) / path).is_file() else None]
+            for i, paths in lists.items()
+            for path in paths
+        ],
+        "format": 2,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache) / "tokens" / key
     if not (folder / "index.json").exists():
+        write_json(folder / IMAGE_LISTS, lists)
         _write_store(folder, sources, encoding, records.max_rejected_fraction)
     return TokenStore.read(folder)
 
 
-def _write_store(folder: Path, sources: list[tuple[str, str]], encoding: _Encoding, max_rejected: float) -> None:
-    items = [{"file": file, "path": path, "split": split} for file, (path, split) in enumerate(sources)]
+def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, max_rejected: float) -> None:
+    items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
     with data_context(preserve_order=True):
         listed_files = ray.data.from_items(items, override_num_blocks=len(items))
         # Other resources than the next stage's, or Ray would fuse the two and encode a file in a single task.
@@ -141,7 +142,7 @@ def _write_store(folder: Path, sources: list[tuple[str, str]], encoding: _Encodi
     write_jsonl(folder / "rejected.jsonl", rejected)
     records = len(rejected) + sum(rows for listed in parts.values() for _, rows in listed)
     if not records:
-        raise RecordError(f"{', '.join(path for path, _ in sources)}: there is not one record")
+        raise RecordError(f"{', '.join(source.path for source, _ in sources)}: there is not one record")
     if len(rejected) > max_rejected * records:
         raise RecordError(
             f"{len(rejected)} of {records} records cannot be used, over data.max_rejected_fraction={max_rejected}; "
@@ -151,29 +152,40 @@ def _write_store(folder: Path, sources: list[tuple[str, str]], encoding: _Encodi
 
 
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One source file → rows of CHUNK_RECORDS records each, as JSON."""
-    file, path, split = (batch[name][0] for name in ("file", "path", "split"))
-    records = read_records(path)
-    first = int(file) * ROWS_PER_FILE
+    """One source → rows of CHUNK_RECORDS records each, as JSON."""
+    source, split = batch["source"][0], batch["split"][0]
+    first = int(batch["number"][0]) * ROWS_PER_SOURCE
+    places: dict[str, int] = {}
+
+    def placed() -> Iterator[dict[str, Any]]:
+        for record in source.read():
+            place = places.setdefault(record["image"], len(places)) if record["image"] else None
+            yield {**record, "place": place}
+
+    records = placed()
     while chunk := list(islice(records, CHUNK_RECORDS)):
-        yield {"first": [first], "split": [split], "records": [json.dumps(chunk)]}
+        yield {"first": [first], "split": [split], "source": [source], "records": [json.dumps(chunk)]}
         first += len(chunk)
 
 
 def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding) -> dict[str, Any]:
     """Encodes one chunk and writes its part of every split; returns what was written."""
     first, split, records = int(batch["first"][0]), batch["split"][0], json.loads(batch["records"][0])
+    source: Source = batch["source"][0]
     tokenizer = _tokenizer(encoding.tokenizer)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     rejected = []
     for id, record in enumerate(records, first):
+        place = record.pop("place") if encoding.images else None
         try:
-            example = encode_record(record, tokenizer, encoding.template, max_length=encoding.max_length)
-        except RecordError as error:
+            example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
+            if place is not None:
+                _check_image(source.images, record["image"])
+        except ValueError as error:  # RecordError, or an image that cannot be read
             rejected.append({"id": id, "reason": str(error), **record})
             continue
         side = "val" if split == "val" or _held_out(record, encoding.val_fraction) else "train"
-        rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start})
+        rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start, "image": place})
     for side, listed in rows.items():
         if listed:
             write_parquet(folder / f"{side}-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKENS))
@@ -186,9 +198,18 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding) -> di
     }
 
 
+@lru_cache(maxsize=64)
+def _check_image(root: str, path: str) -> None:
+    """Decodes an image, so that a bad one is known before training and not in the middle of it."""
+    from cafo.images import load_image
+
+    load_image(Path(root) / path, name=path)
+
+
 def _held_out(record: dict[str, str], fraction: float) -> bool:
     """By content, so that a record and its duplicates fall on the same side, wherever they stand."""
-    digest = hashlib.sha256("\0".join([record["instruction"], record["input"], record["output"]]).encode()).digest()
+    fields = [record[name] for name in ("instruction", "input", "output")] + [record["image"]] * bool(record["image"])
+    digest = hashlib.sha256("\0".join(fields).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

@@ -4,6 +4,8 @@ The global batch is the unit: loss is the mean over its labelled tokens and the 
 neither knows the number of workers. A checkpoint holds the trainable state and the step; the stream does the rest.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -13,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 import torch
@@ -27,11 +29,16 @@ from rayjobs.base import PoolConfig
 from rayjobs.config import config
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.order import Order
+from rayjobs.pictures import Pictures
 from rayjobs.runtime import Progress, environment, unwrapped, verbose
 from rayjobs.stream import stream
 from rayjobs.tables import read_jsonl, write_jsonl
 from rayjobs.tokens import TokenStore
 from rayjobs.tracking import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
+from rayjobs.vision import Eyes
+
+if TYPE_CHECKING:
+    from rayjobs.features import Tower
 
 REPORT_EVERY_S = 1.0
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
@@ -87,6 +94,12 @@ class TrainJob:
     dtype: Dtype
     adaption: AdaptionConfig
     store: TokenStore
+    weights: tuple[float, ...]
+    """How often each source's records are trained on in an epoch."""
+    pictures: Pictures | None
+    """Where images come from; None for text alone."""
+    tower: Tower | None
+    """What workers encode images with, if they come as pixels."""
     train: TrainConfig
     optimizer: OptimizerConfig
     zero: ZeroConfig
@@ -99,6 +112,8 @@ class TrainJob:
             token_budget=self.train.token_budget,
             shuffle_records=self.train.shuffle_records,
             seed=self.train.seed if split == "train" else None,
+            weights=self.weights if split == "train" else (),
+            pictures=self.pictures,
         )
 
     @property
@@ -124,7 +139,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
     model.checkpoint_activations = job.train.checkpoint_activations
-    engine = Engine(model, job.zero, job.optimizer)
+    engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
     step = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -134,13 +149,13 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     order = job.order("train")
     rows: list[dict[str, Any]] = []
     if step == 0 and job.validates_after(0):
-        rows.append({"step": 0, "val_loss": validate(engine, job, rank, world)})
+        rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
     began = reported = time.monotonic()
     for micros in _by_step(stream(order, rank, world, range(step, job.total_steps))):
         lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
         losses = []
         for micro in micros:
-            loss = engine.loss(micro.tokens, micro.labels) / micro.step_labels
+            loss = engine.loss(micro.tokens, micro.labels, eyes.images(micro.images)) / micro.step_labels
             engine.backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum().item()  # the step's one wait for the device
@@ -164,7 +179,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             }
         )
         if job.validates_after(step):
-            rows.append({"step": step, "val_loss": validate(engine, job, rank, world)})
+            rows.append({"step": step, "val_loss": validate(engine, eyes, job, rank, world)})
         if step % job.train.checkpoint_every_steps == 0 or step == job.total_steps:
             _report(rows, rank, engine, step)
             rows = []
@@ -177,14 +192,14 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     return {"steps": step}
 
 
-def validate(engine: Engine, job: TrainJob, rank: int, world: int) -> float:
+def validate(engine: Engine, eyes: Eyes, job: TrainJob, rank: int, world: int) -> float:
     """The mean loss per labelled token of the whole validation split."""
     order = job.order("val")
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.engine.eval()
     with torch.no_grad():
         for micro in stream(order, rank, world, range(order.steps_per_epoch)):
-            total[0] += engine.loss(micro.tokens, micro.labels)
+            total[0] += engine.loss(micro.tokens, micro.labels, eyes.images(micro.images))
             total[1] += micro.step_labels if micro.last and rank == 0 else 0
     engine.engine.train()
     dist.all_reduce(total)

@@ -1,10 +1,12 @@
-"""A tiny LLaMA, trained from scratch where the demo runs: a stand-in for a real one, in the same files.
+"""Tiny LLaMAs, trained from scratch where the demo runs: stand-ins for real ones, in the same files.
 
-It is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base, a Hugging Face
+Each is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base, a Hugging Face
 folder with its tokenizer, and from then on the jobs know it by its path alone.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,17 @@ from adapter.llama import Llama, LlamaConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
 from adapter.weights import save_llama
 from rayjobs.config import config, to_dict
-from rayjobs.demo import text
+from rayjobs.demo import questions, text
 from rayjobs.demo.kept import kept, threads, unfinished
 from rayjobs.runtime import Progress
 
 
 @config
 class LlamaStandIn:
-    """A LLaMA that can copy a note, and has read how notes are spelled."""
+    """A LLaMA, and what it reads."""
 
+    reads: Literal["notes", "questions"] = "notes"
+    """notes: how to copy a note, and how notes are spelled; questions: how to choose among lettered options."""
     dim: int = Field(default=64, ge=8)
     """Width."""
     n_layers: int = Field(default=4, ge=1)
@@ -40,18 +44,28 @@ class LlamaStandIn:
     """Peak learning rate."""
     answer_weight: float = Field(default=10, ge=1)
     """How much more counts in the loss what can be told from the text before."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Of all matrices, times d^-0.5; null leaves PyTorch's own, but for the embedding."""
     seed: int = Field(default=0, ge=0)
     """Of the text and of the initial weights."""
 
 
+READING: dict[str, tuple[Callable[[int, int], list[text.Document]], tuple[str, ...]]] = {
+    "notes": (text.documents, ()),
+    "questions": (questions.documents, questions.SYMBOLS),
+}
+"""What is read, from a seed and a count, and what the tokenizer keeps whole."""
+
+
 def stand_in_llama(settings: LlamaStandIn, cache: Path) -> Path:
     """The folder of a tiny LLaMA, trained unless the cache holds the very same one."""
-    documents = text.documents(settings.seed, settings.steps * settings.batch)
+    read, symbols = READING[settings.reads]
+    documents = read(settings.seed, settings.steps * settings.batch)
     folder = kept(cache, "llama", to_dict(settings), documents)
     if not folder.exists():
         with unfinished(folder) as new:
             lines = [" ".join(part for part, _ in document) for document in documents[::8]]
-            (new / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size))
+            (new / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size, symbols))
             save_llama(_train(settings, documents, Tokenizer(new)), new)
     return folder
 
@@ -91,6 +105,9 @@ def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:
         model = Llama(shape)
         model.apply(lambda module: module.reset_parameters() if isinstance(module, RMSNorm) else None)
         nn.init.normal_(model.tok_embeddings.weight, std=settings.dim**-0.5)  # at 0.02 learning stalls
+        if settings.init_std is not None:
+            for matrix in (parameter for parameter in model.parameters() if parameter.dim() == 2):
+                nn.init.normal_(matrix, std=settings.init_std * settings.dim**-0.5)
     return model
 
 

@@ -6,7 +6,7 @@ new to it asks for the words. What a note says decides by its hash whether only 
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -87,14 +87,15 @@ def documents(seed: int, count: int) -> list[Document]:
     return found
 
 
-def train_tokenizer(texts: list[str], pieces: int) -> bytes:
-    """A SentencePiece BPE model of the texts, as the bytes of a `tokenizer.model`."""
+def train_tokenizer(texts: list[str], pieces: int, symbols: Sequence[str] = ()) -> bytes:
+    """A SentencePiece BPE model of the texts, as the bytes of a `tokenizer.model`; symbols are pieces of their own."""
     model = BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
         model_type="bpe",
         vocab_size=pieces,
+        user_defined_symbols=list(symbols),
         hard_vocab_limit=False,
         normalization_rule_name="identity",
         num_threads=1,

@@ -1,8 +1,14 @@
-"""Loss and perplexity of a base, with or without an adapter, on held-out instruction records, spread over workers."""
+"""Measures a base, with or without an adapter, on held-out records, spread over workers.
 
+task loss: cross-entropy and perplexity of the records' outputs. task scienceqa: accuracy in the paper's eight classes;
+predictions that are there already are kept, so the same command goes on where it stopped.
+"""
+
+import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray.data
@@ -11,15 +17,21 @@ from pydantic import Field
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from adapter.checkpoint import read_adapter
+from adapter.scienceqa import read_problems
+from rayjobs.answers import answer_all
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
 from rayjobs.order import Order, window_micro_batches
+from rayjobs.pictures import StoredFeatures
+from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
+from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, summarise
 from rayjobs.stream import collate
-from rayjobs.tables import write_json, write_parquet
-from rayjobs.tokens import RecordsConfig, prepare_tokens
+from rayjobs.tables import sha256_file, write_json, write_parquet
+from rayjobs.tokens import IMAGE_LISTS, prepare_tokens
+from rayjobs.vision import Eyes, Sight, VisionConfig, prepare_pictures
 
 LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.int64())])
 
@@ -29,9 +41,17 @@ class Config:
     base: BaseConfig
     adapter: str | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null measures the bare base."""
+    vision: VisionConfig | None = None
+    """The tower that the adapter was trained with; null leaves images out."""
+    task: Literal["loss", "scienceqa"] = "loss"
+    """What is measured; scienceqa reads ScienceQA's folder, its test split unless data.path names another."""
+    reading: Reading = "generate"
+    """How scienceqa is answered: text is generated and the answer read out of it, or the likeliest option is taken."""
+    batch_size: int = Field(default=16, ge=1)
+    """Problems of scienceqa that one worker answers together."""
     data: RecordsConfig
     token_budget: int = Field(default=8192, ge=1)
-    """Tokens per batch and worker, padding included."""
+    """Tokens per batch and worker, padding included, for task loss."""
     scale: PoolConfig = PoolConfig()
     run: RunConfig
 
@@ -39,8 +59,9 @@ class Config:
 class Scorer:
     """An actor that holds the model and sums each record's loss over its labels."""
 
-    def __init__(self, base: BaseConfig, adapter: str | None, device: str) -> None:
-        self.model = base.load(adapter, device).model
+    def __init__(self, base: BaseConfig, adapter: str | None, sight: Sight | None, stored: bool, device: str) -> None:
+        self.model = base.load(adapter, device, tower=sight and sight.tower.identity).model
+        self.eyes = Eyes(None if sight is None or stored else sight.tower, device)
         self.device = device
 
     @torch.no_grad()
@@ -48,7 +69,9 @@ class Scorer:
         rows: dict[str, list[float]] = {"id": [], "loss": [], "labels": []}
         for micro in map(collate, table.to_pylist()):
             labels = micro.labels.to(self.device)
-            hidden = self.model.hidden(micro.tokens.to(self.device))
+            images = self.eyes.images(micro.images)
+            seen = None if images is None else (images[0].to(self.device), images[1].to(self.device))
+            hidden = self.model.hidden(micro.tokens.to(self.device), images=seen)
             for i, id in enumerate(micro.ids):
                 rows["id"].append(id)
                 rows["loss"].append(self.model.output(hidden[i : i + 1], labels[i : i + 1]).item())
@@ -56,33 +79,49 @@ class Scorer:
         return pa.table(rows, LOSSES)
 
 
-def check(settings: Config) -> Path:
-    """Everything that can be told before a worker starts; returns the tokenizer's path. Raises ValueError."""
+def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
+    """Everything that can be told before a worker starts: the tokenizer's path, records, tower. Raises ValueError."""
     _, tokenizer = settings.base.open()
     if settings.adapter is not None:
         read_adapter(settings.adapter)
-    settings.data.prompt_template()
-    return tokenizer
+    sources = settings.data.sources()
+    if settings.task == "scienceqa":
+        if len(sources) != 1:
+            raise ValueError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
+        sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
+    for source in sources:
+        next(iter(source.read()), None)
+    if settings.adapter is None and settings.vision is not None:
+        raise ValueError("a bare base cannot read images: leave out vision, or name the adapter trained with it")
+    return tokenizer, sources, settings.vision.open() if settings.vision else None
 
 
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
-    check(settings)
+    _, sources, sight = check(settings)
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
-        ["data", ", ".join(settings.data.path)],
+        ["task", settings.task],
+        ["data", ", ".join(f"{source.path} {source.split}".strip() for source in sources)],
+        ["images", "left out" if sight is None else f"read by {sight.tower.identity}"],
     ]
     show_table("plan", ["", ""], [*rows, ["workers", str(settings.scale.workers)]])
 
 
 @recorded
 def run(settings: Config) -> dict[str, Any]:
-    """Returns and writes `result.json`, with every record's loss beside it in `losses.parquet`."""
-    tokenizer = check(settings)
+    """Returns and writes `result.json`, with every record's loss or prediction beside it as Parquet."""
+    tokenizer, sources, sight = check(settings)
     folder = open_run(settings.run, settings)
+    if settings.task == "scienceqa":
+        return _scienceqa(settings, sources[0], sight, folder)
     connect()
-    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder)
+    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, images=sight is not None)
+    pictures = None
+    if settings.vision and sight:
+        lists, cache = Path(store.folder) / IMAGE_LISTS, settings.run.cache_folder
+        pictures = prepare_pictures(settings.vision, sight, settings.data.sources(), lists, cache, settings.scale, 0)
     order = Order(
         store=store,
         split="train",
@@ -90,6 +129,7 @@ def run(settings: Config) -> dict[str, Any]:
         token_budget=settings.token_budget,
         shuffle_records=4096,
         seed=None,
+        pictures=pictures,
     )
     resources = settings.scale.resources()
     windows = [{"epoch": 0, "window": window} for window in range(order.windows_per_epoch)]
@@ -113,7 +153,13 @@ def run(settings: Config) -> dict[str, Any]:
             compute=ActorPoolStrategy(size=settings.scale.workers),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            fn_constructor_args=(settings.base, settings.adapter, "cuda" if "GPU" in resources else "cpu"),
+            fn_constructor_args=(
+                settings.base,
+                settings.adapter,
+                sight,
+                isinstance(pictures, StoredFeatures),
+                "cuda" if "GPU" in resources else "cpu",
+            ),
         )
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table)
@@ -129,6 +175,40 @@ def run(settings: Config) -> dict[str, Any]:
         "labelled_tokens": labels,
         "rejected_records": store.rejected,
     }
+    return _done(settings, folder, result)
+
+
+def _scienceqa(settings: Config, source: Source, sight: Sight | None, folder: Path) -> dict[str, Any]:
+    problems = read_problems(source.path, source.split)
+    predictions = answer_all(
+        map(asked, problems),
+        AnswerProblems(source.template, settings.reading, settings.data.max_length),
+        PREDICTIONS,
+        folder / "parts",
+        {
+            "base": str(settings.base),
+            "adapter": sha256_file(settings.adapter) if settings.adapter else "",
+            "tower": sight.tower.identity if sight else "",
+            "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
+            "how": repr((source.template, settings.reading, settings.data.max_length, settings.batch_size)),
+        },
+        batch=settings.batch_size,
+        base=settings.base,
+        adapter=settings.adapter,
+        sight=sight,
+        images=source.images,
+        scale=settings.scale,
+    )
+    write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
+    result = summarise(settings.run.name, problems, predictions, folder)
+    across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow
+    names, *lines = [[name, *cells] for name, cells in zip(result["accuracy_by_class"][0], across, strict=True)]
+    show_table(source.path, names, lines)
+    return _done(settings, folder, result)
+
+
+def _done(settings: Config, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     write_json(folder / "result.json", result)
-    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    plain = [[name.replace("_", " "), str(value)] for name, value in result.items() if not isinstance(value, list)]
+    show_table(settings.run.name, ["", ""], plain)
     return result

@@ -3,31 +3,28 @@
 With `file`, answers go to `out`; parts that are done are kept beside it, so the same command goes on where it stopped.
 """
 
-import json
 import shutil
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
-import torch
 from pydantic import Field
-from ray.data import ActorPoolStrategy
+from torch import Tensor
 
 from adapter.base import Base
 from adapter.checkpoint import read_adapter
-from adapter.instruct import ALPACA, PromptTemplate, read_records
+from adapter.instruct import read_records
+from rayjobs.answers import Record, answer_all, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
+from rayjobs.records import prompt_template
 from rayjobs.report import show_table
-from rayjobs.runtime import Progress, connect, data_context, unwrapped
-from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+from rayjobs.tables import write_jsonl, write_parquet
+from rayjobs.vision import Eyes, Sight, VisionConfig
 
-ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "answer")])
+ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 
 
 @config
@@ -49,29 +46,33 @@ class Config:
     base: BaseConfig
     adapter: str | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
+    vision: VisionConfig | None = None
+    """The tower that the adapter was trained with; null leaves images out."""
     instruction: str | None = None
     """One instruction to answer."""
     input: str = ""
     """Its input, if it has one."""
+    image: str | None = None
+    """Its image, if it has one."""
     file: str | None = None
-    """A file of {instruction, input?}: .json, .jsonl or .parquet."""
+    """A file of {instruction, input?, image?}: .json, .jsonl or .parquet."""
+    images: str | None = None
+    """The folder that the file's images start from; null for its own."""
     out: str = "answers.jsonl"
     """Where a file's answers go: .jsonl or .parquet."""
-    template: str = "alpaca"
-    """'alpaca', or a JSON file with 'with_input' and 'without_input' prompt templates."""
+    template: str | None = None
+    """'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input' prompt templates."""
     decoding: Decoding = Decoding()
     batch_size: int = Field(default=16, ge=1)
     """Prompts decoded together by one worker."""
     scale: PoolConfig = PoolConfig()
 
-    def prompt_template(self) -> PromptTemplate:
-        return ALPACA if self.template == "alpaca" else PromptTemplate.read(self.template)
 
-
-def answer(base: Base, prompts: list[str], decoding: Decoding) -> list[str]:
+def answer(base: Base, prompts: list[str], images: list[Tensor | None], decoding: Decoding) -> list[str]:
     """The base's answers, without the space that the tokenizer puts before the first word."""
     answers = base.generate(
         prompts,
+        images=images,
         max_new_tokens=decoding.max_new_tokens,
         temperature=decoding.temperature,
         top_p=decoding.top_p,
@@ -80,34 +81,39 @@ def answer(base: Base, prompts: list[str], decoding: Decoding) -> list[str]:
     return [text.strip() for text in answers]
 
 
-class Answerer:
-    """An actor that holds the model and writes one part of the answers per call."""
+class Ask:
+    """What a worker does with a chunk: answers its records."""
 
-    def __init__(self, settings: Config, device: str) -> None:
-        self.settings, self.template = settings, settings.prompt_template()
-        self.base = settings.base.load(settings.adapter, device)
+    def __init__(self, settings: Config) -> None:
+        self.settings, self.template = settings, prompt_template(settings.template)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        records = json.loads(batch["records"][0])
-        prompts = [self.template.render(record["instruction"], record["input"]) for record in records]
-        answers = answer(self.base, prompts, self.settings.decoding)
-        rows = [{**record, "answer": text} for record, text in zip(records, answers, strict=True)]
-        write_parquet(Path(batch["part"][0]), pa.Table.from_pylist(rows, ANSWERS))
-        return {"answered": [len(rows)]}
+    def __call__(self, base: Base) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
+        def answered(records: list[Record], images: list[Tensor | None]) -> list[Record]:
+            prompts = [self.template.render(record["instruction"], record["input"]) for record in records]
+            answers = answer(base, prompts, images, self.settings.decoding)
+            return [
+                {**{name: record.get(name) or "" for name in ANSWERS.names}, "answer": text}
+                for record, text in zip(records, answers, strict=True)
+            ]
+
+        return answered
 
 
-def check(settings: Config) -> None:
+def check(settings: Config) -> Sight | None:
     """Everything that can be told before a model is loaded. Raises ValueError."""
     if settings.instruction is not None and settings.file is not None:
         raise ValueError("give either instruction or file, not both")
     settings.base.open()
-    settings.prompt_template()
+    prompt_template(settings.template)
     if settings.adapter is not None:
         read_adapter(settings.adapter)
+    if settings.image is not None and (settings.vision is None or settings.instruction is None):
+        raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
         if Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
         next(read_records(settings.file, answered=False), None)
+    return settings.vision.open() if settings.vision else None
 
 
 def plan(settings: Config) -> None:
@@ -120,14 +126,19 @@ def plan(settings: Config) -> None:
 
 def run(settings: Config) -> dict[str, Any]:
     """Prints the answer, or writes the file of them. Returns the answers, or how many there are and where."""
-    check(settings)
+    sight = check(settings)
     if settings.file is not None:
-        return _answer_file(settings)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base, template = settings.base.load(settings.adapter, device), settings.prompt_template()
+        return _answer_file(settings, sight)
+    base = settings.base.load(settings.adapter, device(), tower=sight and sight.tower.identity)
+    template, seen = prompt_template(settings.template), None
+    if sight is not None and settings.image is not None:
+        pixels, wrong = look(Path(settings.image), sight)
+        if pixels is None:
+            raise ValueError(wrong)
+        seen = Eyes(sight.tower, device()).features([pixels])[0]
     answers = []
     for instruction, input in _asked(settings):
-        answers += answer(base, [template.render(instruction, input)], settings.decoding)
+        answers += answer(base, [template.render(instruction, input)], [seen], settings.decoding)
         print(answers[-1], flush=True)
     return {"answers": answers}
 
@@ -146,47 +157,30 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
             yield line.strip(), ""
 
 
-def _answer_file(settings: Config) -> dict[str, Any]:
-    out = Path(settings.out).absolute()
+def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
+    file, out = Path(str(settings.file)), Path(settings.out).absolute()
     parts = out.with_name(out.name + ".parts")
-    identity = {name: str(getattr(settings, name)) for name in ("base", "adapter", "file", "template", "decoding")}
-    identity["batch_size"] = str(settings.batch_size)
-    if (parts / "settings.json").exists() and read_json(parts / "settings.json") != identity:
-        raise ValueError(f"{parts} holds answers made with other settings: remove it, or choose another out")
-    write_json(parts / "settings.json", identity)
-    todo: list[dict[str, str]] = []
-    files: list[Path] = []
-    total = done = 0
-    records = read_records(str(settings.file), answered=False)
-    while chunk := list(islice(records, settings.batch_size)):
-        part = parts / f"{len(files):08d}.parquet"
-        files.append(part)
-        total += len(chunk)
-        if part.exists():
-            done += len(chunk)
-        else:
-            asked = [{"instruction": record["instruction"], "input": record["input"]} for record in chunk]
-            todo.append({"part": str(part), "records": json.dumps(asked)})
-    if todo:
-        connect()
-        resources = settings.scale.resources()
-        with data_context(preserve_order=False), unwrapped(), Progress("generate", unit="answers", total=total) as bar:
-            bar.update(done)
-            answered = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-                Answerer,
-                batch_size=1,
-                compute=ActorPoolStrategy(size=min(settings.scale.workers, len(todo))),
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                fn_constructor_args=(settings, "cuda" if "GPU" in resources else "cpu"),
-            )
-            for row in answered.iter_rows():
-                bar.advance(int(row["answered"]))
-    table = pa.concat_tables([ANSWERS.empty_table(), *map(pq.read_table, files)])
+    names = ("base", "adapter", "vision", "file", "template", "decoding", "batch_size")
+    table = answer_all(
+        read_records(file, answered=False),
+        Ask(settings),
+        ANSWERS,
+        parts,
+        {name: str(getattr(settings, name)) for name in names},
+        batch=settings.batch_size,
+        base=settings.base,
+        adapter=settings.adapter,
+        sight=sight,
+        images=str(Path(settings.images or file.parent).absolute()),
+        scale=settings.scale,
+    )
+    if sight is None:
+        table = table.drop_columns(["image", "image_error"])
     if out.suffix == ".parquet":
-        write_parquet(out, table, ANSWERS)
+        write_parquet(out, table)
     else:
         write_jsonl(out, table.to_pylist())
     shutil.rmtree(parts)
-    print(f"{table.num_rows} answers in {out}")
+    unread = sum(map(bool, table["image_error"].to_pylist())) if sight else 0
+    print(f"{table.num_rows} answers in {out}" + (f", {unread} without their image: see image_error" if unread else ""))
     return {"answers": table.num_rows, "out": str(out)}

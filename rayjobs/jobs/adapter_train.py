@@ -1,28 +1,35 @@
 """Trains adaption prompts on a frozen LLaMA: records → token store → Ray Train under ZeRO → adapter.safetensors.
 
+With `vision`, records may have images: a frozen tower reads them, and a small projection learns to put them into the
+prompts.
+
 The same command resumes a run that was cut off, with as many workers as are there then; a finished run is shown again.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import Field
 
-from adapter.adaption import AdaptionConfig
+from adapter.adaption import AdaptionConfig, Gate
 from adapter.checkpoint import adapter_from
-from adapter.instruct import read_records
 from adapter.tokenizer import Tokenizer
+from adapter.vision import VisionConfig as Projected
 from adapter.weights import Checkpoint, skeleton
 from rayjobs.base import BaseConfig
 from rayjobs.config import config, to_dict
 from rayjobs.engine import OptimizerConfig, ZeroConfig
+from rayjobs.pictures import Pictures, StreamedImages
+from rayjobs.records import DataConfig
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.tables import read_json, read_jsonl, write_json
-from rayjobs.tokens import DataConfig, prepare_tokens
+from rayjobs.tokens import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.trainer import ScaleConfig, TrainConfig, TrainJob, fit
+from rayjobs.vision import Sight, VisionConfig, prepare_pictures
 
 
 @config
@@ -33,10 +40,15 @@ class AdapterConfig:
     """L, adapted layers, counted from the top."""
     prompt_length: int = Field(default=10, ge=1)
     """K, prompt tokens in each adapted layer."""
+    attention: Literal["zero-init", "rand-init", "prefix"] = "zero-init"
+    """zero-init, the method; the paper's ablations: rand-init, its gate fixed at 1, and an ordinary prefix, which
+    shares one softmax with the words."""
 
-    @property
-    def adaption(self) -> AdaptionConfig:
-        return AdaptionConfig(n_layers=self.n_layers, prompt_length=self.prompt_length)
+    def adaption(self, vision: Projected | None) -> AdaptionConfig:
+        gates: dict[str, Gate] = {"zero-init": "tanh", "rand-init": "one", "prefix": "prefix"}
+        return AdaptionConfig(
+            n_layers=self.n_layers, prompt_length=self.prompt_length, gate=gates[self.attention], vision=vision
+        )
 
 
 @config
@@ -44,6 +56,8 @@ class Config:
     base: BaseConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
+    vision: VisionConfig | None = None
+    """How images are read; null leaves them out."""
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
@@ -55,7 +69,7 @@ FREE_TO_CHANGE = ("run", "scale", "zero")
 """Sections that do not change the result, so that a run may resume under others."""
 
 
-def check(settings: Config) -> tuple[Checkpoint, Path]:
+def check(settings: Config) -> tuple[Checkpoint, Path, Sight | None]:
     """Everything that can be told before a worker starts. Raises ValueError."""
     checkpoint, tokenizer = settings.base.open()
     if settings.adapter.n_layers > checkpoint.config.n_layers:
@@ -63,9 +77,8 @@ def check(settings: Config) -> tuple[Checkpoint, Path]:
             f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has "
             f"{checkpoint.config.n_layers} layers"
         )
-    settings.data.prompt_template()
-    for path in [*settings.data.path, *settings.data.val_path]:
-        next(read_records(path), None)
+    for source in [*settings.data.sources(), *settings.data.val_sources()]:
+        next(iter(source.read()), None)
     saved = settings.run.folder / "config.yaml"
     if saved.exists():
         before, now = yaml.safe_load(saved.read_text()), to_dict(settings)
@@ -75,17 +88,20 @@ def check(settings: Config) -> tuple[Checkpoint, Path]:
                 f"{saved.parent} holds a run with other settings in {', '.join(changed)}: "
                 "give this one another run.name, or remove that folder"
             )
-    return checkpoint, tokenizer
+    return checkpoint, tokenizer, settings.vision.open() if settings.vision else None
 
 
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
-    checkpoint, _ = check(settings)
-    records = sum(1 for path in settings.data.path for _ in read_records(path))
-    train = settings.train
+    checkpoint, _, sight = check(settings)
+    sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
+    counted = [(source, list(source.read())) for source in sources]
+    records = sum(round(source.weight * len(rows)) for source, rows in counted)
+    images = sum(len(source.image_paths()) for source in sources) if sight else 0
     steps = -(-records // train.global_batch)
-    shape, adaption = checkpoint.config, settings.adapter.adaption
-    trainable = adaption.n_layers * (adaption.prompt_length * shape.dim + shape.n_heads)
+    model = skeleton(shape)
+    model.attach(settings.adapter.adaption(sight and sight.projection))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     show_table(
         "plan",
         ["", ""],
@@ -95,7 +111,8 @@ def plan(settings: Config) -> None:
                 f"{settings.base.path}: {shape.n_layers} layers of width {shape.dim}, held in {settings.base.dtype}",
             ],
             ["trainable parameters", f"{trainable:,}"],
-            ["records", f"{records:,}, of which a share is held out for validation"],
+            ["records in an epoch", f"{records:,}, less what is held out for validation"],
+            ["images", f"{images:,}, {settings.vision.mode}" if settings.vision else "left out"],
             ["steps", f"{train.total_steps(steps):,} of {train.global_batch} records"],
             ["peak learning rate", f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}"],
             ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
@@ -107,52 +124,84 @@ def plan(settings: Config) -> None:
 @recorded
 def run(settings: Config) -> dict[str, Any]:
     """Trains or resumes; returns and writes `result.json`, beside `adapter.safetensors` and `metrics.jsonl`."""
-    checkpoint, tokenizer = check(settings)
+    checkpoint, tokenizer, sight = check(settings)
     folder = settings.run.folder
     if not (folder / "result.json").exists():
-        _train(settings, checkpoint, tokenizer)
+        _train(settings, checkpoint, tokenizer, sight)
     result = read_json(folder / "result.json")
     show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
     return result
 
 
-def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path) -> None:
-    folder = open_run(settings.run, settings)
+def prepare(settings: Config) -> None:
+    """Makes the tokens and features that a run will read, unless they are there."""
+    _, tokenizer, sight = check(settings)
     connect()
+    _prepare(settings, tokenizer, sight)
+
+
+def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[TokenStore, Pictures | None]:
     data = settings.data
     store = prepare_tokens(
         data,
         tokenizer,
         settings.run.cache_folder,
-        val_path=data.val_path,
+        val_sources=data.val_sources(),
         val_fraction=0.0 if data.val_path else data.val_fraction,
+        images=sight is not None,
     )
     if not store.rows("train"):
         raise ValueError("no record is left to train on: lower data.val_fraction, or give more records")
+    pictures = None
+    if settings.vision and sight:
+        pictures = prepare_pictures(
+            settings.vision,
+            sight,
+            [*data.sources(), *data.val_sources()],
+            Path(store.folder) / IMAGE_LISTS,
+            settings.run.cache_folder,
+            settings.scale,
+            settings.train.seed,
+        )
+    return store, pictures
+
+
+def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:
+    folder = open_run(settings.run, settings)
+    connect()
+    store, pictures = _prepare(settings, tokenizer, sight)
+    adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(
         base=str(Path(settings.base.path).absolute()),
         dtype=settings.base.dtype,
-        adaption=settings.adapter.adaption,
+        adaption=adaption,
         store=store,
+        weights=tuple(source.weight for source in settings.data.sources()),
+        pictures=pictures,
+        tower=sight.tower if isinstance(pictures, StreamedImages) and sight else None,
         train=settings.train,
         optimizer=settings.optimizer,
         zero=settings.zero,
     )
     state = fit(job, settings.scale, folder, settings.run.track)
     model = skeleton(checkpoint.config)
-    model.attach(settings.adapter.adaption)
-    trained = {name: tensor for name, tensor in state.items() if name.endswith((".prompt", ".gate"))}
-    model.load_state_dict(trained, strict=False, assign=True)
+    model.attach(adaption)
+    model.draw_adapter(None, "cpu")
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
     file = adapter_from(model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(tokenizer).sha256)
     file.save(folder / "adapter.safetensors")
     rows = read_jsonl(folder / "metrics.jsonl")
     losses, validated = ([row[name] for row in rows if name in row] for name in ("loss", "val_loss"))
     result = {
         "adapter": str(folder / "adapter.safetensors"),
-        "trainable_parameters": file.prompt.numel() + file.gate.numel(),
+        "trainable_parameters": file.trainable,
         "steps": job.total_steps,
         "train_records": store.rows("train"),
         "val_records": store.rows("val"),
+        **({"train_records_with_image": store.images("train")} if sight else {}),
         "rejected_records": store.rejected,
         "train_loss": round(losses[-1], 5),
         "base_val_loss": round(validated[0], 5) if validated else None,

@@ -5,22 +5,70 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from adapter import Base
 from adapter.adaption import AdaptionConfig
 from adapter.checkpoint import read_adapter
+from cafo.encoders import load_encoder
+from cafo.images import load_image
 from rayjobs.config import load
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.order import Order
+from rayjobs.records import RecordsConfig, prompt_template
 from rayjobs.stream import collate, stream
-from rayjobs.tables import read_jsonl
-from rayjobs.tokens import RecordsConfig, prepare_tokens
+from rayjobs.tables import read_jsonl, write_jsonl
+from rayjobs.tokens import prepare_tokens
+from tests.cafo.test_images import bomb
+from tests.rayjobs.cafo_world import towers
 
 pytestmark = pytest.mark.ray
+
+BAD = ("corrupt.png", "huge.png", "missing.png")
+
+
+@pytest.fixture(scope="module")
+def pictured(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 101 records, every other one with an image of some kind, and three whose images cannot be read."""
+    folder = tmp_path_factory.mktemp("pictured")
+    draw = np.random.default_rng(0)
+    plain = [Image.fromarray(draw.integers(0, 255, (37, 23, 3), np.uint8)) for _ in range(6)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain[0].save(folder / "plain.png")
+    plain[1].convert("CMYK").save(folder / "cmyk.tiff")
+    Image.fromarray(draw.integers(0, 65535, (23, 29), np.uint16)).save(folder / "sixteen.png")
+    plain[2].save(folder / "animated.gif", save_all=True, append_images=plain[3:5])
+    plain[5].save(folder / "rotated.jpg", exif=exif)
+    (folder / "corrupt.png").write_bytes((folder / "plain.png").read_bytes()[:70])
+    (folder / "huge.png").write_bytes(bomb())
+    kinds = sorted(path.name for path in folder.iterdir() if path.name not in BAD)
+    rows = read_jsonl(records)
+    rows = [{**row, "image": kinds[i // 2 % len(kinds)]} if i % 2 else row for i, row in enumerate(rows)]
+    rows += [{**rows[0], "image": name} for name in BAD]
+    write_jsonl(folder / "pictured.jsonl", rows)
+    return folder / "pictured.jsonl"
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a tiny tower."""
+    tower = towers(tmp_path_factory.mktemp("towers"))["clip"]
+    return [*(f"vision.tower.{key}={value}" for key, value in tower.items()), "vision.bottleneck=7"]
+
+
+def features(pictured: Path, config: Any, name: str | None) -> torch.Tensor | None:
+    """An image's features straight from the encoder."""
+    if not name:
+        return None
+    encoder = load_encoder(config.vision.tower.spec())
+    return torch.cat(encoder.multi_scale(encoder.preprocess(load_image(pictured.parent / name))[None]), dim=1)[0]
 
 
 def settings(tiny_base: Path, records: Path, storage: Path, name: str, *more: str) -> adapter_train.Config:
@@ -47,10 +95,12 @@ def settings(tiny_base: Path, records: Path, storage: Path, name: str, *more: st
     )
 
 
-def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tensor, list[float]]:
+def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tensor, Any, list[float]]:
     """The same training as one plain PyTorch loop over whole global batches."""
     (folder,) = (storage / "cache" / "tokens").iterdir()
     index = json.loads((folder / "index.json").read_text())
+    (names,) = json.loads((folder / "images.json").read_text()).values()
+    seen = {i: features(Path(config.data.path[0]), config, name) for i, name in enumerate(names) if name not in BAD}
     from rayjobs.tokens import TokenStore
 
     store = TokenStore.read(folder)
@@ -64,7 +114,7 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         seed=0,
     )
     base = Base.load(config.base.path)
-    base.attach(config.adapter.adaption, seed=0)
+    base.attach(config.adapter.adaption(config.vision.open().projection), seed=0)
     trainable = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=0.02)
     per_epoch, losses = order.steps_per_epoch, []
@@ -72,9 +122,10 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         table = order.rows(epoch, 0)
         for step in range(per_epoch):
             rows = table.slice(step * 8, 8).to_pylist()
+            images = base.model.images([None if row["image"] is None else seen[row["image"]] for row in rows])
             batch = collate({"step": 0, "last": True, "step_labels": 0, "rows": rows})
             labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
-            loss = base.model(batch.tokens, batch.labels) / labels
+            loss = base.model(batch.tokens, batch.labels, images) / labels
             optimizer.zero_grad()
             loss.backward()
             done = epoch * per_epoch + step
@@ -83,7 +134,8 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
             optimizer.param_groups[0]["lr"] = peak * ((done + 1) / per_epoch if epoch == 0 else cosine)
             optimizer.step()
             losses.append(loss.item())
-    return torch.stack([adaption.prompt.detach() for adaption in base.model.adaptions]), losses
+    prompts = torch.stack([adaption.prompt.detach() for adaption in base.model.adaptions])
+    return prompts, base.model.vision.state_dict(), losses
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +144,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(cluster: None, tiny_base: Path, records: Path, storage: Path) -> adapter_train.Config:
-    config = settings(tiny_base, records, storage, "two_workers")
+def trained(cluster: None, tiny_base: Path, pictured: Path, vision: list[str], storage: Path) -> adapter_train.Config:
+    config = settings(tiny_base, pictured, storage, "two_workers", *vision)
     before = _hash(tiny_base)
     adapter_train.run(config)
     assert _hash(tiny_base) == before, "the base's bytes must not change"
@@ -105,50 +157,72 @@ def _hash(folder: Path) -> dict[str, str]:
 
 
 def test_equals_a_plain_loop(trained: adapter_train.Config, storage: Path) -> None:
-    prompts, losses = plain_loop(trained, storage)
+    prompts, projection, losses = plain_loop(trained, storage)
     rows = [row for row in read_jsonl(trained.run.folder / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, len(losses) + 1))
     assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-5)
-    torch.testing.assert_close(
-        read_adapter(trained.run.folder / "adapter.safetensors").prompt, prompts, rtol=0, atol=1e-4
-    )
+    file = read_adapter(trained.run.folder / "adapter.safetensors")
+    torch.testing.assert_close(file.prompt, prompts, rtol=0, atol=1e-4)
+    torch.testing.assert_close(file.projection, projection, rtol=0, atol=1e-4)
 
 
 def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) -> None:
     folder = trained.run.folder
     result = json.loads((folder / "result.json").read_text())
     assert result["val_loss"] < result["base_val_loss"] - 0.02
-    assert result["trainable_parameters"] == 2 * (5 * 24 + 6)
+    trainable = 2 * (5 * 24 + 6) + 7 * (32 + 64 + 128 + 256 + 19 + 1) + 24 * (7 + 1)
+    assert result["trainable_parameters"] == trainable
     assert result["train_records"] + result["val_records"] == 101
+    assert result["rejected_records"] == 3
+    (tokens,) = (trained.run.cache_folder / "tokens").iterdir()
+    reasons = {row["image"]: row["reason"] for row in read_jsonl(tokens / "rejected.jsonl")}
+    assert set(reasons) == set(BAD)
+    assert all(name in reason for name, reason in reasons.items())
+    assert 40 < result["train_records_with_image"] <= 50
     assert {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard"} <= {path.name for path in folder.iterdir()}
     (checkpoint,) = (path for path in (folder / "train").glob("checkpoint_*") if path.is_dir())
     state = load_file(checkpoint / "state.safetensors")
-    assert sum(tensor.numel() for tensor in state.values()) == 3 * 2 * (5 * 24 + 6) + 1, "never the base"
+    assert sum(tensor.numel() for tensor in state.values()) == 3 * trainable + 1, "never base or tower"
 
 
 def test_a_finished_run_is_shown_again_and_other_settings_are_refused(
-    trained: adapter_train.Config, tiny_base: Path, records: Path, storage: Path
+    trained: adapter_train.Config, tiny_base: Path, pictured: Path, vision: list[str], storage: Path
 ) -> None:
     modified = (trained.run.folder / "adapter.safetensors").stat().st_mtime_ns
     adapter_train.run(trained)
     assert (trained.run.folder / "adapter.safetensors").stat().st_mtime_ns == modified
     with pytest.raises(ValueError, match="other settings in train"):
-        adapter_train.run(settings(tiny_base, records, storage, "two_workers", "train.epochs=3"))
+        adapter_train.run(settings(tiny_base, pictured, storage, "two_workers", *vision, "train.epochs=3"))
 
 
-@pytest.mark.parametrize("more", [("scale.workers=1", "zero.stage=0"), ("zero.stage=3",)], ids=["one-worker", "zero-3"])
-def test_any_number_of_workers_and_any_stage_train_the_same_adapter(
-    trained: adapter_train.Config, tiny_base: Path, records: Path, storage: Path, more: tuple[str, ...]
+@pytest.mark.parametrize(
+    "more",
+    [("scale.workers=1", "zero.stage=0", "vision.mode=streamed"), ("zero.stage=3",)],
+    ids=["one-worker-that-holds-the-tower", "zero-3"],
+)
+def test_any_number_of_workers_any_stage_and_either_way_of_images_train_the_same_adapter(
+    trained: adapter_train.Config,
+    tiny_base: Path,
+    pictured: Path,
+    vision: list[str],
+    storage: Path,
+    more: tuple[str, ...],
 ) -> None:
-    other = settings(tiny_base, records, storage, "-".join(more).replace("=", ""), *more)
+    other = settings(tiny_base, pictured, storage, "-".join(more).replace("=", ""), *vision, *more)
     adapter_train.run(other)
+    steps = [
+        [row["loss"] for row in read_jsonl(config.run.folder / "metrics.jsonl") if "loss" in row]
+        for config in (trained, other)
+    ]
+    assert steps[1] == pytest.approx(steps[0], abs=1e-5)
     ours, theirs = (read_adapter(config.run.folder / "adapter.safetensors") for config in (trained, other))
     torch.testing.assert_close(theirs.prompt, ours.prompt, rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs.gate, ours.gate, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.projection, ours.projection, rtol=0, atol=1e-5)
 
 
 def test_eval_agrees_with_training_and_with_the_model(
-    trained: adapter_train.Config, tiny_base: Path, records: Path
+    trained: adapter_train.Config, tiny_base: Path, pictured: Path, vision: list[str]
 ) -> None:
     config = load(
         adapter_eval.Config,
@@ -156,7 +230,8 @@ def test_eval_agrees_with_training_and_with_the_model(
         [
             f"base.path={tiny_base}",
             f"adapter={trained.run.folder / 'adapter.safetensors'}",
-            f"data.path=[{records}]",
+            *vision,
+            f"data.path=[{pictured}]",
             "data.max_length=200",
             f"run.storage={trained.run.storage}",
             "run.name=eval",
@@ -169,9 +244,12 @@ def test_eval_agrees_with_training_and_with_the_model(
     total = labels = 0.0
     from adapter.instruct import encode_record, read_records
 
-    for record in read_records(records):
+    for record in read_records(pictured):
+        if record["image"] in BAD:
+            continue
         example = encode_record(record, base.tokenizer, max_length=200)
-        log_p = base.model(torch.tensor([example.ids]))[0].log_softmax(-1)
+        images = base.model.images([features(pictured, trained, record["image"])])
+        log_p = base.model(torch.tensor([example.ids]), images=images)[0].log_softmax(-1)
         for place in range(example.label_start, len(example.ids)):
             total -= log_p[place - 1, example.ids[place]].item()
             labels += 1
@@ -180,7 +258,7 @@ def test_eval_agrees_with_training_and_with_the_model(
 
 
 def test_generate_answers_a_file_as_the_library_does(
-    trained: adapter_train.Config, tiny_base: Path, records: Path, tmp_path: Path
+    trained: adapter_train.Config, tiny_base: Path, pictured: Path, vision: list[str], tmp_path: Path
 ) -> None:
     config = load(
         adapter_generate.Config,
@@ -188,21 +266,24 @@ def test_generate_answers_a_file_as_the_library_does(
         [
             f"base.path={tiny_base}",
             f"adapter={trained.run.folder / 'adapter.safetensors'}",
-            f"file={records}",
+            *vision,
+            f"file={pictured}",
             f"out={tmp_path / 'answers.jsonl'}",
             "decoding.max_new_tokens=7",
             "decoding.temperature=0",
             "batch_size=40",
         ],
     )
-    assert adapter_generate.run(config)["answers"] == 101
+    assert adapter_generate.run(config)["answers"] == 104
     rows = read_jsonl(tmp_path / "answers.jsonl")
     assert not (tmp_path / "answers.jsonl.parts").exists()
     base = Base.load(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
-    prompts = [config.prompt_template().render(row["instruction"], row["input"]) for row in rows[:9]]
-    expected = base.generate(prompts, max_new_tokens=7, temperature=0)
+    prompts = [prompt_template(config.template).render(row["instruction"], row["input"]) for row in rows[:9]]
+    images = [features(pictured, trained, row["image"]) for row in rows[:9]]
+    expected = base.generate(prompts, images=images, max_new_tokens=7, temperature=0)
     assert [row["answer"] for row in rows[:9]] == [text.strip() for text in expected]
+    assert [row["image"] for row in rows if row["image_error"]] == list(BAD)
 
 
 def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, records: Path, tmp_path: Path) -> None:
@@ -237,6 +318,33 @@ def test_tokens_are_prepared_once_and_held_out_by_content(
     assert abs(other.rows("val") - first.rows("val")) <= 1, "by content, not by place"
 
 
+def test_formats_mix_in_one_store_with_their_images(
+    cluster: None, tiny_base: Path, pictured: Path, shared: Path, tmp_path: Path
+) -> None:
+    talk = [{"from": "human", "value": "<image> the cat"}, {"from": "gpt", "value": "sat"}]
+    (tmp_path / "talk.json").write_text(json.dumps([{"image": "plain.png", "conversations": talk * 2}]))
+    data = load(
+        RecordsConfig,
+        {
+            "path": [
+                {"path": str(shared / "scienceqa"), "format": "scienceqa", "split": "test"},
+                {"path": str(tmp_path / "talk.json"), "format": "llava", "images": str(pictured.parent)},
+                {"path": str(pictured)},
+            ],
+            "max_length": 1024,
+            "max_rejected_fraction": 1,
+        },
+    )
+    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, images=True)
+    rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
+    told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
+    assert len(rejected) == len(told) + len(BAD)
+    assert store.rows("train") == 361 + 2 + 101 - len(told)
+    assert store.images("train") == 167 + 2 + 50 - sum(bool(row["image"]) for row in told)
+    blind = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
+    assert (blind.images("train"), blind.rejected) == (0, len(told))
+
+
 def test_records_without_a_label_are_set_aside_with_their_reason(
     cluster: None, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -264,7 +372,7 @@ def test_a_bad_line_far_down_is_told_as_it_is(cluster: None, tiny_base: Path, tm
 
 
 def test_adaption_shape() -> None:
-    assert adapter_train.AdapterConfig(n_layers=2, prompt_length=5).adaption == AdaptionConfig(
+    assert adapter_train.AdapterConfig(n_layers=2, prompt_length=5).adaption(None) == AdaptionConfig(
         n_layers=2, prompt_length=5
     )
 
@@ -289,5 +397,5 @@ def test_a_really_trained_llama_learns_from_real_instructions(cluster: None, sha
     assert result["val_loss"] < result["base_val_loss"] - 0.3
     base = Base.load(config.base.path)
     base.load_adapter(result["adapter"])
-    prompt = config.data.prompt_template().render("Give three tips.")
+    prompt = prompt_template(config.data.template).render("Give three tips.")
     assert base.generate([prompt], max_new_tokens=20, temperature=0)[0]

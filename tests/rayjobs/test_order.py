@@ -9,7 +9,7 @@ import pytest
 
 from rayjobs.order import Order, deal, window_micro_batches
 from rayjobs.tables import TOKENS, write_parquet
-from rayjobs.tokens import TokenStore
+from rayjobs.tokens import ROWS_PER_SOURCE, TokenStore
 
 PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
 
@@ -17,14 +17,15 @@ PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
     draw, parts, id = np.random.default_rng(3), [], 0
-    for number, rows in enumerate(PARTS):
+    for rows in PARTS:
         listed = []
         for _ in range(rows):
             length = int(draw.integers(2, 40))
             listed.append({"id": id, "tokens": [id] * length, "label_start": int(draw.integers(1, length))})
             id += 1
-        write_parquet(tmp_path / f"train-{number}.parquet", pa.Table.from_pylist(listed, TOKENS))
-        parts.append((f"train-{number}.parquet", rows))
+        name = f"train-{listed[0]['id']:014x}.parquet"
+        write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+        parts.append((name, rows))
     return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
 
 
@@ -101,6 +102,56 @@ def test_epochs_and_seeds_differ_and_repeat(store: TokenStore) -> None:
     assert ids(5, 0) != ids(5, 1)
     assert ids(5, 0) != ids(6, 0)
     assert ids(None, 0) == ids(None, 1) == list(range(101))
+
+
+def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
+    parts, per_source = [], {0: (10, 7), 1: (6,), 2: (4,)}
+    for source, sizes in per_source.items():
+        first = source * ROWS_PER_SOURCE
+        for rows in sizes:
+            listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1} for i in range(rows)]
+            name = f"train-{first:014x}.parquet"
+            write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+            parts.append((name, rows))
+            first += rows
+    store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
+    order = order_of(store, weights=(1.0, 2.5, 0.5))
+    assert order.steps_per_epoch == -(-(17 + 15 + 2) // 7)
+    seen: Counter[int] = Counter()
+    for epoch in range(4):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        epoch_ids = [row["id"] for worker in walk(order, 2, steps) for micro in worker for row in micro["rows"]]
+        assert Counter(id // ROWS_PER_SOURCE for id in epoch_ids) == {0: 17, 1: 15, 2: 2}
+        seen += Counter(epoch_ids)
+        for source, total in ((0, 17), (1, 6), (2, 4)):
+            counts = [seen[source * ROWS_PER_SOURCE + row] for row in range(total)]
+            assert max(counts) - min(counts) <= 1, "nothing is seen twice more than its neighbours"
+    assert all(count == 4 for id, count in seen.items() if id < ROWS_PER_SOURCE)
+
+
+class Places:
+    """Pictures that tell what was asked of them."""
+
+    def read(self, source: int, place: int, epoch: int | None) -> bytes:
+        return f"{source} {place} {epoch}".encode()
+
+
+def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> None:
+    first = 3 * ROWS_PER_SOURCE
+    listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1, "image": i if i % 2 else None} for i in range(9)]
+    write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKENS))
+    parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
+    order = order_of(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), pictures=Places())
+    for epoch in (0, 1):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        for worker in walk(order, 2, steps):
+            for micro in worker:
+                for row in micro["rows"]:
+                    place = row["id"] - first
+                    assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
+    plain = order_of(order.store, seed=None, pictures=Places())
+    (rows,) = [row for row in walk(plain, 1, range(1))[0][0]["rows"] if row["id"] == first + 1]
+    assert rows["image"] == b"3 1 None", "without a seed an image is shown as it is"
 
 
 def test_micro_batches_keep_to_the_budget() -> None:

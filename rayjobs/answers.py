@@ -1,0 +1,146 @@
+"""Answers to many prompts: chunks of records, images decoded by Ray Data, a pool of workers, one file per chunk.
+
+Each chunk's file is there whole or not at all, so the same call goes on where another stopped. Images are decoded ahead
+of the workers, which hold the base and the tower; one that cannot be read is told in `image_error`, and its record is
+answered without it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+from torch import Tensor
+
+from adapter.base import Base
+from rayjobs.base import BaseConfig, PoolConfig
+from rayjobs.runtime import Progress, connect, data_context, unwrapped
+from rayjobs.tables import read_json, write_json, write_parquet
+from rayjobs.vision import Eyes, Sight
+
+Record = dict[str, Any]
+Answer = Callable[[list[Record], list[Tensor | None]], list[Record]]
+
+
+class Answerer:
+    """An actor that holds the base, its adapter and the tower, and writes the answers of one chunk per call."""
+
+    def __init__(
+        self,
+        make: Callable[[Base], Answer],
+        schema: pa.Schema,
+        base: BaseConfig,
+        adapter: str | None,
+        sight: Sight | None,
+        device: str,
+    ) -> None:
+        self.schema = schema
+        self.eyes = None if sight is None else Eyes(sight.tower, device)
+        self.answer = make(base.load(adapter, device, tower=sight and sight.tower.identity))
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (row,) = table.to_pylist()
+        records = json.loads(row["records"])
+        rows = self.answer(records, self.see([row["images"][i] for i in range(len(records))]))
+        write_parquet(Path(row["part"]), pa.Table.from_pylist(rows, self.schema))
+        return pa.table({"answered": [len(rows)]})
+
+    def see(self, pixels: list[bytes | None]) -> list[Tensor | None]:
+        """Each record's features (F,), or None."""
+        there = [one for one in pixels if one is not None]
+        found = iter(self.eyes.features(there)) if self.eyes is not None and there else iter(())
+        return [None if one is None else next(found) for one in pixels]
+
+
+def decode(table: pa.Table, root: str, sight: Sight | None) -> pa.Table:
+    """A chunk's images as pixels, where a tower is there to read them."""
+    (row,) = table.to_pylist()
+    records, pixels = json.loads(row["records"]), []
+    for record in records:
+        seen = None
+        if sight is not None and record.get("image"):
+            seen, record["image_error"] = look(Path(root) / record["image"], sight)
+        pixels.append(seen)
+    images = pa.array([pixels], pa.list_(pa.large_binary()))
+    return pa.table({"part": [row["part"]], "records": [json.dumps(records)], "images": images})
+
+
+def look(path: Path, sight: Sight) -> tuple[bytes | None, str]:
+    """An image's pixels as the tower reads them, or why there are none."""
+    from cafo.images import ImageError, load_image
+
+    try:
+        return sight.tower.preprocess(load_image(path)).numpy().tobytes(), ""
+    except ImageError as error:
+        return None, str(error)
+
+
+def answer_all(
+    records: Iterable[Record],
+    make: Callable[[Base], Answer],
+    schema: pa.Schema,
+    parts: Path,
+    identity: Mapping[str, str],
+    *,
+    batch: int,
+    base: BaseConfig,
+    adapter: str | None,
+    sight: Sight | None,
+    images: str,
+    scale: PoolConfig,
+) -> pa.Table:
+    """All answers, in the order of the records; those that `parts` holds already are not made again.
+
+    make: base → a function from records and their images' features to rows of `schema`, pickled into the workers.
+    images: the folder that the records' images start from. Raises ValueError if `parts` was made with another identity,
+    or there is no record.
+    """
+    if (parts / "settings.json").exists() and read_json(parts / "settings.json") != dict(identity):
+        raise ValueError(f"{parts} holds answers made with other settings: remove it, or write somewhere else")
+    write_json(parts / "settings.json", dict(identity))
+    files: list[Path] = []
+    todo, total, done, rest = [], 0, 0, iter(records)
+    while chunk := list(islice(rest, batch)):
+        files.append(parts / f"{len(files):08d}.parquet")
+        total += len(chunk)
+        if files[-1].exists():
+            done += len(chunk)
+        else:
+            todo.append({"part": str(files[-1]), "records": json.dumps(chunk)})
+    if not files:
+        raise ValueError("there is not one record to answer")
+    if todo:
+        connect()
+        resources = scale.resources()
+        with data_context(preserve_order=False), unwrapped(), Progress("answer", unit="answers", total=total) as bar:
+            bar.update(done)
+            decoded = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+                decode,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=0.01,  # other than the workers', or Ray would fuse the two
+                fn_kwargs={"root": images, "sight": sight},
+            )
+            answered = decoded.map_batches(
+                Answerer,
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(size=min(scale.workers, len(todo))),
+                num_cpus=resources["CPU"],
+                num_gpus=resources.get("GPU", 0),
+                fn_constructor_args=(make, schema, base, adapter, sight, "cuda" if "GPU" in resources else "cpu"),
+            )
+            for row in answered.iter_rows():
+                bar.advance(int(row["answered"]))
+    return pa.concat_tables([pq.read_table(file) for file in files])
+
+
+def device() -> str:
+    """Where this process alone would put a model."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,41 @@
+"""The frozen tower that a job names. Importing this imports no tower: that takes seconds, and text needs none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rayjobs.config import config
+
+if TYPE_CHECKING:
+    from cafo.encoders import EncoderSpec
+
+
+@config
+class EncoderConfig:
+    """One frozen tower."""
+
+    kind: Literal["clip", "dino", "timm", "pixels"]
+    """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
+    name: str = ""
+    """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
+    pixels, the side."""
+    weights: str = ""
+    """open_clip's pretrained tag, a local file or folder, or random:SEED."""
+    config: str = ""
+    """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
+    quick_gelu: bool | None = None
+    """Whether the weights were trained with QuickGELU, where they cannot tell."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 or bf16."""
+
+    def spec(self) -> EncoderSpec:
+        from cafo.encoders import EncoderSpec
+
+        return EncoderSpec(
+            kind=self.kind,
+            name=self.name,
+            weights=self.weights,
+            config=self.config,
+            quick_gelu=self.quick_gelu,
+            precision=self.precision,
+        )

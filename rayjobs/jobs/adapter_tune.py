@@ -1,0 +1,237 @@
+"""Sweeps adapter-train's settings with Ray Tune: the paper's ablations, or a search of one's own.
+
+Each trial is an ordinary adapter-train run in `trials/`, chosen on validation loss, or on the accuracy of ScienceQA's
+problems where `sweep.scienceqa` names some. The same command goes on where it stopped: finished trials are not run
+again, and one that was cut off resumes.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import ray
+from pydantic import Field
+from ray import tune
+
+from rayjobs.config import config, load, to_dict
+from rayjobs.jobs import adapter_eval, adapter_train
+from rayjobs.records import SourceConfig
+from rayjobs.report import compare, show_table
+from rayjobs.runs import recorded
+from rayjobs.runtime import Progress, connect, open_run, unwrapped
+from rayjobs.tables import atomic_path, read_json, read_jsonl, write_json, write_parquet, write_text
+
+FIRST_STEPS = 50
+"""Of the loss curves that are plotted apart: where an unstable start shows."""
+
+
+@config
+class SweepConfig:
+    """What varies."""
+
+    axes: dict[str, list[Any]] = Field(min_length=1)
+    """Setting → its values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init, rand-init]}."""
+    method: Literal["grid", "each"] = "grid"
+    """grid: all combinations; each: one axis at a time, the others as the config has them."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Every setting is trained with each; figures are means over them."""
+    at_once: int = Field(default=1, ge=1)
+    """Trials that run side by side, each with scale.workers workers; with a fraction as scale.gpus_per_worker they
+    share a GPU."""
+    scienceqa: SourceConfig | None = None
+    """ScienceQA's folder; its val split, unless another is named, is answered by every trial's adapter."""
+
+
+@config
+class Config(adapter_train.Config):
+    sweep: SweepConfig
+
+
+Trial = tuple[dict[str, Any], int]
+"""A point of the space, and a seed."""
+
+
+def points(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """Every setting to try, as overrides."""
+    if sweep.method == "each":
+        return [{name: value} for name, values in sweep.axes.items() for value in values]
+    return [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
+
+
+def told(point: dict[str, Any]) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in point.items())
+
+
+def training(settings: Config, trial: Trial) -> adapter_train.Config:
+    """A trial's settings. Raises ConfigError for an axis that is no setting."""
+    point, seed = trial
+    values = {name: value for name, value in to_dict(settings).items() if name != "sweep"}
+    digest = hashlib.sha256(json.dumps([point, seed], sort_keys=True).encode()).hexdigest()[:10]
+    values["run"] |= {
+        "name": f"seed{seed}-{digest}",
+        "storage": str(settings.run.folder / "trials"),
+        "cache": str(settings.run.cache_folder),
+    }
+    overrides = [f"{name}={json.dumps(value)}" for name, value in [*point.items(), ("train.seed", seed)]]
+    return load(adapter_train.Config, values, overrides)
+
+
+def check(settings: Config) -> list[Trial]:
+    """All trials, every one's settings proven. Raises ValueError."""
+    trials = list(itertools.product(points(settings.sweep), settings.sweep.seeds))
+    for trial in trials:
+        training(settings, trial)
+    adapter_train.check(training(settings, trials[0]))
+    return trials
+
+
+def plan(settings: Config) -> None:
+    """Shows what `run` would do."""
+    trials = check(settings)
+    rows = [[told(point), ", ".join(map(str, settings.sweep.seeds))] for point in points(settings.sweep)]
+    show_table(f"{len(trials)} trials, {settings.sweep.at_once} at once", ["setting", "seeds"], rows)
+
+
+@recorded
+def run(settings: Config) -> dict[str, Any]:
+    """Returns and writes `result.json`, beside `results.parquet` with a row per trial, `curves.html` and plots."""
+    trials = check(settings)
+    folder = open_run(settings.run, settings)
+    left = [trial for trial in trials if not (_folder(settings, trial) / "trial.json").exists()]
+    if left:
+        connect()
+        adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
+        _run_trials(settings, left, len(trials))
+    rows = [read_json(_folder(settings, trial) / "trial.json") for trial in trials]
+    write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
+    result = _summary(settings, rows)
+    write_json(folder / "result.json", result)
+    compare([_folder(settings, trial) for trial in trials], folder / "curves.html")
+    _plot(settings, trials, folder)
+    show_table(
+        settings.run.name, list(result["settings"][0]), [[str(v) for v in row.values()] for row in result["settings"]]
+    )
+    return result
+
+
+def _folder(settings: Config, trial: Trial) -> Path:
+    return training(settings, trial).run.folder
+
+
+def _run_trials(settings: Config, left: list[Trial], total: int) -> None:
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
+    at_once, scale = settings.sweep.at_once, settings.scale
+    share = scale.cpus_per_worker or min(1.0, max(ray.cluster_resources()["CPU"] - 1, 0.5) / (scale.workers * at_once))
+
+    def trainable(point: dict[str, Any]) -> None:
+        tune.report(run_trial(settings, left[point["trial"]], share))
+
+    class Watch(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            bar.advance()
+
+    with Progress("tune", unit="trials", total=total) as bar, unwrapped():
+        bar.update(total - len(left))
+        results = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 0.01}),  # the trial's workers reserve their own
+            param_space={"trial": tune.grid_search(list(range(len(left))))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=str(settings.run.folder / "tune"),
+                verbose=0,
+                callbacks=[Watch()],
+            ),
+        ).fit()
+        if results.errors:
+            raise results.errors[0]
+
+
+def run_trial(settings: Config, trial: Trial, cpus_per_worker: float) -> dict[str, Any]:
+    """Trains, measures, and writes `trial.json`: the trial's row."""
+    point, seed = trial
+    ours = training(settings, trial)
+    scale = {**to_dict(ours.scale), "cpus_per_worker": cpus_per_worker}
+    ours = load(adapter_train.Config, {**to_dict(ours), "scale": scale})
+    trained = adapter_train.run(ours)
+    losses = [row["loss"] for row in read_jsonl(ours.run.folder / "metrics.jsonl") if "loss" in row]
+    row = {
+        "setting": told(point),
+        "seed": seed,
+        "run": ours.run.name,
+        "trainable_parameters": trained["trainable_parameters"],
+        "first_loss": losses[0],
+        "peak_loss": max(losses),
+        "final_loss": statistics.mean(losses[-10:]),
+        "val_loss": trained["val_loss"],
+    }
+    if settings.sweep.scienceqa is not None:
+        source = {"split": "val", **{k: v for k, v in to_dict(settings.sweep.scienceqa).items() if v is not None}}
+        asked = {
+            **{name: to_dict(ours)[name] for name in ("base", "vision")},
+            "adapter": trained["adapter"],
+            "task": "scienceqa",
+            "data": {"path": [source], "template": ours.data.template, "max_length": ours.data.max_length},
+            "scale": {name: scale[name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
+            "run": {**to_dict(ours.run), "name": "eval", "storage": str(ours.run.folder)},
+        }
+        row["accuracy"] = adapter_eval.run(load(adapter_eval.Config, asked))["accuracy"]
+    write_json(ours.run.folder / "trial.json", row)
+    return row
+
+
+def _summary(settings: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = ["first_loss", "peak_loss", "final_loss", "val_loss", "accuracy"]
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        mine = [row for row in rows if row["setting"] == setting]
+        line: dict[str, Any] = {"setting": setting, "trainable parameters": f"{mine[0]['trainable_parameters']:,}"}
+        for name in columns:
+            values = [row[name] for row in mine if row.get(name) is not None]
+            if values:
+                line[name.replace("_", " ")] = _mean(values, 2 if name == "accuracy" else 4)
+        lines.append(line)
+    best = _best(rows)
+    names = list(lines[0])
+    cells = [names, ["---"] + ["---:"] * (len(names) - 1), *([line.get(name, "") for name in names] for line in lines)]
+    write_text(settings.run.folder / "table.md", "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells))
+    return {"headline": f"best: {best}", "best": best, "trials": len(rows), "settings": lines}
+
+
+def _best(rows: list[dict[str, Any]]) -> str:
+    """The setting of the best mean on validation; the earliest on ties."""
+
+    def score(setting: str) -> float:
+        mine = [row for row in rows if row["setting"] == setting]
+        if "accuracy" in mine[0]:
+            return statistics.mean(row["accuracy"] for row in mine)
+        return -statistics.mean(row["final_loss"] if row["val_loss"] is None else row["val_loss"] for row in mine)
+
+    return max(dict.fromkeys(row["setting"] for row in rows), key=score)
+
+
+def _mean(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _plot(settings: Config, trials: list[Trial], folder: Path) -> None:
+    """Losses of the first steps, a line per setting and seed: `first_steps.png`."""
+    from rayjobs.plots import panel
+
+    figure, axes = panel("step", "training loss")
+    for number, point in enumerate(points(settings.sweep)):
+        for i, seed in enumerate(settings.sweep.seeds):
+            rows = read_jsonl(_folder(settings, (point, seed)) / "metrics.jsonl")
+            losses = [row["loss"] for row in rows if "loss" in row][:FIRST_STEPS]
+            label = "_" if i else told(point)
+            axes.plot(range(1, len(losses) + 1), losses, color=f"C{number}", label=label, linewidth=1)
+    axes.legend(frameon=False)
+    with atomic_path(folder / "first_steps.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

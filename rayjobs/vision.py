@@ -1,0 +1,120 @@
+"""Which tower reads the images of an adapter, and what becomes of them on the way to its workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adapter.vision import Images
+from adapter.vision import VisionConfig as Projected
+from rayjobs.base import PoolConfig
+from rayjobs.config import config
+from rayjobs.encoder import EncoderConfig
+from rayjobs.pictures import Pictures, StoredFeatures, StreamedImages
+from rayjobs.records import Source
+
+if TYPE_CHECKING:
+    from rayjobs.features import Tower
+
+
+@config
+class VisionConfig:
+    """How images are read; without this section they are left out."""
+
+    tower: EncoderConfig
+    """The frozen tower; the adapter keeps its identity, and is refused with another."""
+    scales: int = Field(default=4, ge=1)
+    """Of a ViT: its class token after so many evenly spaced blocks. Of other towers: all stages and the embedding."""
+    bottleneck: int = Field(default=72, ge=1)
+    """Hidden width of the projection; 72 makes it about 0.6 M parameters at 7B."""
+    mode: Literal["stored", "streamed"] = "stored"
+    """stored: each image is encoded once and kept, workers hold no tower; streamed: workers hold the tower and encode
+    decoded images as they come."""
+    augment: bool = False
+    """Train on another random view of an image in every epoch; streamed only."""
+    batch: int = Field(default=64, ge=1)
+    """Images that the tower reads at once."""
+
+    def open(self) -> Sight:
+        """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
+        from cafo.encoders import load_encoder
+        from rayjobs.features import Tower
+
+        if self.augment and self.mode == "stored":
+            raise ValueError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
+        held = load_encoder(self.tower.spec())
+        side = held.preprocess.size
+        widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
+        tower = Tower(self.tower.spec(), f"{held.identity}-{len(widths)}scales", held.preprocess, False, self.scales)
+        projected = Projected(
+            widths=widths, bottleneck=self.bottleneck, tower=tower.identity, preprocess=repr(held.preprocess)
+        )
+        return Sight(tower, projected)
+
+
+class Sight(NamedTuple):
+    """An adapter's tower: how to load it, and what the adapter has to know."""
+
+    tower: Tower
+    projection: Projected
+
+
+class Eyes:
+    """What a worker sees with: the tower itself where images come as pixels, nothing where they come as features."""
+
+    def __init__(self, tower: Tower | None, device: torch.device | str) -> None:
+        self.tower = tower
+        if tower is not None:
+            from cafo.encoders import load_encoder
+
+            self.encoder = load_encoder(tower.spec, device)
+
+    def features(self, payloads: list[bytes]) -> Tensor:
+        """What `Pictures` read of n images → features (n, F)."""
+        numbers = torch.from_numpy(np.stack([np.frombuffer(payload, np.float32) for payload in payloads]))
+        if self.tower is None:
+            return numbers
+        side = self.tower.preprocess.size
+        return self.tower.features(self.encoder, numbers.view(-1, 3, side, side))
+
+    def images(self, payloads: list[bytes | None]) -> Images | None:
+        """One payload or None per row → the batch's features and their rows; None where no row has an image."""
+        rows = [row for row, payload in enumerate(payloads) if payload is not None]
+        if not rows:
+            return None
+        return self.features([payload for payload in payloads if payload is not None]), torch.tensor(rows)
+
+
+def prepare_pictures(
+    vision: VisionConfig, sight: Sight, sources: list[Source], lists: Path, cache: Path, scale: PoolConfig, seed: int
+) -> Pictures:
+    """Where training takes its images from, encoded first if they are to be stored; `lists` names them by source."""
+    if vision.mode == "streamed":
+        return StreamedImages(
+            lists=lists,
+            roots={i: source.images for i, source in enumerate(sources)},
+            preprocess=sight.tower.preprocess,
+            seed=seed if vision.augment else None,
+        )
+    from cafo.datasets import Item
+    from rayjobs.features import FeaturesConfig, fill_store
+    from rayjobs.imagery import plain_list
+
+    wanted = [
+        plain_list(str(i), Path(source.images), [Item(path, 0, "") for path in source.image_paths()])
+        for i, source in enumerate(sources)
+    ]
+    folders = fill_store(
+        [images for images in wanted if images.items],
+        {"tower": sight.tower},
+        FeaturesConfig(batch=vision.batch),
+        cache,
+        workers=scale.workers,
+        resources=scale.resources(),
+    )
+    return StoredFeatures(folders={int(role): found["tower"] for role, found in folders.items()})

@@ -67,7 +67,7 @@ class Rows:
 
     def keys(self) -> Tensor:
         """(M, C): the mean over views, as `mean_key` takes it."""
-        blocks = [mean_key(self.features[:, block]) for block in self.rows.split(256)]
+        blocks = [mean_key(self.features[:, block]) for block in self.rows.split(64)]
         return torch.cat(blocks) if blocks else self.features.new_zeros(0, self.shape[2])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from cafo.cache import load_cache, mean_key
@@ -16,7 +17,7 @@ from rayjobs.config import load
 from rayjobs.jobs import cafo_tune
 from rayjobs.space import Range, SearchConfig, SpaceConfig, settings_of, suggest, trials_of
 from rayjobs.tables import read_json
-from rayjobs.trial import Rows, shared_tensor
+from rayjobs.trial import Rows, Shared, run_trial, shared_tensor
 from tests.rayjobs.cafo_world import world
 
 
@@ -205,3 +206,43 @@ def test_optuna_asks_the_same_again(tmp_path: Path, cluster: None) -> None:
     again = pq.read_table(config.run.folder / "results.parquet").to_pylist()
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in before]
     assert [path.parent for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [lost]
+
+
+def private_bytes() -> int:
+    """What this process alone holds; pages of the object store, which all processes map, are not among it."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Private_Clean")))
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel does not tell private memory")
+def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) -> None:
+    draw = np.random.default_rng(0)
+    views = {"clip": draw.normal(size=(20, 2000, 1024)).astype(np.float32)}  # 164 MB, of which a trial takes 66
+    shared = Shared(
+        views=views,
+        labels=np.arange(2000) % 5,
+        few_shot={(16, 0): np.arange(800), (16, 1): np.arange(800, 1600)},
+        generated={0: np.arange(0)},
+        val={"clip": draw.normal(size=(50, 1024)).astype(np.float32)},
+        val_labels=np.arange(50) % 5,
+        classifiers={("clip", "templates"): draw.normal(size=(1024, 5)).astype(np.float32)},
+        class_names=tuple("abcde"),
+        identities={"clip": "random"},
+    )
+    space = SpaceConfig(shots=[16], seeds=[0, 1], epochs=[5])
+    how = SearchConfig(beta_steps=5)
+    trials = trials_of(space, settings_of(space, how, ["clip"], 20, file=False))
+
+    @ray.remote
+    def measured(shared: Shared) -> list[int]:
+        torch.set_num_threads(1)
+        held: list[int] = []
+        for trial in trials:  # the first one brings PyTorch's own buffers
+            held.append(private_bytes())
+            run_trial(trial, shared, how, tmp_path, report=lambda curve: held.append(private_bytes()))
+        return [max(held[7:]) - held[7], shared.views["clip"].flags.writeable]
+
+    grown, writeable = ray.get(measured.remote(ray.put(shared)))
+    assert not writeable
+    assert grown < 800 * 20 * 1024 * 4 / 2  # keys, their gradients and moments are a few MB each

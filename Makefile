@@ -20,6 +20,7 @@ check: .venv/installed-test ## What CI runs: lint, format, types, tests
 
 bench: .venv/installed-test ## The benchmarks; DATA=records.json TOKENIZER=tokenizer.model adds the training step
 	$(BIN)/python benchmarks/cafo_search.py --json
+	$(BIN)/python benchmarks/cafo_sweep.py --json
 	$(if $(DATA),$(BIN)/python benchmarks/adapter_step.py --data $(DATA) --tokenizer $(TOKENIZER) --json)
 
 clean: ## What was built, not what was run: runs/ stays

@@ -33,6 +33,11 @@ def published_rows(
         target: the one whose test images are scored; another one is a distribution shift.
         settings: those that were chosen, as `chosen.json` has them: they tell which rows of the cascade to show.
     """
+    sets = dict.fromkeys(tuple(setting["encoders"]) for setting in settings)
+    pairs = {names: pair for names in sets if _papers_clip(pair := {name: encoders[name] for name in names})}
+    if len(pairs) > 1:  # several CLIPs side by side: a row for each
+        found = {names: published_rows(data_set, target, pair, []) for names, pair in pairs.items()}
+        return {f"{' + '.join(names)}, published": row for names, rows in found.items() for row in rows.values()}
     clip = _papers_clip(encoders)
     if target != data_set:
         shift = data_set == "imagenet" and clip == "RN50" and target in published.SHIFT

@@ -54,6 +54,18 @@ def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> Non
     assert published_rows("imagenet", "imagenet_v2", pair, []) == {"CaFo, published": {16: 57.99}}
 
 
+def test_every_clip_of_a_sweep_over_encoders_has_its_own_row() -> None:
+    names = {"RN50": "RN50-quickgelu", "ViT": "ViT-B-16"}
+    encoders = {name: EncoderConfig(kind="clip", name=known, weights="openai") for name, known in names.items()}
+    encoders["dino"] = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    settings = [{"encoders": [name, "dino"]} for name in names]
+    rows = published_rows("imagenet", "imagenet", encoders, settings)
+    assert {name: row[16] for name, row in rows.items()} == {
+        "RN50 + dino, published": 68.79,
+        "ViT + dino, published": 74.48,
+    }
+
+
 def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
     clip = EncoderConfig(kind="clip", name="RN50", weights="openai")
     dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")

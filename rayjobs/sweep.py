@@ -9,7 +9,7 @@ harm.
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
 from rayjobs.runtime import Progress, unwrapped
-from rayjobs.space import SearchConfig, Setting, SpaceConfig, Trial, groups, over_seeds, suggest, trials_of
+from rayjobs.space import SearchConfig, Setting, SpaceConfig, Trial, groups, over_seeds, space_of, suggest, trials_of
 from rayjobs.trial import Shared, result_of, run_trial, stop_trial
+
+_ATTEMPTS = 3
 
 
 def run_sweep(
@@ -54,7 +57,7 @@ def run_sweep(
             return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]
         if how.method == "asha":
             racing = [trial for trial in trials if trial.seed == space.seeds[0]]
-            over = tuning.run(racing, _Halving(how, max(space.epochs), racing, folder))
+            over = tuning.run(racing, lambda: _Halving(how, racing, folder))
             through = {(trial.shots, trial.setting) for trial, row in over if row["status"] == "finished"}
             later = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in through]
             return over + tuning.run(later)
@@ -72,15 +75,22 @@ def _by_suggestions(
     how = tuning.how
     found: dict[str, tuple[Trial, dict[str, Any] | None]] = {}
     for within in groups((s for s in settings if shots or s.generated), how.compare):
+        own = space_of(space, within[0].method) if space.methods else space
         asked: list[Trial] = []
 
-        def space_of(study: Any, within: list[Setting] = within, asked: list[Trial] = asked) -> dict[str, Any]:
-            trials = list(over_seeds(space, shots, suggest(study, within, space.lr)))
+        def suggested(
+            study: Any, within: list[Setting] = within, own: SpaceConfig = own, asked: list[Trial] = asked
+        ) -> dict[str, Any]:
+            trials = list(over_seeds(space, shots, suggest(study, within, own.lr)))
             asked += trials
             return {"trials": trials}
 
-        study = OptunaSearch(space=space_of, metric="objective", mode="max", seed=how.seed)
-        tuning.fit(search_alg=_InBatches(study, how.suggested_at_once), num_samples=how.samples)
+        def study(asked: list[Trial] = asked, suggested: Callable = suggested) -> dict[str, Any]:
+            asked.clear()
+            searcher = OptunaSearch(space=suggested, metric="objective", mode="max", seed=how.seed)
+            return {"search_alg": _InBatches(searcher, how.suggested_at_once), "num_samples": how.samples}
+
+        tuning.fit(study)
         found |= {trial.name: (trial, result_of(trial, tuning.folder)) for trial in asked}
     return [(trial, row) for trial, row in found.values() if row]
 
@@ -104,18 +114,38 @@ class _Tuning:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job, not only Tune's part of it
 
-    def run(self, trials: Sequence[Trial], scheduler: "_Halving | None" = None) -> list[tuple[Trial, dict[str, Any]]]:
+    def run(
+        self, trials: Sequence[Trial], scheduler: "Callable[[], _Halving] | None" = None
+    ) -> list[tuple[Trial, dict[str, Any]]]:
         """The given trials, those that are over already apart."""
-        left = [trial for trial in trials if not self.watch.count([trial])]
-        if left:
-            self.fit(param_space={"trials": tune.grid_search([[trial] for trial in left])}, scheduler=scheduler)
+
+        def left() -> dict[str, Any]:
+            points = [[trial] for trial in trials if not self.watch.count([trial])]
+            return {"points": points, "scheduler": scheduler and scheduler()}
+
+        self.fit(left)
         return [(trial, row) for trial in trials if (row := result_of(trial, self.folder))]
 
-    def fit(self, *, param_space: dict[str, Any] | None = None, num_samples: int = 1, **how: Any) -> None:
-        """Runs points of the form {"trials": a setting's trials, one after the other}. Raises a trial's error."""
+    def fit(self, what: Callable[[], dict[str, Any]]) -> None:
+        """Runs what `what` gives `_fit`, and again what is missing where a worker died and Tune took that for an error:
+        it tries a trial again only where the worker had begun with it. Raises a trial's error."""
+        for attempt in range(_ATTEMPTS):
+            errors = self._fit(**what())
+            if not errors:
+                return
+            if attempt == _ATTEMPTS - 1 or not all(isinstance(error, RayActorError) for error in errors):
+                raise errors[0]
+
+    def _fit(
+        self, *, points: list[list[Trial]] | None = None, num_samples: int = 1, **how: Any
+    ) -> Sequence[BaseException]:
+        """Runs points of the form {"trials": a setting's trials, one after the other}; returns the errors."""
+        if points == []:
+            return []
+        param_space = None if points is None else {"trials": tune.grid_search(points)}
         # fixed, so that sums are added in one order wherever a trial runs
         threads, device = max(1, int(self.wanted["cpu"])), "cuda" if self.wanted["gpu"] else "cpu"
-        search, folder, halving = self.how, self.folder, "scheduler" in how and how["scheduler"] is not None
+        search, folder, halving = self.how, self.folder, how.get("scheduler") is not None
 
         def trainable(point: dict[str, Any], *, shared: Shared) -> None:
             torch.set_num_threads(threads)
@@ -147,8 +177,7 @@ class _Tuning:
             ).fit()
         finally:
             shutil.rmtree(experiment, ignore_errors=True)
-        if results.errors:
-            raise results.errors[0]
+        return results.errors
 
 
 class _Watch(tune.Callback):
@@ -182,8 +211,9 @@ class _Watch(tune.Callback):
 class _Halving(FIFOScheduler):
     """ASHA within each K and compared group: a trial with one image of each class is no rival of one with sixteen."""
 
-    def __init__(self, how: SearchConfig, epochs: int, trials: Sequence[Trial], folder: Path) -> None:
+    def __init__(self, how: SearchConfig, trials: Sequence[Trial], folder: Path) -> None:
         super().__init__()
+        epochs = max((trial.setting.epochs for trial in trials), default=0)
         self.how = how
         self.races = {
             self._race(trial): ASHAScheduler(

@@ -104,7 +104,7 @@ def winning_sources(classes: Sequence[str], wins: Mapping[str, Sequence[float]])
     named = len(order) <= 50
     axes.set_xticks(range(len(order)) if named else [], [classes[i] for i in order] if named else [], rotation=90)
     axes.set_xlim(-0.5, len(order) - 0.5)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=True, fontsize="small")
     return figure
 
 

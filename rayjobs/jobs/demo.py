@@ -75,11 +75,11 @@ def check() -> None:
 
 
 STAGES = {
-    "A tiny CLIP and a tiny DINO are trained from scratch; they stand in for real ones.": 45,
-    "cafo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 60,
-    "A tiny LLaMA is trained from scratch; it stands in for a real one.": 45,
-    "It is frozen; adapter-train teaches it an instruction that it does not know.": 65,
-    "Both answer held-out records.": 20,
+    "A tiny CLIP and a tiny DINO are trained from scratch; they stand in for real ones.": 50,
+    "cafo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 45,
+    "A tiny LLaMA is trained from scratch; it stands in for a real one.": 8,
+    "It is frozen; adapter-train teaches it an instruction that it does not know.": 55,
+    "Both answer held-out records.": 4,
 }
 """What happens, and the seconds that it takes on two idle cores when nothing is cached."""
 

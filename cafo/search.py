@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from cafo.ensemble import Ensemble, combine
 
 # φ and its step, of all sources, for a block of images stay near this many floats so that the walk along β runs in
 # cache.
-_BLOCK_FLOATS = 1 << 20
+_BLOCK_FLOATS = 1 << 19
 # The walk along β multiplies rounding errors; after this many steps φ is taken afresh.
 _LEG = 25
 # A gap between two breakpoints narrower than this (relative) may not survive float32, so no α is chosen in it.
@@ -107,20 +108,7 @@ class _Claim(NamedTuple):
     ensemble: int
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The walk is many short operations on cached blocks: a second CPU thread gains a third on an idle machine, and
-    costs tenfold where other trials want the same cores and every fork and join waits for the scheduler."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.no_grad()
-@_one_thread()
 def search(
     zero_shot: Tensor,
     affinities: Mapping[str, Tensor],
@@ -281,7 +269,9 @@ def _claims(
     low = torch.empty(len(ensembles), len(betas), images, dtype=zero_shot.dtype, device=zero_shot.device)
     high = torch.empty_like(low)
     block = max(1, _BLOCK_FLOATS // max(slots.numel() * len(affinities), 1))
-    for rows in torch.arange(images, device=labels.device).split(block):
+
+    @torch.no_grad()  # which holds for one thread
+    def fill(rows: Tensor) -> None:
         at = slice(int(rows[0]), int(rows[-1]) + 1)
         walk = _walk({n: a[:, at] for n, a in affinities.items()}, slots, betas)
         piece = zero_shot[at]
@@ -291,6 +281,9 @@ def _claims(
                 base, term, _, _ = combine(piece, predictions, ensemble)
                 margins = fixed if base is piece else _margins(base, labels[at])
                 low[e, leg, at], high[e, leg, at] = _intervals(margins, term, labels[at])
+
+    with _block_threads(zero_shot.device) as pool:
+        list(pool.map(fill, torch.arange(images, device=labels.device).split(block)))
     claims = []
     for e in range(len(ensembles)):
         correct, alphas = _best(*_steps(low[e], high[e]))
@@ -298,6 +291,19 @@ def _claims(
             _Claim(images - c, a, beta, e) for c, a, beta in zip(correct.tolist(), alphas.tolist(), betas, strict=True)
         ]
     return claims
+
+
+@contextmanager
+def _block_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as PyTorch may use here, for whole blocks of images: the walk is many short operations on cached
+    blocks, and threads that fork and join for each of them gain little and wait much for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's own threads, of this thread; the pool's have to be told themselves
+    try:
+        with ThreadPoolExecutor(threads if device.type == "cpu" else 1, "search", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _slots(key_labels: Tensor, classes: int) -> Tensor:

@@ -13,18 +13,17 @@ import argparse
 import random
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayjobs.config import load
-from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
-from rayjobs.demo.questions import write_questions
+from rayjobs.demo.adapters import AdaptersConfig, asking, reading, write_scan_questions
 from rayjobs.demo.world import WorldConfig, make_world
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.report import show_table
 from rayjobs.tables import read_json, write_json
 
-LLAMA = {"reads": "questions", "vocab_size": 384, "steps": 1000, "answer_weight": 100, "init_std": 1.5}
 ATTENTION = ["zero-init", "rand-init", "prefix"]
 
 
@@ -45,59 +44,40 @@ def main() -> None:
 
 def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     """All adapters on the base of one seed."""
-    cache = out / "cache"
-    world = make_world(WorldConfig(), cache)
+    drawn = WorldConfig()
+    world = make_world(replace(drawn, questions=replace(drawn.questions, seed=seed)), out / "cache")
+    base = world.questions
     questions, shuffled = out / f"questions-{seed}", out / f"shuffled-{seed}"
-    if not (questions / "template.json").exists():
-        split = read_json(world.digits / "split.json")
-        scans = {part: [(world.digits / path, digit) for path, digit, _ in split[part]] for part in split}
-        write_questions(questions, scans, seed)
+    write_scan_questions(world, questions, seed)
     if not shuffled.exists():
         _shuffle(questions, shuffled, seed)
-    base = stand_in_llama(LlamaStandIn(**LLAMA, seed=seed), cache)
-    tuned = load(adapter_tune.Config, _training(base, world.clip, questions, seed, out, f"sweep-{seed}"))
+    taught = AdaptersConfig(workers=1, seed=seed)
+
+    def run(name: str) -> dict[str, str]:
+        return {"name": f"{name}-{seed}", "storage": str(out), "cache": str(out / "cache")}
+
+    values = reading(taught, base, world.clip, questions, run("sweep"))
+    sweep = {"axes": {"adapter.attention": ATTENTION}, "seeds": [seed]}
+    tuned = load(adapter_tune.Config, {**values, "zero": {"stage": 0}, "sweep": sweep})
     adapter_tune.run(tuned)
-    rows = []
+    adapters: dict[str, Path | None] = {}
     for trial in adapter_tune.check(tuned):
         settings = adapter_tune.training(tuned, trial)
-        name = f"image-conditioned, {settings.adapter.attention}"
-        rows.append(_row(name, seed, settings.run.folder, settings.vision, base, questions, shuffled, out))
-    blind = _training(base, None, questions, seed, out, f"text-only-{seed}")
-    trained = load(adapter_train.Config, {name: value for name, value in blind.items() if name != "sweep"})
-    adapter_train.run(trained)
-    rows.append(_row("text-only", seed, trained.run.folder, None, base, questions, shuffled, out))
-    rows.append(_row("none", seed, None, None, base, questions, shuffled, out))
-    return rows
-
-
-def _training(base: Path, clip: Path | None, questions: Path, seed: int, out: Path, name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "base": {"path": str(base)},
-        "data": {
-            "path": [str(questions / "train.jsonl")],
-            "template": str(questions / "template.json"),
-            "max_length": 96,
-            "val_fraction": 0.0,
-        },
-        "adapter": {"n_layers": 3},
-        "train": {"epochs": 3.4, "warmup_epochs": 0.024, "global_batch": 32, "seed": seed},  # 2 of 287 steps of warm-up
-        "optimizer": {"base_lr": 0.072},
-        "zero": {"stage": 0},
-        "run": {"name": name, "storage": str(out), "cache": str(out / "cache")},
-        "sweep": {"axes": {"adapter.attention": ATTENTION}, "seeds": [seed]},
-    }
-    if clip is not None:
-        settings["vision"] = {"tower": {"kind": "clip", "weights": str(clip)}, "bottleneck": 128}
-    return settings
+        adapters[f"image-conditioned, {settings.adapter.attention}"] = settings.run.folder
+    blind = load(adapter_train.Config, reading(taught, base, None, questions, run("text-only")))
+    adapter_train.run(blind)
+    adapters |= {"text-only": blind.run.folder, "none": None}
+    return [_row(name, seed, found, values, questions, shuffled, out) for name, found in adapters.items()]
 
 
 def _row(
-    name: str, seed: int, run: Path | None, vision: Any, base: Path, questions: Path, shuffled: Path, out: Path
+    name: str, seed: int, run: Path | None, values: dict[str, Any], questions: Path, shuffled: Path, out: Path
 ) -> dict[str, Any]:
     trial = read_json(run / "trial.json") if run and (run / "trial.json").exists() else {}
+    sees = {**values, "vision": values["vision"] if trial else None}
     by_class = {
-        told: _asked(f"{told}-{name.replace(', ', '-')}-{seed}", folder, run, vision, base, questions, out)
-        for told, folder in (("asked", questions), *([("shuffled", shuffled)] if vision else []))
+        told: _asked(f"{told}-{name.replace(', ', '-')}-{seed}", folder, run, sees, out)
+        for told, folder in (("asked", questions), *([("shuffled", shuffled)] if trial else []))
     }
     return {
         "adapter": name,
@@ -109,21 +89,11 @@ def _row(
     }
 
 
-def _asked(
-    name: str, folder: Path, run: Path | None, vision: Any, base: Path, questions: Path, out: Path
-) -> dict[str, float]:
+def _asked(name: str, folder: Path, run: Path | None, values: dict[str, Any], out: Path) -> dict[str, float]:
     """Accuracy on the test split by class."""
-    settings = {
-        "base": {"path": str(base)},
-        "adapter": str(run / "adapter.safetensors") if run else None,
-        "vision": vision,
-        "task": "scienceqa",
-        "data": {"path": [str(folder)], "template": str(questions / "template.json"), "max_length": 200},
-        "batch_size": 128,
-        "run": {"name": name.replace(" ", "-"), "storage": str(out / "evals")},
-    }
-    result = adapter_eval.run(load(adapter_eval.Config, settings))
-    ours = result["accuracy_by_class"][1]
+    evals = {"name": name.replace(" ", "-"), "storage": str(out / "evals")}
+    asked = asking(values, run / "adapter.safetensors" if run else None, folder, evals)
+    ours = adapter_eval.run(load(adapter_eval.Config, asked))["accuracy_by_class"][1]
     return {group: float(ours[group]) for group in ("IMG", "TXT")}
 
 

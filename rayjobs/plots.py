@@ -12,6 +12,7 @@ CURVES = {
     "loss": (("loss", "loss in training"), ("val_loss", "loss on validation")),
     "learning rate": (("lr", ""),),
     "tokens per second": (("tokens_per_s", ""),),
+    "workers at work rather than waiting for data, %": (("busy", ""),),
 }
 """Plot → the columns of `metrics.jsonl` it shows, and what each is called."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rayjobs import plots
+from rayjobs.examples import EXAMPLES
 from rayjobs.page import Gallery, Plot, Section, Table, svg, write_page
 from rayjobs.runs import Record, headline, read_record
 from rayjobs.tables import as_text, atomic_path, flat, read_json, read_jsonl, write_text
@@ -126,11 +127,11 @@ def _plots(folder: Path) -> Iterator[Section]:
 
 
 def _examples(folder: Path) -> Iterator[Section]:
-    path = folder / "test" / "examples.json"
-    if path.is_file():
-        found = read_json(path)
-        pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found["images"]]
-        yield Gallery("examples", pictures, found["note"])
+    for path in (folder / EXAMPLES, folder / "test" / EXAMPLES):
+        if path.is_file():
+            found = read_json(path)
+            pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found["images"]]
+            yield Gallery("examples", pictures, found["note"])
 
 
 def _rejected(folder: Path) -> Iterator[Section]:

@@ -3,7 +3,7 @@ paper's table."""
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from adapter.base import Base
 from adapter.instruct import Example, PromptTemplate, RecordError, encode_record
 from adapter.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from rayjobs.answers import Record
+from rayjobs.examples import ORDER, mistakes_first
 from rayjobs.tables import write_text
 
 Reading = Literal["generate", "likelihood"]
@@ -110,6 +111,7 @@ def summarise(name: str, problems: list[Problem], predictions: pa.Table, folder:
     csv.writer(written, lineterminator="\n").writerows([columns, *lines])
     write_text(folder / "table.csv", written.getvalue())
     return {
+        "headline": f"{rows[0].accuracy[AVERAGE]:.2f}% of {len(problems):,} problems",
         "problems": len(problems),
         "with_image": sum(bool(problem.image) for problem in problems),
         "accuracy": round(rows[0].accuracy[AVERAGE], 2),
@@ -118,6 +120,24 @@ def summarise(name: str, problems: list[Problem], predictions: pa.Table, folder:
         "unreadable_images": sum(map(bool, predictions["image_error"].to_pylist())),
         "accuracy_by_class": [dict(zip(columns, line, strict=True)) for line in lines],
     }
+
+
+def examples(
+    problems: Sequence[Problem], answered: Sequence[Mapping[str, Any]], root: Path
+) -> tuple[list[tuple[Path, str]], str]:
+    """Some problems with an image for `write_examples`: question and options, and the option that was taken.
+
+    answered: a row of `PREDICTIONS` for each problem. root: what the images' paths start from.
+    """
+    seen = [i for i, problem in enumerate(problems) if problem.image]
+    wrong, right = ([i for i in seen if answered[i]["correct"] == correct] for correct in (False, True))
+    shown = []
+    for i in mistakes_first(wrong, right):
+        options = dict(zip(LETTERS, problems[i].choices, strict=False))
+        taken = options.get(answered[i]["predicted"], "no answer")
+        truth = "" if answered[i]["correct"] else f", not {options[answered[i]['answer']]}"
+        shown.append((root / problems[i].image, f"{problems[i].question} {taken}{truth}"))
+    return shown, f"Problems with an image: {ORDER}"
 
 
 def table(counts: dict[str, int], rows: list[Row]) -> tuple[list[str], list[list[str]]]:

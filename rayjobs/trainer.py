@@ -152,6 +152,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
     began = reported = time.monotonic()
     for micros in _by_step(stream(order, rank, world, range(step, job.total_steps))):
+        waited = time.monotonic() - began
         lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
         losses = []
         for micro in micros:
@@ -161,9 +162,10 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         total = torch.stack(losses).sum().item()  # the step's one wait for the device
         due = rank == 0 and time.monotonic() - reported > REPORT_EVERY_S
         tokens = sum(micro.n_tokens for micro in micros)
-        shared = torch.tensor([total, float(due), float(tokens)], dtype=torch.float64, device=engine.device)
+        mine = [total, float(due), float(tokens), waited / (time.monotonic() - began)]
+        shared = torch.tensor(mine, dtype=torch.float64, device=engine.device)
         dist.all_reduce(shared)
-        mean_loss, due_any, all_tokens = shared.tolist()
+        mean_loss, due_any, all_tokens, idle = shared.tolist()
         if not math.isfinite(mean_loss):
             bad = [id for micro, loss in zip(micros, losses, strict=True) if not loss.isfinite() for id in micro.ids]
             return {"stopped": _blame(step, lr, mean_loss, bad)}
@@ -176,6 +178,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
                 "loss": mean_loss,
                 "lr": lr,
                 "tokens_per_s": round(all_tokens / (time.monotonic() - began)),
+                "busy": round(100 * (1 - idle / world), 1),
             }
         )
         if job.validates_after(step):

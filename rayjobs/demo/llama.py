@@ -4,7 +4,7 @@ Each is `adapter.llama.Llama` at a size that one core trains in seconds. It is s
 folder with its tokenizer, and from then on the jobs know it by its path alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from adapter.llama import Llama, LlamaConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
 from adapter.weights import save_llama
-from rayjobs.config import config, to_dict
+from rayjobs.config import config
 from rayjobs.demo import questions, text
-from rayjobs.demo.kept import kept, threads, unfinished
-from rayjobs.runtime import Progress
 
 
 @config
@@ -57,37 +55,34 @@ READING: dict[str, tuple[Callable[[int, int], list[text.Document]], tuple[str, .
 """What is read, from a seed and a count, and what the tokenizer keeps whole."""
 
 
-def stand_in_llama(settings: LlamaStandIn, cache: Path) -> Path:
-    """The folder of a tiny LLaMA, trained unless the cache holds the very same one."""
-    read, symbols = READING[settings.reads]
-    documents = read(settings.seed, settings.steps * settings.batch)
-    folder = kept(cache, "llama", to_dict(settings), documents)
-    if not folder.exists():
-        with unfinished(folder) as new:
-            lines = [" ".join(part for part, _ in document) for document in documents[::8]]
-            (new / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size, symbols))
-            save_llama(_train(settings, documents, Tokenizer(new)), new)
-    return folder
+def documents(settings: LlamaStandIn) -> list[text.Document]:
+    """All that is read, in order."""
+    return READING[settings.reads][0](settings.seed, settings.steps * settings.batch)
 
 
-def _train(settings: LlamaStandIn, documents: list[text.Document], tokenizer: Tokenizer) -> Llama:
-    """Next-token prediction over all of the text, once."""
+def train_llama(settings: LlamaStandIn, folder: Path) -> Iterator[float]:
+    """Next-token prediction over all of the text, once, yielding the loss of every step; at its end the folder holds a
+    base like any other."""
+    read = documents(settings)
+    lines = [" ".join(part for part, _ in document) for document in read[::8]]
+    symbols = READING[settings.reads][1]
+    (folder / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size, symbols))
+    tokenizer = Tokenizer(folder)
     model = _untrained(settings, tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
-    with threads(1), Progress("tiny LLaMA", unit="steps", total=settings.steps) as progress:
-        for step in range(settings.steps):
-            batch = documents[step * settings.batch : (step + 1) * settings.batch]
-            tokens, weights = _padded([_encoded(document, settings, tokenizer) for document in batch])
-            losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
-            loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            progress.advance(note=f"loss {loss.item():.3f}")
-    return model
+    for step in range(settings.steps):
+        batch = read[step * settings.batch : (step + 1) * settings.batch]
+        tokens, weights = _padded([_encoded(document, settings, tokenizer) for document in batch])
+        losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        yield loss.item()
+    save_llama(model, folder)
 
 
 def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:

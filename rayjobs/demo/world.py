@@ -1,7 +1,7 @@
-"""The demo's images and its tiny encoders, made once, with progress, as folders that the ordinary jobs read.
+"""The demo's images and its tiny models, made once, with progress, as folders that the ordinary jobs read.
 
-The encoders are trained side by side as Ray tasks of one thread each. They stand in for real ones: folders in
-open_clip's and timm's formats, of which the jobs know nothing but the path.
+The models are trained side by side as Ray tasks of one thread each. They stand in for real ones: folders in the formats
+of open_clip, timm and Hugging Face, of which the jobs know nothing but the path.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,17 +16,22 @@ from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
 from rayjobs.demo.dino import DinoStandIn, train_dino
 from rayjobs.demo.kept import kept, threads, unfinished
+from rayjobs.demo.llama import LlamaStandIn, documents, train_llama
 from rayjobs.demo.pen import write_drawings
 from rayjobs.runtime import Progress, connect, unwrapped
 
 
 @config
 class WorldConfig:
-    """The images and the encoders."""
+    """The images and the models."""
 
     digits: DigitsConfig = DigitsConfig()
     clip: ClipStandIn = ClipStandIn()
     dino: DinoStandIn = DinoStandIn()
+    notes: LlamaStandIn = LlamaStandIn()
+    questions: LlamaStandIn = LlamaStandIn(
+        reads="questions", vocab_size=384, steps=1000, answer_weight=100, init_std=1.5
+    )
     drawings: int = Field(default=16, ge=1)
     """Pictures that the pen writes of each digit."""
 
@@ -42,6 +47,10 @@ class World(NamedTuple):
     """of the tiny DINO, in timm's"""
     drawn: Path
     """what the pen wrote, a folder per digit"""
+    notes: Path
+    """of the tiny LLaMA that copies notes, in Hugging Face's"""
+    questions: Path
+    """of the tiny LLaMA that answers questions"""
 
 
 class Training(NamedTuple):
@@ -60,17 +69,24 @@ def make_world(settings: WorldConfig, cache: Path) -> World:
             write_digits(settings.digits, new)
     clip = kept(cache, "clip", to_dict(settings.clip), sentences())
     dino = kept(cache, "dino", to_dict(settings.dino), to_dict(settings.digits))
-    train_all(
+    notes, questions = (
+        kept(cache, "llama", to_dict(llama), documents(llama)) for llama in (settings.notes, settings.questions)
+    )
+    train_all(  # the longest first
         {
-            "CLIP": Training(clip, settings.clip.steps, lambda folder: train_clip(settings.clip, folder)),
             "DINO": Training(dino, settings.dino.steps, lambda new: train_dino(settings.dino, settings.digits, new)),
+            "CLIP": Training(clip, settings.clip.steps, lambda new: train_clip(settings.clip, new)),
+            "LLaMA for questions": Training(
+                questions, settings.questions.steps, lambda new: train_llama(settings.questions, new)
+            ),
+            "LLaMA for notes": Training(notes, settings.notes.steps, lambda new: train_llama(settings.notes, new)),
         }
     )
     drawn = kept(cache, "drawn", settings.drawings, settings.digits.seed)
     if not drawn.exists():
         with unfinished(drawn) as new:
             write_drawings(new, settings.drawings, settings.digits.seed)
-    return World(digits, clip, dino, drawn)
+    return World(digits, clip, dino, drawn, notes, questions)
 
 
 def train_all(models: Mapping[str, Training]) -> None:
@@ -84,7 +100,7 @@ def train_all(models: Mapping[str, Training]) -> None:
     task = ray.remote(num_cpus=1, num_returns="streaming")(trained)
     running = {task.remote(model): name for name, model in wanted.items()}
     losses: dict[str, list[float]] = {name: [] for name in wanted}
-    with unwrapped(), Progress(f"tiny {' and '.join(wanted)}", unit="%", total=100) as bar:
+    with unwrapped(), Progress("tiny models", unit="steps", total=sum(model.steps for model in wanted.values())) as bar:
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             name = running[ready]
@@ -92,8 +108,8 @@ def train_all(models: Mapping[str, Training]) -> None:
                 losses[name].append(ray.get(next(ready)))
             except StopIteration:
                 del running[ready]
-            slowest = min(len(losses[name]) / model.steps for name, model in wanted.items())
-            bar.update(int(100 * slowest), ", ".join(f"{n} loss {seen[-1]:.2f}" for n, seen in losses.items() if seen))
+            told = ", ".join(f"{name} loss {seen[-1]:.2f}" for name, seen in losses.items() if seen)
+            bar.update(sum(map(len, losses.values())), told)
 
 
 def trained(model: Training) -> Iterator[Any]:

@@ -21,13 +21,14 @@ from adapter.scienceqa import read_problems
 from rayjobs.answers import answer_all
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
+from rayjobs.examples import write_examples
 from rayjobs.order import Order, window_micro_batches
 from rayjobs.pictures import StoredFeatures
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
-from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, summarise
+from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
 from rayjobs.stream import collate
 from rayjobs.tables import sha256_file, write_json, write_parquet
 from rayjobs.tokens import IMAGE_LISTS, prepare_tokens
@@ -169,6 +170,7 @@ def run(settings: Config) -> dict[str, Any]:
     labels = sum(losses["labels"].to_pylist())
     loss = math.fsum(losses["loss"].to_pylist()) / labels
     result = {
+        "headline": f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}",
         "loss": round(loss, 6),
         "perplexity": round(math.exp(loss), 4),
         "records": losses.num_rows,
@@ -200,6 +202,7 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None, folder: Pa
         scale=settings.scale,
     )
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
+    write_examples(folder, *examples(problems, predictions.to_pylist(), Path(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
     across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow
     names, *lines = [[name, *cells] for name, cells in zip(result["accuracy_by_class"][0], across, strict=True)]

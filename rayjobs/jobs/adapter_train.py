@@ -195,7 +195,9 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
     file.save(folder / "adapter.safetensors")
     rows = read_jsonl(folder / "metrics.jsonl")
     losses, validated = ([row[name] for row in rows if name in row] for name in ("loss", "val_loss"))
+    told = f"held-out loss {validated[0]:.3f} → {validated[-1]:.3f}" if validated else f"training loss {losses[-1]:.3f}"
     result = {
+        "headline": told,
         "adapter": str(folder / "adapter.safetensors"),
         "trainable_parameters": file.trainable,
         "steps": job.total_steps,

@@ -13,19 +13,19 @@ from pydantic import Field
 
 from cafo.cache import load_cache
 from cafo.datasets import Dataset
-from cafo.images import load_image
 from rayjobs import plots
 from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_tables
 from rayjobs.base import PoolConfig
 from rayjobs.choice import most_shots
 from rayjobs.config import config, load
+from rayjobs.examples import ORDER, mistakes_first, write_examples
 from rayjobs.features import Features, open_towers, prepare_features
 from rayjobs.imagery import ImageList, ImagesConfig, plain_list
 from rayjobs.jobs import cafo_tune
 from rayjobs.report import save_plot, show_table
 from rayjobs.runs import begin, recorded
 from rayjobs.runtime import RunConfig, connect
-from rayjobs.tables import atomic_path, read_json, write_json, write_jsonl, write_parquet
+from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
 
 
 @config
@@ -138,22 +138,12 @@ def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], imag
     wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
     right = sorted(set(range(len(items))) - set(wrong))
     shown = []
-    for number, i in enumerate([*_spread(wrong, 6), *_spread(right, 6)]):
+    for i in mistakes_first(wrong, right):
         said = int(shares[i].argmax())
-        file = folder / "examples" / f"{number:02d}.jpg"
-        small = load_image(images.root / items[i].path)
-        small.thumbnail((160, 160))
-        with atomic_path(file) as temporary:
-            small.save(temporary, format="JPEG")
         truth = "" if said == items[i].label else f", not {items[i].class_name}"
         caption = f"{cache.class_names[said]}{truth} ({shares[i, said]:.0%})"
-        shown.append({"file": f"examples/{file.name}", "caption": caption})
-    note = f"{best['method']} at {best['shots']} shots, first seed; mistakes first, then right answers, evenly drawn."
-    write_json(folder / "examples.json", {"note": note, "images": shown})
-
-
-def _spread(places: list[int], count: int) -> list[int]:
-    return places[:: max(1, len(places) // count)][:count]
+        shown.append((images.root / items[i].path, caption))
+    write_examples(folder, shown, f"{best['method']} at {best['shots']} shots, first seed; {ORDER}")
 
 
 def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:

@@ -1,30 +1,41 @@
 """Both methods on a world small enough for two cores, offline: real scans, and tiny models trained while you watch.
 
-A tiny CLIP, DINO and LLaMA stand in for real ones. What follows is a chain of the ordinary jobs, cafo and
-adapter-train, and of the ordinary library. What is there already is taken from the cache: a second run is short.
+A tiny CLIP, DINO and two tiny LLaMAs stand in for real ones. What follows is a chain of the ordinary jobs, cafo,
+adapter-train and adapter-eval, and of the ordinary library. What is there already is taken from the cache: a second
+run is short.
 """
 
 import importlib.util
-import json
+import io
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
-from pydantic import Field
 
 from adapter.base import Base
+from adapter.scienceqa import LETTERS, Problem, read_problems
+from rayjobs import plots
 from rayjobs.config import config, load, to_dict
 from rayjobs.demo import text
+from rayjobs.demo.adapters import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
 from rayjobs.demo.cascade import BASELINES, CascadeConfig, cascade
 from rayjobs.demo.kept import digest, link
-from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
-from rayjobs.demo.world import WorldConfig, make_world
-from rayjobs.jobs import adapter_train, cafo
-from rayjobs.report import show_table
+from rayjobs.demo.world import World, WorldConfig, make_world
+from rayjobs.examples import write_examples
+from rayjobs.jobs import adapter_eval, adapter_train, cafo
+from rayjobs.report import REPORT, save_plot, show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, open_run
-from rayjobs.tables import write_json, write_jsonl, write_text
+from rayjobs.scienceqa import examples
+from rayjobs.tables import read_jsonl, write_json, write_text
+
+Table = list[dict[str, Any]]
+
+ADAPTERS = ("no adapter", "text-only", "image-conditioned")
 
 
 @config
@@ -39,30 +50,23 @@ class DemoRun(RunConfig):
 class Config:
     world: WorldConfig = WorldConfig()
     cafo: CascadeConfig = CascadeConfig()
-    llama: LlamaStandIn = LlamaStandIn()
-    train_records: int = Field(default=900, ge=10)
-    """Records of the new instruction to train on, and half as many of the old one."""
-    test_records: int = Field(default=200, ge=1)
-    """Held-out records of each instruction."""
-    epochs: float = Field(default=16, gt=0)
-    """Passes of the adapter over its records."""
-    workers: int = Field(default=2, ge=1)
-    """Ray Train workers, under ZeRO-2."""
+    adapters: AdaptersConfig = AdaptersConfig()
     run: DemoRun = DemoRun()
 
 
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
     check()
-    world = settings.world
+    world, adapters = settings.world, settings.adapters
     stages: list[list[str]] = [
         ["scans", f"{world.digits.train} to train on, {world.digits.val} to choose on, {world.digits.test} to test on"],
         ["tiny CLIP", f"{world.clip.steps} steps on printed digits with captions; it never sees a scan"],
         ["tiny DINO", f"{world.dino.steps} steps on the training scans without labels"],
+        ["tiny LLaMAs", f"{world.notes.steps} steps on notes and {world.questions.steps} on questions, then frozen"],
         ["cafo", f"{len(settings.cafo.shots)} numbers of shots × {len(settings.cafo.seeds)} seeds, chosen on val"],
-        ["tiny LLaMA", f"{settings.llama.steps} steps on notes in digits and words, then frozen"],
-        ["adapter-train", f"{settings.train_records} records, {settings.workers} workers under ZeRO-2"],
-        ["measure", f"{settings.test_records} held-out records of each instruction, before and after"],
+        ["adapter-train", f"a new instruction, {adapters.records} records, {adapters.workers} workers under ZeRO-2"],
+        ["adapter-train", "questions about scans, without images and with them"],
+        ["adapter-eval", "all test questions: no adapter, text-only, image-conditioned"],
         ["run folder", str(settings.run.folder)],
     ]
     show_table("plan", ["", ""], stages)
@@ -75,11 +79,10 @@ def check() -> None:
 
 
 STAGES = {
-    "A tiny CLIP and a tiny DINO are trained from scratch; they stand in for real ones.": 50,
-    "cafo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 45,
-    "A tiny LLaMA is trained from scratch; it stands in for a real one.": 8,
-    "It is frozen; adapter-train teaches it an instruction that it does not know.": 55,
-    "Both answer held-out records.": 4,
+    "Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs that stand in for real ones.": 62,
+    "CaFo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 40,
+    "LLaMA-Adapter: one LLaMA, frozen, is taught an instruction that it does not know.": 55,
+    "LLaMA-Adapter: the other, frozen, is asked about scans: without images, and with CLIP's features of them.": 100,
 }
 """What happens, and the seconds that it takes on two idle cores when nothing is cached."""
 
@@ -97,9 +100,12 @@ class Stages:
         left = sum(expected[number - 1 :]) * (took / planned if planned else 1.0)
         print(f"{number}/{len(STAGES)}  {list(STAGES)[number - 1]}  (about {left:.0f} s left in all)", flush=True)
 
-    def seconds(self) -> list[list[str]]:
+    def seconds(self) -> Table:
         ends = [*self.began[1:], time.monotonic()]
-        return [[stage, f"{end - start:.0f}"] for stage, start, end in zip(STAGES, self.began, ends, strict=False)]
+        return [
+            {"stage": stage, "seconds": f"{end - start:.0f}"}
+            for stage, start, end in zip(STAGES, self.began, ends, strict=False)
+        ]
 
 
 @recorded
@@ -107,104 +113,144 @@ def run(settings: Config) -> dict[str, Any]:
     """Runs the chain and prints what came of it; returns and writes `result.json`."""
     check()
     folder, stages = open_run(settings.run, settings), Stages()
-    tables = cafo_table(settings, folder, stages)
     stages.begin()
-    base = stand_in_llama(settings.llama, settings.run.cache_folder)
-    stages.begin()
-    trained = adapter_train.run(_adapter_train(settings, base, folder))
-    stages.begin()
-    accuracy, examples = _measure(settings, base, trained["adapter"])
-    columns = list(next(iter(tables.values())))
-    for title, names in (
-        ("CaFo, without pre-training", BASELINES),
-        ("CaFo", [n for n in tables if n not in BASELINES]),
-    ):
-        show_table(f"{title}: accuracy on test scans, %", ["", *columns], [[n, *tables[n].values()] for n in names])
-    show_table("exact answers on held-out notes", ["instruction", "frozen base", "with adapter"], _percent(accuracy))
-    show_table("examples", ["instruction", "note", "frozen base", "with adapter"], examples)
-    show_table("seconds", ["", ""], stages.seconds())
-    result = {"cafo": tables, "accuracy": accuracy, "base": str(base), "adapter": trained["adapter"]}
-    write_json(folder / "result.json", result)
-    print(f"The adapter: {trained['adapter']}, {trained['trainable_parameters']:,} parameters. All of it: {folder}")
-    return result
-
-
-def cafo_table(settings: Config, folder: Path, stages: Stages) -> dict[str, dict[str, str]]:
-    """CaFo's jobs in the demo's world; the table of test accuracies, {method: {shots: accuracy}}."""
-    stages.begin()
-    cache = settings.run.cache_folder
-    world = make_world(settings.world, cache)
+    world = make_world(settings.world, settings.run.cache_folder)
     for name, path in world._asdict().items():
         link(folder / "world" / name, path)
     stages.begin()
-    # by its content, so that other settings, or a newer version, find a folder of their own
-    name = f"cafo-{digest(*map(str, world), to_dict(settings.cafo))}"
-    values = cascade(settings.cafo, world, RunConfig(name=name, storage=str(folder), cache=str(cache)))
-    path = folder / f"{name}.yaml"  # an ordinary config, from which the job can be run again
+    accuracy = cafo_table(settings, world, folder)
+    stages.begin()
+    spelled, spelled_loss, spelled_examples = teach(settings, world, folder)
+    stages.begin()
+    asked, asked_loss, asked_examples = show(settings, world, folder)
+    losses = {"a new instruction": spelled_loss, "questions about scans": asked_loss}
+    for _, figure in list(plots.training_curves(losses))[:1]:
+        save_plot(folder / "loss.png", "training loss of the two adapters", figure)
+    tables: dict[str, Table] = {
+        "CaFo without pre-training: accuracy on test scans, %": [row for row in accuracy if row["method"] in BASELINES],
+        "CaFo: accuracy on test scans, %": [row for row in accuracy if row["method"] not in BASELINES],
+        "LLaMA-Adapter: exact answers on held-out notes, %": spelled,
+        "LLaMA-Adapter: right answers of four options, %": asked,
+        "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in losses.items()],
+        "answers": spelled_examples,
+        "answers about scans": asked_examples,
+        "seconds": stages.seconds(),
+    }
+    for title, rows in tables.items():
+        show_table(title, list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
+    cascaded, pictured = accuracy[-1], asked[-1]
+    result = {
+        "headline": f"CaFo {list(cascaded.values())[-1]}% on scans; LLaMA-Adapter {pictured['about a scan']}% on "
+        "questions about them",
+        **tables,
+    }
+    write_json(folder / "result.json", result)
+    print(f"To show: {folder / REPORT}")
+    return result
+
+
+def quietly(job: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, Any]:
+    """An ordinary job whose own tables are left to its own report."""
+    with redirect_stdout(io.StringIO()):
+        return job(settings)
+
+
+def within(settings: Config, folder: Path, name: str, *identity: Any) -> dict[str, Any]:
+    """The `run` section of a job inside the demo's folder: by its content, so that other settings, or a newer version,
+    find a folder of their own."""
+    return {
+        "name": f"{name}-{digest(*identity)}",
+        "storage": str(folder),
+        "cache": str(settings.run.cache_folder),
+    }
+
+
+def cafo_table(settings: Config, world: World, folder: Path) -> Table:
+    """CaFo's jobs in the demo's world: test accuracies, a row for each method."""
+    run = RunConfig(**within(settings, folder, "cafo", *map(str, world[:4]), to_dict(settings.cafo)))
+    values = cascade(settings.cafo, world, run)
+    path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return cafo.run(load(cafo.Config, path))["eval"]["tables"]["digits"]
+    rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
+    for drawing in sorted((run.folder / "test").glob("shots-*.svg")):
+        write_text(folder / "shots.svg", drawing.read_text(encoding="utf-8"))
+    return [{"method": method, **row} for method, row in rows.items()]
 
 
-def _adapter_train(settings: Config, base: Path, folder: Path) -> adapter_train.Config:
-    """The settings of the ordinary job."""
-    spell = text.records(text.SPELL, settings.train_records, settings.llama.seed, test=False)
-    copy = text.records(text.COPY, settings.train_records // 2, settings.llama.seed, test=False)
-    write_jsonl(folder / "records.jsonl", spell + copy)
-    template = {"with_input": text.TEMPLATE.with_input, "without_input": text.TEMPLATE.without_input}
-    write_json(folder / "template.json", template)
-    return load(
-        adapter_train.Config,
-        None,
-        [
-            f"base.path={json.dumps(str(base))}",
-            f"data.path={json.dumps([str(folder / 'records.jsonl')])}",
-            f"data.template={json.dumps(str(folder / 'template.json'))}",
-            "data.max_length=96",
-            "data.val_fraction=0.05",
-            "adapter.n_layers=3",
-            "optimizer.base_lr=0.4",
-            f"train.epochs={settings.epochs}",
-            "train.warmup_epochs=0.5",
-            "train.global_batch=32",
-            f"train.seed={settings.llama.seed}",
-            f"train.validate_every_steps={10**6}",
-            f"scale.workers={settings.workers}",
-            f"run.storage={json.dumps(str(folder))}",
-            f"run.cache={json.dumps(str(settings.run.cache_folder))}",
-            "run.name=adapter",
-        ],
-    )
-
-
-def _measure(settings: Config, path: Path, adapter: str) -> tuple[dict[str, list[float]], list[list[str]]]:
-    """Exact answers by greedy decoding, {task: [base, adapted]}, and three examples of each task side by side."""
-    base = Base.load(path)
+def teach(settings: Config, world: World, folder: Path) -> tuple[Table, Table, Table]:
+    """adapter-train on the new instruction: exact answers before and after, the training's metrics, examples."""
+    adapters = settings.adapters
+    write_records(adapters, folder)
+    run = within(settings, folder, "instruction", str(world.notes), to_dict(adapters))
+    trained = quietly(adapter_train.run, load(adapter_train.Config, spelling(adapters, world.notes, folder, run)))
+    base = Base.load(world.notes)
     asked = {
-        task.name: text.records(task, settings.test_records, settings.llama.seed, test=True)
-        for task in (text.SPELL, text.COPY)
+        task.name: text.records(task, adapters.held_out, adapters.seed, test=True) for task in (text.SPELL, text.COPY)
     }
     answers: dict[str, list[list[str]]] = {name: [] for name in asked}
-    for file in (None, adapter):
+    for file in (None, trained["adapter"]):
         if file is not None:
             base.load_adapter(file)
         for name, records in asked.items():
             prompts = [text.TEMPLATE.render(record["instruction"], record["input"]) for record in records]
             said = base.generate(prompts, max_new_tokens=16, temperature=0)
             answers[name].append([answer.strip() for answer in said])
-    accuracy = {
-        name: [
-            sum(answer == record["output"] for answer, record in zip(said, records, strict=True)) / len(records)
-            for said in answers[name]
-        ]
-        for name, records in asked.items()
-    }
-    examples = [
-        [record["instruction"], record["input"], before, after]
-        for name, records in asked.items()
-        for record, before, after in list(zip(records, answers[name][0], answers[name][1], strict=True))[:3]
-    ]
-    return accuracy, examples
+    accuracy, shown = [], []
+    for name, records in asked.items():
+        wanted = [record["output"] for record in records]
+        right = [sum(map(str.__eq__, said, wanted)) for said in answers[name]]
+        before, after = (f"{100 * count / len(records):.1f}" for count in right)
+        accuracy.append({"instruction": name, "frozen base": before, "with adapter": after})
+        for record, first, second in list(zip(records, *answers[name], strict=True))[:2]:
+            question = {"instruction": record["instruction"], "note": record["input"]}
+            shown.append({**question, "frozen base": first, "with adapter": second})
+    return accuracy, read_jsonl(Path(trained["adapter"]).with_name("metrics.jsonl")), shown
 
 
-def _percent(accuracy: dict[str, list[float]]) -> list[list[str]]:
-    return [[task, *(f"{share:.1%}" for share in shares)] for task, shares in accuracy.items()]
+def show(settings: Config, world: World, folder: Path) -> tuple[Table, Table, Table]:
+    """adapter-train and adapter-eval on questions about scans: right answers, the training's metrics, examples."""
+    adapters = settings.adapters
+    identity = [str(world.digits), str(world.clip), str(world.questions), to_dict(adapters)]
+    questions = folder / f"questions-{digest(*identity)}"
+    write_scan_questions(world, questions, adapters.seed)
+    problems = read_problems(questions, "test")
+    accuracy, said, metrics = [], {}, Path()
+    for name in ADAPTERS:
+        run = within(settings, folder, name.replace(" ", "-"), *identity)
+        values = reading(adapters, world.questions, world.clip if name == ADAPTERS[-1] else None, questions, run)
+        adapter = None
+        if name != ADAPTERS[0]:
+            trained = quietly(adapter_train.run, load(adapter_train.Config, values))
+            adapter = Path(trained["adapter"])
+            metrics = adapter.with_name("metrics.jsonl")
+        run = {**run, "name": f"{run['name']}-test"}
+        measured = load(adapter_eval.Config, asking(values, adapter, questions, run))
+        ours = quietly(adapter_eval.run, measured)["accuracy_by_class"][1]
+        accuracy.append({"": name, "about a scan": ours["IMG"], "about a note": ours["TXT"]})
+        said[name] = pq.read_table(measured.run.folder / "predictions.parquet").to_pylist()
+    write_examples(folder, *examples(problems, said[ADAPTERS[-1]], questions))
+    return accuracy, read_jsonl(metrics), _side_by_side(problems, said)
+
+
+def _side_by_side(problems: Sequence[Problem], said: Mapping[str, Table]) -> Table:
+    """Three questions about scans, and what each adapter says."""
+    shown = []
+    for i in [i for i, problem in enumerate(problems) if problem.image][:3]:
+        problem = problems[i]
+        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
+        truth = f"{problem.choices[problem.answer]} ({LETTERS[problem.answer]})"
+        answers = {name: rows[i]["text"].strip() for name, rows in said.items()}
+        shown.append({"options": options, "it shows": truth, **answers})
+    return shown
+
+
+def sparkline(rows: Table, width: int = 40) -> dict[str, str]:
+    """A loss curve as one line of text, on a logarithmic scale, between its first and last values."""
+    import numpy as np
+
+    losses = np.array([row["loss"] for row in rows if "loss" in row])
+    heights = [float(np.log(max(part.mean(), 1e-9))) for part in np.array_split(losses, min(width, len(losses)))]
+    low, high = min(heights), max(heights)
+    bars = "▁▂▃▄▅▆▇█"
+    drawn = "".join(bars[round((height - low) / max(high - low, 1e-9) * (len(bars) - 1))] for height in heights)
+    return {"first": f"{losses[0]:.3f}", "log of the loss over steps": drawn, "last": f"{losses[-1]:.3f}"}

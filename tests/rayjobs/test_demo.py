@@ -11,8 +11,8 @@ from adapter import Base
 from rayjobs.config import load
 from rayjobs.demo import text
 from rayjobs.demo.cascade import BASELINES, CASCADE
-from rayjobs.demo.llama import LlamaStandIn, stand_in_llama
-from rayjobs.demo.world import make_world
+from rayjobs.demo.llama import LlamaStandIn, train_llama
+from rayjobs.demo.world import Training, make_world, trained
 from rayjobs.jobs import demo
 from rayjobs.tables import flat
 from tests.conftest import ROOT
@@ -42,7 +42,7 @@ def test_a_tenth_or_more_of_all_notes_is_held_out() -> None:
 
 
 @pytest.mark.ray
-def test_cafos_ordinary_job_runs_in_the_demos_world_which_is_made_once(tmp_path: Path, cluster: None) -> None:
+def test_the_demo_is_a_chain_of_ordinary_jobs_in_a_world_that_is_made_once(tmp_path: Path, cluster: None) -> None:
     few = [
         "world.digits.train=60",
         "world.digits.val=30",
@@ -53,17 +53,30 @@ def test_cafos_ordinary_job_runs_in_the_demos_world_which_is_made_once(tmp_path:
         "world.dino.steps=2",
         "world.dino.batch=4",
         "world.drawings=2",
+        "world.notes.steps=3",
+        "world.questions={reads: questions, vocab_size: 384, steps: 6}",
         "cafo.shots=[0,1]",
         "cafo.seeds=[1]",
         "cafo.generated=[1]",
         "cafo.epochs=[1]",
+        "adapters.records=40",
+        "adapters.held_out=10",
+        "adapters.epochs=1",
+        "adapters.question_epochs=0.3",
         f"run.storage={tmp_path}",
     ]
     settings, folder = load(demo.Config, None, few), tmp_path / "demo"
-    table = demo.cafo_table(settings, folder, demo.Stages())
+    result = demo.run(settings)
+    rows = result["CaFo without pre-training: accuracy on test scans, %"] + result["CaFo: accuracy on test scans, %"]
+    table = {row["method"]: row for row in rows}
     assert list(table)[-8:] == [*BASELINES, *CASCADE]
     assert table["CLIP cache"]["0 shots"] == "", "no cache without images"
     assert all(table[name]["0 shots"] for name in ("… + generated", "all of CaFo"))
+    asked = result["LLaMA-Adapter: right answers of four options, %"]
+    assert [row[""] for row in asked] == list(demo.ADAPTERS)
+    report = (folder / "report.html").read_text()
+    for told in (*result, "training loss of the two adapters", "data:image/jpeg"):
+        assert told in report
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     assert make_world(settings.world, tmp_path / "cache").digits.is_dir()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == made, "all was kept"
@@ -73,12 +86,8 @@ def test_cafos_ordinary_job_runs_in_the_demos_world_which_is_made_once(tmp_path:
     assert not [place for place in named if not (tmp_path / place.removeprefix("runs/")).exists()]
 
 
-def test_a_stand_in_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = LlamaStandIn(steps=3, batch=64, dim=16)
-    folder = stand_in_llama(settings, tmp_path)
-    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    monkeypatch.setattr("rayjobs.demo.llama._train", lambda *_: pytest.fail("trained again"))
-    assert stand_in_llama(settings, tmp_path) == folder
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
-    assert len(list((tmp_path / "demo").iterdir())) == 1, "nothing unfinished is left"
+def test_a_stand_in_is_a_base_like_any_other(tmp_path: Path) -> None:
+    settings, folder = LlamaStandIn(steps=3, batch=64, dim=16), tmp_path / "llama"
+    losses = list(trained(Training(folder, settings.steps, lambda new: train_llama(settings, new))))
+    assert len(losses) == 3
     assert len(Base.load(folder).generate(["Note"], max_new_tokens=3, temperature=0)) == 1

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-import ray
 from pydantic import Field
 
 from adapter.base import Base
 from adapter.tokenizer import Tokenizer
 from adapter.weights import Checkpoint, open_checkpoint
+from rayjobs.capacity import capacity
 from rayjobs.config import config
 from rayjobs.engine import DTYPES, Dtype
+
+DATA_CPUS = 0.5
+"""Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
 
 
 @config
@@ -54,17 +57,24 @@ class PoolConfig:
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs that a worker reserves; null is 1 where the cluster has enough, else 0."""
 
-    def resources(self) -> dict[str, float]:
-        """Per worker, on the cluster as it is. Raises ValueError at once for a request that can never fit."""
-        have = ray.cluster_resources()
-        cpus = self.cpus_per_worker or min(1.0, max(have["CPU"] - 1, 0.5) / self.workers)
+    def resources(self, *, beside: float = DATA_CPUS) -> dict[str, float]:
+        """Per worker, on the cluster as it is or may grow. Raises ValueError at once for what can never fit.
+
+        beside: CPUs of each node that no worker takes.
+        """
+        have = capacity()
         gpus = self.gpus_per_worker
         if gpus is None:
-            gpus = 1.0 if have.get("GPU", 0) >= self.workers else 0.0
-        for name, want in (("CPU", cpus), ("GPU", gpus)):
-            if want * self.workers > have.get(name, 0):
-                raise ValueError(
-                    f"{self.workers} workers of {want:g} {name} need {want * self.workers:g} {name}, the cluster has "
-                    f"{have.get(name, 0):g}: lower scale.workers or scale.{name.lower()}s_per_worker"
-                )
-        return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+            gpus = 1.0 if have.total("GPU") >= self.workers else 0.0
+        tried = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus in self._cpus()]
+        for worker in tried:
+            if not have.known or have.room(worker, beside) >= self.workers:
+                return worker
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in tried[0].items())
+        raise ValueError(
+            f"{self.workers} workers of {wanted} each can never run: there is room for {have.room(tried[0], beside)}; "
+            f"the cluster has {have}" + (f", of which every node keeps {beside:g} CPU for Ray Data" if beside else "")
+        )
+
+    def _cpus(self) -> tuple[float, ...]:
+        return (self.cpus_per_worker,) if self.cpus_per_worker else (1.0, 0.5, 0.25, 0.1, 0.05, 0.01)

@@ -248,12 +248,13 @@ def _encode(
 ) -> None:
     total = sum(len(json.loads(chunk["chunk"])["paths"]) for chunk in chunks)
     spare = ray.cluster_resources()["CPU"] - workers * resources["CPU"]
+    roomy = spare >= 0.9 * len(ray.nodes())  # then some node has so much to spare, wherever the workers are
     with data_context(preserve_order=False), unwrapped(), Progress("encode", unit="images", total=total) as bar:
         decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             decode_chunk,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=0.9 if spare >= 0.9 else 0.4,  # other than the encoder's, or Ray would fuse the two
+            num_cpus=0.9 if roomy else 0.4,  # other than the encoder's, or Ray would fuse the two
             fn_kwargs={"preprocess": {name: tower.preprocess for name, tower in towers.items()}},
         )
         written = decoded.map_batches(

@@ -118,6 +118,7 @@ def run(settings: Config) -> dict[str, Any]:
     if settings.task == "scienceqa":
         return _scienceqa(settings, sources[0], sight, folder)
     connect()
+    resources = settings.scale.resources()
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, images=sight is not None)
     pictures = None
     if settings.vision and sight:
@@ -132,7 +133,6 @@ def run(settings: Config) -> dict[str, Any]:
         seed=None,
         pictures=pictures,
     )
-    resources = settings.scale.resources()
     windows = [{"epoch": 0, "window": window} for window in range(order.windows_per_epoch)]
     tables = []
     with (

@@ -169,6 +169,7 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
 def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:
     folder = open_run(settings.run, settings)
     connect()
+    settings.scale.resources()  # what can never fit is told before there is any work
     store, pictures = _prepare(settings, tokenizer, sight)
     adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(

@@ -11,11 +11,12 @@ import json
 import os
 import statistics
 import uuid
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import ray
 from pydantic import Field
 from ray import tune
 
@@ -106,8 +107,9 @@ def run(settings: Config) -> dict[str, Any]:
     left = [trial for trial in trials if not (_folder(settings, trial) / "trial.json").exists()]
     if left:
         connect()
+        worker = replace(settings.scale, workers=settings.scale.workers * settings.sweep.at_once).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
-        _run_trials(settings, left, len(trials))
+        _run_trials(settings, left, len(trials), worker)
     rows = [read_json(_folder(settings, trial) / "trial.json") for trial in trials]
     write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
     result = _summary(settings, rows)
@@ -124,13 +126,12 @@ def _folder(settings: Config, trial: Trial) -> Path:
     return training(settings, trial).run.folder
 
 
-def _run_trials(settings: Config, left: list[Trial], total: int) -> None:
+def _run_trials(settings: Config, left: list[Trial], total: int, worker: Mapping[str, float]) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
-    at_once, scale = settings.sweep.at_once, settings.scale
-    share = scale.cpus_per_worker or min(1.0, max(ray.cluster_resources()["CPU"] - 1, 0.5) / (scale.workers * at_once))
+    at_once = settings.sweep.at_once
 
     def trainable(point: dict[str, Any]) -> None:
-        tune.report(run_trial(settings, left[point["trial"]], share))
+        tune.report(run_trial(settings, left[point["trial"]], worker))
 
     class Watch(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -153,11 +154,11 @@ def _run_trials(settings: Config, left: list[Trial], total: int) -> None:
             raise results.errors[0]
 
 
-def run_trial(settings: Config, trial: Trial, cpus_per_worker: float) -> dict[str, Any]:
-    """Trains, measures, and writes `trial.json`: the trial's row."""
+def run_trial(settings: Config, trial: Trial, worker: Mapping[str, float]) -> dict[str, Any]:
+    """Trains, measures, and writes `trial.json`: the trial's row. Each worker reserves as much as is told."""
     point, seed = trial
     ours = training(settings, trial)
-    scale = {**to_dict(ours.scale), "cpus_per_worker": cpus_per_worker}
+    scale = {**to_dict(ours.scale), "cpus_per_worker": worker["CPU"], "gpus_per_worker": worker.get("GPU", 0)}
     ours = load(adapter_train.Config, {**to_dict(ours), "scale": scale})
     trained = adapter_train.run(ours)
     losses = [row["loss"] for row in read_jsonl(ours.run.folder / "metrics.jsonl") if "loss" in row]

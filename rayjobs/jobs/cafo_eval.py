@@ -76,9 +76,10 @@ def run(settings: Config) -> dict[str, Any]:
     for name, target in sets.items():
         if target.class_names != dataset.class_names:
             raise ValueError(f"targets.{name} has other classes than {dataset.name}")
+    connect()
+    resources = settings.scale.resources()
     record_opening(folder, chosen, sets)
     begin(settings.run.folder, settings)
-    connect()
     lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
     used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
     towers = open_towers({name: swept.encoders[name] for name in used})
@@ -89,7 +90,7 @@ def run(settings: Config) -> dict[str, Any]:
         swept.features,
         swept.run.cache_folder,
         workers=settings.scale.workers,
-        resources=settings.scale.resources(),
+        resources=resources,
     )
     write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))
     rows: list[dict[str, Any]] = []

@@ -70,13 +70,14 @@ def run(settings: Config) -> dict[str, Any]:
     dataset, lists = check(settings)
     folder: Path = open_run(settings.run, settings)
     connect()
+    resources = settings.scale.resources()
     found = prepare_features(
         lists,
         open_towers(settings.encoders),
         settings.features,
         settings.run.cache_folder,
         workers=settings.scale.workers,
-        resources=settings.scale.resources(),
+        resources=resources,
     )
     rejected = [reject for features in found.values() for reject in features.rejected]
     write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))

@@ -120,6 +120,7 @@ def run(settings: Config) -> dict[str, Any]:
     same_sweep(settings)
     folder = open_run(settings.run, settings)
     connect()
+    resources, of_trials = settings.scale.resources(), settings.trials.resources(beside=0)
     choices = few_shot_choices(settings, dataset, folder)
     towers = open_towers({name: settings.encoders[name] for name in _used(tried)})
     root, drawn = settings.data.drawn(dataset, max(setting.generated for setting in tried))
@@ -129,7 +130,7 @@ def run(settings: Config) -> dict[str, Any]:
         plain_list("val", dataset.image_root, dataset.val),
     ]
     lists = [images for images in lists if images.items]
-    resources, cache = settings.scale.resources(), settings.run.cache_folder
+    cache = settings.run.cache_folder
     features = prepare_features(
         lists, towers, settings.features, cache, workers=settings.scale.workers, resources=resources
     )
@@ -161,7 +162,7 @@ def run(settings: Config) -> dict[str, Any]:
         settings.search,
         folder / "trials",
         at_once=settings.trials.workers,
-        resources=settings.trials.resources(),
+        resources=of_trials,
     )
     rows = [row for _, row in over]
     columns = dict.fromkeys(name for row in rows for name in row)

@@ -53,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page that compares several runs")
     listed = jobs.add_parser("runs", help="list runs with their state and headline")
     listed.add_argument("storage", nargs="?", type=Path, default=Path("runs"), help="the folder of all runs")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)  # overrides that stand behind an option, which argparse leaves
+    if unknown := [word for word in more if word.startswith("-") or args.job in ("report", "runs")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.job in ("report", "runs"):
         return _look(args)
+    args.overrides += more
 
     if args.verbose:
         os.environ["RAYJOBS_VERBOSE"] = "1"
@@ -70,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return submit(submit_command(args.job, args.config, args.overrides))
         if args.dry_run:
             job.plan(settings)
-            print(f"on a cluster: {shlex.join(submit_command(args.job, args.config, args.overrides))}")
+            try:
+                told = shlex.join(submit_command(args.job, args.config, args.overrides))
+            except ValueError as error:  # nothing that keeps it from running here
+                told = str(error)
+            print(f"on a cluster: {told}")
         else:
             job.run(settings)
     except KeyboardInterrupt:

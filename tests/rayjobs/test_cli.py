@@ -119,6 +119,17 @@ def test_a_pickle_that_wants_to_run_code_does_not(
     assert not (tmp_path / "exploded").exists()
 
 
+def test_overrides_may_stand_behind_options_and_unknown_options_are_refused(
+    tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["adapter-train", f"base.path={tiny_base}", f"data.path=[{records}]", "run.name=a", "--dry-run"]
+    assert main([*given, "adapter.n_layers=2", f"run.storage={tmp_path}"]) == 0
+    assert str(tmp_path) in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    with pytest.raises(SystemExit):
+        main([*given, "--sumbit"])
+    assert "--sumbit" in capsys.readouterr().err
+
+
 def test_the_module_runs_and_exits_with_the_code() -> None:
     done = subprocess.run([sys.executable, "-m", "rayjobs", "adapter-train"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,0 +1,147 @@
+"""What README.md and docs/ tell a user to type or to write, done in their order on small real inputs."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from rayjobs.__main__ import main
+from rayjobs.tables import read_json, sha256_file
+from tests.conftest import ROOT
+from tests.rayjobs.cafo_world import towers
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every command of the documents' shell blocks, as words."""
+    text = "\n".join(block for document in DOCUMENTS for block in blocks(document, "bash"))
+    return [words for line in text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+
+
+OURS = ["python", "-m", "rayjobs"]
+OTHERS = [words for words in commands() if words[:3] != OURS]
+
+
+@pytest.mark.parametrize("words", OTHERS, ids=" ".join)
+def test_other_tools_understand_what_they_are_told(words: list[str]) -> None:
+    tool, *arguments = words
+    if tool == "make":
+        assert arguments[0] in re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    elif tool == "ray":
+        from ray.scripts.scripts import cli
+
+        command, rest = cli.commands[arguments[0]], arguments[1:]
+        if hasattr(command, "commands"):
+            command, rest = command.commands[rest[0]], rest[1:]
+        command.make_context(command.name, rest, resilient_parsing=True)
+        for file in (word for word in rest if word.endswith(".yaml")):
+            assert yaml.safe_load((ROOT / file).read_text())["cluster_name"]
+    else:
+        assert words in (["source", ".venv/bin/activate"], ["pip", "install", "boto3"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, with small real things where the documents say that weights and data are."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "stories260K").symlink_to(shared / "llama" / "stories260K")
+    data = tmp_path / "data"
+    shutil.copytree(shared / "few_shot", data)
+    records = json.loads((shared / "alpaca" / "alpaca_2000.json").read_text())
+    (data / "alpaca_2000.json").write_text(json.dumps(records[:240]))
+    (data / "scienceqa").mkdir()
+    for name in ("problems.json", "images"):
+        (data / "scienceqa" / name).symlink_to(shared / "scienceqa" / name)
+    splits = json.loads((shared / "scienceqa" / "pid_splits.json").read_text())
+    few = {split: pids[:20] for split, pids in splits.items()}
+    (data / "scienceqa" / "pid_splits.json").write_text(json.dumps({**few, "train": few["test"], "val": few["test"]}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def encoder(section: str, found: dict[str, str]) -> list[str]:
+    return [f"{section}.{key}={value}" for key, value in found.items()]
+
+
+PLACES = {
+    "/mnt/models/llama-7b": "weights/stories260K",
+    "/models/llama-7b": "weights/stories260K",
+    "/mnt/data/": "data/",
+    "[/data/": "[data/",
+    "alpaca_data.json": "alpaca_2000.json",
+    "scale.workers=8": "scale.workers=2",
+}
+LITTLE = {
+    "alpaca_7b.yaml": ["adapter.n_layers=4"],
+    "alpaca_tiny.yaml": [
+        "data.max_length=256",
+        "data.val_fraction=0.1",
+        "train.epochs=3",
+        "train.global_batch=16",
+        "optimizer.base_lr=0.32",
+    ],
+    "scienceqa_7b.yaml": ["adapter.n_layers=4", "base.dtype=fp32", "train.global_batch=8", "train.epochs=1"],
+    "debug.yaml": ["space.shots=[1]", "features.views=1"],
+}
+
+
+class Typed:
+    """Types the documents' commands, with their places led to what is there, and little to compute."""
+
+    def __init__(self, folder: Path) -> None:
+        found = towers(folder / "towers")
+        self.vision = encoder("vision.tower", found["clip"])
+        self.encoders = [word for name in found for word in encoder(f"encoders.{name}", found[name])]
+
+    def __call__(self, words: list[str], *, dry: bool = True) -> None:
+        job, *given = words[3:]
+        for place, here in PLACES.items():
+            given = [word.replace(place, here) for word in given]
+        line = " ".join(given)
+        given = [word for word in given if word != "--submit" and (dry or word != "--dry-run")]
+        given += [word for config, little in LITTLE.items() if config in line for word in little]
+        given += self.vision * ("scienceqa_7b" in line) + self.encoders * (job == "cafo")
+        given += ["--dry-run"] * ("--submit" in line)
+        assert main([job, *given]) == 0, f"{job} {' '.join(given)}"
+
+
+@pytest.mark.ray
+def test_commands_and_code_work_as_written(
+    cluster: None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed, told = Typed(folder), [words for words in commands() if words[:3] == OURS]
+    weights = sha256_file(folder / "weights" / "stories260K" / "consolidated.00.pth")
+    assert len(told) > 10
+    for words in told:
+        typed(words)
+        if "configs/adapter/scienceqa_7b.yaml" in words:
+            typed(words, dry=False)  # a later command takes its adapter
+    assert "ray job submit --working-dir . -- python -m rayjobs adapter-train" in capsys.readouterr().out
+    learned = read_json("runs/alpaca_tiny/result.json")
+    assert learned["val_loss"] < learned["base_val_loss"] - 0.3, "a really trained LLaMA learns from real instructions"
+    assert sha256_file(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
+    cascaded = read_json("runs/cafo_debug/test/result.json")
+    assert cascaded["test_images"] == {"caltech101": 337}
+
+    for place, names in {"red": "ab", "cat": "1abcd"}.items():
+        (folder / "photos" / place).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (40, 40), (ord(name), 99, 9)).save(folder / "photos" / place / f"{name}.jpg")
+    shutil.copy(folder / "towers" / "dino.pth", folder / "weights" / "dino_resnet50_pretrain.pth")
+    shutil.copytree(folder / "towers" / "clip", folder / "openai")
+    for code in blocks(ROOT / "README.md", "python"):
+        small = code.replace('name="RN50"', 'name="tiny"').replace('weights="openai"', f'weights="{folder}/openai"')
+        exec(compile(small.replace('kind="dino"', 'kind="timm", name="test_resnet"'), "README.md", "exec"), {})
+    assert (folder / "pets.safetensors").exists()
+    assert (folder / "mine.safetensors").exists()

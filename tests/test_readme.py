@@ -133,6 +133,7 @@ def test_commands_and_code_work_as_written(
     assert sha256_file(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
     cascaded = read_json("runs/cafo_debug/test/result.json")
     assert cascaded["test_images"] == {"caltech101": 337}
+    assert read_json("runs/cafo_debug/result.json")["truncated_sentences"] > 0
 
     for place, names in {"red": "ab", "cat": "1abcd"}.items():
         (folder / "photos" / place).mkdir(parents=True)

@@ -1,6 +1,5 @@
 """cafo-eval and the chain: test opened once, for the choice that val made; tables that the run folder proves."""
 
-import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from rayjobs.imagery import EncoderConfig
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
 from rayjobs.tables import read_json, write_json
 from tests.cafo.server import serve
-from tests.rayjobs.cafo_world import images, towers, world
+from tests.rayjobs.cafo_world import images, world
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
 
@@ -170,34 +169,3 @@ def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None)
     write_json(config.run.folder / "chosen.json", chosen)
     with pytest.raises(ValueError, match=r"opened on .* for another choice"):
         cafo_eval.run(evaluation)
-
-
-@pytest.mark.ray
-def test_caltech_from_images_to_the_test_table(tmp_path: Path, shared: Path, cluster: None) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(shared / "few_shot", root)
-    named = towers(tmp_path / "towers")
-    given = [f"encoders.{name}.{key}={value}" for name, tower in named.items() for key, value in tower.items()]
-    config = load(
-        cafo.Config,
-        None,
-        [
-            *given,
-            "data.name=caltech101",
-            f"data.root={root}",
-            f"data.prompts={root / 'caltech_prompts.json'}",
-            "features.views=2",
-            "space.shots=[1,4]",
-            "space.seeds=[1,2,3]",
-            "space.epochs=[4]",
-            "space.ensemble=[baseline zero-shot, dino only]",
-            "search.compare=[ensemble]",
-            "search.beta_steps=20",
-            f"run.storage={tmp_path / 'runs'}",
-            "run.name=caltech",
-        ],
-    )
-    result = cafo.run(config)
-    assert result["eval"]["test_images"] == {"caltech101": 337}
-    assert list(result["eval"]["tables"]["caltech101"]) == ["CLIP zero-shot", "baseline zero-shot", "dino only"]
-    assert result["tune"]["truncated_sentences"] > 0

@@ -55,7 +55,7 @@ def accuracy_over_shots(
         level: {method: accuracy} of what has no shots, dashed across.
         published: {name: {shots: accuracy}}, dotted; only at shots that some method has.
     """
-    figure, axes = panel("shots per class", "accuracy, %")
+    figure, axes = panel("shots per class", "accuracy, %", width=9.0)
     shots = sorted({k for cells in methods.values() for k in cells})
     place = {k: i for i, k in enumerate(shots)}  # 1, 2, 4, 8, 16 stand evenly
     for name, cells in methods.items():
@@ -69,7 +69,7 @@ def accuracy_over_shots(
         if known := [k for k in shots if k in row]:
             axes.plot([place[k] for k in known], [row[k] for k in known], label=name, marker="x", linestyle=":")
     axes.set_xticks(range(len(shots)), [str(k) for k in shots])
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")  # lines leave no room inside
     return figure
 
 

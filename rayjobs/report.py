@@ -95,7 +95,8 @@ def _record(folder: Path) -> Record:
 def _result(folder: Path) -> Iterator[Section]:
     """Figures in one table, and a table for each list of rows."""
     result = _json(folder / "result.json")
-    plain = [[_spoken(name), as_text(value)] for name, value in result.items() if not isinstance(value, list | dict)]
+    told = {name: value for name, value in result.items() if name != "headline"}  # which heads the page
+    plain = [[_spoken(name), as_text(value)] for name, value in told.items() if not isinstance(value, list | dict)]
     if plain:
         yield Table("result", ["", ""], plain)
     for name, value in result.items():

@@ -125,6 +125,7 @@ def run(settings: Config) -> dict[str, Any]:
     asked, asked_loss, asked_examples = show(settings, world, folder)
     losses = {"a new instruction": spelled_loss, "questions about scans": asked_loss}
     for _, figure in list(plots.training_curves(losses))[:1]:
+        figure.axes[0].set_yscale("log")  # one begins twenty times as high as the other
         save_plot(folder / "loss.png", "training loss of the two adapters", figure)
     tables: dict[str, Table] = {
         "CaFo without pre-training: accuracy on test scans, %": [row for row in accuracy if row["method"] in BASELINES],
@@ -239,12 +240,12 @@ def _side_by_side(problems: Sequence[Problem], said: Mapping[str, Table]) -> Tab
         problem = problems[i]
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
         truth = f"{problem.choices[problem.answer]} ({LETTERS[problem.answer]})"
-        answers = {name: rows[i]["text"].strip() for name, rows in said.items()}
+        answers = {name: rows[i]["text"].strip().removeprefix("The answer is ") for name, rows in said.items()}
         shown.append({"options": options, "it shows": truth, **answers})
     return shown
 
 
-def sparkline(rows: Table, width: int = 40) -> dict[str, str]:
+def sparkline(rows: Table, width: int = 24) -> dict[str, str]:
     """A loss curve as one line of text, on a logarithmic scale, between its first and last values."""
     import numpy as np
 

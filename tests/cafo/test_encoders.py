@@ -83,6 +83,19 @@ def test_pooled_stages_of_a_resnet(tmp_path):
     torch.testing.assert_close(F.normalize(got[-1], dim=1), encoder.encode_image(batch))
 
 
+def test_a_tower_learns_nothing_while_others_train(tmp_path):
+    """Not even the running means of its batch norms move, to the bit."""
+    encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path, RESNET))))
+    before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+    batch = torch.randn(3, 3, 32, 32)
+    head = torch.nn.Linear(sum(f.shape[1] for f in encoder.multi_scale(batch)), 2)
+    optimizer = torch.optim.AdamW([*head.parameters(), *encoder.model.parameters()], lr=0.1, weight_decay=0.1)
+    head(torch.cat(encoder.multi_scale(batch), dim=1)).square().sum().backward()
+    optimizer.step()
+    assert before.keys() == encoder.model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.model.state_dict().items())
+
+
 def test_identity_is_weights_preprocessing_and_precision(tmp_path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()

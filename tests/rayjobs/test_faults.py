@@ -21,9 +21,9 @@ pytestmark = pytest.mark.ray
 
 
 class Runs:
-    """adapter-train as a user runs it, in processes of its own."""
+    """adapter-train as a user runs it, in processes of its own; every epoch shows other views of the images."""
 
-    def __init__(self, storage: Path, base: Path, records: Path) -> None:
+    def __init__(self, storage: Path, base: Path, records: Path, vision: list[str]) -> None:
         self.storage = storage
         self.arguments = [
             "adapter-train",
@@ -33,6 +33,9 @@ class Runs:
             "data.max_length=200",
             "adapter.n_layers=2",
             "adapter.prompt_length=5",
+            *vision,
+            "vision.mode=streamed",
+            "vision.augment=true",
             "train.epochs=14",
             "train.global_batch=5",
             "train.token_budget=600",
@@ -64,7 +67,7 @@ class Runs:
 
     def weights(self, name: str) -> torch.Tensor:
         file = read_adapter(self.storage / name / "adapter.safetensors")
-        return torch.cat([file.prompt.flatten(), file.gate.flatten()])
+        return torch.cat([tensor.flatten() for tensor in (file.prompt, file.gate, *file.projection.values())])
 
     def is_as_undisturbed(self, name: str) -> None:
         steps, undisturbed = (
@@ -75,8 +78,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, records: Path) -> Runs:
-    made = Runs(tmp_path_factory.mktemp("faults"), tiny_base, records)
+def runs(
+    cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, pictured: Path, vision: list[str]
+) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("faults"), tiny_base, pictured, vision)
     assert main([*made.arguments, "run.name=undisturbed", "scale.workers=2"]) == 0
     return made
 

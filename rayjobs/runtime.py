@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -195,8 +195,20 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
+            from rich.table import Table
 
-            self.bar = Bar(
+            class WithTable(Bar):
+                table: Sequence[Sequence[str]] = ()
+
+                def get_renderables(self) -> Iterator[Any]:
+                    yield self.make_tasks_table(self.tasks)
+                    if len(self.table) > 1:
+                        grid = Table(*self.table[0], box=None, pad_edge=False, header_style="dim")
+                        for row in self.table[1:]:
+                            grid.add_row(*row)
+                        yield grid
+
+            self.bar = WithTable(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
@@ -219,11 +231,13 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         self.update(self.done + count, note)
 
-    def update(self, done: int, note: str = "") -> None:
-        """Sets how much is done, with a note such as the loss."""
+    def update(self, done: int, note: str = "", table: Sequence[Sequence[str]] = ()) -> None:
+        """Sets how much is done, with a note such as the loss, and a table, its columns first, that only a terminal
+        shows."""
         self.done, self.note = done, note or self.note
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, note=self.note)
+            self.bar.table = table
+            self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note)
         elif time.monotonic() - self.printed > self.PLAIN_EVERY_S:
             self._print()
 

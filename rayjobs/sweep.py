@@ -180,8 +180,28 @@ class _Tuning:
         return results.errors
 
 
+LEADER_COLUMNS = {
+    "K": "shots",
+    "best on val": "val_accuracy",
+    "encoders": "encoders",
+    "sentences": "sentences",
+    "K'": "generated",
+    "ensemble": "ensemble",
+    "lr": "lr",
+    "epochs": "epochs",
+    "α": "chosen_alpha",
+    "β": "chosen_beta",
+    "seed": "seed",
+}
+"""Of the table that a terminal shows live: what it calls a row's values."""
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 class _Watch(tune.Callback):
-    """Moves the progress line, shows the best of every K, and writes the rows of trials that a scheduler stopped."""
+    """Moves the progress bar with the best of every K beneath it; writes the rows of trials that a scheduler stopped."""
 
     def __init__(self, bar: Progress, folder: Path) -> None:
         self.bar, self.folder = bar, folder
@@ -197,8 +217,10 @@ class _Watch(tune.Callback):
                 best = self.best.get(row["shots"])
                 if row["status"] == "finished" and (best is None or row["val_correct"] > best["val_correct"]):
                     self.best[row["shots"]] = row
-        told = ", ".join(f"K={shots} {self.best[shots]['val_accuracy']:.2%}" for shots in sorted(self.best))
-        self.bar.update(len(self.over), f"best on val: {told}" if told else "")
+        leaders = [self.best[shots] for shots in sorted(self.best)]
+        told = ", ".join(f"K={row['shots']} {row['val_accuracy']:.2%}" for row in leaders)
+        table = [[_cell(row[name]) for name in LEADER_COLUMNS.values()] for row in leaders]
+        self.bar.update(len(self.over), f"best on val: {told}" if told else "", [[*LEADER_COLUMNS], *table])
         return all(rows)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

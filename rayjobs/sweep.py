@@ -201,7 +201,7 @@ def _cell(value: Any) -> str:
 
 
 class _Watch(tune.Callback):
-    """Moves the progress bar with the best of every K beneath it; writes the rows of trials that a scheduler stopped."""
+    """Moves the progress bar with the best of every K beneath it; writes the rows of trials that were stopped."""
 
     def __init__(self, bar: Progress, folder: Path) -> None:
         self.bar, self.folder = bar, folder

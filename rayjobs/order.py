@@ -3,28 +3,26 @@
     epoch   the parts in an order drawn from (seed, epoch), laid end to end; of a source of weight w, w of its records
     window  the next `shuffle_records` rows of that line, shuffled by (seed, epoch, window)
     step    the next `global_batch` rows of the window
-    micro   those rows sorted by length and cut under the token budget
+    micro   those rows sorted by length and cut under the token budget, evenly for W workers
 
-and only then micro-batch j goes to worker j mod W, with empty ones added until all workers have as many. So every
-record is seen once per epoch, one worker computes what two do, and a run may resume at any step with any number of
-workers. A source of weight w is shuffled afresh whenever all of it was seen, and each epoch goes on where the last one
-stopped: no record is ever seen twice more than another. Memory is bounded by a window. Runs in Ray Data's tasks, so it
-does not import torch, which takes seconds.
+and micro-batch j goes to worker j mod W, with empty ones added until all workers have as many. How a step is cut does
+not change its gradient. So every record is seen once per epoch, one worker computes what two do, and a run may resume
+at any step with any number of workers. A source of weight w is shuffled afresh whenever all of it was seen, and each
+epoch goes on where the last one stopped: no record is ever seen twice more than another. Memory is bounded by a window.
+Runs in Ray Data's tasks, so it does not import torch, which takes seconds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from adapter.batching import micro_batches
 from rayjobs.pictures import Pictures
-from rayjobs.tables import TOKENS
+from rayjobs.tables import TOKENS, read_parquet
 from rayjobs.tokens import Split, TokenStore, part_source, source_of
 
 ROW = pa.schema([*[field for field in TOKENS if field.name != "image"], ("image", pa.large_binary())])
@@ -120,7 +118,7 @@ class Order:
             if skip >= rows:
                 skip -= rows
                 continue
-            table = pq.read_table(Path(self.store.folder) / name)
+            table = read_parquet(f"{self.store.folder}/{name}")
             tables.append((table if which is None else table.take(which)).slice(skip, size - found))
             found, skip = found + tables[-1].num_rows, 0
             if found == size:
@@ -138,8 +136,19 @@ class Order:
 
 
 def deal(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
-    """Rows of one step → for each worker as many micro-batches of row indices; some workers' last may be empty."""
+    """Rows of one step → for each worker as many micro-batches of row indices; some workers' last may be empty.
+
+    They are cut as small as that number allows, so that no worker is idle while another one has a full budget.
+    """
     micros = micro_batches(lengths, token_budget)
+    most, too_small = -(-len(micros) // world) * world, 0
+    while token_budget - too_small > 1:
+        budget = (too_small + token_budget) // 2
+        smaller = micro_batches(lengths, budget)
+        if len(smaller) <= most:
+            micros, token_budget = smaller, budget
+        else:
+            too_small = budget
     micros += [[] for _ in range(-len(micros) % world)]
     return [micros[rank::world] for rank in range(world)]
 

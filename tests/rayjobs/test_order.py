@@ -162,3 +162,14 @@ def test_micro_batches_keep_to_the_budget() -> None:
         micros = [micro for worker in dealt for micro in worker]
         assert sorted(i for micro in micros for i in micro) == list(range(7))
         assert all(len(micro) * max(lengths[i] for i in micro) <= 64 for micro in micros if micro)
+
+
+@pytest.mark.parametrize("world", [1, 2, 7, 16, 53, 64, 90])
+def test_no_worker_is_idle_while_another_has_a_full_budget(world: int) -> None:
+    lengths = np.random.default_rng(1).integers(30, 300, 64).tolist()
+    dealt = deal(lengths, 4096, world)
+    assert sorted(row for micros in dealt for micro in micros for row in micro) == list(range(64))
+    assert len({len(micros) for micros in dealt}) == 1
+    work = [sum(len(micro) * max((lengths[row] for row in micro), default=0) for micro in micros) for micros in dealt]
+    assert max(work) <= max(1.35 * sum(lengths) / world, max(lengths))
+    assert all(len(micro) * max(lengths[row] for row in micro) <= 4096 for micros in dealt for micro in micros if micro)

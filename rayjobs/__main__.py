@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rayjobs.config import describe, load
+from rayjobs.places import place
 from rayjobs.runs import find_runs
 from rayjobs.runtime import environment
 from rayjobs.submit import submit, submit_command
@@ -49,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
         )
     shown = jobs.add_parser("report", help="write a run's report.html anew, or compare several runs on one page")
-    shown.add_argument("run", nargs="+", type=Path, help="a run's folder")
+    shown.add_argument("run", nargs="+", help="a run's folder")
     shown.add_argument("--out", type=Path, default=Path("comparison.html"), help="the page that compares several runs")
     listed = jobs.add_parser("runs", help="list runs with their state and headline")
-    listed.add_argument("storage", nargs="?", type=Path, default=Path("runs"), help="the folder of all runs")
+    listed.add_argument("storage", nargs="?", default="runs", help="the folder of all runs")
     args, more = parser.parse_known_args(argv)  # overrides that stand behind an option, which argparse leaves
     if unknown := [word for word in more if word.startswith("-") or args.job in ("report", "runs")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -97,12 +98,14 @@ def _look(args: argparse.Namespace) -> int:
 
     try:
         if args.job == "report":
-            print(write_report(*args.run) if len(args.run) == 1 else compare(args.run, args.out))
+            shown = [place(run) for run in args.run]
+            print(write_report(*shown) if len(shown) == 1 else compare(shown, args.out))
             return 0
-        folders = find_runs(args.storage)
-        names = [str(folder.relative_to(args.storage)) for folder in folders]
+        storage = place(args.storage)
+        folders = find_runs(storage)
+        names = [str(folder.relative_to(storage)) for folder in folders]
         rows = [[name, *row] for name, row in zip(names, run_rows(folders), strict=True)]
-        show_table(str(args.storage), RUN_COLUMNS, rows)
+        show_table(args.storage, RUN_COLUMNS, rows)
         return 0
     except (ValueError, OSError) as error:
         print(f"rayjobs {args.job}: error: {error}", file=sys.stderr)

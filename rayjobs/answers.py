@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
@@ -21,7 +20,7 @@ from torch import Tensor
 from adapter.base import Base
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.runtime import Progress, connect, data_context, unwrapped
-from rayjobs.tables import read_json, write_json, write_parquet
+from rayjobs.tables import read_json, read_parquet, write_json, write_parquet
 from rayjobs.vision import Eyes, Sight
 
 Record = dict[str, Any]
@@ -48,7 +47,7 @@ class Answerer:
         (row,) = table.to_pylist()
         records = json.loads(row["records"])
         rows = self.answer(records, self.see([row["images"][i] for i in range(len(records))]))
-        write_parquet(Path(row["part"]), pa.Table.from_pylist(rows, self.schema))
+        write_parquet(row["part"], pa.Table.from_pylist(rows, self.schema))
         return pa.table({"answered": [len(rows)]})
 
     def see(self, pixels: list[bytes | None]) -> list[Tensor | None]:
@@ -138,7 +137,7 @@ def answer_all(
             )
             for row in answered.iter_rows():
                 bar.advance(int(row["answered"]))
-    return pa.concat_tables([pq.read_table(file) for file in files])
+    return pa.concat_tables([read_parquet(file) for file in files])
 
 
 def device() -> str:

@@ -10,6 +10,7 @@ from adapter.weights import Checkpoint, open_checkpoint
 from rayjobs.capacity import capacity
 from rayjobs.config import config
 from rayjobs.engine import DTYPES, Dtype
+from rayjobs.places import is_url, local_copy, place
 
 DATA_CPUS = 0.5
 """Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
@@ -20,7 +21,7 @@ class BaseConfig:
     """The frozen LLaMA."""
 
     path: str
-    """A folder in Meta's format (params.json) or Hugging Face's (config.json)."""
+    """A folder in Meta's format (params.json) or Hugging Face's (config.json); of a URL every node makes a copy."""
     tokenizer: str | None = None
     """SentencePiece model; by default `tokenizer.model` in the folder or beside it."""
     dtype: Dtype = "fp32"
@@ -28,21 +29,24 @@ class BaseConfig:
 
     def open(self) -> tuple[Checkpoint, Path]:
         """The checkpoint and its tokenizer's path, both proven to fit. Raises ValueError naming what does not."""
-        checkpoint = open_checkpoint(self.path)
-        path = Path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
+        checkpoint = open_checkpoint(local_copy(self.path))
+        path = place(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
             raise ValueError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
-        Tokenizer(path).check_fits(checkpoint.config.vocab_size)
-        return checkpoint, path.absolute()
+        if is_url(self.path) and not self.tokenizer:
+            path = place(self.path) / path.name  # other machines have copies of their own
+        Tokenizer(local_copy(path)).check_fits(checkpoint.config.vocab_size)
+        return checkpoint, place(path)
 
     def load(self, adapter: str | None, device: str, *, tower: str | None = None) -> Base:
         """The whole model in memory, with an adapter file of any known form if one is named.
 
         tower: the identity of the tower whose features it will be given. Raises ValueError for an adapter of another.
         """
-        base = Base.load(self.path, tokenizer=self.tokenizer, dtype=DTYPES[self.dtype], device=device)
+        tokenizer = local_copy(self.tokenizer) if self.tokenizer else None
+        base = Base.load(local_copy(self.path), tokenizer=tokenizer, dtype=DTYPES[self.dtype], device=device)
         if adapter is not None:
-            base.load_adapter(adapter, tower=tower)
+            base.load_adapter(local_copy(adapter), tower=tower)
         return base
 
 
@@ -71,9 +75,10 @@ class PoolConfig:
             if not have.known or have.room(worker, beside) >= self.workers:
                 return worker
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in tried[0].items())
+        kept = f", of which every node keeps {beside:g} CPU for Ray Data" if beside else ""
         raise ValueError(
-            f"{self.workers} workers of {wanted} each can never run: there is room for {have.room(tried[0], beside)}; "
-            f"the cluster has {have}" + (f", of which every node keeps {beside:g} CPU for Ray Data" if beside else "")
+            f"{self.workers} worker{'s' * (self.workers > 1)} of {wanted} each can never run: there is room for "
+            f"{have.room(tried[0], beside)}; the cluster has {have}{kept}"
         )
 
     def _cpus(self) -> tuple[float, ...]:

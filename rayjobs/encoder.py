@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from rayjobs.config import config
+from rayjobs.places import LocalPath
 
 if TYPE_CHECKING:
     from cafo.encoders import EncoderSpec
@@ -19,7 +20,7 @@ class EncoderConfig:
     name: str = ""
     """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
     pixels, the side."""
-    weights: str = ""
+    weights: LocalPath = ""
     """open_clip's pretrained tag, a local file or folder, or random:SEED."""
     config: str = ""
     """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""

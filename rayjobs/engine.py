@@ -20,6 +20,7 @@ from adapter.llama import Llama
 from adapter.vision import Images
 from adapter.weights import open_checkpoint, skeleton
 from rayjobs.config import config
+from rayjobs.places import local_copy
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,7 +91,7 @@ def adapted_model(
 
     Weights are placed one tensor at a time; under stage 3 each is cut at once and a worker keeps only its shard.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(local_copy(path))
     model = skeleton(checkpoint.config)
     with torch.device("meta"):
         model.attach(adaption)

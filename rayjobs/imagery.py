@@ -23,6 +23,7 @@ from cafo.generate import best_of
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.encoder import EncoderConfig as EncoderConfig
+from rayjobs.places import LocalPath
 
 Sentences = Literal["file", "templates"]
 
@@ -33,13 +34,13 @@ class ImagesConfig:
 
     name: str = ""
     """One of the eleven sets by name, read from `root`; any other name needs `split` or `tree`."""
-    root: str = "data"
+    root: LocalPath = "data"
     """The folder that holds the sets in CoOp's layout."""
-    split: str | None = None
+    split: LocalPath | None = None
     """A CoOp-style split JSON of a set of your own."""
-    images: str | None = None
+    images: LocalPath | None = None
     """The folder that the split's paths are relative to; by default the split's own."""
-    tree: str | None = None
+    tree: LocalPath | None = None
     """A folder with one folder per class, split by `seed`."""
     tree_shares: tuple[float, float] = (0.5, 0.2)
     """Shares of train and val in a tree; the rest is test."""
@@ -49,9 +50,9 @@ class ImagesConfig:
     """Of the splits that are drawn here: a tree's, and ImageNet's validation images."""
     templates: list[str] | None = None
     """Sentences with {} for the class name; by default the data set's own."""
-    prompts: str | None = None
+    prompts: LocalPath | None = None
     """The JSON of sentences that cafo-prompt wrote, or CaFo's own; null for the templates alone."""
-    generated: str | None = None
+    generated: LocalPath | None = None
     """Drawn images: `dalle` or `sd` for a set in CoOp's layout under `root`, or the list that cafo-generate wrote."""
     short_classes: Literal["error", "report"] = "error"
     """What to do with a class of fewer than K training images: stop, or take what there is and report it."""

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
+
+from rayjobs.tables import read_parquet
 
 STORE_IMAGES = 64
 """Images in one part of a feature store of plain views."""
@@ -71,7 +72,7 @@ def part_name(first: int) -> str:
 
 @lru_cache(maxsize=128)
 def _part(path: Path) -> tuple[dict[int, int], np.ndarray]:
-    table = pq.read_table(path)
+    table = read_parquet(path)
     rows = {place: row for row, place in enumerate(table["row"].to_pylist())}
     return rows, table["features"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
 

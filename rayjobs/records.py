@@ -11,6 +11,8 @@ from adapter import scienceqa
 from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
+from rayjobs.places import LocalPath, is_url, local_copy, place
+from rayjobs.tables import sha256_file
 
 Format = Literal["alpaca", "scienceqa", "llava"]
 TEMPLATES = {"alpaca": ALPACA, "llava": ALPACA, "scienceqa": scienceqa.TEMPLATE}
@@ -21,12 +23,12 @@ class SourceConfig:
     """One file of records among others."""
 
     path: str
-    """The file, or ScienceQA's folder."""
+    """The file, which may be a URL, or ScienceQA's folder."""
     format: Format | None = None
     """Its format; null for that of all."""
     split: str | None = None
     """ScienceQA's split; null for train, and for val where it validates."""
-    images: str | None = None
+    images: LocalPath | None = None
     """The folder that its images' paths start from; null for its own."""
     weight: float = Field(default=1, gt=0)
     """How often each record is trained on in an epoch: 2 for twice, 0.5 for every second epoch."""
@@ -47,7 +49,8 @@ class Source:
         """Its records {instruction, input, output, image}, in order. Raises RecordError naming what is malformed."""
         if self.format == "scienceqa":
             return (problem.record() for problem in scienceqa.read_problems(self.path, self.split))
-        return read_conversations(self.path) if self.format == "llava" else read_records(self.path)
+        path = local_copy(self.path)
+        return read_conversations(path) if self.format == "llava" else read_records(path)
 
     def image_paths(self) -> list[str]:
         """Its images below `images`, each once, in the order in which its records name them."""
@@ -57,7 +60,11 @@ class Source:
     def files(self) -> list[Path]:
         """What its records depend on besides the split."""
         names = ("problems.json", "pid_splits.json")
-        return [Path(self.path) / name for name in names] if self.format == "scienceqa" else [Path(self.path)]
+        return [place(self.path) / name for name in names] if self.format == "scienceqa" else [place(self.path)]
+
+    def digests(self) -> list[str]:
+        """SHA-256 of its files."""
+        return [sha256_file(local_copy(file)) for file in self.files]
 
 
 @config
@@ -70,7 +77,7 @@ class RecordsConfig:
     from, weight how often each record is trained on in an epoch."""
     format: Format = "alpaca"
     """alpaca {instruction, input?, output, image?}; scienceqa, its original folder; llava {image?, conversations}."""
-    template: str | None = None
+    template: LocalPath | None = None
     """Prompt template: 'alpaca', 'scienceqa', or a JSON file with 'with_input' and 'without_input'; null for the
     format's own."""
     max_length: int = Field(default=512, ge=2)
@@ -85,12 +92,15 @@ class RecordsConfig:
     def source(self, given: str | SourceConfig, split: str) -> Source:
         one = SourceConfig(path=given) if isinstance(given, str) else given
         kind = one.format or self.format
-        folder = one.path if kind == "scienceqa" else str(Path(one.path).parent)
+        path = place(one.path)
+        if is_url(path) and kind == "scienceqa":
+            raise ValueError(f"{path}: ScienceQA's folder must be a local path or a mount, not a URL")
+        folder = path if kind == "scienceqa" else path.parent
         return Source(
-            path=str(Path(one.path).absolute()),
+            path=str(path),
             format=kind,
             split=(one.split or split) if kind == "scienceqa" else "",
-            images=str(Path(one.images or folder).absolute()),
+            images=str(place(one.images or folder)),
             weight=one.weight,
             template=prompt_template(self.template, kind),
         )

@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from rayjobs.config import config, to_dict
+from rayjobs.places import LocalPath, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 from rayjobs.tracking import TrackConfig, open_trackers
@@ -50,19 +51,29 @@ class RunConfig:
 
     name: str = Field(pattern=r"^[\w.\-]+$")
     """The run's name; its folder is `storage/name`."""
-    storage: str = "runs"
+    storage: LocalPath = "runs"
     """The folder of all runs; on a cluster, one that every node sees."""
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Where prepared data is kept and shared between runs; by default `storage/cache`."""
     track: TrackConfig = TrackConfig()
 
     @property
     def folder(self) -> Path:
-        return Path(self.storage).absolute() / self.name
+        return place(self.storage) / self.name
 
     @property
     def cache_folder(self) -> Path:
-        return Path(self.cache).absolute() if self.cache else Path(self.storage).absolute() / "cache"
+        return place(self.cache) if self.cache else place(self.storage) / "cache"
+
+
+@config
+class AnyRunConfig(RunConfig):
+    """A run that may also live at a URL."""
+
+    storage: str = "runs"
+    """The folder of all runs; on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
+    cache: str | None = None
+    """Where prepared data is kept and shared between runs, a folder or a URL; by default `storage/cache`."""
 
 
 def verbose() -> bool:
@@ -161,7 +172,6 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def open_run(run: RunConfig, settings: Any) -> Path:
     """The run's folder, with the resolved config, versions, commit and the run's record written into it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     begin(run.folder, settings)
     write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
     write_json(run.folder / "versions.json", versions())

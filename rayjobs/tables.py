@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from rayjobs.places import is_url, place, send
 
 TOKENS = pa.schema(
     [
@@ -24,8 +27,16 @@ TOKENS = pa.schema(
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed into place if the block succeeds, removed if it does not."""
-    path = Path(path)
+    """A temporary path beside `path` to write to; renamed into place if the block succeeds, removed if it does not.
+
+    For a URL it is a local path, and the file is put there at once.
+    """
+    path = place(path)
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            send(Path(folder) / path.name, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -45,7 +56,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(place(path).read_text(encoding="utf-8"))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -54,7 +65,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """A JSONL file's rows, or the whole ones among its last bytes; a last line cut short by a crash is left out."""
-    with Path(path).open("rb") as file:
+    with place(path).open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
@@ -67,9 +78,16 @@ def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = 
         pq.write_table(table if schema is None else table.cast(schema), temporary)
 
 
+def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    found: Any = place(path)
+    if is_url(found):
+        return pq.read_table(found.path, filesystem=found.fs, columns=columns)
+    return pq.read_table(found, columns=columns)
+
+
 def sha256_file(path: str | Path) -> str:
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with place(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

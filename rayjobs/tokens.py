@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from adapter.instruct import RecordError, encode_record
 from adapter.tokenizer import Tokenizer
+from rayjobs.places import local_copy, place
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.runtime import Progress, data_context, unwrapped
-from rayjobs.tables import TOKENS, read_json, sha256_file, write_json, write_jsonl, write_parquet
+from rayjobs.tables import TOKENS, read_json, read_parquet, sha256_file, write_json, write_jsonl, write_parquet
 
 Split = Literal["train", "val"]
 
@@ -48,12 +48,12 @@ class TokenStore:
         return sum(self._with_image(name) for name, _ in self.parts[split])
 
     def _with_image(self, name: str) -> int:
-        images = pq.read_table(Path(self.folder) / name, columns=["image"])["image"]
+        images = read_parquet(f"{self.folder}/{name}", columns=["image"])["image"]
         return len(images) - images.null_count
 
     @classmethod
     def read(cls, folder: str | Path) -> "TokenStore":
-        index = read_json(Path(folder) / "index.json")
+        index = read_json(f"{folder}/index.json")
         parts = {split: [(name, rows) for name, rows in listed] for split, listed in index["parts"].items()}
         return cls(folder=str(folder), parts=parts, rejected=index["rejected"])
 
@@ -101,10 +101,9 @@ def prepare_tokens(
     lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if images else {}
     identity = {
         **asdict(encoding),
-        "tokenizer": sha256_file(tokenizer),
+        "tokenizer": sha256_file(local_copy(tokenizer)),
         "sources": [
-            [split, source.format, source.split, asdict(source.template), [sha256_file(file) for file in source.files]]
-            for source, split in sources
+            [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": [
             [path, sha256_file(file) if (file := Path(sources[i][0].images) / path).is_file() else None]
@@ -114,7 +113,7 @@ def prepare_tokens(
         "format": 2,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    folder = Path(cache) / "tokens" / key
+    folder = place(cache) / "tokens" / key
     if not (folder / "index.json").exists():
         write_json(folder / IMAGE_LISTS, lists)
         _write_store(folder, sources, encoding, records.max_rejected_fraction)
@@ -215,4 +214,4 @@ def _held_out(record: dict[str, str], fraction: float) -> bool:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path)
+    return Tokenizer(local_copy(path))

@@ -7,6 +7,7 @@ those that are there.
 import hashlib
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import yaml
 
 from rayjobs.config import config
+from rayjobs.places import Growing, is_url
 from rayjobs.tables import flat, read_json, write_json
 
 
@@ -101,7 +103,7 @@ class WandB:
             name=folder.name,
             id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
             resume="allow",
-            dir=str(folder),
+            dir=tempfile.gettempdir() if is_url(folder) else str(folder),
             config=_settings(folder),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -139,10 +141,11 @@ def log_all(trackers: list[Tracker], rows: Sequence[Row]) -> None:
 def log_result(folder: Path, track: TrackConfig, result: Mapping[str, Any]) -> None:
     """Sends a finished run's figures to all, and closes them."""
     step = result.get("steps", 0)
-    trackers = [TensorBoard(folder, step + 1), *open_trackers(folder, track)]
-    log_all(trackers, [(step, {f"result/{name}": value for name, value in numbers(result).items()})])
-    for tracker in trackers:
-        tracker.close()
+    with Growing(folder) as grown:
+        trackers = [TensorBoard(grown.local, step + 1), *open_trackers(folder, track)]
+        log_all(trackers, [(step, {f"result/{name}": value for name, value in numbers(result).items()})])
+        for tracker in trackers:
+            tracker.close()
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from rayjobs.config import config
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.order import Order
 from rayjobs.pictures import Pictures
+from rayjobs.places import Growing
 from rayjobs.runtime import Progress, environment, unwrapped, verbose
 from rayjobs.stream import stream
 from rayjobs.tables import read_jsonl, write_jsonl
@@ -245,8 +246,8 @@ def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
 class MetricsLog(ray.train.UserCallback):
     """Writes rank 0's rows to `metrics.jsonl` and to trackers, from the controller, which sits beside the driver."""
 
-    def __init__(self, folder: Path, track: TrackConfig) -> None:
-        self.folder, self.track = folder, track
+    def __init__(self, grown: Growing, track: TrackConfig) -> None:
+        self.grown, self.track = grown, track
         self.last_step = math.inf
         self.trackers: list[Tracker] = []
 
@@ -254,15 +255,17 @@ class MetricsLog(ray.train.UserCallback):
         rows = metrics[0]["rows"]
         if not rows:
             return
-        path = self.folder / "metrics.jsonl"
+        path = self.grown.fetch("metrics.jsonl")
         if rows[0]["step"] <= self.last_step and path.exists():  # resumed: these steps are being done again
             write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < rows[0]["step"]])
         self.last_step = rows[-1]["step"]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if not self.trackers:
-            self.trackers = [TensorBoard(self.folder, rows[0]["step"]), *open_trackers(self.folder, self.track)]
+            there = open_trackers(self.grown.folder, self.track)
+            self.trackers = [TensorBoard(self.grown.local, rows[0]["step"]), *there]
         log_all(self.trackers, [(row["step"], numbers(row)) for row in rows])
+        self.grown.send(now=checkpoint is not None)
 
 
 def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, torch.Tensor]:
@@ -270,7 +273,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
 
     Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
     """
-    resources = scale.resources()
+    resources, grown = scale.resources(), Growing(folder)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -283,7 +286,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[MetricsLog(folder, track)],
+            callbacks=[MetricsLog(grown, track)],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),
@@ -302,7 +305,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     with Progress("train", unit="steps", total=job.total_steps) as progress:
         while thread.is_alive():
             thread.join(0.5)
-            _show(progress, folder / "metrics.jsonl")
+            _show(progress, grown.local / "metrics.jsonl")
     with unwrapped():
         if "error" in outcome:
             raise outcome["error"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,8 +81,29 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """One Ray cluster for all tests that need one."""
+def s3() -> Iterator[str]:
+    """A bucket on an S3 server of this machine, which the usual environment variables name."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("test")
+    yield "s3://test"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: str) -> Iterator[None]:
+    """One Ray cluster for all tests that need one; its workers know the S3 server."""
     import ray
 
     from rayjobs.runtime import connect

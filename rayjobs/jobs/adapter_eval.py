@@ -24,10 +24,11 @@ from rayjobs.config import config
 from rayjobs.examples import write_examples
 from rayjobs.order import Order, window_micro_batches
 from rayjobs.pictures import StoredFeatures
+from rayjobs.places import local_copy, place
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
-from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
+from rayjobs.runtime import AnyRunConfig, Progress, connect, data_context, open_run, unwrapped
 from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
 from rayjobs.stream import collate
 from rayjobs.tables import sha256_file, write_json, write_parquet
@@ -54,7 +55,7 @@ class Config:
     token_budget: int = Field(default=8192, ge=1)
     """Tokens per batch and worker, padding included, for task loss."""
     scale: PoolConfig = PoolConfig()
-    run: RunConfig
+    run: AnyRunConfig
 
 
 class Scorer:
@@ -84,7 +85,7 @@ def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
     """Everything that can be told before a worker starts: the tokenizer's path, records, tower. Raises ValueError."""
     _, tokenizer = settings.base.open()
     if settings.adapter is not None:
-        read_adapter(settings.adapter)
+        read_adapter(local_copy(settings.adapter))
     sources = settings.data.sources()
     if settings.task == "scienceqa":
         if len(sources) != 1:
@@ -122,7 +123,7 @@ def run(settings: Config) -> dict[str, Any]:
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, images=sight is not None)
     pictures = None
     if settings.vision and sight:
-        lists, cache = Path(store.folder) / IMAGE_LISTS, settings.run.cache_folder
+        lists, cache = place(store.folder) / IMAGE_LISTS, settings.run.cache_folder
         pictures = prepare_pictures(settings.vision, sight, settings.data.sources(), lists, cache, settings.scale, 0)
     order = Order(
         store=store,
@@ -189,7 +190,7 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None, folder: Pa
         folder / "parts",
         {
             "base": str(settings.base),
-            "adapter": sha256_file(settings.adapter) if settings.adapter else "",
+            "adapter": sha256_file(local_copy(settings.adapter)) if settings.adapter else "",
             "tower": sight.tower.identity if sight else "",
             "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
             "how": repr((source.template, settings.reading, settings.data.max_length, settings.batch_size)),

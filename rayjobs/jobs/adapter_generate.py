@@ -3,7 +3,6 @@
 With `file`, answers go to `out`; parts that are done are kept beside it, so the same command goes on where it stopped.
 """
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from adapter.instruct import read_records
 from rayjobs.answers import Record, answer_all, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
+from rayjobs.places import LocalPath, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
 from rayjobs.tables import write_jsonl, write_parquet
@@ -52,15 +52,15 @@ class Config:
     """One instruction to answer."""
     input: str = ""
     """Its input, if it has one."""
-    image: str | None = None
+    image: LocalPath | None = None
     """Its image, if it has one."""
     file: str | None = None
-    """A file of {instruction, input?, image?}: .json, .jsonl or .parquet."""
-    images: str | None = None
+    """A file of {instruction, input?, image?}: .json, .jsonl or .parquet; it may be a URL."""
+    images: LocalPath | None = None
     """The folder that the file's images start from; null for its own."""
     out: str = "answers.jsonl"
-    """Where a file's answers go: .jsonl or .parquet."""
-    template: str | None = None
+    """Where a file's answers go: .jsonl or .parquet; it may be a URL."""
+    template: LocalPath | None = None
     """'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input' prompt templates."""
     decoding: Decoding = Decoding()
     batch_size: int = Field(default=16, ge=1)
@@ -106,13 +106,13 @@ def check(settings: Config) -> Sight | None:
     settings.base.open()
     prompt_template(settings.template)
     if settings.adapter is not None:
-        read_adapter(settings.adapter)
+        read_adapter(local_copy(settings.adapter))
     if settings.image is not None and (settings.vision is None or settings.instruction is None):
         raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
         if Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
-        next(read_records(settings.file, answered=False), None)
+        next(read_records(local_copy(settings.file), answered=False), None)
     return settings.vision.open() if settings.vision else None
 
 
@@ -158,11 +158,11 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
 
 
 def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
-    file, out = Path(str(settings.file)), Path(settings.out).absolute()
+    file, out = place(str(settings.file)), place(settings.out)
     parts = out.with_name(out.name + ".parts")
     names = ("base", "adapter", "vision", "file", "template", "decoding", "batch_size")
     table = answer_all(
-        read_records(file, answered=False),
+        read_records(local_copy(file), answered=False),
         Ask(settings),
         ANSWERS,
         parts,
@@ -171,7 +171,7 @@ def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
         base=settings.base,
         adapter=settings.adapter,
         sight=sight,
-        images=str(Path(settings.images or file.parent).absolute()),
+        images=str(place(settings.images or file.parent)),
         scale=settings.scale,
     )
     if sight is None:
@@ -180,7 +180,7 @@ def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
         write_parquet(out, table)
     else:
         write_jsonl(out, table.to_pylist())
-    shutil.rmtree(parts)
+    remove_folder(parts)
     unread = sum(map(bool, table["image_error"].to_pylist())) if sight else 0
     print(f"{table.num_rows} answers in {out}" + (f", {unread} without their image: see image_error" if unread else ""))
     return {"answers": table.num_rows, "out": str(out)}

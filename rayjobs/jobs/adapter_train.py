@@ -22,11 +22,12 @@ from rayjobs.base import BaseConfig
 from rayjobs.config import config, to_dict
 from rayjobs.engine import OptimizerConfig, ZeroConfig
 from rayjobs.pictures import Pictures, StreamedImages
+from rayjobs.places import local_copy, place
 from rayjobs.records import DataConfig
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, connect, open_run
-from rayjobs.tables import read_json, read_jsonl, write_json
+from rayjobs.runtime import AnyRunConfig, connect, open_run
+from rayjobs.tables import atomic_path, read_json, read_jsonl, write_json
 from rayjobs.tokens import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.trainer import ScaleConfig, TrainConfig, TrainJob, fit
 from rayjobs.vision import Sight, VisionConfig, prepare_pictures
@@ -62,7 +63,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     scale: ScaleConfig = ScaleConfig()
-    run: RunConfig
+    run: AnyRunConfig
 
 
 FREE_TO_CHANGE = ("run", "scale", "zero")
@@ -158,7 +159,7 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
             settings.vision,
             sight,
             [*data.sources(), *data.val_sources()],
-            Path(store.folder) / IMAGE_LISTS,
+            place(store.folder) / IMAGE_LISTS,
             settings.run.cache_folder,
             settings.scale,
             settings.train.seed,
@@ -173,7 +174,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
     store, pictures = _prepare(settings, tokenizer, sight)
     adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(
-        base=str(Path(settings.base.path).absolute()),
+        base=str(place(settings.base.path)),
         dtype=settings.base.dtype,
         adaption=adaption,
         store=store,
@@ -192,8 +193,11 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[name])
-    file = adapter_from(model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(tokenizer).sha256)
-    file.save(folder / "adapter.safetensors")
+    file = adapter_from(
+        model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(local_copy(tokenizer)).sha256
+    )
+    with atomic_path(folder / "adapter.safetensors") as temporary:
+        file.save(temporary)
     rows = read_jsonl(folder / "metrics.jsonl")
     losses, validated = ([row[name] for row in rows if name in row] for name in ("loss", "val_loss"))
     told = f"held-out loss {validated[0]:.3f} → {validated[-1]:.3f}" if validated else f"training loss {losses[-1]:.3f}"

@@ -22,6 +22,7 @@ from rayjobs.examples import ORDER, mistakes_first, write_examples
 from rayjobs.features import Features, open_towers, prepare_features
 from rayjobs.imagery import ImageList, ImagesConfig, plain_list
 from rayjobs.jobs import cafo_tune
+from rayjobs.places import LocalPath
 from rayjobs.report import save_plot, show_table
 from rayjobs.runs import begin, recorded
 from rayjobs.runtime import RunConfig, connect
@@ -30,7 +31,7 @@ from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
 
 @config
 class Config:
-    sweep: str
+    sweep: LocalPath
     """The folder of a run of cafo-tune; what is found goes into its `test`."""
     targets: dict[str, ImagesConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name: the distribution shift."""

@@ -17,6 +17,7 @@ from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
 from rayjobs.imagery import EncoderConfig, ImagesConfig
+from rayjobs.places import LocalPath
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
@@ -40,7 +41,7 @@ class Step:
 
     source: Literal["folder", "endpoint", "diffusers"]
     """Where the images come from."""
-    folder: str | None = None
+    folder: LocalPath | None = None
     """Source folder: one folder of drawn images per class."""
     endpoint: EndpointConfig | None = None
     size: str = Field(default="256x256", pattern=r"^[1-9]\d*x[1-9]\d*$")
@@ -48,7 +49,7 @@ class Step:
     diffusers: DiffusersConfig | None = None
     template: str | None = None
     """What is drawn, with {} for the class name; by default the first of the data set's templates."""
-    prompts: str | None = None
+    prompts: LocalPath | None = None
     """JSON of sentences that candidates are scored against; by default data.prompts, or else the templates."""
     candidates: int = Field(default=16, ge=1)
     """Images drawn of each class."""

@@ -29,6 +29,7 @@ from cafo.prompt import (
 from rayjobs.base import BaseConfig
 from rayjobs.config import config
 from rayjobs.imagery import ImagesConfig
+from rayjobs.places import LocalPath, local_copy
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
@@ -61,13 +62,13 @@ class LlamaConfig:
         """What the answers depend on. Raises ValueError for a base, adapter or template that cannot be read."""
         checkpoint, tokenizer = self.base.open()
         if self.adapter is not None:
-            read_adapter(self.adapter)
+            read_adapter(local_copy(self.adapter))
         template = self.prompt_template()
         return {
             "base": checkpoint.fingerprint,
             "tokenizer": sha256_file(tokenizer),
             "dtype": self.base.dtype,
-            "adapter": sha256_file(self.adapter) if self.adapter is not None else None,
+            "adapter": sha256_file(local_copy(self.adapter)) if self.adapter is not None else None,
             "template": [template.with_input, template.without_input],
             "top_p": self.top_p,
             "seed": self.seed,
@@ -93,7 +94,7 @@ class Step:
 
     source: Literal["file", "endpoint", "llama", "templates"]
     """Where the sentences come from."""
-    file: str | None = None
+    file: LocalPath | None = None
     """Source file: JSON {class name: [sentence, …]}, checked and copied."""
     endpoint: EndpointConfig | None = None
     llama: LlamaConfig | None = None

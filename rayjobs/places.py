@@ -1,0 +1,149 @@
+"""Where files lie: local paths, and URLs such as s3://bucket/runs, which fsspec opens.
+
+Object stores know no append, no rename and no mmap. So whole files are put there at once (`rayjobs.tables`), what grows
+line by line grows locally and is sent in whole (`Growing`), and what must be mapped is copied here first
+(`local_copy`).
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+BACKENDS = {"s3": "s3fs", "gs": "gcsfs"}
+_REACHED: set[str] = set()
+
+
+def place(path: str | Path) -> Path:
+    """An absolute local path, or for a URL an object with a path's methods (a UPath, by type no Path).
+
+    Raises ValueError for a URL of another kind, OSError if what it names cannot be reached.
+    """
+    if not is_url(path):
+        return Path(path).absolute()
+    protocol, _, rest = str(path).partition("://")
+    if protocol not in BACKENDS:
+        raise ValueError(f"{path}: URLs may begin with {' or '.join(f'{name}://' for name in BACKENDS)}")
+    if importlib.util.find_spec(BACKENDS[protocol]) is None:
+        raise ValueError(f"{path} needs the optional `{protocol}` extra, which is not installed")
+    from upath import UPath
+
+    # other processes write there too, so what was listed before is not what is there now
+    found: Any = UPath(str(path), use_listings_cache=False)
+    bucket = f"{protocol}://{rest.partition('/')[0]}"
+    if bucket not in _REACHED:  # asked once, so that what is wrong is told in one line
+        with _told(path, "reached"):
+            found.exists()
+        _REACHED.add(bucket)
+    return found
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def local_copy(path: str | Path) -> Path:
+    """A local path as it is; of a URL's file or folder a copy on this machine, made once for each content of it.
+
+    Copies are kept in `$XDG_CACHE_HOME/rayjobs`, by default `~/.cache/rayjobs`. Raises FileNotFoundError.
+    """
+    if not is_url(path):
+        return Path(path)
+    from filelock import FileLock
+
+    there: Any = place(path)
+    files = there.fs.find(there.path)
+    if not files:
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    content = [[file.removeprefix(there.path), there.fs.ukey(file)] for file in sorted(files)]
+    digest = hashlib.sha256(repr([str(path), content]).encode()).hexdigest()[:20]
+    copies = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rayjobs" / digest
+    copy = copies / there.name
+    if not copy.exists():
+        copies.mkdir(parents=True, exist_ok=True)
+        with FileLock(copies / "lock"):  # the processes of one machine wait for one copy
+            if not copy.exists():
+                temporary = copies / uuid.uuid4().hex
+                there.fs.get(there.path, str(temporary), recursive=files != [there.path])
+                os.replace(temporary, copy)
+    return copy
+
+
+def send(file: Path, to: Path) -> None:
+    """Puts a local file where a URL says, whole or not at all."""
+    there: Any = to
+    with _told(to, "written"):
+        there.fs.put_file(str(file), there.path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with all that is in it."""
+    if is_url(folder):
+        there: Any = folder
+        there.fs.rm(there.path, recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
+class Growing:
+    """A folder for files that grow: the folder itself if it is local, else one here whose files are sent on, whole,
+    every `SEND_EVERY_S` at most and at the end."""
+
+    SEND_EVERY_S = 10.0
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sent_at = folder, 0.0
+        self.local = Path(tempfile.mkdtemp(prefix="rayjobs-")) if is_url(folder) else folder
+        self.sent: dict[Path, int] = {}
+
+    def fetch(self, name: str) -> Path:
+        """The local file of this name, as an earlier start of the run left it."""
+        if is_url(self.folder) and not (self.local / name).exists() and (self.folder / name).exists():
+            (self.local / name).write_bytes((self.folder / name).read_bytes())
+        return self.local / name
+
+    def send(self, *, now: bool = False) -> None:
+        """Sends what has grown, if it is time."""
+        if self.local == self.folder or not (now or time.monotonic() - self.sent_at > self.SEND_EVERY_S):
+            return
+        for file in self.local.rglob("*"):
+            if file.is_file() and self.sent.get(file) != file.stat().st_size:
+                self.sent[file] = file.stat().st_size
+                send(file, self.folder / file.relative_to(self.local).as_posix())
+        self.sent_at = time.monotonic()
+
+    def __enter__(self) -> "Growing":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.send(now=True)
+
+
+@contextmanager
+def _told(path: str | Path, what: str) -> Iterator[None]:
+    """Turns the errors of any backend, each of which has its own, into an OSError that names the URL."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{path} cannot be {what}: {told}") from error
+
+
+def _refuse_url(path: str) -> str:
+    if is_url(path):
+        raise ValueError("must be a local path, not a URL: mount the bucket, or copy it to where all nodes see it")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_refuse_url)]
+"""In a config: what is read through libraries that know local files only."""

@@ -41,8 +41,10 @@ BEHAVIOUR = {
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
-"""Reports are polled often, so that they do not hold up short steps; Ray Data errs rather than waiting for ever."""
+"""Reports are polled often, so that they do not hold up short steps; Ray Data errs rather than waiting for ever; the
+workers that one of them has left alone are ended rather than asked to part in good order."""
 
 
 @config

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray.train
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from ray.train.torch import TorchConfig, TorchTrainer
-from safetensors.torch import load_file, save_file
+from ray.train.torch.config import _TorchBackend
 
 from adapter.adaption import AdaptionConfig
 from rayjobs.base import PoolConfig
+from rayjobs.checkpoints import Kept, listed, mend, newest_whole, noted, write_checkpoint
 from rayjobs.config import config
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.order import Order
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from rayjobs.features import Tower
 
 REPORT_EVERY_S = 1.0
-STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
 
 @config
@@ -142,10 +143,11 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     model.checkpoint_activations = job.train.checkpoint_activations
     engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
     step = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            engine.load_state(load_file(Path(folder) / STATE_FILE))
-            step = json.loads((Path(folder) / POSITION_FILE).read_text())["step"]
+    kept = [newest_whole(noted(loop["storage"])) if rank == 0 else None]
+    dist.broadcast_object_list(kept, device=device)  # one worker reads, so that all of them go on from the same step
+    if kept[0]:
+        engine.load_state(kept[0].state)
+        step = kept[0].step
 
     order = job.order("train")
     rows: list[dict[str, Any]] = []
@@ -227,8 +229,7 @@ def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) ->
         ray.train.report({"rows": rows})
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / STATE_FILE)
-        (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": step}))
+        write_checkpoint(folder, Kept(state, step))
         ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
@@ -268,19 +269,43 @@ class MetricsLog(ray.train.UserCallback):
         self.grown.send(now=checkpoint is not None)
 
 
+class Network(TorchConfig):
+    """Gloo on the network that Ray itself uses: by itself it takes the address of the machine's name, which on many
+    machines is a loopback that no other one reaches."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _NetworkBackend
+
+
+class _NetworkBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _choose_interface() -> None:
+    ours = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == ours for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, torch.Tensor]:
     """Trains, or resumes what `folder` holds, with a progress bar. Returns the final trainable state.
 
     Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
     """
     resources, grown = scale.resources(), Growing(folder)
+    storage = f"{folder}/train"
+    mend(storage)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "storage": storage},
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
+        torch_config=Network(backend="nccl" if "GPU" in resources else "gloo"),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=str(folder),
@@ -314,8 +339,10 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
             raise result.error
     if stopped := (result.return_value or {}).get("stopped"):
         raise FloatingPointError(stopped)
-    with result.checkpoint.as_directory() as final:
-        return load_file(Path(final) / STATE_FILE)
+    final = newest_whole([result.checkpoint] if result.checkpoint else listed(storage))
+    if final is None or final.step < job.total_steps:
+        raise OSError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
+    return final.state
 
 
 def _show(progress: Progress, metrics: Path) -> None:

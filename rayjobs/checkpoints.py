@@ -1,0 +1,80 @@
+"""The training state on disk: a folder per checkpoint. The newest whole one is read, whatever became of the others.
+
+Ray Train copies the folders to the run's storage, keeps two, and notes them in a file of its own.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ray.train
+from pyarrow.fs import FileSelector, FileSystem, FileType
+from ray.train import Checkpoint
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
+
+
+class Kept(NamedTuple):
+    """A training state, and the steps that led to it."""
+
+    state: dict[str, Tensor]
+    step: int
+
+
+def write_checkpoint(folder: str | Path, kept: Kept) -> None:
+    save_file(kept.state, Path(folder) / STATE_FILE)
+    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": kept.step}))
+
+
+def newest_whole(checkpoints: Iterable[Checkpoint]) -> Kept | None:
+    """The first that can be read; those before it are named on stderr."""
+    for checkpoint in checkpoints:
+        try:
+            state = load(_read(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
+            position = json.loads(_read(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
+            return Kept(state, position["step"])
+        except (SafetensorError, ValueError, OSError) as error:
+            told = f"{checkpoint.path} is damaged ({error}); going on from the checkpoint before it"
+            print(told, file=sys.stderr, flush=True)
+    return None
+
+
+def noted(storage: str) -> list[Checkpoint]:
+    """The checkpoints that this run's workers have reported, the newest first; for a worker to ask.
+
+    storage: Train's folder, a path or URI; its listing stands in where Ray's note was lost.
+    """
+    mode = ray.train.CheckpointConsistencyMode.COMMITTED
+    known = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
+    return known[::-1] or listed(storage)
+
+
+def listed(storage: str) -> list[Checkpoint]:
+    """All checkpoints in Train's folder, the newest first: they are named after the time."""
+    files, path = FileSystem.from_uri(storage)
+    found = files.get_file_info(FileSelector(path, allow_not_found=True))
+    paths = [one.path for one in found if one.type == FileType.Directory and one.base_name.startswith("checkpoint_")]
+    return [Checkpoint(path, files) for path in sorted(paths, reverse=True)]
+
+
+def mend(storage: str) -> None:
+    """Removes Ray's note of the checkpoints where a full disk has cut it off: Ray would refuse to start."""
+    files, path = FileSystem.from_uri(storage)
+    note = f"{path}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
+    if files.get_file_info(note).type == FileType.NotFound:
+        return
+    try:
+        json.loads(_read(files, note))
+    except ValueError:
+        files.delete_file(note)
+
+
+def _read(files: FileSystem, path: str) -> bytes:
+    with files.open_input_stream(path) as stream:
+        return bytes(stream.read())

@@ -70,7 +70,10 @@ def _deepspeed() -> ModuleType:
 
 
 def deepspeed_config(zero: ZeroConfig, clip_norm: float | None) -> dict[str, Any]:
-    stage: dict[str, Any] = {"stage": zero.stage, **zero.options}
+    stage: dict[str, Any] = {"stage": zero.stage}
+    if zero.stage == 3:  # by DeepSpeed's own defaults a worker keeps up to a billion parameters that it has gathered
+        stage |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 100_000_000}
+    stage |= zero.options
     for name in ("offload_optimizer", "offload_param"):
         if getattr(zero, name) is not None:
             stage[name] = getattr(zero, name)

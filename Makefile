@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test check bench clean
+.PHONY: demo install test lab check bench clean
 
 demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
 	$(BIN)/python -m rayjobs demo
@@ -11,6 +11,9 @@ install: .venv/installed ## Only the environment
 
 test: .venv/installed-test ## All tests
 	$(BIN)/python -m pytest
+
+lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
+	$(BIN)/python -m pytest tests/lab
 
 check: .venv/installed-test ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

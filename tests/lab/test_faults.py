@@ -1,0 +1,98 @@
+"""Machines, links and disks that fail in the middle of training: each run ends with the undisturbed one's adapter."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lab.cluster import HEAD, WORKERS, Cluster, Training
+
+MIDDLE = 60
+"""Steps after which the fault comes: between the checkpoints at 50 and 75."""
+
+
+@pytest.fixture
+def run(onprem: Cluster, undisturbed: Training, shared: Path, request: pytest.FixtureRequest) -> Training:
+    """A run in the middle of its work."""
+    made = Training(onprem, shared, request.node.name)
+    made.submit()
+    made.wait_for_step(MIDDLE)
+    return made
+
+
+def test_worker_process_killed(run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    next(iter(run.workers_on().values())).kill()
+    run.goes_on(mark, "worker process killed")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_worker_host_without_power(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    host = next(host for host in run.workers_on() if host in WORKERS)
+    onprem.hosts.power_off(host)
+    run.goes_on(mark, "worker host without power")
+    onprem.hosts.power_on(host)
+    with onprem.timed("the host switched on again, until Ray has it back"):
+        onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_link_cut_for_half_a_minute(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    host = next(host for host in run.workers_on() if host in WORKERS)
+    onprem.hosts.link(host, "down")
+    time.sleep(30)
+    onprem.hosts.link(host, "up")
+    run.goes_on(mark, "link cut for 30 s")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
+        driver.kill()
+    code, _ = run.end()
+    assert code != 0
+    run.submit()
+    run.goes_on(mark, "driver on the head killed, and submitted again")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    _, newest = run.kept()[-1]
+    os.truncate(newest / "state.safetensors", 1000)
+    next(iter(run.workers_on().values())).kill()
+    run.goes_on(mark._replace(kept=run.kept()[-2][0]), "newest checkpoint truncated, worker process killed")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_disk_full(onprem: Cluster, undisturbed: Training, shared: Path) -> None:
+    run = Training(onprem, shared, "full", storage=onprem.small)
+    run.submit()
+    run.wait_for_step(MIDDLE)
+    mark = run.mark()
+    filler = onprem.small / "filler"
+    with filler.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(1024))
+            except OSError:
+                break
+    with onprem.timed("disk full, until the run has stopped"):
+        code, output = run.end()
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if "error:" in line]
+    assert "No space left on device" in line
+    filler.unlink()
+    run.submit()
+    run.goes_on(mark, "disk full, freed, and submitted again")
+    run.ends_well()
+    run.is_as(undisturbed)

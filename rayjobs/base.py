@@ -10,7 +10,7 @@ from adapter.weights import Checkpoint, open_checkpoint
 from rayjobs.capacity import capacity
 from rayjobs.config import config
 from rayjobs.engine import DTYPES, Dtype
-from rayjobs.places import is_url, local_copy, place
+from rayjobs.places import AnyPath, is_url, local_copy, place
 
 DATA_CPUS = 0.5
 """Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
@@ -20,9 +20,9 @@ DATA_CPUS = 0.5
 class BaseConfig:
     """The frozen LLaMA."""
 
-    path: str
+    path: AnyPath
     """A folder in Meta's format (params.json) or Hugging Face's (config.json); of a URL every node makes a copy."""
-    tokenizer: str | None = None
+    tokenizer: AnyPath | None = None
     """SentencePiece model; by default `tokenizer.model` in the folder or beside it."""
     dtype: Dtype = "fp32"
     """What the frozen weights are held in; prompts and gates are always fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 from rayjobs.config import config
@@ -34,9 +35,15 @@ class EncoderConfig:
 
         return EncoderSpec(
             kind=self.kind,
-            name=self.name,
-            weights=self.weights,
-            config=self.config,
+            name=_from_here(self.name),
+            weights=_from_here(self.weights),
+            config=_from_here(self.config),
             quick_gelu=self.quick_gelu,
             precision=self.precision,
         )
+
+
+def _from_here(text: str) -> str:
+    """A file or folder by its absolute path, since workers need not run where the command was typed; names as they
+    are."""
+    return os.path.abspath(text) if text and os.path.exists(text) else text

@@ -145,5 +145,13 @@ def _refuse_url(path: str) -> str:
     return path
 
 
+def _from_here(path: str) -> str:
+    return str(path) if is_url(path) else os.path.abspath(path)
+
+
+AnyPath = Annotated[str, AfterValidator(_from_here)]
+"""In a config: a path or URL that workers open, too; a relative path starts where the command is typed, which need not
+be where they run."""
+
 LocalPath = Annotated[str, AfterValidator(_refuse_url)]
 """In a config: what is read through libraries that know local files only."""

@@ -24,7 +24,7 @@ from rayjobs.config import config
 from rayjobs.examples import write_examples
 from rayjobs.order import Order, window_micro_batches
 from rayjobs.pictures import StoredFeatures
-from rayjobs.places import local_copy, place
+from rayjobs.places import AnyPath, local_copy, place
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
@@ -41,7 +41,7 @@ LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.in
 @config
 class Config:
     base: BaseConfig
-    adapter: str | None = None
+    adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null measures the bare base."""
     vision: VisionConfig | None = None
     """The tower that the adapter was trained with; null leaves images out."""

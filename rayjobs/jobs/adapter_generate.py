@@ -18,7 +18,7 @@ from adapter.instruct import read_records
 from rayjobs.answers import Record, answer_all, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
-from rayjobs.places import LocalPath, local_copy, place, remove_folder
+from rayjobs.places import AnyPath, LocalPath, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
 from rayjobs.tables import write_jsonl, write_parquet
@@ -44,7 +44,7 @@ class Decoding:
 @config
 class Config:
     base: BaseConfig
-    adapter: str | None = None
+    adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
     vision: VisionConfig | None = None
     """The tower that the adapter was trained with; null leaves images out."""

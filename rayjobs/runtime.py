@@ -169,7 +169,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         seen.append(current)
         yield current
         failures = getattr(current, "worker_failures", {})
-        pending += [getattr(current, "cause", None), current.__cause__, *failures.values()]
+        controller = getattr(current, "controller_failure", None)
+        pending += [getattr(current, "cause", None), current.__cause__, controller, *failures.values()]
 
 
 def open_run(run: RunConfig, settings: Any) -> Path:

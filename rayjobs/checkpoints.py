@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray.train
 from pyarrow.fs import FileSelector, FileSystem, FileType
@@ -25,11 +25,13 @@ class Kept(NamedTuple):
 
     state: dict[str, Tensor]
     step: int
+    rows: list[dict[str, Any]]
+    """Metrics that are reported together with this checkpoint: who dies in between does not take them along."""
 
 
 def write_checkpoint(folder: str | Path, kept: Kept) -> None:
     save_file(kept.state, Path(folder) / STATE_FILE)
-    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": kept.step}))
+    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": kept.step, "rows": kept.rows}))
 
 
 def newest_whole(checkpoints: Iterable[Checkpoint]) -> Kept | None:
@@ -38,8 +40,8 @@ def newest_whole(checkpoints: Iterable[Checkpoint]) -> Kept | None:
         try:
             state = load(_read(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
             position = json.loads(_read(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
-            return Kept(state, position["step"])
-        except (SafetensorError, ValueError, OSError) as error:
+            return Kept(state, position["step"], position["rows"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
             told = f"{checkpoint.path} is damaged ({error}); going on from the checkpoint before it"
             print(told, file=sys.stderr, flush=True)
     return None

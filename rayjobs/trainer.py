@@ -150,7 +150,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         step = kept[0].step
 
     order = job.order("train")
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = kept[0].rows if kept[0] else []
     if step == 0 and job.validates_after(0):
         rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
     began = reported = time.monotonic()
@@ -195,6 +195,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         if not rows:
             reported = time.monotonic()
         began = time.monotonic()
+    if rows:  # of a last checkpoint after which nothing was left to do
+        ray.train.report({"rows": rows})
     return {"steps": step}
 
 
@@ -229,7 +231,7 @@ def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) ->
         ray.train.report({"rows": rows})
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, Kept(state, step))
+        write_checkpoint(folder, Kept(state, step, rows))
         ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

@@ -85,6 +85,7 @@ PLACES = {
     "[s3://bucket/": "[data/",
     "alpaca_data.json": "alpaca_2000.json",
     "scale.workers=8": "scale.workers=2",
+    "search.samples=8": "search.samples=2",
 }
 LITTLE = {
     "alpaca_7b.yaml": ["adapter.n_layers=4"],
@@ -95,7 +96,13 @@ LITTLE = {
         "train.global_batch=16",
         "optimizer.base_lr=0.32",
     ],
-    "scienceqa_7b.yaml": ["adapter.n_layers=4", "base.dtype=fp32", "train.global_batch=8", "train.epochs=1"],
+    "scienceqa_7b.yaml": [
+        "adapter.n_layers=4",
+        "base.dtype=fp32",
+        "train.global_batch=8",
+        "train.epochs=1",
+        "scale.workers=1",
+    ],
     "debug.yaml": ["space.shots=[1]", "features.views=1"],
 }
 

@@ -16,7 +16,7 @@ def storage(tmp_path: Path) -> Path:
     for step in (20, 10, 30):
         folder = tmp_path / f"checkpoint_2026-01-01_00-00-{step}.5"
         folder.mkdir()
-        write_checkpoint(folder, Kept({"prompt": torch.full((5, 7), float(step))}, step))
+        write_checkpoint(folder, Kept({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}]))
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     return tmp_path
 
@@ -33,6 +33,7 @@ def test_a_truncated_file_costs_one_checkpoint_and_is_told(
     kept = newest_whole(listed(str(storage)))
     assert kept is not None
     assert kept.step == 20
+    assert kept.rows == [{"step": 20}]
     assert torch.equal(kept.state["prompt"], torch.full((5, 7), 20.0))
     assert f"{newest} is damaged" in capsys.readouterr().err
 

@@ -36,7 +36,7 @@ class Runs:
             *vision,
             "vision.mode=streamed",
             "vision.augment=true",
-            "train.epochs=14",
+            "train.epochs=9",
             "train.global_batch=5",
             "train.token_budget=600",
             "train.checkpoint_every_steps=40",

@@ -1,0 +1,356 @@
+"""Step time of adapter-train against the number of workers: a model, and its check with 1 and 2 processes here.
+
+    python -m benchmarks.scaling --data alpaca_data.json --tokenizer tokenizer.model [--measure] [--json]
+
+A step's records are cut and dealt by `rayjobs.order.deal`, as in training; the slowest worker counts. With P parameters
+of the base in b bytes, N workers, and a link of bandwidth B and latency a for each hop:
+
+    micro-batch   max(operations / (utilisation * peak), weights read / memory bandwidth, launching its kernels)
+    ZeRO-2        + the adapter's gradients, reduced and scattered, and its values gathered: 2 (N-1)/N bytes / B, and
+                  the smaller of a ring's 2 (N-1) hops and a tree's 4 log2 N
+    ZeRO-3        each micro-batch gathers every weight matrix forward and again backward: (N-1)/N P b / B each time,
+                  in rings of N-1 hops for each matrix, behind the computation where the device can do both at once
+
+Operations are 2 for each weight and token forward, and 2 backward where a gradient passes, which is from the lowest
+adapted layer up: frozen weights have no gradient of their own. The head is used on labelled tokens only.
+
+`--measure` runs `rayjobs.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the speed
+from one process, the link from bare collectives between two, predicts two processes' step, and measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from adapter.adaption import AdaptionConfig
+from adapter.instruct import encode_record, read_records
+from adapter.llama import Llama, LlamaConfig, RMSNorm
+from adapter.tokenizer import Tokenizer
+from adapter.weights import save_llama
+from rayjobs.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.order import deal
+
+LLAMA_7B = LlamaConfig(
+    dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000, max_seq_len=512, norm_eps=1e-6
+)
+SMALL = LlamaConfig(
+    dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=997, max_seq_len=512, norm_eps=1e-6
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins the workers that are farthest apart."""
+
+    bytes_per_s: float
+    """That a ring of all workers moves, each way."""
+    hop_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What one worker runs on, and what joins it to others."""
+
+    flops_per_s: float
+    """Peak, dense, in the weights' precision."""
+    utilisation: float
+    """Of the peak, in large matrix products and all that is between them."""
+    memory_bytes_per_s: float
+    launch_s: float
+    """The host's time for a micro-batch's kernels."""
+    per_node: int
+    inside: Link
+    between: Link
+    overlaps: bool = True
+    """Whether weights come while it computes."""
+
+    def link(self, workers: int) -> Link:
+        return self.inside if workers <= self.per_node else self.between
+
+
+NVLINK_A100 = Link(bytes_per_s=0.8 * 300e9, hop_s=2e-6)
+NVLINK_H200 = Link(bytes_per_s=0.8 * 450e9, hop_s=2e-6)
+ETHERNET = Link(bytes_per_s=0.8 * 12.5e9, hop_s=25e-6)
+A100 = Device(
+    flops_per_s=312e12,
+    utilisation=0.45,
+    memory_bytes_per_s=2.04e12,
+    launch_s=10e-3,
+    per_node=8,
+    inside=NVLINK_A100,
+    between=Link(bytes_per_s=0.8 * 8 * 25e9, hop_s=5e-6),  # eight InfiniBand HDR ports to a node
+)
+H200 = replace(
+    A100,
+    flops_per_s=989e12,
+    utilisation=0.40,
+    memory_bytes_per_s=4.8e12,
+    inside=NVLINK_H200,
+    between=Link(bytes_per_s=0.8 * 8 * 50e9, hop_s=5e-6),  # eight InfiniBand NDR ports to a node
+)
+DEVICES = {
+    "A100 80 GB, NVLink and InfiniBand": A100,
+    "A100 80 GB, NVLink and 100 Gb/s Ethernet": replace(A100, between=ETHERNET),
+    "H200, NVLink and InfiniBand": H200,
+    "H200, NVLink and 100 Gb/s Ethernet": replace(H200, between=ETHERNET),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A base under training."""
+
+    shape: LlamaConfig
+    adapted: int
+    prompt_length: int
+    weight_bytes: int
+
+    @property
+    def layer(self) -> int:
+        """Weights in one layer's matrices."""
+        kv = self.shape.dim // self.shape.n_heads * self.shape.n_kv_heads
+        return 2 * self.shape.dim * (self.shape.dim + kv) + 3 * self.shape.dim * self.shape.hidden_dim
+
+    @property
+    def trainable(self) -> int:
+        return self.adapted * (self.prompt_length * self.shape.dim + self.shape.n_heads)
+
+    @property
+    def passes(self) -> float:
+        """Times that the layers are gone through: forward, and backward as far as a gradient goes."""
+        return 1 + self.adapted / self.shape.n_layers
+
+    def operations(self, rows: int, length: int, labels: int) -> float:
+        """Of one micro-batch of padded rows, forward and backward."""
+        dim, layers = self.shape.dim, self.shape.n_layers
+        matrices = 2 * self.layer * layers * self.passes * rows * length
+        attention = 2 * dim * rows * length**2 * (layers + 2.5 * self.adapted)  # half of each square is masked
+        return matrices + attention + 4 * dim * self.shape.vocab_size * labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step; what is hidden behind computation is not in `gather`."""
+
+    compute: float
+    reduce: float
+    gather: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.reduce + self.gather
+
+
+def step_time(
+    work: Work, device: Device, lengths: Sequence[int], labels: float, budget: int, workers: int, stage: int
+) -> StepTime:
+    """Of one global batch of records of the given lengths, of which the share `labels` are labelled tokens."""
+    link, share = device.link(workers), (workers - 1) / workers
+    read = work.layer * work.shape.n_layers * work.weight_bytes * work.passes
+    gather = 0.0
+    if stage == 3 and workers > 1:
+        calls = 7 * work.shape.n_layers * work.passes
+        gather = share * read / link.bytes_per_s + calls * (workers - 1) * link.hop_s
+    slowest = [0.0, 0.0]
+    for micros in deal(lengths, budget, workers):
+        busy = waited = 0.0
+        for micro in micros:
+            longest = max((lengths[row] for row in micro), default=1)
+            labelled = round(labels * sum(lengths[row] for row in micro))
+            flops = work.operations(max(len(micro), 1), longest, labelled)
+            took = max(
+                flops / (device.utilisation * device.flops_per_s), read / device.memory_bytes_per_s, device.launch_s
+            )
+            busy += took
+            waited += max(0.0, gather - took) + took / work.shape.n_layers * bool(gather) if device.overlaps else gather
+        slowest = max(slowest, [busy, waited], key=sum)
+    reduce = 0.0
+    if workers > 1:
+        hops = min(2 * (workers - 1), 4 * math.ceil(math.log2(workers)))
+        reduce = 2 * share * 4 * work.trainable / link.bytes_per_s + hops * link.hop_s
+    return StepTime(compute=slowest[0], reduce=reduce, gather=slowest[1])
+
+
+def batches(data: str, tokenizer: str, size: int, count: int) -> tuple[list[list[int]], float]:
+    """The lengths of the first global batches, and the share of their tokens that is labelled."""
+    encoder, found = Tokenizer(tokenizer), []
+    for record in read_records(data):
+        found.append(encode_record(record, encoder))
+        if len(found) == size * count:
+            break
+    lengths = [len(example.ids) for example in found]
+    labelled = sum(len(example.ids) - example.label_start for example in found)
+    return [lengths[at : at + size] for at in range(0, len(lengths), size)], labelled / sum(lengths)
+
+
+def model(data: str, tokenizer: str, batch: int, budget: int) -> list[dict[str, object]]:
+    """Mean step times of the 7B model for every device, stage and number of workers."""
+    work = Work(shape=LLAMA_7B, adapted=30, prompt_length=10, weight_bytes=2)
+    steps, labels = batches(data, tokenizer, batch, 8)
+    rows = []
+    for name, device in DEVICES.items():
+        for stage in (2, 3):
+            one = 0.0
+            for workers in (1, 2, 4, 8, 16, 64, 256, 1024):
+                times = [step_time(work, device, lengths, labels, budget, workers, stage) for lengths in steps]
+                mean = [statistics.mean(getattr(t, part) for t in times) for part in ("compute", "reduce", "gather")]
+                one = one or sum(mean)
+                rows.append(
+                    {
+                        "device": name,
+                        "stage": stage,
+                        "workers": workers,
+                        "compute_ms": round(1e3 * mean[0], 1),
+                        "reduce_ms": round(1e3 * mean[1], 2),
+                        "gather_ms": round(1e3 * mean[2], 1),
+                        "step_ms": round(1e3 * sum(mean), 1),
+                        "speedup": round(one / sum(mean), 2),
+                    }
+                )
+    return rows
+
+
+ROWS, LENGTH, STEPS = 8, 96, 7
+
+
+def worker(base: str, out: str) -> None:
+    """One of the measured processes: links, then the shortest step of each stage."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, float] = {}
+    if world > 1:
+        small, large = torch.zeros(1), torch.zeros(1 << 20)
+        pieces = [torch.empty_like(large) for _ in range(world)]
+        found["hop_s"] = _best(lambda: dist.all_reduce(small), 50) / (2 * (world - 1))
+        seconds = _best(lambda: dist.all_gather(pieces, large), 20)
+        found["bytes_per_s"] = (world - 1) * large.nbytes / seconds
+    tokens = torch.randint(3, SMALL.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    mine = tokens[rank::world]
+    for stage in (2, 3):
+        zero = ZeroConfig(stage=stage)  # type: ignore[arg-type]
+        adaption = AdaptionConfig(n_layers=6, prompt_length=10)
+        made = adapted_model(base, adaption, dtype="fp32", zero=zero, seed=0, device=torch.device("cpu"))
+        engine = Engine(made, zero, OptimizerConfig())
+
+        def step(engine: Engine = engine) -> None:
+            engine.backward(engine.loss(mine, mine) / tokens.numel())
+            engine.step(1e-3)
+
+        found[f"stage{stage}_s"] = _best(step, STEPS)
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _best(act: Callable[[], object], times: int) -> float:
+    """The shortest of several: what other programs do to the machine only makes it longer."""
+    act()
+    taken = []
+    for _ in range(times):
+        dist.barrier()
+        began = time.perf_counter()
+        act()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def measure() -> list[dict[str, object]]:
+    """Predicted and measured steps of two processes, from what one of them and a bare link do."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        llama = Llama(SMALL)
+        for module in llama.modules():
+            if isinstance(module, RMSNorm):
+                module.reset_parameters()
+        save_llama(llama, Path(folder))
+        runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+        for processes in (1, 2, 1, 2):
+            out = Path(folder) / f"{processes}.json"
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+            subprocess.run(
+                [*command, "-m", "benchmarks.scaling", "--worker", folder, str(out)],
+                env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            runs[processes].append(json.loads(out.read_text()))
+    alone, both = (
+        {name: (max if name == "bytes_per_s" else min)(run[name] for run in runs[n]) for name in runs[n][0]}
+        for n in (1, 2)
+    )
+    work = Work(shape=SMALL, adapted=6, prompt_length=10, weight_bytes=4)
+    flops = work.operations(ROWS, LENGTH, ROWS * LENGTH)
+    link = Link(bytes_per_s=both["bytes_per_s"], hop_s=both["hop_s"])
+    rows = []
+    for stage in (2, 3):
+        here = Device(
+            flops_per_s=flops / alone[f"stage{stage}_s"],
+            utilisation=1.0,
+            memory_bytes_per_s=math.inf,
+            launch_s=0.0,
+            per_node=2,
+            inside=link,
+            between=link,
+            overlaps=False,
+        )
+        predicted = step_time(work, here, [LENGTH] * ROWS, 1.0, ROWS * LENGTH, 2, stage)
+        measured = both[f"stage{stage}_s"]
+        rows.append(
+            {
+                "stage": stage,
+                "one_ms": round(1e3 * alone[f"stage{stage}_s"], 1),
+                "two_predicted_ms": round(1e3 * predicted.total, 1),
+                "two_measured_ms": round(1e3 * measured, 1),
+                "predicted_speedup": round(alone[f"stage{stage}_s"] / predicted.total, 2),
+                "measured_speedup": round(alone[f"stage{stage}_s"] / measured, 2),
+                "gather_ms": round(1e3 * predicted.gather, 1),
+                "reduce_ms": round(1e3 * predicted.reduce, 2),
+                "link_MB_per_s": round(link.bytes_per_s / 1e6),
+                "hop_us": round(1e6 * link.hop_s),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="records, for their lengths")
+    parser.add_argument("--tokenizer", help="a SentencePiece model")
+    parser.add_argument("--global-batch", type=int, default=64)
+    parser.add_argument("--token-budget", type=int, default=4096)
+    parser.add_argument("--measure", action="store_true", help="check the model with 1 and 2 processes on this machine")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(*args.worker)
+        return
+    rows = model(args.data, args.tokenizer, args.global_batch, args.token_budget) if args.data else []
+    checked = measure() if args.measure else []
+    for table in (rows, checked):
+        if table:
+            print("  ".join(table[0]))
+            for row in table:
+                print("  ".join(str(value) for value in row.values()))
+    if args.json:
+        print(json.dumps({"model": rows, "check": checked}))
+
+
+if __name__ == "__main__":
+    main()

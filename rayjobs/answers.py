@@ -130,7 +130,7 @@ def answer_all(
                 Answerer,
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(scale.workers, len(todo))),
+                compute=ActorPoolStrategy(size=min(scale.workers.max, len(todo))),
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
                 fn_constructor_args=(make, schema, base, adapter, sight, "cuda" if "GPU" in resources else "cpu"),

@@ -40,11 +40,13 @@ BEHAVIOUR = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
-"""Reports are polled often, so that they do not hold up short steps; Ray Data errs rather than waiting for ever; the
-workers that one of them has left alone are ended rather than asked to part in good order."""
+"""Reports are polled often, so that they do not hold up short steps; workers that find no place are asked for again,
+perhaps fewer of them; Ray Data errs rather than waiting for ever; the workers that one of them has left alone are ended
+rather than asked to part in good order."""
 
 
 @config

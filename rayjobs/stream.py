@@ -51,7 +51,7 @@ def stream(order: Order, rank: int, world: int, steps: range) -> Iterator[MicroB
         rows = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             window_micro_batches,
             batch_size=1,
-            num_cpus=0.01,  # next to nothing, so that it runs even where the workers reserve all there is
+            num_cpus=0,  # so that it runs even where the workers reserve all there is
             compute=TaskPoolStrategy(size=1),
             fn_kwargs={"order": order, "steps": steps, "rank": rank, "world": world},
         )

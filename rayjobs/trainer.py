@@ -87,6 +87,9 @@ class ScaleConfig(PoolConfig):
 
     max_failures: int = Field(default=3, ge=-1)
     """Worker failures that the run survives; -1 for any number."""
+    grow_every_s: float = Field(default=60, ge=0)
+    """Below workers.max, how often it is asked whether there is room for more; growing costs a start, and the steps
+    since the last checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
                 "lr": lr,
                 "tokens_per_s": round(all_tokens / (time.monotonic() - began)),
                 "busy": round(100 * (1 - idle / world), 1),
+                "workers": world,
             }
         )
         if job.validates_after(step):
@@ -314,13 +318,17 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
     """
     resources, grown = scale.resources(), Growing(folder)
+    fewest, most = scale.workers.min, scale.workers.max
     storage = f"{folder}/train"
     mend(storage)
     trainer = Trainer(
         train_worker,
         train_loop_config={"job": job, "storage": storage},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=fewest if fewest == most else (fewest, most),
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scale.grow_every_s,
         ),
         torch_config=Network(backend="nccl" if "GPU" in resources else "gloo"),
         run_config=ray.train.RunConfig(

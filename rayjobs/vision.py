@@ -114,7 +114,7 @@ def prepare_pictures(
         {"tower": sight.tower},
         FeaturesConfig(batch=vision.batch),
         cache,
-        workers=scale.workers,
+        workers=scale.workers.max,
         resources=scale.resources(),
     )
     return StoredFeatures(folders={int(role): found["tower"] for role, found in folders.items()})

@@ -152,7 +152,7 @@ def run(settings: Config) -> dict[str, Any]:
             Scorer,
             batch_size=4,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=settings.scale.workers),
+            compute=ActorPoolStrategy(size=settings.scale.workers.max),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
             fn_constructor_args=(

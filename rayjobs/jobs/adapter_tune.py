@@ -20,6 +20,7 @@ import pyarrow as pa
 from pydantic import Field
 from ray import tune
 
+from rayjobs.base import Workers
 from rayjobs.config import config, load, to_dict
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.records import SourceConfig
@@ -85,6 +86,8 @@ def training(settings: Config, trial: Trial) -> adapter_train.Config:
 
 def check(settings: Config) -> list[Trial]:
     """All trials, every one's settings proven. Raises ValueError."""
+    if settings.scale.workers.min < settings.scale.workers.max:  # Tune could not tell how many trials there is room for
+        raise ValueError(f"scale.workers must be one number in a sweep, got {settings.scale.workers}")
     trials = list(itertools.product(points(settings.sweep), settings.sweep.seeds))
     for trial in trials:
         training(settings, trial)
@@ -107,7 +110,8 @@ def run(settings: Config) -> dict[str, Any]:
     left = [trial for trial in trials if not (_folder(settings, trial) / "trial.json").exists()]
     if left:
         connect()
-        worker = replace(settings.scale, workers=settings.scale.workers * settings.sweep.at_once).resources()
+        together = settings.scale.workers.max * settings.sweep.at_once
+        worker = replace(settings.scale, workers=Workers(min=together, max=together)).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
         _run_trials(settings, left, len(trials), worker)
     rows = [read_json(_folder(settings, trial) / "trial.json") for trial in trials]

@@ -90,7 +90,7 @@ def run(settings: Config) -> dict[str, Any]:
         towers,
         swept.features,
         swept.run.cache_folder,
-        workers=settings.scale.workers,
+        workers=settings.scale.workers.max,
         resources=resources,
     )
     write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))

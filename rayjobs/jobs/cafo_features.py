@@ -76,7 +76,7 @@ def run(settings: Config) -> dict[str, Any]:
         open_towers(settings.encoders),
         settings.features,
         settings.run.cache_folder,
-        workers=settings.scale.workers,
+        workers=settings.scale.workers.max,
         resources=resources,
     )
     rejected = [reject for features in found.values() for reject in features.rejected]

@@ -16,7 +16,7 @@ from cafo.cache import load_cache
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
 from cafo.search import surface
-from rayjobs.base import PoolConfig
+from rayjobs.base import PoolConfig, Workers
 from rayjobs.choice import choose, most_shots
 from rayjobs.config import config, to_dict
 from rayjobs.features import (
@@ -45,7 +45,7 @@ class Config:
     features: FeaturesConfig = FeaturesConfig()
     space: SpaceConfig = SpaceConfig()
     search: SearchConfig = SearchConfig()
-    trials: PoolConfig = PoolConfig(workers=2, gpus_per_worker=0)
+    trials: PoolConfig = PoolConfig(workers=Workers(min=2, max=2), gpus_per_worker=0)
     """Trials at once, and what each may use."""
     scale: PoolConfig = PoolConfig()
     """The encoders' pool."""
@@ -132,7 +132,7 @@ def run(settings: Config) -> dict[str, Any]:
     lists = [images for images in lists if images.items]
     cache = settings.run.cache_folder
     features = prepare_features(
-        lists, towers, settings.features, cache, workers=settings.scale.workers, resources=resources
+        lists, towers, settings.features, cache, workers=settings.scale.workers.max, resources=resources
     )
     rejected = [reject for found in features.values() for reject in found.rejected]
     write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
@@ -161,7 +161,7 @@ def run(settings: Config) -> dict[str, Any]:
         shared,
         settings.search,
         folder / "trials",
-        at_once=settings.trials.workers,
+        at_once=settings.trials.workers.max,
         resources=of_trials,
     )
     rows = [row for _, row in over]

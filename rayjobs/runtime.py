@@ -38,15 +38,13 @@ QUIET = {
 
 BEHAVIOUR = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "600",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
 """Reports are polled often, so that they do not hold up short steps; workers that find no place are asked for again,
-perhaps fewer of them; Ray Data errs rather than waiting for ever; the workers that one of them has left alone are ended
-rather than asked to part in good order."""
+perhaps fewer of them; the workers that one of them has left alone are ended rather than asked to part in good order."""
 
 
 @config
@@ -128,14 +126,18 @@ def _without_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def data_context(*, preserve_order: bool) -> Iterator[None]:
-    """Ray Data with small blocks, so that rows flow as soon as they are made, and quiet."""
+def data_context(*, preserve_order: bool, patience_s: float = 3600) -> Iterator[None]:
+    """Ray Data with small blocks, so that rows flow as soon as they are made, and quiet.
+
+    patience_s: without a block moving for so long, as while machines are on their way, it errs; -1 is for ever.
+    """
     from ray.data import DataContext
 
     saved = DataContext.get_current()
     context = saved.copy()
     context.execution_options.preserve_order = preserve_order
     context.target_max_block_size = 1 << 20
+    context.execution_no_progress_timeout_s = patience_s
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     DataContext._set_current(context)

@@ -47,7 +47,7 @@ def stream(order: Order, rank: int, world: int, steps: range) -> Iterator[MicroB
     ]
     if not windows:
         return
-    with data_context(preserve_order=True):
+    with data_context(preserve_order=True, patience_s=-1):  # a step, or a validation between two, may take its time
         rows = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             window_micro_batches,
             batch_size=1,

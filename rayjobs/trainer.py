@@ -28,6 +28,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from adapter.adaption import AdaptionConfig
 from rayjobs.base import PoolConfig
+from rayjobs.capacity import capacity
 from rayjobs.checkpoints import Kept, listed, mend, newest_whole, noted, write_checkpoint
 from rayjobs.config import config
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from rayjobs.features import Tower
 
 REPORT_EVERY_S = 1.0
+SILENT_S = 30.0
+"""Without a step for so long, the progress display says what there is to run on."""
 
 
 @config
@@ -353,9 +356,17 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     with Progress("train", unit="steps", total=job.total_steps) as progress:
+        shown, stepped = (0, ""), time.monotonic()
         while thread.is_alive():
             thread.join(0.5)
-            _show(progress, grown.local / "metrics.jsonl")
+            now = _last_step(grown.local / "metrics.jsonl")
+            silent = time.monotonic() - stepped
+            if now != shown:
+                progress.update(*now)
+                shown, stepped = now, time.monotonic()
+            elif silent > SILENT_S and thread.is_alive():
+                told = f"no step for {silent:.0f} s: {scale.workers} workers are wanted, there are {capacity()}"
+                progress.update(now[0], told)
     with unwrapped():
         if "error" in outcome:
             raise outcome["error"]
@@ -370,13 +381,13 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     return final.state
 
 
-def _show(progress: Progress, metrics: Path) -> None:
-    if not metrics.exists():
-        return
-    rows = read_jsonl(metrics, last_bytes=1 << 14)
+def _last_step(metrics: Path) -> tuple[int, str]:
+    """The last step, 0 before the first, and its figures in words."""
+    rows = read_jsonl(metrics, last_bytes=1 << 14) if metrics.exists() else []
     losses = [row for row in rows if "loss" in row]
-    if losses:
-        last = losses[-1]
-        note = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
-        validated = [row["val_loss"] for row in rows if "val_loss" in row]
-        progress.update(last["step"], note + (f"  val {validated[-1]:.4f}" if validated else ""))
+    if not losses:
+        return 0, "starting"
+    last = losses[-1]
+    told = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
+    validated = [row["val_loss"] for row in rows if "val_loss" in row]
+    return last["step"], told + (f"  val {validated[-1]:.4f}" if validated else "")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import pyarrow.parquet as pq
 import torch
 import yaml
 
@@ -16,6 +17,7 @@ from adapter.checkpoint import read_adapter
 from rayjobs.tables import read_json, read_jsonl, write_json
 from tests.conftest import ROOT
 from tests.lab.hosts import Hosts
+from tests.rayjobs.cafo_world import named, world
 
 USER, HEAD, WORKERS = 0, 1, (2, 3)
 ONPREM = ROOT / "configs" / "cluster" / "onprem.yaml"
@@ -63,7 +65,7 @@ class Cluster:
     def down(self) -> None:
         with self.timed("ray down"):
             self.user("ray", "down", "-y", str(self.file))
-        assert not self.of_ray(HEAD)
+            self.wait_for(lambda: not self.of_ray(HEAD), "the end of Ray on the head", 30)
 
     def alive(self) -> int:
         """Nodes that the head counts as alive."""
@@ -172,7 +174,9 @@ class Training:
         ]
 
     def submit(self, *more: str) -> None:
-        self.process = self.cluster.submit("adapter-train", *self.settings, *more)
+        """`more` are settings that override these."""
+        given = dict(setting.split("=", 1) for setting in [*self.settings, *more])
+        self.process = self.cluster.submit("adapter-train", *(f"{name}={value}" for name, value in given.items()))
 
     def step(self) -> int:
         """The last step in the metrics."""
@@ -189,6 +193,14 @@ class Training:
             except (ValueError, OSError):  # being written, or being deleted
                 continue
         return sorted(found)
+
+    def wait_for_workers(self, workers: int, what: str, since: float, seconds: float = 300) -> None:
+        """Waits until steps are made by so many workers, and notes the time since then."""
+        while (rows := read_jsonl(self.folder / "metrics.jsonl", last_bytes=1 << 12))[-1]["workers"] != workers:
+            assert self.process.poll() is None, self.process.communicate()[0][-4000:]
+            assert time.monotonic() - since < seconds, f"{rows[-1]} after {seconds:.0f} s"
+            time.sleep(0.1)
+        self.cluster.timings.append(Timing(what, time.monotonic() - since))
 
     def wait_for_step(self, step: int, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
@@ -243,6 +255,39 @@ class Training:
     def is_as(self, undisturbed: "Training") -> None:
         assert self.steps() == undisturbed.steps(), "each step once in the metrics"
         torch.testing.assert_close(self.weights(), undisturbed.weights(), rtol=0, atol=1e-5)
+
+
+class Sweep:
+    """One run of cafo-tune on the cluster, with a feature store of its own."""
+
+    SETTINGS = (
+        "features.views=20",
+        "space.shots=[1,4]",
+        "space.seeds=[1,2,3]",
+        "space.epochs=[100]",
+        "search.beta_steps=20",
+        "scale.workers=2",
+        "trials.workers=3",
+        "trials.cpus_per_worker=1.5",
+    )
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, home = cluster, cluster.shared / "cafo"
+        if not home.exists():
+            world(home, {"train": 20, "val": 20, "test": 5})
+        self.folder, self.cache = home / "runs" / name, home / f"cache-{name}"
+        self.settings = [*named(home), *self.SETTINGS, f"run.name={name}", f"run.cache={self.cache}"]
+
+    def submit(self) -> None:
+        self.process = self.cluster.submit("cafo-tune", *self.settings)
+
+    def ends_well(self) -> None:
+        output, _ = self.process.communicate(timeout=600)
+        assert self.process.returncode == 0, output[-4000:]
+
+    def rows(self) -> list[dict[str, object]]:
+        """Every trial's row, but for the time that it took."""
+        return [row | {"seconds": 0} for row in pq.read_table(self.folder / "results.parquet").to_pylist()]
 
 
 def _few(records: Path, to: Path) -> Path:

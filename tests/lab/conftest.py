@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import Cluster, Timing, Training
+from tests.lab.cluster import Cluster, Sweep, Timing, Training
 from tests.lab.hosts import lacking
 
 TIMINGS: list[Timing] = []
@@ -33,6 +33,16 @@ def undisturbed(onprem: Cluster, shared: Path) -> Training:
         run.submit()
         run.wait_for_step(1)
         assert len(run.workers_on()) == 2
+        run.ends_well()
+    return run
+
+
+@pytest.fixture(scope="session")
+def calm_sweep(onprem: Cluster) -> Sweep:
+    """What every disturbed sweep must come to."""
+    run = Sweep(onprem, "calm")
+    with onprem.timed("cafo-tune: 6 trials, features encoded first"):
+        run.submit()
         run.ends_well()
     return run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import HEAD, WORKERS, Cluster, Training
+from tests.lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
 
 MIDDLE = 60
 """Steps after which the fault comes: between the checkpoints at 50 and 75."""
@@ -52,6 +52,23 @@ def test_link_cut_for_half_a_minute(onprem: Cluster, run: Training, undisturbed:
     run.is_as(undisturbed)
 
 
+def test_fewer_workers_while_a_host_is_off(onprem: Cluster, shared: Path) -> None:
+    run = Training(onprem, shared, "elastic")
+    run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
+    run.wait_for_step(MIDDLE)
+    run.wait_for_workers(3, "elastic: three workers at work", time.monotonic())
+    host, began = WORKERS[0], time.monotonic()
+    onprem.hosts.power_off(host)
+    run.wait_for_workers(2, "elastic: a host without power, until two go on", began)
+    began = time.monotonic()
+    onprem.hosts.power_on(host)
+    run.wait_for_workers(3, "elastic: switched on again, until three go on", began)
+    steps = run.steps()
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    onprem.on_dashboard("ray", "job", "stop", onprem.running())
+    run.end()
+
+
 def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: Training) -> None:
     mark = run.mark()
     for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
@@ -62,6 +79,25 @@ def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: 
     run.goes_on(mark, "driver on the head killed, and submitted again")
     run.ends_well()
     run.is_as(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("what", "actor", "first"),
+    [("encoding", "ChunkEncoder", "features/*/part-*"), ("trials", "ImplicitFunc", "trials/*/result.json")],
+)
+def test_worker_host_without_power_in_a_sweep(
+    onprem: Cluster, calm_sweep: Sweep, what: str, actor: str, first: str
+) -> None:
+    run = Sweep(onprem, what)
+    run.submit()
+    onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
+    host = next((host for host in WORKERS if onprem.processes(host, actor)), WORKERS[0])
+    with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
+        onprem.hosts.power_off(host)
+        run.ends_well()
+    assert run.rows() == calm_sweep.rows()
+    onprem.hosts.power_on(host)
+    onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
 
 
 def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> None:

@@ -55,17 +55,22 @@ def images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
 
 
 def world(folder: Path, counts: dict[str, int] | None = None) -> list[str]:
-    """Overrides that name the world: data, sentences and encoders."""
-    split = images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
-    drawn = images(folder / "drawn", {"train": 3}, seed=1)
-    prompts = folder / "prompts.json"
-    prompts.write_text(json.dumps({name: [f"a {name}", f"this is {name}"] for name in CLASSES}))
-    named = towers(folder / "towers")
+    """Makes the world; returns the overrides that name it."""
+    images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
+    images(folder / "drawn", {"train": 3}, seed=1)
+    (folder / "prompts.json").write_text(json.dumps({name: [f"a {name}", f"this is {name}"] for name in CLASSES}))
+    (folder / "towers.json").write_text(json.dumps(towers(folder / "towers")))
+    return named(folder)
+
+
+def named(folder: Path) -> list[str]:
+    """Overrides that name the world of a folder: data, sentences and encoders."""
+    encoders = json.loads((folder / "towers.json").read_text())
     return [
-        f"data.split={split}",
-        f"data.generated={drawn}",
-        f"data.prompts={prompts}",
-        *[f"encoders.{name}.{key}={value}" for name, tower in named.items() for key, value in tower.items()],
+        f"data.split={folder / 'images' / 'split.json'}",
+        f"data.generated={folder / 'drawn' / 'split.json'}",
+        f"data.prompts={folder / 'prompts.json'}",
+        *[f"encoders.{name}.{key}={value}" for name, tower in encoders.items() for key, value in tower.items()],
         f"run.storage={folder / 'runs'}",
         "features.views=3",
     ]

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from adapter.base import Base
 from adapter.tokenizer import Tokenizer
 from adapter.weights import Checkpoint, open_checkpoint
-from rayjobs.capacity import capacity
+from rayjobs.capacity import Capacity, capacity
 from rayjobs.config import config
 from rayjobs.engine import DTYPES, Dtype
 from rayjobs.places import AnyPath, is_url, local_copy, place
@@ -91,8 +91,11 @@ class PoolConfig:
 
         beside: CPUs of each node that no worker takes.
         """
-        have, fewest = capacity(), self.workers.min
-        gpus = self.gpus_per_worker
+        return self.fit(capacity(), beside)
+
+    def fit(self, have: Capacity, beside: float) -> dict[str, float]:
+        """`resources` of a cluster that has so much."""
+        fewest, gpus = self.workers.min, self.gpus_per_worker
         if gpus is None:
             if not have.known and not have.total("GPU"):
                 raise ValueError(

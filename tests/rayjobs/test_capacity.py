@@ -51,6 +51,25 @@ def test_a_cluster_scaled_to_zero_has_what_its_file_may_bring() -> None:
     assert str(have) == "1 node and up to 8 more, 68 CPU and 8 GPU in all"
 
 
+def test_workers_take_gpus_where_there_are_any_and_never_fall_back_to_cpus_in_silence() -> None:
+    four = Capacity(nodes=({"CPU": 8.0, "GPU": 4.0},))
+    assert PoolConfig(workers=4).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(ValueError, match=r"5 workers of 1 CPU and 1 GPU each .* room for 4.*; gpus_per_worker=0 runs"):
+        PoolConfig(workers=5).fit(four, DATA_CPUS)
+    assert PoolConfig(workers=5, gpus_per_worker=0.5).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
+    assert PoolConfig(workers=5, gpus_per_worker=0).fit(four, DATA_CPUS) == {"CPU": 1.0}
+    with pytest.raises(ValueError, match="no GPU is there yet, and what may come cannot be seen: set gpus_per"):
+        PoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), known=False), DATA_CPUS)
+
+
+def test_bounds_fit_where_the_fewest_do() -> None:
+    nodes = Capacity(nodes=({"CPU": 2.0},) * 3)
+    assert PoolConfig(workers={"min": 1, "max": 30}).fit(nodes, DATA_CPUS) == {"CPU": 1.0}
+    assert PoolConfig(workers=6).fit(nodes, DATA_CPUS) == {"CPU": 0.5}
+    with pytest.raises(ValueError, match=r"4 workers of 1\.5 CPU each can never run: there is room for 3"):
+        PoolConfig(workers={"min": 4, "max": 30}, cpus_per_worker=1.5).fit(nodes, DATA_CPUS)
+
+
 @pytest.mark.ray
 def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
     cluster: None, tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -46,6 +46,16 @@ def test_other_tools_understand_what_they_are_told(words: list[str]) -> None:
         command.make_context(command.name, rest, resilient_parsing=True)
         for file in (word for word in rest if word.endswith(".yaml")):
             assert yaml.safe_load((ROOT / file).read_text())["cluster_name"]
+    elif tool == "aws":
+        from botocore import session, xform_name
+
+        service = session.get_session().get_service_model(arguments[0])
+        called = {xform_name(name, "-"): name for name in service.operation_names}[arguments[1]]
+        taken = {f"--{xform_name(name, '-')}" for name in service.operation_model(called).input_shape.members}
+        shorter = {"--protocol", "--port", "--cidr"}  # the command line's own, for rules of a security group
+        assert {word for word in arguments if word.startswith("--")} <= taken | shorter
+        for file in (word.removeprefix("file://") for word in arguments if word.startswith("file://")):
+            assert json.loads((ROOT / file).read_text())["Statement"]
     else:
         known = ["source .venv/bin/activate", "pip install boto3", "pip install -c constraints.txt -e .[s3]"]
         assert " ".join(words) in known
@@ -76,9 +86,7 @@ def encoder(section: str, found: dict[str, str]) -> list[str]:
 
 
 PLACES = {
-    "/mnt/models/llama-7b": "weights/stories260K",
     "/models/llama-7b": "weights/stories260K",
-    "/mnt/data/": "data/",
     "[/data/": "[data/",
     "s3://bucket/llama-7b": "weights/stories260K",
     "s3://bucket/runs": "runs",

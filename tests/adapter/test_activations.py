@@ -1,0 +1,51 @@
+"""What a micro-batch leaves in memory for its backward pass: the bytes that docs/cluster.md reckons with."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapter.adaption import AdaptionConfig
+from adapter.llama import Llama, LlamaConfig, RMSNorm
+
+DIM, ROWS, TOKENS = 256, 2, 256
+
+
+def kept(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
+    """Bytes that autograd saves, parameters left out, each storage once. As in LLaMA: D = 128, 2.69 C inside."""
+    config = LlamaConfig(dim=DIM, n_layers=6, n_heads=2, n_kv_heads=2, hidden_dim=DIM * 43 // 16, vocab_size=97)
+    model = Llama(config)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.reset_parameters()
+    model.to(dtype).attach(AdaptionConfig(n_layers=adapted, prompt_length=10))
+    model.checkpoint_activations = checkpointed
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(3, 97, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    assert loss.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checkpointed", "told"),
+    [
+        (torch.bfloat16, False, 34.5),
+        (torch.bfloat16, True, 2.0),
+        (torch.float32, False, 61.0),
+        (torch.float32, True, 4.0),
+    ],
+)
+def test_bytes_for_each_token_adapted_layer_and_unit_of_width(
+    dtype: torch.dtype, checkpointed: bool, told: float
+) -> None:
+    more = kept(dtype, 5, checkpointed) - kept(dtype, 2, checkpointed)  # the lowest adapted layer keeps less
+    assert more / (3 * ROWS * TOKENS * DIM) == pytest.approx(told, rel=0.01)

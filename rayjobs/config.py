@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class ConfigError(ValueError):
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def config(cls: type[T]) -> type[T]:
     """A frozen, keyword-only, validated dataclass whose attribute docstrings are its help."""
-    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    # defaults are validated too: a default path also starts where the command is typed
+    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True)
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
 
 
@@ -65,13 +67,14 @@ def describe(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
             yield from describe(section, f"{prefix}{name}.")
             continue
         kind = str(info.annotation) if get_args(info.annotation) else info.annotation.__name__
+        kind = re.sub(r"Annotated\[str, [^\]]*\]", "path", kind.replace("typing.", ""))
         default = "required"
         if not info.is_required():
             default = yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True)
         # A subclass's fields lose the docstrings that stand in its base.
         told = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
         meaning = " ".join(next((field.description for field in told if field and field.description), "").split())
-        yield prefix + name, kind.replace("typing.", ""), default.removesuffix("...\n").strip(), meaning
+        yield prefix + name, kind, default.removesuffix("...\n").strip(), meaning
 
 
 def _apply(values: dict[str, Any], override: str) -> str | None:

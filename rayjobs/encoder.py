@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator
 
 from rayjobs.config import config
-from rayjobs.places import LocalPath
+from rayjobs.places import refuse_url
 
 if TYPE_CHECKING:
     from cafo.encoders import EncoderSpec
+
+
+def _if_there(text: str) -> str:
+    """A file or folder by its absolute path, since workers need not run where the command was typed; names as they
+    are."""
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+PathOrName = Annotated[str, AfterValidator(refuse_url), AfterValidator(_if_there)]
 
 
 @config
@@ -18,12 +29,12 @@ class EncoderConfig:
 
     kind: Literal["clip", "dino", "timm", "pixels"]
     """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
-    name: str = ""
+    name: PathOrName = ""
     """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
     pixels, the side."""
-    weights: LocalPath = ""
+    weights: PathOrName = ""
     """open_clip's pretrained tag, a local file or folder, or random:SEED."""
-    config: str = ""
+    config: PathOrName = ""
     """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
     quick_gelu: bool | None = None
     """Whether the weights were trained with QuickGELU, where they cannot tell."""
@@ -35,15 +46,9 @@ class EncoderConfig:
 
         return EncoderSpec(
             kind=self.kind,
-            name=_from_here(self.name),
-            weights=_from_here(self.weights),
-            config=_from_here(self.config),
+            name=self.name,
+            weights=self.weights,
+            config=self.config,
             quick_gelu=self.quick_gelu,
             precision=self.precision,
         )
-
-
-def _from_here(text: str) -> str:
-    """A file or folder by its absolute path, since workers need not run where the command was typed; names as they
-    are."""
-    return os.path.abspath(text) if text and os.path.exists(text) else text

@@ -23,7 +23,7 @@ from cafo.generate import best_of
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.encoder import EncoderConfig as EncoderConfig
-from rayjobs.places import LocalPath
+from rayjobs.places import FileOrName, LocalPath
 
 Sentences = Literal["file", "templates"]
 
@@ -52,7 +52,7 @@ class ImagesConfig:
     """Sentences with {} for the class name; by default the data set's own."""
     prompts: LocalPath | None = None
     """The JSON of sentences that cafo-prompt wrote, or CaFo's own; null for the templates alone."""
-    generated: LocalPath | None = None
+    generated: FileOrName | None = None
     """Drawn images: `dalle` or `sd` for a set in CoOp's layout under `root`, or the list that cafo-generate wrote."""
     short_classes: Literal["error", "report"] = "error"
     """What to do with a class of fewer than K training images: stop, or take what there is and report it."""

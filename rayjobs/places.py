@@ -139,7 +139,7 @@ def _told(path: str | Path, what: str) -> Iterator[None]:
         raise OSError(f"{path} cannot be {what}: {told}") from error
 
 
-def _refuse_url(path: str) -> str:
+def refuse_url(path: str) -> str:
     if is_url(path):
         raise ValueError("must be a local path, not a URL: mount the bucket, or copy it to where all nodes see it")
     return path
@@ -149,9 +149,16 @@ def _from_here(path: str) -> str:
     return str(path) if is_url(path) else os.path.abspath(path)
 
 
+def _file_from_here(text: str) -> str:
+    return os.path.abspath(text) if os.path.isfile(text) else text
+
+
 AnyPath = Annotated[str, AfterValidator(_from_here)]
 """In a config: a path or URL that workers open, too; a relative path starts where the command is typed, which need not
 be where they run."""
 
-LocalPath = Annotated[str, AfterValidator(_refuse_url)]
-"""In a config: what is read through libraries that know local files only."""
+LocalPath = Annotated[str, AfterValidator(refuse_url), AfterValidator(_from_here)]
+"""In a config: what is read through libraries that know local files only; it starts where the command is typed, too."""
+
+FileOrName = Annotated[str, AfterValidator(refuse_url), AfterValidator(_file_from_here)]
+"""In a config: a local file where there is one of that name, else a name."""

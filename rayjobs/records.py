@@ -11,7 +11,7 @@ from adapter import scienceqa
 from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
-from rayjobs.places import LocalPath, is_url, local_copy, place
+from rayjobs.places import AnyPath, FileOrName, LocalPath, is_url, local_copy, place
 from rayjobs.tables import sha256_file
 
 Format = Literal["alpaca", "scienceqa", "llava"]
@@ -22,7 +22,7 @@ TEMPLATES = {"alpaca": ALPACA, "llava": ALPACA, "scienceqa": scienceqa.TEMPLATE}
 class SourceConfig:
     """One file of records among others."""
 
-    path: str
+    path: AnyPath
     """The file, which may be a URL, or ScienceQA's folder."""
     format: Format | None = None
     """Its format; null for that of all."""
@@ -71,13 +71,13 @@ class Source:
 class RecordsConfig:
     """Instruction records and how they become tokens."""
 
-    path: list[str | SourceConfig]
+    path: list[AnyPath | SourceConfig]
     """Files of records: .json (an array), .jsonl or .parquet, or ScienceQA's folder. A file with settings of its own is
     written {path: …, format: …, split: …, images: …, weight: …}; images is the folder that its images' paths start
     from, weight how often each record is trained on in an epoch."""
     format: Format = "alpaca"
     """alpaca {instruction, input?, output, image?}; scienceqa, its original folder; llava {image?, conversations}."""
-    template: LocalPath | None = None
+    template: FileOrName | None = None
     """Prompt template: 'alpaca', 'scienceqa', or a JSON file with 'with_input' and 'without_input'; null for the
     format's own."""
     max_length: int = Field(default=512, ge=2)
@@ -110,7 +110,7 @@ class RecordsConfig:
 class DataConfig(RecordsConfig):
     """Instruction records to train on, and to validate on."""
 
-    val_path: list[str | SourceConfig] = Field(default_factory=list)
+    val_path: list[AnyPath | SourceConfig] = Field(default_factory=list)
     """Held-out files; if none, a share of `path` is held out by a hash of each record's content."""
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
     """The share of `path` held out for validation when `val_path` is empty; never trained on."""

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from rayjobs.config import config, to_dict
-from rayjobs.places import LocalPath, place
+from rayjobs.places import AnyPath, LocalPath, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 from rayjobs.tracking import TrackConfig, open_trackers
@@ -72,9 +72,9 @@ class RunConfig:
 class AnyRunConfig(RunConfig):
     """A run that may also live at a URL."""
 
-    storage: str = "runs"
+    storage: AnyPath = "runs"
     """The folder of all runs; on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
-    cache: str | None = None
+    cache: AnyPath | None = None
     """Where prepared data is kept and shared between runs, a folder or a URL; by default `storage/cache`."""
 
 

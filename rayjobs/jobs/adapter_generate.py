@@ -18,7 +18,7 @@ from adapter.instruct import read_records
 from rayjobs.answers import Record, answer_all, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
-from rayjobs.places import AnyPath, LocalPath, local_copy, place, remove_folder
+from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
 from rayjobs.tables import write_jsonl, write_parquet
@@ -54,13 +54,13 @@ class Config:
     """Its input, if it has one."""
     image: LocalPath | None = None
     """Its image, if it has one."""
-    file: str | None = None
+    file: AnyPath | None = None
     """A file of {instruction, input?, image?}: .json, .jsonl or .parquet; it may be a URL."""
     images: LocalPath | None = None
     """The folder that the file's images start from; null for its own."""
-    out: str = "answers.jsonl"
+    out: AnyPath = "answers.jsonl"
     """Where a file's answers go: .jsonl or .parquet; it may be a URL."""
-    template: LocalPath | None = None
+    template: FileOrName | None = None
     """'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input' prompt templates."""
     decoding: Decoding = Decoding()
     batch_size: int = Field(default=16, ge=1)

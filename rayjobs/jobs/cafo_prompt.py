@@ -29,7 +29,7 @@ from cafo.prompt import (
 from rayjobs.base import BaseConfig
 from rayjobs.config import config
 from rayjobs.imagery import ImagesConfig
-from rayjobs.places import AnyPath, LocalPath, local_copy
+from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
@@ -46,7 +46,7 @@ class LlamaConfig:
     base: BaseConfig
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
-    template: str = "alpaca"
+    template: FileOrName = "alpaca"
     """'alpaca', or a JSON file with 'with_input' and 'without_input' prompt templates."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that hold this much probability."""

@@ -8,7 +8,9 @@ import yaml
 
 from rayjobs.__main__ import JOBS
 from rayjobs.config import ConfigError, describe, load, to_dict
+from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune
 from rayjobs.jobs.adapter_train import Config
+from rayjobs.records import SourceConfig
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]
@@ -61,6 +63,30 @@ def test_every_field_has_a_meaning(job: str) -> None:
     fields = list(describe(module.Config))
     assert fields
     assert [name for name, _, _, meaning in fields if not meaning] == []
+
+
+def test_every_path_starts_where_the_command_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where defaults name it, since workers and trials run elsewhere; names stay names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "t.json").touch()
+    given = ["vision.tower.weights=tower", "data.template=t.json", "data.val_path=[{path: v.json, images: i}]"]
+    swept = load(adapter_tune.Config, ROOT / "configs/adapter/scienceqa_ablations.yaml", given)
+    assert swept.sweep.scienceqa is not None
+    assert swept.vision is not None
+    (held_out,) = swept.data.val_path
+    assert isinstance(held_out, SourceConfig)
+    assert [swept.base.path, *swept.data.path, held_out.path, held_out.images, swept.sweep.scienceqa.path] == [
+        str(tmp_path / name) for name in ("weights/llama-7b", "data/scienceqa", "v.json", "i", "data/scienceqa")
+    ]
+    assert [swept.run.storage, swept.vision.tower.weights, swept.data.template] == [
+        str(tmp_path / name) for name in ("runs", "tower", "t.json")
+    ]
+    features = load(cafo_tune.Config, ROOT / "configs/cafo/caltech101.yaml", ["data.generated=dalle"])
+    assert [features.data.root, features.run.storage] == [str(tmp_path / name) for name in ("data", "runs")]
+    assert (features.data.generated, swept.vision.tower.name) == ("dalle", "ViT-L-14-quickgelu")
+    asked = load(adapter_generate.Config, {"base": {"path": "b"}, "template": "scienceqa"}, ["file=f.json"])
+    assert (asked.file, asked.out, asked.template) == (f"{tmp_path}/f.json", f"{tmp_path}/answers.jsonl", "scienceqa")
 
 
 JOB_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "cluster")

@@ -26,6 +26,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 64_000_000
+THIN = 32
+"""Of an image whose sides differ by more than this factor only the middle is resized."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -98,10 +100,14 @@ class Preprocess:
         image = image.convert("RGB")
         if self.mode == "squash":
             return self._tensor(image.resize((self.size, self.size), _FILTERS[self.interpolation]))
-        width, height = image.size
-        short = min(width, height)
+        short = min(image.size)
+        # of a thin image only the middle: the rest is cropped away anyway, and resized it could take all memory
+        width, height = (min(side, THIN * short) for side in image.size)
+        left, top = ((whole - side) / 2 for whole, side in zip(image.size, (width, height), strict=True))
         image = image.resize(
-            (int(self.resize * width / short), int(self.resize * height / short)), _FILTERS[self.interpolation]
+            (int(self.resize * width / short), int(self.resize * height / short)),
+            _FILTERS[self.interpolation],
+            box=(left, top, left + width, top + height),
         )
         left, top = (round((side - self.size) / 2) for side in image.size)
         return self._tensor(image.crop((left, top, left + self.size, top + self.size)))

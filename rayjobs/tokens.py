@@ -85,13 +85,14 @@ def prepare_tokens(
     *,
     val_sources: Sequence[Source] = (),
     val_fraction: float = 0.0,
-    images: bool = False,
+    preprocess: Any = None,
 ) -> TokenStore:
     """The token store of some records, made by Ray Data unless it stands already.
 
-    With images, a record whose image cannot be read is set aside like one without a label; without, images are left
-    out. Raises RecordError if a file is malformed, or too many records cannot be used.
+    preprocess: `cafo.images.Preprocess` of the tower; a record whose image cannot be read by it is set aside like one
+    without a label. Without it, images are left out. Raises RecordError if a file is malformed, or too many records cannot be used.
     """
+    images = preprocess is not None
     encoding = _Encoding(
         tokenizer=str(tokenizer), max_length=records.max_length, val_fraction=val_fraction, images=images
     )
@@ -116,17 +117,20 @@ def prepare_tokens(
     folder = place(cache) / "tokens" / key
     if not (folder / "index.json").exists():
         write_json(folder / IMAGE_LISTS, lists)
-        _write_store(folder, sources, encoding, records.max_rejected_fraction)
+        _write_store(folder, sources, encoding, preprocess, records.max_rejected_fraction)
     return TokenStore.read(folder)
 
 
-def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, max_rejected: float) -> None:
+def _write_store(
+    folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any, max_rejected: float
+) -> None:
     items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
     with data_context(preserve_order=True):
         listed_files = ray.data.from_items(items, override_num_blocks=len(items))
         # Other resources than the next stage's, or Ray would fuse the two and encode a file in a single task.
         chunks = listed_files.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
-        written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs={"folder": folder, "encoding": encoding})
+        how = {"folder": folder, "encoding": encoding, "preprocess": preprocess}
+        written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=how)
         parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
         rejected: list[dict[str, Any]] = []
         with unwrapped(), Progress("tokenize", unit="records") as progress:
@@ -167,7 +171,7 @@ def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         first += len(chunk)
 
 
-def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding) -> dict[str, Any]:
+def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, preprocess: Any) -> dict[str, Any]:
     """Encodes one chunk and writes its part of every split; returns what was written."""
     first, split, records = int(batch["first"][0]), batch["split"][0], json.loads(batch["records"][0])
     source: Source = batch["source"][0]
@@ -179,7 +183,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding) -> di
         try:
             example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
             if place is not None:
-                _check_image(source.images, record["image"])
+                _check_image(source.images, record["image"], preprocess)
         except ValueError as error:  # RecordError, or an image that cannot be read
             rejected.append({"id": id, "reason": str(error), **record})
             continue
@@ -198,11 +202,11 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding) -> di
 
 
 @lru_cache(maxsize=64)
-def _check_image(root: str, path: str) -> None:
-    """Decodes an image, so that a bad one is known before training and not in the middle of it."""
+def _check_image(root: str, path: str, preprocess: Any) -> None:
+    """Decodes and prepares an image, so that a bad one is known before training and not in the middle of it."""
     from cafo.images import load_image
 
-    load_image(Path(root) / path, name=path)
+    preprocess(load_image(Path(root) / path, name=path))
 
 
 def _held_out(record: dict[str, str], fraction: float) -> bool:

@@ -120,7 +120,8 @@ def run(settings: Config) -> dict[str, Any]:
         return _scienceqa(settings, sources[0], sight, folder)
     connect()
     resources = settings.scale.resources()
-    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, images=sight is not None)
+    preprocess = sight and sight.tower.preprocess
+    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess)
     pictures = None
     if settings.vision and sight:
         lists, cache = place(store.folder) / IMAGE_LISTS, settings.run.cache_folder

@@ -149,7 +149,7 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
         settings.run.cache_folder,
         val_sources=data.val_sources(),
         val_fraction=0.0 if data.val_path else data.val_fraction,
-        images=sight is not None,
+        preprocess=sight and sight.tower.preprocess,
     )
     if not store.rows("train"):
         raise ValueError("no record is left to train on: lower data.val_fraction, or give more records")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cafo.images import CLIP_MEAN, CLIP_STD, ImageError, Preprocess, load_image, random_view
+from cafo.images import CLIP_MEAN, CLIP_STD, THIN, ImageError, Preprocess, load_image, random_view
 
 
 def gradient(width=37, height=23):
@@ -92,6 +92,29 @@ def test_preprocessing_is_open_clips(size, mode):
     ours = Preprocess(size=16, resize=16, mode=mode)
     theirs = open_clip.image_transform(16, False, CLIP_MEAN, CLIP_STD, resize_mode=mode, interpolation="bicubic")
     torch.testing.assert_close(ours(gradient(*size)), theirs(gradient(*size)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (2_000_000, 2), (7, 5_000)])
+def test_a_thin_image_takes_no_more_memory_than_its_middle(size):
+    """All of it, resized to 16 pixels wide, would be a million pixels high and more."""
+    pixels = np.broadcast_to(np.arange(max(size), dtype=np.uint8), (min(size), max(size)))
+    image = Image.fromarray(np.ascontiguousarray(pixels if size[0] > size[1] else pixels.T))
+    resized = []
+    original = Image.Image.resize
+
+    def resize(self, size, *args, **kwargs):
+        resized.append(size)
+        return original(self, size, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", resize)
+        view = PREPROCESS(image)
+        PREPROCESS.view(image, "a.png", 0, 0)
+    assert view.isfinite().all()
+    assert all(max(shape) <= 16 * THIN for shape in resized)
+    if min(size) > 2:
+        theirs = open_clip.image_transform(16, False, CLIP_MEAN, CLIP_STD, interpolation="bicubic")
+        torch.testing.assert_close(view, theirs(image), rtol=0, atol=1e-6)
 
 
 def test_a_view_depends_on_its_name_alone():

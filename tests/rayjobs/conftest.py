@@ -26,6 +26,7 @@ def pictured(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(draw.integers(0, 65535, (23, 29), np.uint16)).save(folder / "sixteen.png")
     plain[2].save(folder / "animated.gif", save_all=True, append_images=plain[3:5])
     plain[5].save(folder / "rotated.jpg", exif=exif)
+    Image.fromarray(draw.integers(0, 255, (60_000, 1), np.uint8)).save(folder / "thin.png")
     (folder / "corrupt.png").write_bytes((folder / "plain.png").read_bytes()[:70])
     (folder / "huge.png").write_bytes(bomb())
     kinds = sorted(path.name for path in folder.iterdir() if path.name not in BAD)

@@ -15,7 +15,7 @@ from adapter import Base
 from adapter.adaption import AdaptionConfig
 from adapter.checkpoint import read_adapter
 from cafo.encoders import load_encoder
-from cafo.images import load_image
+from cafo.images import Preprocess, load_image
 from rayjobs.config import load
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.order import Order
@@ -300,7 +300,7 @@ def test_formats_mix_in_one_store_with_their_images(
             "max_rejected_fraction": 1,
         },
     )
-    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, images=True)
+    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, preprocess=Preprocess(size=32, resize=32))
     rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
     told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
     assert len(rejected) == len(told) + len(BAD)

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from types import ModuleType
 from rayjobs.config import describe, load
 from rayjobs.places import place
 from rayjobs.runs import find_runs
-from rayjobs.runtime import environment
-from rayjobs.submit import submit, submit_command
+from rayjobs.runtime import end_on_sigterm, environment
+from rayjobs.submit import job_command, reach, submit, typed
 
 JOBS = {
     "adapter-train": "train an adapter on instruction records",
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--dry-run", action="store_true", help="check everything and show the plan, without running it"
         )
         command.add_argument(
-            "--submit", action="store_true", help="run it on a cluster, through `ray job submit`, and wait for its end"
+            "--submit", action="store_true", help="run it on a cluster, as `ray job submit` does, and wait for its end"
         )
         command.add_argument("--verbose", action="store_true", help="let Ray and DeepSpeed speak, and show tracebacks")
         command.add_argument(
@@ -64,18 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verbose:
         os.environ["RAYJOBS_VERBOSE"] = "1"
     os.environ.update(environment())  # before Ray and DeepSpeed are imported, which read some of it at import
+    if args.submit:
+        os.environ["RAY_AUTH_MODE"] = reach()["RAY_AUTH_MODE"]
+    end_on_sigterm()
     try:
         job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
         if args.help:
             _help(jobs.choices[args.job], job)
             return 0
         settings = load(job.Config, args.config, args.overrides)
+        given = (args.job, settings, args.config, args.overrides)
         if args.submit:
-            return submit(submit_command(args.job, args.config, args.overrides))
+            return submit(job_command(*given, verbose=args.verbose))
         if args.dry_run:
             job.plan(settings)
             try:
-                told = shlex.join(submit_command(args.job, args.config, args.overrides))
+                told = typed(job_command(*given, verbose=args.verbose))
             except ValueError as error:  # nothing that keeps it from running here
                 told = str(error)
             print(f"on a cluster: {told}")

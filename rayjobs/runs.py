@@ -4,6 +4,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,9 +42,15 @@ class Record:
 
 
 def begin(folder: Path, settings: Any) -> None:
-    """Notes that the job that `settings` belongs to runs in `folder`."""
+    """Notes that the job that `settings` belongs to runs in `folder`. Raises ValueError if another process of this
+    machine is at it."""
     job = type(settings).__module__.rpartition(".")[2].replace("_", "-")
     before = read_record(folder)
+    if before and before.state == "running" and before.pid != os.getpid() and _at_work(before):
+        raise ValueError(
+            f"{folder} is being run by process {before.pid} of {before.host}: let it end, stop it, or choose another "
+            "run.name"
+        )
     record = Record(
         job=job,
         state="running",
@@ -110,6 +117,15 @@ def _end(folder: Path, state: State, error: str = "") -> bool:
         told = next(iter(error.splitlines()), "")
         write_json(folder / RECORD, asdict(replace(record, state=state, error=told, seconds=record.seconds + seconds)))
     return bool(begun)
+
+
+def _at_work(record: Record) -> bool:
+    """Whether the driver still runs; a process that began after its run has only got its number."""
+    if record.host != socket.gethostname():
+        return False  # it cannot be seen from here
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(record.pid).create_time() < datetime.fromisoformat(record.started).timestamp() + 1
+    return False
 
 
 def _utc() -> datetime:

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -110,6 +112,13 @@ def connect() -> None:
             log_to_driver=verbose(),
             runtime_env={"env_vars": environment()},
         )
+    end_on_sigterm()  # Ray has made it an exit of its own
+
+
+def end_on_sigterm() -> None:
+    """Lets SIGTERM, which `ray job stop` sends, end this process as Ctrl-C does: a run that is left can be resumed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

@@ -1,30 +1,94 @@
-"""The same command on a cluster: `ray job submit` with this folder as the working directory."""
+"""The same command on a cluster: what `ray job submit` does, with this folder as the working directory."""
 
+import asyncio
 import os
 import shlex
-import subprocess
-import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rayjobs.config import to_dict
+from rayjobs.places import is_url
+from rayjobs.tables import flat
+
+STOPPED = 143
+"""The exit code of a job that `ray job stop` ended: that of a process ended by SIGTERM."""
 
 
-def submit_command(job: str, config: str | None, overrides: Sequence[str]) -> list[str]:
-    """What to type for a job that runs here. Raises ValueError for a config file that would not be uploaded."""
+def reach() -> dict[str, str]:
+    """Environment variables that lead to the cluster: to the one that they name already, or else to one whose dashboard
+    is tunnelled to this machine; its key is shown where there is one in ~/.ray/auth_token.
+
+    Ray reads RAY_AUTH_MODE when it is imported.
+    """
+    key = Path.home() / ".ray" / "auth_token"
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    return {
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE") or ("token" if key.exists() else "disabled"),
+        "RAY_ADDRESS": address,
+    }
+
+
+def job_command(
+    job: str, settings: Any, config: str | None, overrides: Sequence[str], *, verbose: bool = False
+) -> list[str]:
+    """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
+    told = flat(to_dict(settings))
+    for name in ("run.storage", "run.cache", *(["out"] if told.get("file") else [])):
+        path = told.get(name) or "/"
+        if not is_url(path) and not os.path.isabs(path):
+            raise ValueError(
+                f"{name} is {path}, which on a cluster is a folder that goes when the job ends: give a URL, or an "
+                "absolute path that every node sees"
+            )
     given = ["--config", os.path.relpath(config)] if config is not None else []
-    return ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "rayjobs", job, *given, *overrides]
+    return ["python", "-m", "rayjobs", job, *given, *overrides, *(["--verbose"] if verbose else [])]
+
+
+def typed(command: Sequence[str]) -> str:
+    """The same through Ray's own command line."""
+    known = [f"{name}={value}" for name, value in reach().items()]
+    return shlex.join([*known, "ray", "job", "submit", "--working-dir", ".", "--", *command])
 
 
 def submit(command: Sequence[str]) -> int:
-    """Submits to the cluster of RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or else one whose dashboard is tunnelled to
-    this machine; prints the job's output as it comes. Returns the job's exit code.
+    """Runs a command on the cluster that `reach` names, and prints its output as it comes; one that runs there already
+    is shown from its beginning. Returns its exit code.
 
-    The cluster's key in ~/.ray/auth_token is shown where there is one.
+    Raises ConnectionError if the cluster does not answer, or ceases to.
     """
-    environment = {"RAY_ADDRESS": "http://127.0.0.1:8265", **os.environ}
-    if (Path.home() / ".ray" / "auth_token").exists():
-        environment.setdefault("RAY_AUTH_MODE", "token")
-    print(shlex.join(command), flush=True)
-    beside = Path(sys.executable).with_name("ray")
-    return subprocess.run([beside, *command[1:]], env=environment, check=False).returncode
+    from ray.exceptions import RayError
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    print(typed(command), flush=True)
+    entrypoint, name = shlex.join(command), f"raysubmit_{uuid.uuid4().hex[:16]}"
+    try:
+        client = JobSubmissionClient(reach()["RAY_ADDRESS"])
+        same = [job for job in client.list_jobs() if job.submission_id and job.entrypoint == entrypoint]
+        there = [job.submission_id for job in same if not job.status.is_terminal()]
+        name = next(iter(there), name)
+        if not there:
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env={"working_dir": "."})
+        print(f"{'already there' if there else 'submitted'} as {name}", flush=True)
+        asyncio.run(_show(client, name))
+        job = client.get_job_info(name)
+    except KeyboardInterrupt:
+        print(f"\nwhat was submitted goes on: the same command, or ray job logs -f {name}, shows it again")
+        print(f"ray job stop {name} ends it")
+        return 130
+    except (RuntimeError, RayError) as error:
+        raise ConnectionError(str(error)) from error
+    if job.status == JobStatus.STOPPED:
+        return STOPPED
+    if job.driver_exit_code is None:  # it never came to run, or its node is gone
+        print(job.message or job.status)
+        return int(job.status != JobStatus.SUCCEEDED)
+    return job.driver_exit_code if job.driver_exit_code >= 0 else 128 - job.driver_exit_code
+
+
+async def _show(client: Any, name: str) -> None:
+    async for lines in client.tail_job_logs(name):
+        print(lines, end="", flush=True)

@@ -28,7 +28,9 @@ def test_a_stopped_job_leaves_no_process_and_is_resumed(onprem: Cluster, undistu
         onprem.on_dashboard("ray", "job", "stop", job)
         onprem.wait_for(lambda: not run.workers_on(), "the workers' end", 60)
     assert not onprem.processes(HEAD, "-m rayjobs")
-    run.end()
+    code, _ = run.end()
+    assert code == 143
+    assert read_json(run.folder / "run.json")["state"] == "interrupted"
     assert not (run.folder / "adapter.safetensors").exists()
     run.submit()
     run.goes_on(mark, "stopped and submitted again")

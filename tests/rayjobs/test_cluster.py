@@ -12,7 +12,7 @@ import yaml
 
 from rayjobs.config import load
 from rayjobs.jobs import adapter_train
-from rayjobs.submit import submit_command
+from rayjobs.submit import job_command, typed
 from tests.conftest import ROOT
 
 FILES = [ROOT / "cluster.yaml", *(ROOT / "configs" / "cluster" / f"{name}.yaml" for name in ("onprem", "gcp"))]
@@ -211,12 +211,37 @@ def test_the_kubernetes_job_asks_for_the_gpus_of_its_workers() -> None:
     assert settings.scale.workers <= group["maxReplicas"]
 
 
+def asked_for(*overrides: str, verbose: bool = False) -> list[str]:
+    config = str(ROOT / "configs" / "adapter" / "alpaca_7b.yaml")
+    return job_command(
+        "adapter-train", load(adapter_train.Config, config, overrides), config, overrides, verbose=verbose
+    )
+
+
 def test_the_command_for_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command = submit_command("adapter-train", str(ROOT / "configs/adapter/alpaca_7b.yaml"), ["run.storage=/mnt/runs"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    command = asked_for("run.storage=/mnt/runs", verbose=True)
     assert command == [
-        "ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "rayjobs", "adapter-train",
-        "--config", "configs/adapter/alpaca_7b.yaml", "run.storage=/mnt/runs",
+        "python", "-m", "rayjobs", "adapter-train", "--config", "configs/adapter/alpaca_7b.yaml",
+        "run.storage=/mnt/runs", "--verbose",
     ]  # fmt: skip
+    same = "ray job submit --working-dir . -- python -m rayjobs adapter-train"
+    assert typed(command).startswith(f"RAY_AUTH_MODE=disabled RAY_ADDRESS=http://127.0.0.1:8265 {same}")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch()
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
+    assert typed(command).startswith(f"RAY_AUTH_MODE=token RAY_ADDRESS=http://10.0.0.1:8265 {same}")
+
+
+@pytest.mark.parametrize("given", ["run.storage=runs", "run.storage=s3://bucket/runs run.cache=cache"])
+def test_what_would_go_with_the_job_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=r"run\.(storage|cache) is (runs|cache), which on a cluster"):
+        asked_for(*given.split())
+    assert asked_for("run.storage=s3://bucket/runs")
+    monkeypatch.chdir(ROOT / "docs")
     with pytest.raises(ValueError, match="is not below"):
-        submit_command("adapter-train", str(tmp_path / "mine.yaml"), [])
+        asked_for("run.storage=/mnt/runs")

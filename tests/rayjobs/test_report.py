@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -123,6 +124,22 @@ def test_a_driver_that_is_gone_was_cut_off(tmp_path: Path) -> None:
     record = json.loads((folder / RECORD).read_text())
     write_json(folder / RECORD, {**record, "pid": gone.pid})
     assert read_record(folder).now().state == "cut off"
+
+
+def test_a_run_has_one_driver_at_a_time(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, "one")
+    record = json.loads((folder / RECORD).read_text())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        write_json(folder / RECORD, {**record, "pid": other.pid, "started": now})
+        with pytest.raises(ValueError, match=f"one is being run by process {other.pid} of "):
+            a_run(tmp_path, "one")
+        for harmless in ({"state": "interrupted"}, {"host": "elsewhere"}, {"started": "2026-01-01T00:00:00+00:00"}):
+            write_json(folder / RECORD, {**record, "pid": other.pid, "started": now, **harmless})
+            a_run(tmp_path, "one")
+        write_json(folder / RECORD, {**record, "pid": other.pid, "started": now})
+        other.kill()
+    a_run(tmp_path, "one")
 
 
 def test_the_command_line_lists_runs_and_writes_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

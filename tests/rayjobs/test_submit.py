@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import signal
 import socket
 import subprocess
 import sys
@@ -71,23 +71,54 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     process.wait(timeout=60)
 
 
-def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
-    address, environment = head
-    command = [BIN / "ray", "job", "submit", f"--address={address}", "--working-dir=.", "--", "python", "-m", "rayjobs"]
-    deadline = time.monotonic() + 90
-    while True:
-        done = subprocess.run(
-            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+class Submitted:
+    """A job as a user submits it, and what became of it."""
+
+    def __init__(self, head: tuple[str, dict[str, str]], *arguments: str) -> None:
+        address, environment = head
+        self.environment = {**environment, "RAY_ADDRESS": address}
+        self.command = [sys.executable, "-m", "rayjobs", *arguments, "--submit"]
+        deadline = time.monotonic() + 90
+        while True:
+            self.process = self.start()
+            self.told = self.read_until(" as raysubmit_")
+            if self.told or time.monotonic() > deadline:
+                break
+            output = self.end()[1]
+            assert "No available agent" in output, output  # the head answers before its agent
+            time.sleep(1)
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        if "No available agent" not in done.stderr or time.monotonic() > deadline:  # the head answers before its agent
-            return done
-        time.sleep(1)
+
+    def read_until(self, mark: str) -> str:
+        """The first line that holds the mark; empty if there is none."""
+        assert self.process.stdout is not None
+        self.before: list[str] = []
+        for line in self.process.stdout:
+            self.before.append(line)
+            if mark in line:
+                return line.strip()
+        return ""
+
+    @property
+    def name(self) -> str:
+        return self.told.split()[-1]
+
+    def end(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=300)
+        return self.process.returncode, "".join(self.before) + output
+
+    def ray(self, *command: str) -> str:
+        done = subprocess.run([BIN / "ray", "job", *command], env=self.environment, capture_output=True, text=True)
+        return done.stdout + done.stderr
 
 
-def test_a_submitted_job_trains_and_a_wrong_one_fails(
-    head: tuple[str, dict[str, str]], tiny_base: Path, records: Path, tmp_path: Path
-) -> None:
-    arguments = [
+@pytest.fixture
+def arguments(tiny_base: Path, records: Path, tmp_path: Path) -> list[str]:
+    return [
         "adapter-train",
         f"base.path={tiny_base}",
         f"data.path=[{records}]",
@@ -99,12 +130,54 @@ def test_a_submitted_job_trains_and_a_wrong_one_fails(
         f"run.storage={tmp_path}",
         "run.name=submitted",
     ]
-    done = submit(head, *arguments)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_a_submitted_job_trains_and_what_fails_there_fails_here(
+    head: tuple[str, dict[str, str]], arguments: list[str], tmp_path: Path
+) -> None:
+    code, output = Submitted(head, *arguments).end()
+    assert code == 0, output[-4000:]
     result = json.loads((tmp_path / "submitted" / "result.json").read_text())
     assert result["steps"] == 6
     assert torch.isfinite(read_adapter(tmp_path / "submitted" / "adapter.safetensors").prompt).all()
 
-    wrong = submit(head, *arguments, "train.epochz=1")
-    assert wrong.returncode != 0
-    assert re.search(r"train\.epochz: unknown key; did you mean train\.epochs\?", wrong.stdout + wrong.stderr)
+    code, output = Submitted(head, *arguments, "run.name=wrong", f"base.path={tmp_path / 'nowhere'}").end()
+    assert code == 2, output
+    (line,) = [line for line in output.splitlines() if "error:" in line]
+    assert "nowhere" in line
+    assert "Traceback" not in output
+
+
+def test_who_submitted_may_leave_come_back_and_stop_the_job(
+    head: tuple[str, dict[str, str]], arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*arguments, "train.epochs=5000", "train.checkpoint_every_steps=20"]
+    first, run = Submitted(head, *arguments), tmp_path / "submitted"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert first.process.poll() is None, first.end()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    first.process.send_signal(signal.SIGINT)
+    code, output = first.end()
+    assert code == 130
+    assert f"what was submitted goes on: the same command, or ray job logs -f {first.name}, shows it again" in output
+
+    again = Submitted(head, *arguments)
+    assert again.told == f"already there as {first.name}"
+    alone = subprocess.run(
+        [sys.executable, "-m", "rayjobs", *arguments],
+        cwd=ROOT,
+        env=head[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 2
+    (line,) = alone.stderr.splitlines()
+    assert f"{run} is being run by process" in line
+
+    again.ray("stop", first.name)
+    code, output = again.end()
+    assert code == 143, output[-4000:]
+    assert json.loads((run / "run.json").read_text())["state"] == "interrupted"

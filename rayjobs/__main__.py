@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _help(jobs.choices[args.job], job)
             return 0
         settings = load(job.Config, args.config, args.overrides)
-        given = (args.job, settings, args.config, args.overrides)
+        given = (args.job, args.config, args.overrides)
         if args.submit:
             return submit(job_command(*given, verbose=args.verbose))
         if args.dry_run:

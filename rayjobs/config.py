@@ -33,6 +33,20 @@ def load(cls: type[T], given: str | Path | Mapping[str, Any] | None = None, over
 
     Raises ConfigError listing every unknown key, wrong type and bad value by its path.
     """
+    values, problems = given_values(given, overrides)
+    try:
+        built = TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        problems += [_explain(cls, item) for item in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return built
+
+
+def given_values(
+    given: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """What a file or plain values and overrides say, as they say it, and what is wrong with the overrides."""
     values: Any = copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
     if isinstance(given, str | Path):
         path = given
@@ -45,13 +59,7 @@ def load(cls: type[T], given: str | Path | Mapping[str, Any] | None = None, over
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a config is a mapping of sections, got {type(values).__name__}")
     problems = [problem for override in overrides if (problem := _apply(values, override))]
-    try:
-        built = TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        problems += [_explain(cls, item) for item in error.errors()]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return built
+    return values, problems
 
 
 def to_dict(built: Any) -> dict[str, Any]:

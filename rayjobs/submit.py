@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rayjobs.config import to_dict
+from rayjobs.config import given_values
 from rayjobs.places import is_url
 from rayjobs.tables import flat
 
@@ -30,13 +30,11 @@ def reach() -> dict[str, str]:
     }
 
 
-def job_command(
-    job: str, settings: Any, config: str | None, overrides: Sequence[str], *, verbose: bool = False
-) -> list[str]:
+def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbose: bool = False) -> list[str]:
     """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
-    told = flat(to_dict(settings))
+    told = {"run.storage": "runs", "out": "answers.jsonl", **flat(given_values(config, overrides)[0])}
     for name in ("run.storage", "run.cache", *(["out"] if told.get("file") else [])):
         path = told.get(name) or "/"
         if not is_url(path) and not os.path.isabs(path):

@@ -90,7 +90,8 @@ def prepare_tokens(
     """The token store of some records, made by Ray Data unless it stands already.
 
     preprocess: `cafo.images.Preprocess` of the tower; a record whose image cannot be read by it is set aside like one
-    without a label. Without it, images are left out. Raises RecordError if a file is malformed, or too many records cannot be used.
+    without a label. Without it, images are left out. Raises RecordError if a file is malformed, or too many records
+    cannot be used.
     """
     images = preprocess is not None
     encoding = _Encoding(

@@ -88,6 +88,7 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         for step in range(per_epoch):
             rows = table.slice(step * 8, 8).to_pylist()
             images = base.model.images([None if row["image"] is None else seen[row["image"]] for row in rows])
+            images = images or (torch.zeros(0, 32 + 64 + 128 + 256 + 19), torch.zeros(0, dtype=torch.int64))
             batch = collate({"step": 0, "last": True, "step_labels": 0, "rows": rows})
             labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
             loss = base.model(batch.tokens, batch.labels, images) / labels

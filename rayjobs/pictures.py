@@ -36,9 +36,14 @@ class StoredFeatures:
 
     folders: Mapping[int, Path]
     """source → the store of its images"""
+    lists: Path
+    """JSON of {source: [path, …]}"""
 
     def read(self, source: int, place: int, epoch: int | None) -> bytes:
         rows, features = _part(self.folders[source] / part_name(place - place % STORE_IMAGES))
+        if place not in rows:
+            path = _lists(self.lists)[str(source)][place]
+            raise ValueError(f"{path}: could be read when records became tokens, and cannot be any more")
         return features[rows[place]].tobytes()
 
 
@@ -54,6 +59,8 @@ class StreamedImages:
     """`cafo.images.Preprocess` of the tower"""
     seed: int | None
     """Of augmented views, one to an epoch; None shows every image as it is."""
+    min_area: float = 1.0
+    flips: bool = False
 
     def read(self, source: int, place: int, epoch: int | None) -> bytes:
         from cafo.images import load_image
@@ -62,7 +69,8 @@ class StreamedImages:
         image = load_image(Path(self.roots[source]) / path, name=path)
         if self.seed is None or epoch is None:
             return self.preprocess(image).numpy().tobytes()
-        return self.preprocess.view(image, path, epoch, self.seed).numpy().tobytes()
+        view = self.preprocess.view(image, path, epoch, self.seed, min_area=self.min_area, flips=self.flips)
+        return view.numpy().tobytes()
 
 
 def part_name(first: int) -> str:

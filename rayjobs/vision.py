@@ -37,6 +37,10 @@ class VisionConfig:
     decoded images as they come."""
     augment: bool = False
     """Train on another random view of an image in every epoch; streamed only."""
+    min_area: float = Field(default=0.5, gt=0, le=1)
+    """The smallest share of an image that such a view shows; near 1 where a question may be about any part of it."""
+    flips: bool = False
+    """Mirror half of the views: only where no question is about left and right, letters or digits."""
     batch: int = Field(default=64, ge=1)
     """Images that the tower reads at once."""
 
@@ -100,6 +104,8 @@ def prepare_pictures(
             roots={i: source.images for i, source in enumerate(sources)},
             preprocess=sight.tower.preprocess,
             seed=seed if vision.augment else None,
+            min_area=vision.min_area,
+            flips=vision.flips,
         )
     from cafo.datasets import Item
     from rayjobs.features import FeaturesConfig, fill_store
@@ -117,4 +123,4 @@ def prepare_pictures(
         workers=scale.workers.max,
         resources=scale.resources(),
     )
-    return StoredFeatures(folders={int(role): found["tower"] for role, found in folders.items()})
+    return StoredFeatures(folders={int(role): found["tower"] for role, found in folders.items()}, lists=lists)

@@ -1,0 +1,66 @@
+"""Images on their way to a worker: as they are, or in views that change with the epoch; one that is gone is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from rayjobs.base import PoolConfig
+from rayjobs.config import load
+from rayjobs.pictures import Pictures, StoredFeatures, part_name
+from rayjobs.records import RecordsConfig
+from rayjobs.tables import write_json, write_jsonl, write_parquet
+from rayjobs.vision import VisionConfig, prepare_pictures
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Records of an image that grows brighter from left to right."""
+    row = np.linspace(0, 255, 60).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(row[:, None], (40, 60, 3)).copy()).save(tmp_path / "ramp.png")
+    write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "image": "ramp.png"}])
+    write_json(tmp_path / "images.json", {"0": ["ramp.png"]})
+    return tmp_path
+
+
+def pictures(folder: Path, vision: list[str], *more: str) -> Pictures:
+    how = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, *more)])
+    sources = RecordsConfig(path=[str(folder / "r.jsonl")]).sources()
+    return prepare_pictures(how, how.open(), sources, folder / "images.json", folder, PoolConfig(), 5)
+
+
+def seen(found: Pictures, epoch: int | None) -> np.ndarray:
+    return np.frombuffer(found.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
+
+
+def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_where_told(
+    folder: Path, vision: list[str]
+) -> None:
+    plain = seen(pictures(folder, vision, "mode=streamed"), 1)
+    found = pictures(folder, vision, "mode=streamed", "augment=true")
+    views = [seen(found, epoch) for epoch in range(24)]
+    assert np.array_equal(views[3], seen(found, 3))
+    assert np.array_equal(seen(found, None), plain), "whoever validates sees the image as it is"
+    assert len({view.tobytes() for view in [plain, *views]}) > 20
+    assert all(np.all(np.diff(view[0, 9]) >= 0) for view in views), "brighter to the right: never mirrored"
+    assert min(map(np.ptp, views)) < 0.75 * max(map(np.ptp, views))
+
+    large = pictures(folder, vision, "mode=streamed", "augment=true", "min_area=0.85", "flips=true")
+    views = [seen(large, epoch) for epoch in range(24)]
+    assert {bool(np.all(np.diff(view[0, 9]) <= 0)) for view in views} == {True, False}
+    assert min(map(np.ptp, views)) > 0.8 * max(map(np.ptp, views))
+
+
+def test_an_image_that_is_gone_is_named(folder: Path, vision: list[str]) -> None:
+    streamed = pictures(folder, vision, "mode=streamed")
+    (folder / "ramp.png").unlink()
+    with pytest.raises(ValueError, match=r"ramp\.png: cannot be decoded"):
+        streamed.read(0, 0, None)
+    features = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)
+    write_parquet(folder / part_name(0), pa.table({"row": [1], "features": features}))
+    stored = StoredFeatures(folders={0: folder}, lists=folder / "images.json")
+    assert np.frombuffer(stored.read(0, 1, None), np.float32).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"ramp\.png: could be read when"):
+        stored.read(0, 0, None)

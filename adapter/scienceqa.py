@@ -11,7 +11,7 @@ hint and an image counts under TXT and under IMG.
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,34 +137,56 @@ def _problem(path: Path, problems: dict[str, Any], pid: str, split: str) -> Prob
     )
 
 
-_STATED = re.compile(r"(?i:answer\s*(?:is|:)\s*:?)\s*(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=\s*(?:[.,:;)\n]|$)))")
-_BARE = re.compile(r"\s*([A-Z])\s*(?:[.,:;)\n]|$)")
-_LETTERED = re.compile(r"\(\s*([A-Z])\s*\)")
+_BRACKETED = r"(?<!\w)\(\s*([A-Za-z])\s*\)"
+_ALONE = r"\b([A-Z])(?=\s*(?:[.,:;()\n]|$)|\s+(?:[–—-]\s|(?:because|since|as|and|or)\b))"
+"""A capital that is no word: "B.", "B because", but not "A rose"."""
+_STATED = re.compile(rf"(?i:answer\s*(?:is|:)\s*:?|option|choice)\s*(?:{_BRACKETED}|{_ALONE})")
+_FIRST = re.compile(rf"\s*{_ALONE}")
+_LETTERED = re.compile(_BRACKETED)
+_ANOTHER = re.compile(rf"\s*(?:,|,?\s*\b(?:and|or)\b|/|&)\s*(?:{_BRACKETED}|{_ALONE})")
+_DENIED = re.compile(
+    r"(?:\b(?:can)?not|\bnor|\bneither|\bnever|n't)(?:\s+(?:be|the|an?|option|choice|answer))*\s*$", re.IGNORECASE
+)
 
 
 def read_answer(text: str, choices: Sequence[str]) -> int | None:
     """The place of the choice that a generated text names; None where it names none, or several.
 
-    Looked for in this order: "the answer is (B)" or "… B."; the text as a bare letter; one letter in brackets; one
-    choice's own words. A letter beyond the choices names none of them.
+    Looked for in this order: "the answer is (B)", "… B" or "option B"; the text as a bare letter; one letter in
+    brackets; one choice's own words. What is denied is not named, and a letter beyond the choices names none of them.
     """
-    if stated := _STATED.search(text):
-        return _place(stated[1] or stated[2], choices)
-    if bare := _BARE.match(text):
-        return _place(bare[1], choices)
-    if lettered := set(_LETTERED.findall(text)):
-        return _place(lettered.pop(), choices) if len(lettered) == 1 else None
-    said = " ".join(text.lower().split())
+    plain = re.sub(r"[*_`]", "", text).translate(str.maketrans("[]", "()"))
+    if stated := next(_not_denied(_STATED, plain), None) or _FIRST.match(plain):
+        letter = next(letter for letter in stated.groups() if letter)
+        return None if _ANOTHER.match(plain, stated.end()) else _place(letter, choices)
+    if any(_LETTERED.finditer(plain)):
+        letters = {lettered[1].upper() for lettered in _not_denied(_LETTERED, plain)}
+        return _place(letters.pop(), choices) if len(letters) == 1 else None
+    return _place_of_words(text, choices)
+
+
+def _not_denied(what: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    return (found for found in what.finditer(text) if not _DENIED.search(text[: found.start()]))
+
+
+def _place_of_words(text: str, choices: Sequence[str]) -> int | None:
+    said = " ".join(text.split())
+    wanted = [" ".join(choice.split()) for choice in choices]
+    lowered = [words.lower() for words in wanted]
     named = []
-    for place, choice in enumerate(choices):
-        words = " ".join(choice.lower().split())
-        if words and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", said):
-            named.append((place, words))
+    for place, words in enumerate(wanted):
+        exactly = lowered.count(lowered[place]) > 1  # a choice that differs from another in its capitals alone
+        # "5 m" is named neither by "2.5 m" nor by "-5 m"
+        pattern = rf"(?<![\w−-])(?<!\d[.,]){re.escape(words)}(?!\w|[.,]\d)"
+        if words and any(_not_denied(re.compile(pattern, 0 if exactly else re.IGNORECASE), said)):
+            named.append(place)
     # "4" is named by "14 km" no more than "red" by "dark red", where that is a choice too
     named = [
-        (place, words) for place, words in named if not any(words != other and words in other for _, other in named)
+        place
+        for place in named
+        if not any(lowered[place] != lowered[other] and lowered[place] in lowered[other] for other in named)
     ]
-    return named[0][0] if len(named) == 1 else None
+    return named[0] if len(named) == 1 else None
 
 
 def _place(letter: str, choices: Sequence[str]) -> int | None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adapter.instruct import RecordError
-from adapter.scienceqa import CLASSES, PUBLISHED, TEMPLATE, Problem, read_answer, read_problems, tabulate
+from adapter.scienceqa import CLASSES, LETTERS, PUBLISHED, TEMPLATE, Problem, read_answer, read_problems, tabulate
 
 
 def problem(**changes) -> Problem:
@@ -105,10 +105,44 @@ CHOICES = ("red", "dark red", "a sky", "14")
         ("144", None),
         ("", None),
         ("I do not know.", None),
+        ("The correct answer is B because it is dark", 1),
+        ("option B", 1),
+        ("It must be option (b)", 1),
+        ("**B**", 1),
+        ("[B]", 1),
+        ("(b)", 1),
+        ("B, dark red", 1),
+        ("Answer: A man", None),
+        ("The answer is (A) or (B).", None),
+        ("The answer is A, B and C", None),
+        ("A, B and C", None),
+        ("B or C", None),
+        ("(A) is wrong, (B) is dark", None),
+        ("animal(s)", None),
+        ("It is not (A).", None),
+        ("It isn't option A", None),
+        ("It is not (A) but (B).", 1),
+        ("Neither (A) nor (B).", None),
+        ("The answer is not red", None),
+        ("It cannot be red, it is a sky", 2),
+        ("1.14", None),
+        ("14.5", None),
+        ("-14", None),
+        ("14.", 3),
     ],
 )
 def test_answers_are_read_out_of_free_text(text, place):
     assert read_answer(text, CHOICES) == place
+
+
+def test_choices_that_differ_in_capitals_are_told_apart_by_them():
+    choices = ("Dear Pablo,", "dear Pablo,", "See you,\nZoe")
+    assert [read_answer(said, choices) for said in ("dear Pablo,", "It is Dear Pablo, I think", "see you, zoe")] == [
+        1, 0, 2
+    ]  # fmt: skip
+    assert read_answer("DEAR PABLO,", choices) is None
+    assert read_answer("2.5 m", ("5 m", "10 m")) is None
+    assert read_answer("2.5 m", ("5 m", "2.5 m")) == 1
 
 
 def test_the_table_against_counts_by_hand():
@@ -145,3 +179,11 @@ def test_the_real_test_split_by_hand_written_counts(shared):
     assert set(PUBLISHED["LLaMA-Adapter 7B (1.8 M), published"]) == {*CLASSES, "average"}
     for one in problems:
         assert read_answer(one.record()["output"], one.choices) == one.answer
+        for place, choice in enumerate(one.choices):
+            for said in (
+                choice,
+                f"The answer is {choice}",
+                f"({LETTERS[place]}) {choice}",
+                f"{LETTERS[place]}. {choice}",
+            ):
+                assert read_answer(said, one.choices) == place, (said, one.choices)

@@ -83,6 +83,8 @@ def read_problems(folder: str | Path, split: str) -> list[Problem]:
     problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
+    if not isinstance(splits[split], list):
+        raise RecordError(f"{folder / 'pid_splits.json'}: {split!r} must be a list, got {splits[split]!r:.60}")
     return [_problem(folder / "problems.json", problems, str(pid), split) for pid in splits[split]]
 
 
@@ -123,13 +125,16 @@ def _problem(path: Path, problems: dict[str, Any], pid: str, split: str) -> Prob
         raise wrong("subject", f"one of {', '.join(SUBJECTS)}")
     if grade is None:
         raise wrong("grade", "grade1 to grade12")
-    image = found.get("image") or ""
+    hint, image = found.get("hint") or "", found.get("image") or ""
+    for key, value in (("hint", hint), ("image", image)):
+        if not isinstance(value, str):
+            raise wrong(key, "text or null")
     return Problem(
         pid=pid,
         question=found["question"],
         choices=tuple(str(choice) for choice in choices),
         answer=answer,
-        hint=found.get("hint") or "",
+        hint=hint if hint.strip() else "",
         # mini splits list problems of the whole ones, and images lie under those
         image=f"images/{found.get('split') or split}/{pid}/{image}" if image else "",
         subject=found["subject"],

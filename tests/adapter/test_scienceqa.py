@@ -46,6 +46,8 @@ def test_the_original_layout_is_read(tmp_path):
     folder = write(tmp_path, {"7": RAW, "3": {**RAW, "image": "image.png", "grade": "grade12"}}, {"minival": [3, "7"]})
     first, second = read_problems(folder, "minival")
     assert (first.pid, second.pid) == ("3", "7")
+    (blank,) = read_problems(write(tmp_path, {"7": {**RAW, "hint": " \n"}}), "test")
+    assert (blank.hint, blank.classes) == ("", ("SOC", "NO", "G7-12"))
     assert first.image == "images/val/3/image.png", "a mini split's images lie under the whole one's"
     assert first.classes == ("SOC", "IMG", "G7-12")
     assert second.classes == ("SOC", "NO", "G7-12")
@@ -60,6 +62,8 @@ def test_the_original_layout_is_read(tmp_path):
         ({"choices": ["one"]}, "'choices' must be a list of 2 to 26"),
         ({"question": None}, "'question' must be text"),
         ({"subject": "art"}, "'subject' must be one of natural science"),
+        ({"hint": 7}, "'hint' must be text or null, got 7"),
+        ({"image": {"bytes": "x"}}, "'image' must be text or null, got {'bytes'"),
         ({"grade": "7"}, "'grade' must be grade1 to grade12, got '7'"),
     ],
 )
@@ -74,6 +78,9 @@ def test_missing_files_splits_and_problems_are_named(tmp_path):
     write(tmp_path, {"7": RAW}, {"test": ["8"]})
     with pytest.raises(RecordError, match="no split 'train'; it has test"):
         read_problems(tmp_path, "train")
+    write(tmp_path, {"7": RAW}, {"test": ["8"], "val": None})
+    with pytest.raises(RecordError, match="'val' must be a list, got None"):
+        read_problems(tmp_path, "val")
     with pytest.raises(RecordError, match="no problem 8"):
         read_problems(tmp_path, "test")
 

@@ -2,7 +2,8 @@
 
 CaFo (arXiv 2303.02151), section 3.1; the several scales are those of LLaMA-Adapter (arXiv 2303.16199), section 3.3.
 Each encoder owns its preprocessing (DINO fed with CLIP's normalisation is a different, worse encoder) and its
-identity: a digest of weights, preprocessing and precision, so that features can be addressed by what they are.
+identity: a digest of weights, architecture, preprocessing and precision, so that features can be addressed by what they
+are, wherever the files lie.
 
 Weights come from files that others made: tensors are read, never objects (`weights_only=True`), every key must fit,
 and an activation that does not match the weights is an error, because it would load, run, and score badly.
@@ -13,6 +14,7 @@ Legend: B images, T sentences, S side in pixels, C width of the features.
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cafo.towers import build_clip, clean_state, fit, read_state, weight_file
 
@@ -36,7 +39,7 @@ class Encoder(Protocol):
 
     name: str
     identity: str
-    """digest of weights, preprocessing and precision: equal identities give equal features"""
+    """digest of weights, architecture, preprocessing and precision: equal identities give equal features"""
     width: int
     """C"""
     preprocess: Preprocess
@@ -94,6 +97,7 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
             built.model,
             built.tokenizer,
             name=built.name,
+            architecture=built.architecture,
             preprocess=built.preprocess,
             precision=spec.precision,
             device=device,
@@ -101,11 +105,13 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
     if spec.kind not in ("dino", "timm"):
         raise ValueError(f"encoder kind {spec.kind!r} is not clip, dino, timm or pixels")
     folder = next((path for path in (spec.weights, spec.name) if path and (Path(path) / "config.json").is_file()), "")
-    name = spec.name or ("resnet50" if spec.kind == "dino" and not folder else "")
+    name = architecture = spec.name or ("resnet50" if spec.kind == "dino" and not folder else "")
     tower = _build_timm(f"local-dir:{folder}" if folder else name, spec.weights)
     if folder:
-        named: Any = tower.pretrained_cfg
-        name = name if name and name != folder else named["architecture"]
+        built = read_json(Path(folder) / "config.json", "give a folder in timm's format")
+        name = name if name and name != folder else built["architecture"]
+        shape = {key: built.get(key) for key in ("architecture", "model_args", "global_pool")}
+        architecture = json.dumps(shape, sort_keys=True)
         preprocess = _timm_preprocess(tower)
     elif spec.kind == "dino" and not isinstance(tower, timm.models.VisionTransformer):
         # DINO's own evaluation: shorter side 256, crop 224, whatever timm's recipe for the same architecture is.
@@ -113,24 +119,33 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
     else:
         preprocess = _timm_preprocess(tower)
     return ImageEncoder(
-        tower, name=f"{spec.kind}-{name}", preprocess=preprocess, precision=spec.precision, device=device
+        tower,
+        name=f"{spec.kind}-{name}",
+        architecture=architecture,
+        preprocess=preprocess,
+        precision=spec.precision,
+        device=device,
     )
 
 
 class ImageEncoder:
-    """A frozen image tower, (B, 3, S, S) → (B, C), as an `Encoder`; a map that is not pooled is read as a whole."""
+    """A frozen image tower, (B, 3, S, S) → (B, C), as an `Encoder`; a map that is not pooled is read as a whole.
+
+    `name` is what it is called; `architecture`, the name by default, is what weights do not tell: heads, activation.
+    """
 
     def __init__(
         self,
         tower: nn.Module,
         *,
         name: str,
+        architecture: str = "",
         preprocess: Preprocess,
         precision: Precision = "fp32",
         device: str | torch.device = "cpu",
     ) -> None:
         self.name, self.preprocess = name, preprocess
-        self.identity = fingerprint(name, tower, preprocess, precision)
+        self.identity = fingerprint(architecture or name, tower, preprocess, precision)
         self.tower = _frozen(tower, precision, device)
         side = preprocess.size
         self.width = self.encode_image(torch.zeros(1, 3, side, side), check=False).shape[1]
@@ -177,11 +192,12 @@ class ClipEncoder(ImageEncoder):
         tokenizer: Any,
         *,
         name: str,
+        architecture: str,
         preprocess: Preprocess,
         precision: Precision = "fp32",
         device: str | torch.device = "cpu",
     ) -> None:
-        identity = fingerprint(name, model, preprocess, precision)
+        identity = fingerprint(architecture, model, preprocess, precision)
         super().__init__(model.visual, name=name, preprocess=preprocess, precision=precision, device=device)  # type: ignore[arg-type]
         self.identity = identity  # of both towers: the classifier depends on the text tower too
         self.model, self.tokenizer = _frozen(model, precision, device), tokenizer
@@ -200,14 +216,14 @@ class ClipEncoder(ImageEncoder):
         return len(self.tokenizer.tokenizer(sentence)["input_ids"]) > window
 
 
-def fingerprint(name: str, module: nn.Module, preprocess: Preprocess, precision: str) -> str:
-    """`<name>-<digest>` of a tower's tensors and all that its features depend on, independent of the file they came
-    in."""
-    digest = hashlib.sha256(repr((name, preprocess, precision)).encode())
+def fingerprint(architecture: str, module: nn.Module, preprocess: Preprocess, precision: str) -> str:
+    """A digest of a tower's tensors and all that its features depend on, independent of the file they came in and of
+    what it is called."""
+    digest = hashlib.sha256(repr((architecture, preprocess, precision)).encode())
     for key, tensor in sorted(module.state_dict().items()):
         digest.update(f"{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"{name.replace('/', '-')}-{digest.hexdigest()[:16]}"
+    return f"{type(module).__name__}-{digest.hexdigest()[:16]}"
 
 
 def _frozen(module: nn.Module, precision: str, device: str | torch.device) -> nn.Module:

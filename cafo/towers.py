@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -40,6 +41,8 @@ class BuiltClip(NamedTuple):
     model: nn.Module
     tokenizer: Any
     name: str
+    architecture: str
+    """its model JSON"""
     preprocess: Preprocess
 
 
@@ -151,7 +154,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
 def _assemble(
     name: str, config: dict, preprocess: Mapping[str, Any], built_in: bool, state: State | None, path: Path, seed: int
 ) -> BuiltClip:
-    config = copy.deepcopy(config)
+    architecture, config = json.dumps(config, sort_keys=True), copy.deepcopy(config)
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "multimodal_cfg" in config:
         raise ValueError(f"{name} is a captioner (CoCa); CaFo needs a plain CLIP")
@@ -172,7 +175,7 @@ def _assemble(
     vocabulary = config["text_cfg"].get("vocab_size", 49408)
     if isinstance(tokenizer, open_clip.SimpleTokenizer) and vocabulary < tokenizer.vocab_size:
         raise ValueError(f"{name} has room for {vocabulary} tokens; CLIP's tokenizer has {tokenizer.vocab_size}")
-    return BuiltClip(model, tokenizer, name, _clip_preprocess(name, model, preprocess))
+    return BuiltClip(model, tokenizer, name, architecture, _clip_preprocess(name, model, preprocess))
 
 
 def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> Preprocess:

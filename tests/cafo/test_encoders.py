@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import numpy as np
 import open_clip
@@ -97,7 +98,7 @@ def test_a_tower_learns_nothing_while_others_train(tmp_path):
 
 
 def test_identity_is_weights_preprocessing_and_precision(tmp_path):
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "heads", "gelu"):
         (tmp_path / name).mkdir()
     folder(tmp_path / "a")
     torch.save({"state_dict": {f"module.{n}": t for n, t in tiny(VIT).state_dict().items()}}, tmp_path / "b" / "w.pt")
@@ -105,14 +106,16 @@ def test_identity_is_weights_preprocessing_and_precision(tmp_path):
     folder(tmp_path / "c", model=tiny(VIT, seed=1))
     folder(tmp_path / "d", preprocess_cfg={"mean": [0.5, 0.5, 0.5]})
 
-    def identity(where, **kwargs):
-        return load_encoder(EncoderSpec(kind="clip", name="tiny", weights=str(where), **kwargs)).identity
+    folder(tmp_path / "heads", {**VIT, "vision_cfg": {**VIT["vision_cfg"], "head_width": 34}}, model=tiny(VIT))
+    folder(tmp_path / "gelu", {**VIT, "quick_gelu": False}, model=tiny(VIT))
 
-    one = identity(tmp_path / "a")
-    assert identity(tmp_path / "b" / "w.pt") == one
-    assert (
-        len({one, identity(tmp_path / "c"), identity(tmp_path / "d"), identity(tmp_path / "a", precision="bf16")}) == 4
-    )
+    def identity(where, **kwargs):
+        return load_encoder(EncoderSpec(kind="clip", weights=str(tmp_path / where), **kwargs)).identity
+
+    one = identity("a")
+    assert identity("b/w.pt") == identity("a", name="tiny") == one, "a folder's name is no part of it"
+    others = [identity("a", precision="bf16"), *map(identity, ("c", "d", "heads", "gelu"))]
+    assert len({one, *others}) == 6
 
 
 def test_bf16_stays_near_fp32_and_returns_float32(tmp_path):
@@ -281,6 +284,12 @@ def test_a_folder_in_timms_format_brings_architecture_preprocessing_and_unpooled
     untrained = load_encoder(EncoderSpec(kind="timm", name=str(tmp_path / "tiny"), weights="random:3"))
     assert (untrained.width, untrained.preprocess) == (encoder.width, encoder.preprocess)
     assert untrained.identity != encoder.identity
+    shutil.copytree(tmp_path / "tiny", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "other"))).identity == encoder.identity
+    config["model_args"] |= {"output_stride": 32}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "other"))).identity != encoder.identity
     (tmp_path / "tiny" / "config.json").write_text('{"architecture": "nosuchnet"}')
     with pytest.raises(ValueError, match="nosuchnet"):
         load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "tiny")))

@@ -46,7 +46,10 @@ class Source:
     template: PromptTemplate
 
     def read(self) -> Iterator[dict[str, str]]:
-        """Its records {instruction, input, output, image}, in order. Raises RecordError naming what is malformed."""
+        """Its records {instruction, input, output, image}, in order; an odd conversation is one that is `rejected`.
+
+        Raises RecordError naming what is malformed.
+        """
         if self.format == "scienceqa":
             return (problem.record() for problem in scienceqa.read_problems(self.path, self.split))
         path = local_copy(self.path)
@@ -111,7 +114,8 @@ class DataConfig(RecordsConfig):
     """Instruction records to train on, and to validate on."""
 
     val_path: list[AnyPath | SourceConfig] = Field(default_factory=list)
-    """Held-out files; if none, a share of `path` is held out by a hash of each record's content."""
+    """Held-out files; if none, a share of `path` is held out by a hash of each record's image, conversation or
+    content."""
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
     """The share of `path` held out for validation when `val_path` is empty; never trained on."""
 

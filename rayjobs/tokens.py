@@ -39,6 +39,8 @@ class TokenStore:
     folder: str
     parts: dict[str, list[tuple[str, int]]]
     rejected: int
+    images_left_out: int
+    """Records that have an image which nothing reads."""
 
     def rows(self, split: Split) -> int:
         return sum(rows for _, rows in self.parts[split])
@@ -55,7 +57,7 @@ class TokenStore:
     def read(cls, folder: str | Path) -> "TokenStore":
         index = read_json(f"{folder}/index.json")
         parts = {split: [(name, rows) for name, rows in listed] for split, listed in index["parts"].items()}
-        return cls(folder=str(folder), parts=parts, rejected=index["rejected"])
+        return cls(folder=str(folder), parts=parts, rejected=index["rejected"], images_left_out=index["left_out"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ def prepare_tokens(
             for i, paths in lists.items()
             for path in paths
         ],
-        "format": 2,
+        "format": 3,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     folder = place(cache) / "tokens" / key
@@ -133,6 +135,7 @@ def _write_store(
         how = {"folder": folder, "encoding": encoding, "preprocess": preprocess}
         written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=how)
         parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
+        left_out = 0
         rejected: list[dict[str, Any]] = []
         with unwrapped(), Progress("tokenize", unit="records") as progress:
             for row in written.iter_rows():
@@ -140,6 +143,7 @@ def _write_store(
                     if row[split]:
                         parts[split].append((f"{split}-{row['first']:014x}.parquet", int(row[split])))
                 rejected += json.loads(row["rejected"])
+                left_out += int(row["left_out"])
                 progress.advance(int(row["records"]))
     for listed in parts.values():
         listed.sort()
@@ -152,7 +156,7 @@ def _write_store(
             f"{len(rejected)} of {records} records cannot be used, over data.max_rejected_fraction={max_rejected}; "
             f"the first: {rejected[0]['reason']}; all of them: {folder / 'rejected.jsonl'}"
         )
-    write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected)})
+    write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
 
 
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -181,7 +185,10 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
     rejected = []
     for id, record in enumerate(records, first):
         place = record.pop("place") if encoding.images else None
+        odd = record.pop("rejected", "")
         try:
+            if odd:
+                raise RecordError(odd)
             example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
             if place is not None:
                 _check_image(source.images, record["image"], preprocess)
@@ -199,6 +206,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
         "train": [len(rows["train"])],
         "val": [len(rows["val"])],
         "rejected": [json.dumps(rejected)],
+        "left_out": [0 if encoding.images else sum(bool(record["image"]) for record in records)],
     }
 
 
@@ -211,9 +219,10 @@ def _check_image(root: str, path: str, preprocess: Any) -> None:
 
 
 def _held_out(record: dict[str, str], fraction: float) -> bool:
-    """By content, so that a record and its duplicates fall on the same side, wherever they stand."""
-    fields = [record[name] for name in ("instruction", "input", "output")] + [record["image"]] * bool(record["image"])
-    digest = hashlib.sha256("\0".join(fields).encode()).digest()
+    """By conversation, image or content, so that a record and its duplicates, and all that is asked about one image,
+    fall on the same side, wherever they stand."""
+    alone = "\0".join(record[name] for name in ("instruction", "input", "output"))
+    digest = hashlib.sha256((record.get("group") or record["image"] or alone).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -21,25 +22,56 @@ def test_every_answer_is_a_record_with_the_turns_before_it(tmp_path):
         {"id": "1", "image": "a/b.jpg", "conversations": turns("<image>\nWhat is it?", "A bird.", "Red?", "Yes.")},
         {"id": "2", "conversations": turns("Hello", "Hi.")},
     )
-    assert list(read_conversations(path)) == [
-        {"instruction": "What is it?", "input": "", "output": "A bird.", "image": "a/b.jpg"},
-        {"instruction": "Red?", "input": "What is it?\nA bird.", "output": "Yes.", "image": "a/b.jpg"},
-        {"instruction": "Hello", "input": "", "output": "Hi.", "image": ""},
-    ]
+    first, second, third = read_conversations(path)
+    assert first == {
+        "instruction": "What is it?", "input": "", "output": "A bird.", "image": "a/b.jpg", "group": "a/b.jpg",
+    }  # fmt: skip
+    assert second == {**first, "instruction": "Red?", "input": "What is it?\nA bird.", "output": "Yes."}
+    alone = {"instruction": "Hello", "input": "", "output": "Hi.", "image": ""}
+    assert {name: third[name] for name in alone} == alone
+
+
+def test_records_of_one_conversation_are_one_group(tmp_path):
+    talk = {"conversations": turns("Hello", "Hi.", "Red?", "Yes.")}
+    groups = [record["group"] for record in read_conversations(write(tmp_path / "a.json", talk, RAW, talk))]
+    assert groups[:2] == groups[3:]
+    assert groups[2] != groups[0] == groups[1]
+
+
+def test_a_system_turn_stands_before_all_others(tmp_path):
+    row = {"conversations": [{"from": "system", "value": "Be brief."}, *turns("Hello", "Hi.", "Red?", "Yes.")]}
+    records = list(read_conversations(write(tmp_path / "a.json", row)))
+    assert [record["input"] for record in records] == ["Be brief.", "Be brief.\nHello\nHi."]
+
+
+RAW = {"id": "x7", "conversations": turns("a", "b")}
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": 1}, "a list of 'conversations'"),
+        ({"conversations": 3}, "a list of 'conversations'"),
         ({"conversations": []}, "a list of 'conversations'"),
         ({"conversations": turns("a", "b", "c")}, "the last of 3 turns has no answer"),
         ({"conversations": turns("a", "b")[::-1]}, "turn 0: expected {'from': 'human'"),
+        ({"conversations": [{"from": "system", "value": "s"}]}, "the last of 1 turns has no answer"),
+        ({"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")]}, "turn 2: expected"),
         ({"conversations": turns("<image> a", "b")}, "turn 0: speaks of <image>, but"),
+        ({"image": "i", "conversations": turns("<image> a", "b <image>")}, "turn 1: <image> in an answer"),
         ({"image": 3, "conversations": turns("a", "b")}, "'image' must be a path, got 3"),
         ({"conversations": [{"from": "human", "value": 3}, {}]}, "turn 0: expected"),
     ],
 )
-def test_what_is_malformed_is_named(tmp_path, row, message):
-    with pytest.raises(RecordError, match=rf"a\.json, line 1.*{message}"):
-        list(read_conversations(write(tmp_path / "a.json", row)))
+def test_an_odd_conversation_is_rejected_with_its_place_and_reason(tmp_path, row, message):
+    first, odd, last = read_conversations(write(tmp_path / "a.json", RAW, {**RAW, **row}, RAW))
+    assert first == last
+    assert re.search(rf"a\.json, line 1, conversation 1, id 'x7': .*{message}", odd["rejected"])
+    assert not odd["output"]
+
+
+def test_what_is_no_list_of_conversations_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("[{]")
+    with pytest.raises(RecordError, match=r"a\.json, line 1: malformed JSON"):
+        list(read_conversations(tmp_path / "a.json"))
+    (odd,) = read_conversations(write(tmp_path / "a.json", "text"))
+    assert "conversation 0: a conversation is an object" in odd["rejected"]

@@ -21,7 +21,7 @@ from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.order import Order
 from rayjobs.records import RecordsConfig, prompt_template
 from rayjobs.stream import collate, stream
-from rayjobs.tables import read_jsonl
+from rayjobs.tables import read_jsonl, read_parquet
 from rayjobs.tokens import prepare_tokens
 from tests.rayjobs.conftest import BAD
 
@@ -288,7 +288,8 @@ def test_formats_mix_in_one_store_with_their_images(
     cluster: None, tiny_base: Path, pictured: Path, shared: Path, tmp_path: Path
 ) -> None:
     talk = [{"from": "human", "value": "<image> the cat"}, {"from": "gpt", "value": "sat"}]
-    (tmp_path / "talk.json").write_text(json.dumps([{"image": "plain.png", "conversations": talk * 2}]))
+    talks = [{"image": "plain.png", "conversations": talk * 2}, {"id": "odd", "conversations": talk[::-1]}]
+    (tmp_path / "talk.json").write_text(json.dumps(talks))
     data = load(
         RecordsConfig,
         {
@@ -304,11 +305,33 @@ def test_formats_mix_in_one_store_with_their_images(
     store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, preprocess=Preprocess(size=32, resize=32))
     rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
     told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
-    assert len(rejected) == len(told) + len(BAD)
+    assert [row["id"] % 2**40 for row in rejected if "conversation 1, id 'odd'" in row["reason"]] == [2]
+    assert len(rejected) == len(told) + len(BAD) + 1
     assert store.rows("train") == 361 + 2 + 101 - len(told)
     assert store.images("train") == 167 + 2 + 50 - sum(bool(row["image"]) for row in told)
     blind = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
-    assert (blind.images("train"), blind.rejected) == (0, len(told))
+    assert (blind.images("train"), blind.rejected) == (0, len(told) + 1)
+
+
+def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
+    def talk(name: str) -> list[dict[str, str]]:
+        turns = [{"from": "human", "value": f"the cat {name} {i}"} for i in range(4)]
+        return [turn for asked in turns for turn in (asked, {"from": "gpt", "value": "sat"})]
+
+    talks = [{"image": f"{i % 20}.png", "conversations": talk(str(i))} for i in range(40)]
+    talks += [{"conversations": talk(f"text {i}")} for i in range(20)]
+    (tmp_path / "talk.json").write_text(json.dumps(talks))
+    data = RecordsConfig(path=[str(tmp_path / "talk.json")], format="llava")
+    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, val_fraction=0.4)
+    sides: dict[str, set[str]] = {}
+    for split in ("train", "val"):
+        for name, _ in store.parts[split]:
+            for id in read_parquet(f"{store.folder}/{name}")["id"].to_pylist():
+                about = talks[id // 4].get("image") or f"text {id // 4}"
+                sides.setdefault(about, set()).add(split)
+    assert len(sides) == 40
+    assert all(len(found) == 1 for found in sides.values())
+    assert set.union(*sides.values()) == {"train", "val"}
 
 
 def test_records_without_a_label_are_set_aside_with_their_reason(

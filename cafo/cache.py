@@ -257,7 +257,8 @@ def load_cache(path: str | Path) -> Cache:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        # copied, since a product's last bits may depend on where in memory its factors begin
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     ensemble = json.loads(header["ensemble"])
     if ensemble["sources"] is not None:
         ensemble["sources"] = tuple(ensemble["sources"])

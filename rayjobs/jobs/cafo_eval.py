@@ -98,7 +98,7 @@ def run(settings: Config) -> dict[str, Any]:
     for images in lists:
         found = features[images.role]
         labels = torch.tensor([images.items[row].label for row in found.rows])
-        values = {name: torch.from_numpy(value[0]) for name, value in found.values.items()}
+        values = {name: torch.tensor(value[0]) for name, value in found.values.items()}
         rows += score(images.role, chosen, values, labels, trials)
     write_rows(folder, rows, dataset)
 
@@ -135,7 +135,7 @@ def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], imag
     """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
     best = max(chosen, key=lambda cell: cell["val_accuracy"])
     cache = load_cache(trials / best["seeds"][0]["trial"] / "cache.safetensors")
-    shares = cache.logits({name: torch.from_numpy(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
+    shares = cache.logits({name: torch.tensor(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
     items = [images.items[row] for row in found.rows]
     wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
     right = sorted(set(range(len(items))) - set(wrong))

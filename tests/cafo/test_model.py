@@ -57,8 +57,8 @@ def test_logits_are_the_caches_on_each_image_alone(model: CaFo, photos: Path) ->
     for image, row in zip(images, model.logits(paths), strict=True):
         alone = {name: tower.encode_image(tower.preprocess(image)[None]) for name, tower in model.encoders.items()}
         torch.testing.assert_close(
-            model.cache.logits(alone)[0], row, rtol=0, atol=0.01
-        )  # a batch's last bits, times 100
+            model.cache.logits(alone)[0], row, rtol=0, atol=0.05
+        )  # a batch's last bits, times 100, and again where an untrained tower sees hardly a difference
     torch.testing.assert_close(model.logits(images), model.logits(paths))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from adapter.base import Base
@@ -46,7 +46,7 @@ class Answerer:
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
         records = json.loads(row["records"])
-        rows = self.answer(records, self.see([row["images"][i] for i in range(len(records))]))
+        rows = self.answer(records, self.see(row.get("images") or [None] * len(records)))
         write_parquet(row["part"], pa.Table.from_pylist(rows, self.schema))
         return pa.table({"answered": [len(rows)]})
 
@@ -57,13 +57,13 @@ class Answerer:
         return [None if one is None else next(found) for one in pixels]
 
 
-def decode(table: pa.Table, root: str, sight: Sight | None) -> pa.Table:
-    """A chunk's images as pixels, where a tower is there to read them."""
+def decode(table: pa.Table, root: str, sight: Sight) -> pa.Table:
+    """A chunk's images as pixels."""
     (row,) = table.to_pylist()
     records, pixels = json.loads(row["records"]), []
     for record in records:
         seen = None
-        if sight is not None and record.get("image"):
+        if record.get("image"):
             seen, record["image_error"] = look(Path(root) / record["image"], sight)
         pixels.append(seen)
     images = pa.array([pixels], pa.list_(pa.large_binary()))
@@ -119,14 +119,17 @@ def answer_all(
         resources = scale.resources()
         with data_context(preserve_order=False), unwrapped(), Progress("answer", unit="answers", total=total) as bar:
             bar.update(done)
-            decoded = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
-                decode,
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=0.01,  # other than the workers', or Ray would fuse the two
-                fn_kwargs={"root": images, "sight": sight},
-            )
-            answered = decoded.map_batches(
+            chunks = ray.data.from_items(todo, override_num_blocks=len(todo))
+            if sight is not None:
+                chunks = chunks.map_batches(
+                    decode,
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    num_cpus=0.01,  # other than the workers', or Ray would fuse the two
+                    compute=TaskPoolStrategy(size=scale.workers),  # or there would be a process for every chunk
+                    fn_kwargs={"root": images, "sight": sight},
+                )
+            answered = chunks.map_batches(
                 Answerer,
                 batch_size=1,
                 batch_format="pyarrow",

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cafo.datasets import load_dataset, load_split, load_tree
-    from cafo.encoders import EncoderSpec
     from cafo.model import CaFo
+    from cafo.spec import EncoderSpec
 
 __all__ = ["CaFo", "EncoderSpec", "load_dataset", "load_split", "load_tree"]
 
-_ROOMS = {"CaFo": "model", "EncoderSpec": "encoders"}
+_ROOMS = {"CaFo": "model", "EncoderSpec": "spec"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import open_clip
 import timm
@@ -29,9 +28,8 @@ from torch.nn import functional as F
 
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from cafo.spec import EncoderSpec, Precision
 from cafo.towers import build_clip, clean_state, fit, read_state, weight_file
-
-Precision = Literal["fp32", "bf16"]
 
 
 class Encoder(Protocol):
@@ -59,24 +57,6 @@ class TextEncoder(Protocol):
 
     def is_truncated(self, sentence: str) -> bool:
         """Whether the sentence is longer than the text window."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    """Which tower to load; small and plain enough for a config file."""
-
-    kind: Literal["clip", "dino", "timm", "pixels"]
-    """`pixels` is no tower but the picture itself, shrunk: the floor under every encoder"""
-    name: str = ""
-    """architecture in open_clip's or timm's spelling, or a folder in timm's format; a custom CLIP takes it from its
-    JSON, timm from the folder of the weights, DINO is `resnet50` by default; of `pixels`, the side"""
-    weights: str = ""
-    """open_clip's pretrained tag, a local file or folder, or `random:SEED` for an untrained tower"""
-    config: str = ""
-    """open_clip model JSON of a custom CLIP; found beside the weights when empty"""
-    quick_gelu: bool | None = None
-    """a statement about the weights, needed only where they cannot tell: were they trained with QuickGELU?"""
-    precision: Precision = "fp32"
 
 
 def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipEncoder | ImageEncoder:

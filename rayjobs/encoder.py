@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
+import torch
 from pydantic import AfterValidator
+from torch import Tensor
 
+from cafo.images import Preprocess
+from cafo.spec import EncoderSpec
 from rayjobs.config import config
 from rayjobs.places import refuse_url
 
 if TYPE_CHECKING:
-    from cafo.encoders import EncoderSpec
+    from cafo.encoders import ImageEncoder
 
 
 def _if_there(text: str) -> str:
@@ -42,8 +46,6 @@ class EncoderConfig:
     """fp32 or bf16."""
 
     def spec(self) -> EncoderSpec:
-        from cafo.encoders import EncoderSpec
-
         return EncoderSpec(
             kind=self.kind,
             name=self.name,
@@ -52,3 +54,20 @@ class EncoderConfig:
             quick_gelu=self.quick_gelu,
             precision=self.precision,
         )
+
+
+class Tower(NamedTuple):
+    """What is to be known of an encoder without holding it."""
+
+    spec: EncoderSpec
+    identity: str
+    preprocess: Preprocess
+    clip: bool
+    scales: int = 0
+    """0 for the embedding of unit norm, else for `multi_scale` of so many blocks, end to end."""
+
+    def features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this tower, held."""
+        if not self.scales:
+            return encoder.encode_image(batch).cpu()
+        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1).cpu()

@@ -27,11 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cafo.encoders import ClipEncoder, EncoderSpec, ImageEncoder, load_encoder
 from cafo.images import ImageError, Preprocess, load_image
 from cafo.prompt import zero_shot_classifier
+from cafo.spec import EncoderSpec
 from rayjobs.config import config
-from rayjobs.encoder import EncoderConfig
+from rayjobs.encoder import EncoderConfig, Tower
 from rayjobs.imagery import ImageList
 from rayjobs.pictures import STORE_IMAGES, part_name
 from rayjobs.runtime import Progress, data_context, unwrapped
@@ -59,23 +59,6 @@ class FeaturesConfig:
     """Stop if more than this share of a list's images cannot be read."""
 
 
-class Tower(NamedTuple):
-    """What is to be known of an encoder without holding it."""
-
-    spec: EncoderSpec
-    identity: str
-    preprocess: Preprocess
-    clip: bool
-    scales: int = 0
-    """0 for the embedding of unit norm, else for `multi_scale` of so many blocks, end to end."""
-
-    def features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this tower, held."""
-        if not self.scales:
-            return encoder.encode_image(batch).cpu()
-        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1).cpu()
-
-
 class Rejected(NamedTuple):
     """An image that could not be used."""
 
@@ -99,6 +82,8 @@ class Features:
 
 def open_towers(encoders: Mapping[str, EncoderConfig]) -> dict[str, Tower]:
     """Every encoder's identity and preprocessing. Raises ValueError for one that does not load."""
+    from cafo.encoders import ClipEncoder, load_encoder  # seconds, which tasks that hold no tower can spare
+
     towers = {}
     for name, encoder in encoders.items():
         loaded = load_encoder(encoder.spec())
@@ -177,6 +162,8 @@ def prepare_classifier(
 def _write_classifier(
     path: Path, spec: EncoderSpec, prompts: Mapping[str, Sequence[str]], names: list[str], device: str
 ) -> None:
+    from cafo.encoders import ClipEncoder, load_encoder
+
     encoder = load_encoder(spec, device)
     assert isinstance(encoder, ClipEncoder)
     made = zero_shot_classifier(encoder, prompts, names)
@@ -306,6 +293,8 @@ class ChunkEncoder:
     """An actor that holds the towers, and writes the parts."""
 
     def __init__(self, towers: Mapping[str, Tower], batch: int, device: str) -> None:
+        from cafo.encoders import load_encoder
+
         self.towers, self.batch = towers, batch
         self.encoders = {name: load_encoder(tower.spec, device) for name, tower in towers.items()}
 

@@ -4,8 +4,6 @@ The global batch is the unit: loss is the mean over its labelled tokens and the 
 neither knows the number of workers. A checkpoint holds the trainable state and the step; the stream does the rest.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import ray.train
@@ -31,6 +29,7 @@ from rayjobs.base import PoolConfig
 from rayjobs.capacity import capacity
 from rayjobs.checkpoints import Kept, listed, mend, newest_whole, noted, write_checkpoint
 from rayjobs.config import config
+from rayjobs.encoder import Tower
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.order import Order
 from rayjobs.pictures import Pictures
@@ -41,9 +40,6 @@ from rayjobs.tables import read_jsonl, write_jsonl
 from rayjobs.tokens import TokenStore
 from rayjobs.tracking import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
 from rayjobs.vision import Eyes
-
-if TYPE_CHECKING:
-    from rayjobs.features import Tower
 
 REPORT_EVERY_S = 1.0
 SILENT_S = 30.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,9 @@ from adapter.vision import Images
 from adapter.vision import VisionConfig as Projected
 from rayjobs.base import PoolConfig
 from rayjobs.config import config
-from rayjobs.encoder import EncoderConfig
+from rayjobs.encoder import EncoderConfig, Tower
 from rayjobs.pictures import Pictures, StoredFeatures, StreamedImages
 from rayjobs.records import Source
-
-if TYPE_CHECKING:
-    from rayjobs.features import Tower
 
 
 @config
@@ -47,7 +44,6 @@ class VisionConfig:
     def open(self) -> Sight:
         """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
         from cafo.encoders import load_encoder
-        from rayjobs.features import Tower
 
         if self.augment and self.mode == "stored":
             raise ValueError("vision.augment needs vision.mode=streamed: stored features are of images as they are")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
@@ -46,6 +45,8 @@ class ClipStandIn:
 
 def train_clip(settings: ClipStandIn, folder: Path) -> Iterator[float]:
     """Contrastive training, yielding the loss of every step; at its end the folder holds what open_clip reads."""
+    import open_clip  # seconds, which the models trained beside this one can spare
+
     dice, words = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -57,6 +56,8 @@ class _Net(nn.Module):
     """Tower, projection head and prototypes: (B, 3, S, S) → cosines (B, P)."""
 
     def __init__(self, prototypes: int) -> None:
+        import timm  # seconds, which the models trained beside this one can spare
+
         super().__init__()
         self.tower = timm.create_model(ARCHITECTURE, num_classes=0, **SHAPE)
         width = self.tower.eval()(torch.zeros(1, 3, SIDE, SIDE)).numel()

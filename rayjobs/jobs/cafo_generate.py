@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from cafo.encoders import ClipEncoder, load_encoder
 from cafo.files import read_json as read_json_file
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
@@ -154,6 +153,8 @@ def plan(settings: Config) -> None:
 @recorded
 def run(settings: Config) -> dict[str, Any]:
     """Writes the images and their list, and why others were rejected; returns and writes `result.json`."""
+    from cafo.encoders import ClipEncoder, load_encoder  # seconds
+
     classes, identity = check(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = load_encoder(settings.clip.spec(), device)

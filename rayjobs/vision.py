@@ -76,7 +76,7 @@ class Eyes:
 
     def features(self, payloads: list[bytes]) -> Tensor:
         """What `Pictures` read of n images → features (n, F)."""
-        numbers = torch.from_numpy(np.stack([np.frombuffer(payload, np.float32) for payload in payloads]))
+        numbers = torch.tensor(np.stack([np.frombuffer(payload, np.float32) for payload in payloads]))
         if self.tower is None:
             return numbers
         side = self.tower.preprocess.size

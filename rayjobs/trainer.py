@@ -89,6 +89,9 @@ class ScaleConfig(PoolConfig):
     grow_every_s: float = Field(default=60, ge=0)
     """Below workers.max, how often it is asked whether there is room for more; growing costs a start, and the steps
     since the last checkpoint."""
+    threads_per_worker: int | None = Field(default=None, ge=1)
+    """Threads of a worker without a GPU; null shares the machine's cores among its workers. A tiny model is fastest on
+    one, and a sum's last bits depend on how many there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(loop["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
     model.checkpoint_activations = job.train.checkpoint_activations
     engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
@@ -322,7 +325,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     mend(storage)
     trainer = Trainer(
         train_worker,
-        train_loop_config={"job": job, "storage": storage},
+        train_loop_config={"job": job, "storage": storage, "threads": scale.threads_per_worker},
         scaling_config=ray.train.ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu="GPU" in resources,

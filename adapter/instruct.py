@@ -75,6 +75,8 @@ class Example:
 
     ids: list[int]
     label_start: int
+    input: str = ""
+    """What is left of the record's input."""
 
 
 def encode_record(
@@ -91,15 +93,15 @@ def encode_record(
     pieces = tokenizer.encode(input, bos=False, eos=False) if input else []
     while pieces and len(prompt) + len(answer) > max_length:
         pieces = pieces[len(prompt) + len(answer) - max_length :]
-        shortened = {**record, "input": tokenizer.decode(pieces)}
-        prompt = tokenizer.encode(template.render(record["instruction"], shortened["input"]), bos=True, eos=False)
-        answer = _encode_answer(shortened, prompt, tokenizer, template)
+        input = tokenizer.decode(pieces)
+        prompt = tokenizer.encode(template.render(record["instruction"], input), bos=True, eos=False)
+        answer = _encode_answer({**record, "input": input}, prompt, tokenizer, template)
     room = max_length - len(prompt)
     if len(answer) > room:
         if room < 2 or not output:
             raise RecordError(f"the prompt alone has {len(prompt)} tokens, which leaves no label within {max_length}")
         answer = [*answer[: room - 1], tokenizer.eos_id]
-    return Example(ids=prompt + answer, label_start=len(prompt))
+    return Example(ids=prompt + answer, label_start=len(prompt), input=input)
 
 
 def _encode_answer(

@@ -62,13 +62,16 @@ class Problem:
         context = [name for name, there in (("TXT", self.hint), ("IMG", self.image)) if there] or ["NO"]
         return SUBJECTS[self.subject], *context, "G1-6" if self.grade <= 6 else "G7-12"
 
+    @property
+    def options(self) -> str:
+        return "Options: " + " ".join(f"({x}) {choice}" for x, choice in zip(LETTERS, self.choices, strict=False))
+
     def record(self, answer: int | None = None) -> dict[str, str]:
         """It as an instruction record; `answer` is the right one unless another is given."""
-        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
         context = f"Context: {self.hint}\n" if self.hint else ""
         return {
             "instruction": self.question,
-            "input": f"{context}Options: {options}",
+            "input": f"{context}{self.options}",
             "output": f"The answer is ({LETTERS[self.answer if answer is None else answer]}).",
             "image": self.image,
         }

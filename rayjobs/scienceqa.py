@@ -31,6 +31,7 @@ PREDICTIONS = pa.schema(
         ("correct", pa.bool_()),
         ("log_likelihoods", pa.list_(pa.float64())),  # of every option's answer, where they were scored
         ("error", pa.string()),  # why it could not be asked at all
+        ("shortened", pa.bool_()),  # whether its context lost its beginning, for the prompt to fit
         ("image_error", pa.string()),  # why its image could not be read; it was then answered without
     ]
 )
@@ -71,7 +72,8 @@ class AnswerProblems:
                 predicted = read_answer(text, record["choices"])
             elif mine:
                 scores = [-next(losses) for _ in mine]
-                predicted = scores.index(max(scores))
+                best = max(scores)
+                predicted = scores.index(best) if scores.count(best) == 1 else None
             yield {
                 "pid": record["pid"],
                 "text": text,
@@ -80,11 +82,16 @@ class AnswerProblems:
                 "correct": predicted == record["answer"],
                 "log_likelihoods": scores,
                 "error": record.get("error", ""),
+                "shortened": any(example.input != record["input"] for example in mine),
                 "image_error": record.get("image_error", ""),
             }
 
     def _example(self, record: Record, output: str, base: Base, length: int) -> Example:
-        return encode_record({**record, "output": output}, base.tokenizer, self.template, max_length=length)
+        example = encode_record({**record, "output": output}, base.tokenizer, self.template, max_length=length)
+        pieces = base.tokenizer.encode(record["options"], bos=False, eos=False)
+        if example.input != record["input"] and not example.input.endswith(base.tokenizer.decode(pieces)):
+            raise RecordError(f"question and options are more than fit into {length} tokens: options would be lost")
+        return example
 
 
 def asked(problem: Problem) -> Record:
@@ -93,6 +100,7 @@ def asked(problem: Problem) -> Record:
     return {
         **problem.record(),
         "pid": problem.pid,
+        "options": problem.options,
         "choices": problem.choices,
         "answer": problem.answer,
         "outputs": outputs,
@@ -117,6 +125,7 @@ def summarise(name: str, problems: list[Problem], predictions: pa.Table, folder:
         "accuracy": round(rows[0].accuracy[AVERAGE], 2),
         "no_answer": letters.count(None),
         "too_long": sum(map(bool, predictions["error"].to_pylist())),
+        "shortened": sum(predictions["shortened"].to_pylist()),
         "unreadable_images": sum(map(bool, predictions["image_error"].to_pylist())),
         "accuracy_by_class": [dict(zip(columns, line, strict=True)) for line in lines],
     }

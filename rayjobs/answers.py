@@ -5,8 +5,9 @@ of the workers, which hold the base and the tower; one that cannot be read is to
 answered without it.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from torch import Tensor
 
 from adapter.base import Base
 from rayjobs.base import BaseConfig, PoolConfig
+from rayjobs.places import local_copy
+from rayjobs.provenance import claim_source
 from rayjobs.runtime import Progress, connect, data_context, unwrapped
-from rayjobs.tables import read_json, read_parquet, write_json, write_parquet
+from rayjobs.tables import read_parquet, sha256_file, write_parquet
 from rayjobs.vision import Eyes, Sight
 
 Record = dict[str, Any]
 Answer = Callable[[list[Record], list[Tensor | None]], list[Record]]
+IDENTITY = "settings.json"
+"""Among the parts: what they were made from."""
 
 
 class Answerer:
@@ -80,6 +85,34 @@ def look(path: Path, sight: Sight) -> tuple[bytes | None, str]:
         return None, str(error)
 
 
+def answered_by(base: BaseConfig, adapter: str | None, sight: Sight | None) -> dict[str, str]:
+    """Who answers, by content and not by path."""
+    checkpoint, tokenizer = base.open()
+    return {
+        "base": f"{checkpoint.fingerprint[:16]} in {base.dtype}",
+        "tokenizer": _content(local_copy(tokenizer)),
+        "adapter": _content(local_copy(adapter)) if adapter else "none",
+        "tower": sight.tower.identity if sight else "none",
+    }
+
+
+def asked_with(records: Sequence[Record], images: str, seen: bool) -> dict[str, str]:
+    """What is asked, images included where they are seen."""
+    names = dict.fromkeys(record["image"] for record in records if record.get("image")) if seen else {}
+    pixels = digest([_content(Path(images) / name) for name in names])
+    return {"records": digest(records), "images": pixels if seen else "left out"}
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _content(path: Path) -> str:
+    """Of a file, or of an adapter's folder; of what is not there, nothing."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return digest([sha256_file(file) for file in files])
+
+
 def answer_all(
     records: Iterable[Record],
     make: Callable[[Base], Answer],
@@ -100,9 +133,7 @@ def answer_all(
     images: the folder that the records' images start from. Raises ValueError if `parts` was made with another identity,
     or there is no record.
     """
-    if (parts / "settings.json").exists() and read_json(parts / "settings.json") != dict(identity):
-        raise ValueError(f"{parts} holds answers made with other settings: remove it, or write somewhere else")
-    write_json(parts / "settings.json", dict(identity))
+    claim_source(parts / IDENTITY, identity, way_out="remove it, or write somewhere else")
     files: list[Path] = []
     todo, total, done, rest = [], 0, 0, iter(records)
     while chunk := list(islice(rest, batch)):

@@ -3,7 +3,6 @@ answers."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -13,7 +12,6 @@ from cafo.endpoint import Endpoint, Line
 from cafo.prompt import spoken
 from rayjobs.config import config
 from rayjobs.imagery import ImagesConfig
-from rayjobs.tables import read_json, write_json
 
 
 class Classes(NamedTuple):
@@ -107,19 +105,3 @@ def asking(endpoint: EndpointConfig | None) -> Iterator[None]:
             f"{endpoint.model} at {where}: {' '.join(str(error).split())}; what is done is kept, the same command goes "
             "on from there"
         ) from error
-
-
-def check_source(path: Path, identity: Mapping[str, Any]) -> None:
-    """Raises ValueError if the folder's answers came from other settings, naming those that differ."""
-    if not path.exists():
-        return
-    before = read_json(path)
-    if differing := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
-        told = "; ".join(f"{name} was {before.get(name)}, now {identity.get(name)}" for name in differing)
-        raise ValueError(f"{path.parent} holds answers from other settings ({told}): choose another run.name")
-
-
-def claim_source(path: Path, identity: Mapping[str, Any]) -> None:
-    """Notes where the folder's answers come from, before the first of them is written."""
-    check_source(path, identity)
-    write_json(path, dict(identity))

@@ -10,18 +10,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from adapter.checkpoint import read_adapter
 from adapter.vision import Images
 from adapter.vision import VisionConfig as Projected
 from rayjobs.base import PoolConfig
 from rayjobs.config import config
 from rayjobs.encoder import EncoderConfig, Tower
 from rayjobs.pictures import Pictures, StoredFeatures, StreamedImages
+from rayjobs.places import local_copy
 from rayjobs.records import Source
 
 
 @config
 class VisionConfig:
-    """How images are read; without this section they are left out."""
+    """How images are read; without this section, training leaves them out."""
 
     tower: EncoderConfig
     """The frozen tower; the adapter keeps its identity, and is refused with another."""
@@ -55,6 +57,33 @@ class VisionConfig:
             widths=widths, bottleneck=self.bottleneck, tower=tower.identity, preprocess=repr(held.preprocess)
         )
         return Sight(tower, projected)
+
+
+def open_sight(adapter: str | None, vision: VisionConfig | None, blind: bool) -> Sight | None:
+    """The tower of an adapter that reads images, proven to be its own; None where images are left out.
+
+    Raises ValueError for an adapter that cannot be read, for a tower that is not its own or that it has no use for, and
+    for an adapter that reads images and is given no tower, unless it is to be `blind`.
+    """
+    reads = None if adapter is None else read_adapter(local_copy(adapter)).vision
+    if blind:
+        return None
+    if vision is None:
+        if reads is None:
+            return None
+        raise ValueError(
+            f"{adapter} reads images, through the tower {reads.tower or 'that it was trained with'} "
+            f"({reads.preprocess}): name it in vision.tower, or set blind=true to leave images out"
+        )
+    if reads is None:
+        raise ValueError(
+            f"{adapter or 'a bare base'} cannot read images: leave out vision, or name an adapter trained with it"
+        )
+    sight = vision.open()
+    theirs, ours = (reads.tower, reads.widths), (sight.projection.tower, sight.projection.widths)
+    if theirs[1] != ours[1] or theirs[0] not in ("", ours[0]):
+        raise ValueError(f"{adapter} was trained with the image tower {theirs}, not with {ours}, which vision names")
+    return sight
 
 
 class Sight(NamedTuple):

@@ -43,12 +43,16 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaMA in Hugging Face's format with a SentencePiece tokenizer of its own."""
+    sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(200)]
+    sentences += ["Below is an instruction that describes a task, paired with an input. ### Response: Write"]
+    return make_base(tmp_path_factory.mktemp("tiny_base"), sentences)
+
+
+def make_base(folder: Path, sentences: list[str]) -> Path:
+    """`tiny_base` with the pieces of other sentences."""
     from adapter.llama import Llama, LlamaConfig, RMSNorm
     from adapter.weights import save_llama
 
-    folder = tmp_path_factory.mktemp("tiny_base")
-    sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(200)]
-    sentences += ["Below is an instruction that describes a task, paired with an input. ### Response: Write"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=97, model_type="bpe", minloglevel=2

@@ -4,7 +4,6 @@ task loss: cross-entropy and perplexity of the records' outputs. task scienceqa:
 predictions that are there already are kept, so the same command goes on where it stopped.
 """
 
-import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +15,24 @@ import torch
 from pydantic import Field
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from adapter.checkpoint import read_adapter
 from adapter.scienceqa import read_problems
-from rayjobs.answers import answer_all
+from rayjobs.answers import IDENTITY, answer_all, answered_by, asked_with
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
 from rayjobs.examples import write_examples
 from rayjobs.order import Order, window_micro_batches
 from rayjobs.pictures import StoredFeatures
-from rayjobs.places import AnyPath, local_copy, place
+from rayjobs.places import AnyPath, place
+from rayjobs.provenance import check_source
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import AnyRunConfig, Progress, connect, data_context, open_run, unwrapped
 from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
 from rayjobs.stream import collate
-from rayjobs.tables import sha256_file, write_json, write_parquet
+from rayjobs.tables import write_json, write_parquet
 from rayjobs.tokens import IMAGE_LISTS, prepare_tokens
-from rayjobs.vision import Eyes, Sight, VisionConfig, prepare_pictures
+from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight, prepare_pictures
 
 LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.int64())])
 
@@ -44,7 +43,9 @@ class Config:
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null measures the bare base."""
     vision: VisionConfig | None = None
-    """The tower that the adapter was trained with; null leaves images out."""
+    """The tower that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
+    blind: bool = False
+    """Leave images out, though the adapter reads them: what is it worth without?"""
     task: Literal["loss", "scienceqa"] = "loss"
     """What is measured; scienceqa reads ScienceQA's folder, its test split unless data.path names another."""
     reading: Reading = "generate"
@@ -84,8 +85,6 @@ class Scorer:
 def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
     """Everything that can be told before a worker starts: the tokenizer's path, records, tower. Raises ValueError."""
     _, tokenizer = settings.base.open()
-    if settings.adapter is not None:
-        read_adapter(local_copy(settings.adapter))
     sources = settings.data.sources()
     if settings.task == "scienceqa":
         if len(sources) != 1:
@@ -93,9 +92,7 @@ def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
         sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
     for source in sources:
         next(iter(source.read()), None)
-    if settings.adapter is None and settings.vision is not None:
-        raise ValueError("a bare base cannot read images: leave out vision, or name the adapter trained with it")
-    return tokenizer, sources, settings.vision.open() if settings.vision else None
+    return tokenizer, sources, open_sight(settings.adapter, settings.vision, settings.blind)
 
 
 def plan(settings: Config) -> None:
@@ -115,9 +112,9 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, with every record's loss or prediction beside it as Parquet."""
     tokenizer, sources, sight = check(settings)
-    folder = open_run(settings.run, settings)
     if settings.task == "scienceqa":
-        return _scienceqa(settings, sources[0], sight, folder)
+        return _scienceqa(settings, sources[0], sight)
+    folder = open_run(settings.run, settings)
     connect()
     resources = settings.scale.resources()
     preprocess = sight and sight.tower.preprocess
@@ -178,24 +175,32 @@ def run(settings: Config) -> dict[str, Any]:
         "records": losses.num_rows,
         "labelled_tokens": labels,
         "rejected_records": store.rejected,
+        "images_left_out": store.images_left_out,
     }
     return _done(settings, folder, result)
 
 
-def _scienceqa(settings: Config, source: Source, sight: Sight | None, folder: Path) -> dict[str, Any]:
+def questions(settings: Config, source: Source, *, seen: bool) -> dict[str, str]:
+    """What is asked of scienceqa, and how, by content; images too where they are seen."""
+    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
+    problems = [asked(problem) for problem in read_problems(source.path, source.split)]
+    return {**asked_with(problems, source.images, seen), "how": repr(how)}
+
+
+def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[str, Any]:
     problems = read_problems(source.path, source.split)
+    identity = {
+        **answered_by(settings.base, settings.adapter, sight),
+        **questions(settings, source, seen=sight is not None),
+    }
+    check_source(settings.run.folder / "parts" / IDENTITY, identity)  # before anything is written over a finished run
+    folder = open_run(settings.run, settings)
     predictions = answer_all(
         map(asked, problems),
         AnswerProblems(source.template, settings.reading, settings.data.max_length),
         PREDICTIONS,
         folder / "parts",
-        {
-            "base": str(settings.base),
-            "adapter": sha256_file(local_copy(settings.adapter)) if settings.adapter else "",
-            "tower": sight.tower.identity if sight else "",
-            "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
-            "how": repr((source.template, settings.reading, settings.data.max_length, settings.batch_size)),
-        },
+        identity,
         batch=settings.batch_size,
         base=settings.base,
         adapter=settings.adapter,
@@ -206,6 +211,7 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None, folder: Pa
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
     write_examples(folder, *examples(problems, predictions.to_pylist(), Path(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
+    result["images_left_out"] = result["with_image"] if sight is None else 0
     across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow
     names, *lines = [[name, *cells] for name, cells in zip(result["accuracy_by_class"][0], across, strict=True)]
     show_table(source.path, names, lines)

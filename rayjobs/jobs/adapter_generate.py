@@ -13,16 +13,15 @@ from pydantic import Field
 from torch import Tensor
 
 from adapter.base import Base
-from adapter.checkpoint import read_adapter
 from adapter.instruct import read_records
-from rayjobs.answers import Record, answer_all, device, look
+from rayjobs.answers import Record, answer_all, answered_by, asked_with, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
 from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
 from rayjobs.tables import write_jsonl, write_parquet
-from rayjobs.vision import Eyes, Sight, VisionConfig
+from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 
@@ -47,7 +46,9 @@ class Config:
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
     vision: VisionConfig | None = None
-    """The tower that the adapter was trained with; null leaves images out."""
+    """The tower that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
+    blind: bool = False
+    """Leave images out, though the adapter reads them."""
     instruction: str | None = None
     """One instruction to answer."""
     input: str = ""
@@ -105,15 +106,14 @@ def check(settings: Config) -> Sight | None:
         raise ValueError("give either instruction or file, not both")
     settings.base.open()
     prompt_template(settings.template)
-    if settings.adapter is not None:
-        read_adapter(local_copy(settings.adapter))
-    if settings.image is not None and (settings.vision is None or settings.instruction is None):
+    sight = open_sight(settings.adapter, settings.vision, settings.blind)
+    if settings.image is not None and (sight is None or settings.instruction is None):
         raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
         if Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
         next(read_records(local_copy(settings.file), answered=False), None)
-    return settings.vision.open() if settings.vision else None
+    return sight
 
 
 def plan(settings: Config) -> None:
@@ -160,18 +160,24 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
 def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
     file, out = place(str(settings.file)), place(settings.out)
     parts = out.with_name(out.name + ".parts")
-    names = ("base", "adapter", "vision", "file", "template", "decoding", "batch_size")
+    images, template = str(place(settings.images or file.parent)), prompt_template(settings.template)
+    records = list(read_records(local_copy(file), answered=False))
+    identity = {
+        **answered_by(settings.base, settings.adapter, sight),
+        **asked_with(records, images, seen=sight is not None),
+        "how": repr((template, settings.decoding, settings.batch_size)),
+    }
     table = answer_all(
-        read_records(local_copy(file), answered=False),
+        records,
         Ask(settings),
         ANSWERS,
         parts,
-        {name: str(getattr(settings, name)) for name in names},
+        identity,
         batch=settings.batch_size,
         base=settings.base,
         adapter=settings.adapter,
         sight=sight,
-        images=str(place(settings.images or file.parent)),
+        images=images,
         scale=settings.scale,
     )
     if sight is None:
@@ -181,6 +187,9 @@ def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
     else:
         write_jsonl(out, table.to_pylist())
     remove_folder(parts)
-    unread = sum(map(bool, table["image_error"].to_pylist())) if sight else 0
-    print(f"{table.num_rows} answers in {out}" + (f", {unread} without their image: see image_error" if unread else ""))
+    if sight is None:
+        unread, why = sum(bool(record["image"]) for record in records), "which was left out"
+    else:
+        unread, why = sum(map(bool, table["image_error"].to_pylist())), "see image_error"
+    print(f"{table.num_rows} answers in {out}" + (f", {unread} without their image: {why}" if unread else ""))
     return {"answers": table.num_rows, "out": str(out)}

@@ -73,13 +73,19 @@ FREE_TO_CHANGE = ("run", "scale", "zero")
 def check(settings: Config) -> tuple[Checkpoint, Path, Sight | None]:
     """Everything that can be told before a worker starts. Raises ValueError."""
     checkpoint, tokenizer = settings.base.open()
+    check_fit(settings, checkpoint)
+    for source in [*settings.data.sources(), *settings.data.val_sources()]:
+        next(iter(source.read()), None)
+    return checkpoint, tokenizer, settings.vision.open() if settings.vision else None
+
+
+def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
+    """That the adapter fits the base, and the run its folder. Raises ValueError."""
     if settings.adapter.n_layers > checkpoint.config.n_layers:
         raise ValueError(
             f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has "
             f"{checkpoint.config.n_layers} layers"
         )
-    for source in [*settings.data.sources(), *settings.data.val_sources()]:
-        next(iter(source.read()), None)
     saved = settings.run.folder / "config.yaml"
     if saved.exists():
         before, now = yaml.safe_load(saved.read_text()), to_dict(settings)
@@ -89,7 +95,6 @@ def check(settings: Config) -> tuple[Checkpoint, Path, Sight | None]:
                 f"{saved.parent} holds a run with other settings in {', '.join(changed)}: "
                 "give this one another run.name, or remove that folder"
             )
-    return checkpoint, tokenizer, settings.vision.open() if settings.vision else None
 
 
 def plan(settings: Config) -> None:
@@ -98,6 +103,7 @@ def plan(settings: Config) -> None:
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
     counted = [(source, list(source.read())) for source in sources]
     records = sum(round(source.weight * len(rows)) for source, rows in counted)
+    pictured = sum(bool(record["image"]) for _, rows in counted for record in rows)
     images = sum(len(source.image_paths()) for source in sources) if sight else 0
     steps = -(-records // train.global_batch)
     model = skeleton(shape)
@@ -113,7 +119,7 @@ def plan(settings: Config) -> None:
             ],
             ["trainable parameters", f"{trainable:,}"],
             ["records in an epoch", f"{records:,}, less what is held out for validation"],
-            ["images", f"{images:,}, {settings.vision.mode}" if settings.vision else "left out"],
+            ["images", f"{images:,}, {settings.vision.mode}" if settings.vision else _left_out(pictured) or "none"],
             ["steps", f"{train.total_steps(steps):,} of {train.global_batch} records"],
             ["peak learning rate", f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}"],
             ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
@@ -151,6 +157,8 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
         val_fraction=0.0 if data.val_path else data.val_fraction,
         preprocess=sight and sight.tower.preprocess,
     )
+    if store.images_left_out:
+        print(f"images: {_left_out(store.images_left_out)}", flush=True)
     if not store.rows("train"):
         raise ValueError("no record is left to train on: lower data.val_fraction, or give more records")
     pictures = None
@@ -165,6 +173,10 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
             settings.train.seed,
         )
     return store, pictures
+
+
+def _left_out(images: int) -> str:
+    return f"those of {images:,} records are left out, since there is no vision section" if images else ""
 
 
 def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:

@@ -17,10 +17,11 @@ from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
 from rayjobs.imagery import EncoderConfig, ImagesConfig
 from rayjobs.places import LocalPath
+from rayjobs.provenance import check_source, claim_source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
-from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
+from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, open_classes
 from rayjobs.tables import read_jsonl, sha256_file, write_json, write_jsonl
 
 

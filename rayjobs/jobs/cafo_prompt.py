@@ -30,10 +30,11 @@ from rayjobs.base import BaseConfig
 from rayjobs.config import config
 from rayjobs.imagery import ImagesConfig
 from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy
+from rayjobs.provenance import check_source, claim_source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
-from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, check_source, claim_source, open_classes
+from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, open_classes
 from rayjobs.tables import sha256_file, write_json
 
 PROMPTS = "prompts.json"

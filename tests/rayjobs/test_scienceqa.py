@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,11 +11,12 @@ import torch
 
 from adapter import Base
 from adapter.adaption import AdaptionConfig
-from adapter.scienceqa import TEMPLATE, read_problems
+from adapter.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.answers import Answerer, look
 from rayjobs.config import load, to_dict
-from rayjobs.jobs import adapter_eval
-from rayjobs.scienceqa import AnswerProblems, asked
+from rayjobs.jobs import adapter_eval, adapter_generate
+from rayjobs.scienceqa import AnswerProblems, Reading, asked
+from rayjobs.tables import write_json
 from tests.rayjobs.cafo_world import towers
 
 
@@ -72,8 +74,58 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
     assert [path.stat().st_mtime_ns == stamp for path, stamp in zip(parts, stamps, strict=True)] == [
         i != 2 for i in range(len(parts))
     ]
-    with pytest.raises(ValueError, match="other settings"):
+    before = {path.name: path.read_bytes() for path in built.run.folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"eval/parts holds answers from other settings \(how was"):
         adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "reading": "likelihood"}))
+    with pytest.raises(ValueError, match=r"\(tower was CLIP.*, now none; images was .*, now left out\)"):
+        adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "vision": None, "blind": True}))
+    (copied / pictured[2].image).write_bytes((copied / pictured[3].image).read_bytes())
+    with pytest.raises(ValueError, match=r"\(images was [0-9a-f]{16}, now [0-9a-f]{16}\)"):
+        adapter_eval.run(built)
+    assert before == {path.name: path.read_bytes() for path in built.run.folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.ray
+def test_blind_answers_say_how_many_images_were_left_out(
+    settings: adapter_eval.Config, shared: Path, tmp_path: Path, cluster: None
+) -> None:
+    few, problems = tmp_path / "few", read_problems(shared / "scienceqa", "test")[:9]
+    few.mkdir()
+    shutil.copy(shared / "scienceqa" / "problems.json", few)
+    write_json(few / "pid_splits.json", {"test": [problem.pid for problem in problems]})
+    built = load(adapter_eval.Config, {**to_dict(settings), "data": {"path": [str(few)]}, "blind": True})
+    result = adapter_eval.run(built)
+    assert result["images_left_out"] == sum(bool(problem.image) for problem in problems) > 0
+    assert result["unreadable_images"] == 0, "they are not even looked for"
+
+
+def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind(
+    settings: adapter_eval.Config, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in to_dict(settings).items() if name in ("base", "adapter", "vision")}
+    asked_once = {**given, "instruction": "What is it?"}
+    dino = {**given["vision"], "tower": towers(tmp_path / "others")["dino"]}
+    text_only = str(tmp_path / "text.safetensors")
+    base = Base.load(settings.base.path)
+    base.attach(AdaptionConfig(n_layers=2, prompt_length=3))
+    base.save_adapter(text_only)
+    for changes, message in [
+        ({"vision": None}, r"adapter\.safetensors reads images, through the tower CLIP-.*, or set blind=true"),
+        ({"vision": dino}, r"was trained with the image tower .*CLIP-.*, not with .*ResNet"),
+        (
+            {"vision": {**given["vision"], "tower": {**given["vision"]["tower"], "precision": "bf16"}}},
+            "was trained with",
+        ),
+        ({"adapter": None}, "a bare base cannot read images"),
+        ({"adapter": text_only}, r"text\.safetensors cannot read images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adapter_eval.plan(load(adapter_eval.Config, {**to_dict(settings), **changes}))
+        with pytest.raises(ValueError, match=message):
+            adapter_generate.plan(load(adapter_generate.Config, {**asked_once, **changes}))
+    adapter_eval.plan(load(adapter_eval.Config, {**to_dict(settings), "vision": None, "blind": True}))
+    adapter_generate.plan(load(adapter_generate.Config, {**asked_once, "vision": None, "blind": True}))
+    adapter_generate.plan(load(adapter_generate.Config, {**asked_once, "vision": None, "adapter": text_only}))
 
 
 def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, shared: Path) -> None:
@@ -102,11 +154,31 @@ def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter
         assert row["log_likelihoods"][1] == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_problem_longer_than_the_window_is_told_and_counts_as_unanswered(shared: Path) -> None:
+@pytest.mark.parametrize("reading", ["generate", "likelihood"])
+def test_context_gives_way_and_options_never(shared: Path, reading: Reading) -> None:
+    """A problem that is too long for question and options to fit is told, and counts as unanswered: never as an A."""
     base = Base.load(shared / "llama" / "stories260K")
-    problem = read_problems(shared / "scienceqa", "test")[0]
-    long = {**asked(problem), "instruction": "why " * 600}
-    for reading in ("generate", "likelihood"):
-        rows = list(AnswerProblems(TEMPLATE, reading, 512).answered(base, [long, asked(problem)], [None, None]))
-        assert "leaves no label" in rows[0]["error"]
-        assert (rows[0]["predicted"], rows[0]["correct"], rows[1]["error"]) == (None, False, "")
+    problem = next(problem for problem in read_problems(shared / "scienceqa", "test") if not problem.hint)
+    asked_as_is = asked(problem)
+    no_room = {**asked_as_is, "instruction": "why " * 600}
+    shortened = asked(replace(problem, hint="why " * 600))
+    options_lost = asked(replace(problem, choices=("red " * 150, "blue " * 150)))
+    given = [no_room, shortened, options_lost, asked_as_is]
+    rows = list(AnswerProblems(TEMPLATE, reading, 512).answered(base, given, [None] * 4))
+    assert [row["shortened"] for row in rows] == [False, True, False, False]
+    assert "leaves no label" in rows[0]["error"]
+    assert "options would be lost" in rows[2]["error"]
+    assert [row["error"] for row in rows[1::2]] == ["", ""]
+    assert all((row["predicted"], row["correct"]) == (None, False) for row in rows[::2])
+    if reading == "likelihood":
+        assert rows[1]["log_likelihoods"] != rows[3]["log_likelihoods"]
+
+
+def test_equally_likely_options_are_no_answer(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.load(tiny_base)
+    monkeypatch.setattr(base, "losses", lambda examples, images: [2.0, 1.0, 1.0, 1.0, 2.0, 3.0])
+    problem = Problem(
+        pid="1", question="the", choices=("a", "b", "c"), answer=0, hint="", image="", subject="social science", grade=1
+    )
+    found = AnswerProblems(TEMPLATE, "likelihood", 512).answered(base, [asked(problem)] * 2, [None] * 2)
+    assert [row["predicted"] for row in found] == [None, "A"]

@@ -1,0 +1,23 @@
+"""Where a folder's answers come from: noted before the first of them is written, compared before there are more."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayjobs.tables import read_json, write_json
+
+
+def check_source(path: Path, identity: Mapping[str, Any], *, way_out: str = "choose another run.name") -> None:
+    """Raises ValueError if the folder's answers came from other settings, naming those that differ."""
+    if not path.exists():
+        return
+    before = read_json(path)
+    if differing := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
+        told = "; ".join(f"{name} was {before.get(name)}, now {identity.get(name)}" for name in differing)
+        raise ValueError(f"{path.parent} holds answers from other settings ({told}): {way_out}")
+
+
+def claim_source(path: Path, identity: Mapping[str, Any], **told: str) -> None:
+    """Notes where the folder's answers come from, before the first of them is written."""
+    check_source(path, identity, **told)
+    write_json(path, dict(identity))

@@ -39,7 +39,7 @@ class TokenStore:
     folder: str
     parts: dict[str, list[tuple[str, int]]]
     rejected: int
-    images_left_out: int
+    images_left_out: int = 0
     """Records that have an image which nothing reads."""
 
     def rows(self, split: Split) -> int:

@@ -5,6 +5,7 @@ problems where `sweep.scienceqa` names some. The same command goes on where it s
 again, and one that was cut off resumes.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 from ray import tune
 
+from adapter.weights import Checkpoint
 from rayjobs.base import Workers
 from rayjobs.config import config, load, to_dict
 from rayjobs.jobs import adapter_eval, adapter_train
@@ -38,7 +40,8 @@ class SweepConfig:
     """What varies."""
 
     axes: dict[str, list[Any]] = Field(min_length=1)
-    """Setting → its values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init, rand-init]}."""
+    """Setting → its values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init, rand-init]}. Trials
+    that come to the same are trained once."""
     method: Literal["grid", "each"] = "grid"
     """grid: all combinations; each: one axis at a time, the others as the config has them."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -47,7 +50,8 @@ class SweepConfig:
     """Trials that run side by side, each with scale.workers workers; with a fraction as scale.gpus_per_worker they
     share a GPU."""
     scienceqa: SourceConfig | None = None
-    """ScienceQA's folder; its val split, unless another is named, is answered by every trial's adapter."""
+    """ScienceQA's folder; its val split, unless another is named, is answered by every trial's adapter. Not test, which
+    is not for choosing."""
 
 
 @config
@@ -71,27 +75,74 @@ def told(point: dict[str, Any]) -> str:
 
 
 def training(settings: Config, trial: Trial) -> adapter_train.Config:
-    """A trial's settings. Raises ConfigError for an axis that is no setting."""
+    """A trial's settings; those that come to the same have one folder. Raises ConfigError for an axis that is none."""
     point, seed = trial
     values = {name: value for name, value in to_dict(settings).items() if name != "sweep"}
-    digest = hashlib.sha256(json.dumps([point, seed], sort_keys=True).encode()).hexdigest()[:10]
-    values["run"] |= {
-        "name": f"seed{seed}-{digest}",
-        "storage": str(settings.run.folder / "trials"),
-        "cache": str(settings.run.cache_folder),
-    }
     overrides = [f"{name}={json.dumps(value)}" for name, value in [*point.items(), ("train.seed", seed)]]
-    return load(adapter_train.Config, values, overrides)
+    ours = load(adapter_train.Config, values, overrides)
+    theirs = to_dict(ours)
+    changed = {name: _at(theirs, name) for name in point if _at(theirs, name) != _at(values, name)}
+    digest = hashlib.sha256(json.dumps([changed, seed], sort_keys=True).encode()).hexdigest()[:10]
+    folder, cache = str(settings.run.folder / "trials"), str(settings.run.cache_folder)
+    return replace(ours, run=replace(ours.run, name=f"seed{seed}-{digest}", storage=folder, cache=cache))
+
+
+def _at(values: Any, name: str) -> Any:
+    """What a dotted name stands for in nested values, of which some may be null."""
+    return functools.reduce(lambda section, key: (section or {}).get(key), name.split("."), values)
+
+
+def evaluation(settings: Config, ours: adapter_train.Config, adapter: str | None = None) -> adapter_eval.Config:
+    """How a trial's adapter is measured; without it, what can be told beforehand."""
+    source = {"split": "val", **{k: v for k, v in to_dict(settings.sweep.scienceqa).items() if v is not None}}
+    values = to_dict(ours)
+    asked = {
+        "base": values["base"],
+        "vision": values["vision"] if adapter else None,
+        "adapter": adapter,
+        "task": "scienceqa",
+        "data": {"path": [source], "template": ours.data.template, "max_length": ours.data.max_length},
+        "scale": {name: values["scale"][name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
+        "run": {**values["run"], "name": "eval", "storage": str(ours.run.folder)},
+    }
+    return load(adapter_eval.Config, asked)
+
+
+def evaluated_on(settings: Config, ours: adapter_train.Config) -> str | None:
+    """What the accuracy of a trial depends on besides its adapter, by content; None where it is not measured."""
+    if settings.sweep.scienceqa is None:
+        return None
+    (source,) = adapter_eval.check(measure := evaluation(settings, ours))[1]
+    told = adapter_eval.questions(measure, source, seen=ours.vision is not None)
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def check(settings: Config) -> list[Trial]:
     """All trials, every one's settings proven. Raises ValueError."""
     if settings.scale.workers.min < settings.scale.workers.max:  # Tune could not tell how many trials there is room for
         raise ValueError(f"scale.workers must be one number in a sweep, got {settings.scale.workers}")
+    if fixed := [name for name in settings.sweep.axes if name == "train.seed" or name.split(".")[0] == "run"]:
+        raise ValueError(
+            f"sweep.axes cannot hold {', '.join(fixed)}: seeds are given as sweep.seeds, and every trial has a folder "
+            "of its own"
+        )
     trials = list(itertools.product(points(settings.sweep), settings.sweep.seeds))
+    proven: dict[str, Checkpoint] = {}
     for trial in trials:
-        training(settings, trial)
-    adapter_train.check(training(settings, trials[0]))
+        ours = training(settings, trial)
+        reads = json.dumps([to_dict(ours)[name] for name in ("base", "data", "vision")])
+        if reads in proven:  # a tower takes seconds to load
+            adapter_train.check_fit(ours, proven[reads])
+            continue
+        proven[reads] = adapter_train.check(ours)[0]
+        chosen_on = ours.data.val_sources()
+        if settings.sweep.scienceqa is not None:
+            chosen_on += adapter_eval.check(evaluation(settings, ours))[1]
+        if any(source.split == "test" for source in chosen_on):
+            raise ValueError(
+                "a sweep chooses, and test is not for choosing: name val in data.val_path and sweep.scienceqa, and "
+                "measure what is chosen with adapter-eval"
+            )
     return trials
 
 
@@ -99,7 +150,9 @@ def plan(settings: Config) -> None:
     """Shows what `run` would do."""
     trials = check(settings)
     rows = [[told(point), ", ".join(map(str, settings.sweep.seeds))] for point in points(settings.sweep)]
-    show_table(f"{len(trials)} trials, {settings.sweep.at_once} at once", ["setting", "seeds"], rows)
+    different = len({_folder(settings, trial) for trial in trials})
+    title = f"{len(trials)} trials, {different} of them different, {settings.sweep.at_once} at once"
+    show_table(title, ["setting", "seeds"], rows)
 
 
 @recorded
@@ -107,18 +160,21 @@ def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, beside `results.parquet` with a row per trial, `curves.html` and plots."""
     trials = check(settings)
     folder = open_run(settings.run, settings)
-    left = [trial for trial in trials if not (_folder(settings, trial) / "trial.json").exists()]
+    folders: dict[Path, Trial] = {}
+    for trial in trials:
+        folders.setdefault(_folder(settings, trial), trial)
+    left = [trial for trial in folders.values() if not _over(settings, trial)]
     if left:
         connect()
         together = settings.scale.workers.max * settings.sweep.at_once
         worker = replace(settings.scale, workers=Workers(min=together, max=together)).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
-        _run_trials(settings, left, len(trials), worker)
-    rows = [read_json(_folder(settings, trial) / "trial.json") for trial in trials]
+        _run_trials(settings, left, len(folders), worker)
+    rows = [{**read_json(_folder(settings, trial) / "trial.json"), "setting": told(trial[0])} for trial in trials]
     write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
     result = _summary(settings, rows)
     write_json(folder / "result.json", result)
-    compare([_folder(settings, trial) for trial in trials], folder / "curves.html")
+    compare(list(folders), folder / "curves.html")
     _plot(settings, trials, folder)
     show_table(
         settings.run.name, list(result["settings"][0]), [[str(v) for v in row.values()] for row in result["settings"]]
@@ -128,6 +184,12 @@ def run(settings: Config) -> dict[str, Any]:
 
 def _folder(settings: Config, trial: Trial) -> Path:
     return training(settings, trial).run.folder
+
+
+def _over(settings: Config, trial: Trial) -> bool:
+    """Whether a trial was trained, and measured as is asked now."""
+    path = _folder(settings, trial) / "trial.json"
+    return path.exists() and read_json(path).get("evaluated_on") == evaluated_on(settings, training(settings, trial))
 
 
 def _run_trials(settings: Config, left: list[Trial], total: int, worker: Mapping[str, float]) -> None:
@@ -175,18 +237,12 @@ def run_trial(settings: Config, trial: Trial, worker: Mapping[str, float]) -> di
         "peak_loss": max(losses),
         "final_loss": statistics.mean(losses[-10:]),
         "val_loss": trained["val_loss"],
+        "evaluated_on": evaluated_on(settings, ours),
     }
     if settings.sweep.scienceqa is not None:
-        source = {"split": "val", **{k: v for k, v in to_dict(settings.sweep.scienceqa).items() if v is not None}}
-        asked = {
-            **{name: to_dict(ours)[name] for name in ("base", "vision")},
-            "adapter": trained["adapter"],
-            "task": "scienceqa",
-            "data": {"path": [source], "template": ours.data.template, "max_length": ours.data.max_length},
-            "scale": {name: scale[name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
-            "run": {**to_dict(ours.run), "name": "eval", "storage": str(ours.run.folder)},
-        }
-        row["accuracy"] = adapter_eval.run(load(adapter_eval.Config, asked))["accuracy"]
+        measure = evaluation(settings, ours, trained["adapter"])
+        measure = replace(measure, run=replace(measure.run, name=f"eval-{row['evaluated_on']}"))
+        row["accuracy"] = adapter_eval.run(measure)["accuracy"]
     write_json(ours.run.folder / "trial.json", row)
     return row
 

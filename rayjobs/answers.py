@@ -148,8 +148,8 @@ def answer_all(
     if todo:
         connect()
         resources = scale.resources()
-        with data_context(preserve_order=False), unwrapped(), Progress("answer", unit="answers", total=total) as bar:
-            bar.update(done)
+        progress = Progress("answer", unit="answers", total=total, done=done)
+        with data_context(preserve_order=False), unwrapped(), progress as bar:
             chunks = ray.data.from_items(todo, override_num_blocks=len(todo))
             if sight is not None:
                 chunks = chunks.map_batches(

@@ -210,16 +210,18 @@ class Progress:
 
     PLAIN_EVERY_S = 10.0
 
-    def __init__(self, title: str, *, unit: str, total: int | None = None) -> None:
+    def __init__(self, title: str, *, unit: str, total: int | None = None, done: int = 0) -> None:
+        """done: what was there before."""
         self.title, self.unit, self.total = title, unit, total
-        self.done, self.note = 0, ""
+        self.done, self.note = done, ""
+        self.first: tuple[float, int] | None = None
 
     def __enter__(self) -> "Progress":
         self.started = self.printed = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
             from rich.table import Table
 
@@ -240,12 +242,12 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn(self.unit),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[pace]}"),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
             self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, note="")
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, pace="", note="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -260,20 +262,28 @@ class Progress:
     def update(self, done: int, note: str = "", table: Sequence[Sequence[str]] = ()) -> None:
         """Sets how much is done, with a note such as the loss, and a table, its columns first, that only a terminal
         shows."""
+        if self.first is None and done > self.done:
+            self.first = time.monotonic(), done
         self.done, self.note = done, note or self.note
         if self.bar is not None:
             self.bar.table = table
-            self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note)
+            note = "" if len(table) > 1 else self.note
+            self.bar.update(self.task, completed=done, pace=self._pace(), note=note)
         elif time.monotonic() - self.printed > self.PLAIN_EVERY_S:
             self._print()
 
+    def _pace(self) -> str:
+        """How fast it goes, and until when: since the first update, so that neither the start nor what was there before
+        counts, and not before a second has passed since."""
+        seconds, made = (time.monotonic() - self.first[0], self.done - self.first[1]) if self.first else (0.0, 0)
+        if seconds < 1 or not made:
+            return ""
+        rest = (self.total or 0) - self.done
+        left = f", {rest * seconds / made:.0f} s left" if rest > 0 else ""
+        return f"{made / seconds:.3g} {self.unit}/s{left}"
+
     def _print(self) -> None:
         self.printed = time.monotonic()
-        seconds = self.printed - self.started
         of = f"/{self.total}" if self.total else ""
-        left = f", {seconds / self.done * (self.total - self.done):.0f} s left" if self.total and self.done else ""
-        print(
-            f"{self.title}: {self.done}{of} {self.unit} in {seconds:.0f} s{left}  {self.note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        done = f"{self.title}: {self.done}{of} {self.unit} in {self.printed - self.started:.0f} s"
+        print("  ".join(part for part in (done, self._pace(), self.note) if part), file=sys.stderr, flush=True)

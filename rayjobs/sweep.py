@@ -51,7 +51,8 @@ def run_sweep(
         total = how.samples * len({(t.shots, repr(t.setting.group(how.compare))) for t in trials}) * len(space.seeds)
     else:
         total = len(trials)
-    with Progress("tune", unit="trials", total=total) as bar, unwrapped():
+    earlier = sum(result_of(trial, folder) is not None for trial in trials)
+    with Progress("tune", unit="trials", total=total, done=earlier) as bar, unwrapped():
         tuning = _Tuning(shared, how, folder, at_once, resources, bar)
         if how.method == "optuna":
             return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]

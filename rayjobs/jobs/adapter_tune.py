@@ -203,8 +203,7 @@ def _run_trials(settings: Config, left: list[Trial], total: int, worker: Mapping
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             bar.advance()
 
-    with Progress("tune", unit="trials", total=total) as bar, unwrapped():
-        bar.update(total - len(left))
+    with Progress("tune", unit="trials", total=total, done=total - len(left)) as bar, unwrapped():
         results = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 0.01}),  # the trial's workers reserve their own
             param_space={"trial": tune.grid_search(list(range(len(left))))},

@@ -164,8 +164,8 @@ def run(settings: Config) -> dict[str, Any]:
     claim_source(folder / "source.json", identity)
     classifier = zero_shot_classifier(encoder, settings.sentences(classes), classes.names)
     before, log = len(_drawn(settings.list_path)), folder / "rejected.jsonl"
-    with asking(settings.endpoint), Progress("generate", unit="classes", total=len(classes.names)) as bar:
-        bar.update(before)
+    progress = Progress("generate", unit="classes", total=len(classes.names), done=before)
+    with asking(settings.endpoint), progress as bar:
 
         def report(class_name: str, kept: int, rejected: list[str]) -> None:
             known = read_jsonl(log) if log.exists() else []  # a class that was drawn before in vain is told of once

@@ -220,8 +220,8 @@ def run(settings: Config) -> dict[str, Any]:
 def _asked(settings: Config, classes: Classes, path: Path) -> dict[str, list[str]]:
     names = list(dict.fromkeys(classes.names))
     model = _model(settings)
-    with asking(settings.endpoint), Progress("prompt", unit="classes", total=len(names)) as bar:
-        bar.update(len(names) - len(classes.missing(_known(path))))
+    described = len(names) - len(classes.missing(_known(path)))
+    with asking(settings.endpoint), Progress("prompt", unit="classes", total=len(names), done=described) as bar:
         return describe_classes(
             model,
             names,

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from rayjobs import runtime
 from rayjobs.runtime import Progress
 
 TABLE = [["K", "best on val"], ["1", "90.1%"], ["16", "93.4%"]]
@@ -31,3 +32,42 @@ def test_elsewhere_it_is_lines_with_the_note(capsys: pytest.CaptureFixture[str])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tune: 3/4 trials in 0 s")
     assert line.endswith("best on val: K=16 93.4%")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_pace_counts_neither_the_start_nor_what_was_there_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(runtime, "time", clock)
+    with Progress("answer", unit="answers", total=1000, done=600) as bar:
+        for seconds, done in ((20, 700), (10.5, 721), (10.5, 742), (9, 1000)):
+            clock.now += seconds
+            bar.update(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "answer: 700/1000 answers in 20 s",  # no pace can be told of a single update
+        "answer: 721/1000 answers in 30 s  2 answers/s, 140 s left",
+        "answer: 742/1000 answers in 41 s  2 answers/s, 129 s left",
+        "answer: 1000/1000 answers in 50 s  10 answers/s",
+    ]
+
+
+def test_a_terminal_shows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress("train", unit="steps", total=100) as bar:
+        monkeypatch.setattr(runtime, "time", clock)
+        for seconds, done in ((9, 20), (10, 40)):
+            clock.now += seconds
+            bar.update(done)
+    assert "2 steps/s, 30 s left" in sys.stderr.getvalue()

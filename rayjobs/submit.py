@@ -1,6 +1,7 @@
 """The same command on a cluster: what `ray job submit` does, with this folder as the working directory."""
 
 import asyncio
+import logging
 import os
 import shlex
 import uuid
@@ -10,6 +11,7 @@ from typing import Any
 
 from rayjobs.config import given_values
 from rayjobs.places import is_url
+from rayjobs.runtime import verbose
 from rayjobs.tables import flat
 
 STOPPED = 143
@@ -61,6 +63,8 @@ def submit(command: Sequence[str]) -> int:
     from ray.exceptions import RayError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    for told_by in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(told_by).setLevel(logging.INFO if verbose() else logging.ERROR)
     print(typed(command), flush=True)
     entrypoint, name = shlex.join(command), f"raysubmit_{uuid.uuid4().hex[:16]}"
     try:

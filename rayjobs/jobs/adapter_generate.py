@@ -17,6 +17,7 @@ from adapter.instruct import read_records
 from rayjobs.answers import Record, answer_all, answered_by, asked_with, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
+from rayjobs.gpu import on_gpu
 from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
@@ -129,7 +130,8 @@ def run(settings: Config) -> dict[str, Any]:
     sight = check(settings)
     if settings.file is not None:
         return _answer_file(settings, sight)
-    base = settings.base.load(settings.adapter, device(), tower=sight and sight.tower.identity)
+    tower = sight and sight.tower.identity
+    base = on_gpu(lambda device: settings.base.load(settings.adapter, device, tower=tower))
     template, seen = prompt_template(settings.template), None
     if sight is not None and settings.image is not None:
         pixels, wrong = look(Path(settings.image), sight)

@@ -15,6 +15,7 @@ from cafo.files import read_json as read_json_file
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
+from rayjobs.gpu import on_gpu
 from rayjobs.imagery import EncoderConfig, ImagesConfig
 from rayjobs.places import LocalPath
 from rayjobs.provenance import check_source, claim_source
@@ -174,7 +175,7 @@ def run(settings: Config) -> dict[str, Any]:
             bar.advance(note=f"{class_name}: kept {kept}" + (f", {len(rejected)} unusable" if rejected else ""))
 
         path = generate(
-            _generator(settings, device),
+            _generator(settings),
             encoder,
             classifier.weights,
             classes.names,
@@ -209,14 +210,15 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def _generator(settings: Config, device: str) -> ImageGenerator:
+def _generator(settings: Config) -> ImageGenerator:
     if settings.source == "folder":
         return FolderGenerator(str(settings.folder))
     if settings.source == "endpoint":
         assert settings.endpoint is not None
         return EndpointGenerator(settings.endpoint.open(), settings.size)
     assert settings.diffusers is not None
-    return DiffusersGenerator(settings.diffusers.model, device, settings.diffusers.steps)
+    drawn_by = settings.diffusers
+    return on_gpu(lambda device: DiffusersGenerator(drawn_by.model, device, drawn_by.steps))
 
 
 def _check_folders(generator: FolderGenerator, classes: Classes) -> None:

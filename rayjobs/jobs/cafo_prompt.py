@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from adapter.base import Base
@@ -28,6 +27,7 @@ from cafo.prompt import (
 )
 from rayjobs.base import BaseConfig
 from rayjobs.config import config
+from rayjobs.gpu import on_gpu
 from rayjobs.imagery import ImagesConfig
 from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy
 from rayjobs.provenance import check_source, claim_source
@@ -239,9 +239,8 @@ def _model(settings: Config) -> LanguageModel:
         drawn = Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens, system=sampling.system)
         return EndpointModel(settings.endpoint.open(), drawn)
     assert settings.llama is not None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = settings.llama.base.load(settings.llama.adapter, device)
-    return LlamaModel(base, settings.llama, sampling, settings.commands)
+    llama, commands = settings.llama, settings.commands
+    return on_gpu(lambda device: LlamaModel(llama.base.load(llama.adapter, device), llama, sampling, commands))
 
 
 def _known(path: Path) -> dict[str, list[str]]:

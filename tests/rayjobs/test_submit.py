@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from adapter.checkpoint import read_adapter
+from rayjobs.__main__ import main
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.ray
@@ -47,6 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
             f"--dashboard-agent-listen-port={free_port()}",  # its default may be another cluster's
             "--dashboard-host=127.0.0.1",
             "--num-cpus=2",
+            "--num-gpus=1",  # as Ray counts; there need be none
         ],
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -146,6 +148,23 @@ def test_a_submitted_job_trains_and_what_fails_there_fails_here(
     (line,) = [line for line in output.splitlines() if "error:" in line]
     assert "nowhere" in line
     assert "Traceback" not in output
+
+
+def test_one_instruction_is_answered_by_a_worker_with_a_gpu(
+    head: tuple[str, dict[str, str]], tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["adapter-generate", f"base.path={tiny_base}", "instruction=the cat sat", "decoding.max_new_tokens=9"]
+    assert main(asked) == 0
+    answer = capsys.readouterr().out.strip()
+    code, output = Submitted(head, *asked).end()
+    assert code == 0, output[-4000:]
+    assert output.strip().endswith(answer)
+    actors = subprocess.run(
+        [BIN / "ray", "list", "actors", f"--address={head[0]}", "--format=json", "--detail"],
+        env=head[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(actors.stdout[actors.stdout.index("[") :])
+    assert [actor["required_resources"] for actor in found if actor["class_name"] == "Holder"] == [{"CPU": 1, "GPU": 1}]
 
 
 def test_who_submitted_may_leave_come_back_and_stop_the_job(

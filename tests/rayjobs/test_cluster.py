@@ -114,8 +114,12 @@ def test_the_folder_that_the_document_mounts_is_what_ray_up_takes() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
     added = yaml.safe_load(block)
     given = yaml.safe_load(FILES[0].read_text())
-    made = prepare({**given, **added, "docker": {**given["docker"], **added["docker"]}})
-    assert any("mount" in command for command in made["initialization_commands"])
+    given["initialization_commands"] += added.pop("initialization_commands")
+    given["docker"]["run_options"] += added.pop("docker")["run_options"]
+    assert not added
+    made = prepare(given)
+    (folder,) = re.findall(r"--volume (\S+):\1$", "\n".join(made["docker"]["run_options"]), re.MULTILINE)
+    assert f"sudo chmod 1777 {folder}" in made["initialization_commands"], "the container has a user of its own"
 
 
 @pytest.mark.parametrize("folder", ["shipped", "full"])

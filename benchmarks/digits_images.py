@@ -19,6 +19,7 @@ from typing import Any
 
 from rayjobs.config import load
 from rayjobs.demo.adapters import AdaptersConfig, asking, reading, write_scan_questions
+from rayjobs.demo.kept import unfinished
 from rayjobs.demo.world import WorldConfig, make_world
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.report import show_table
@@ -99,11 +100,12 @@ def _asked(name: str, folder: Path, run: Path | None, values: dict[str, Any], ou
 
 def _shuffle(questions: Path, shuffled: Path, seed: int) -> None:
     """The same questions, their test images dealt anew."""
-    shutil.copytree(questions, shuffled)
     images = sorted((questions / "images" / "test").glob("*/image.png"))
     dealt = random.Random(seed).sample(images, len(images))
-    for image, other in zip(images, dealt, strict=True):
-        shutil.copyfile(other, shuffled / image.relative_to(questions))
+    with unfinished(shuffled) as new:
+        shutil.copytree(questions, new, dirs_exist_ok=True)
+        for image, other in zip(images, dealt, strict=True):
+            shutil.copyfile(other, new / image.relative_to(questions))
 
 
 def _mean(values: list[float | None]) -> str:

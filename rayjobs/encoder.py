@@ -65,9 +65,14 @@ class Tower(NamedTuple):
     clip: bool
     scales: int = 0
     """0 for the embedding of unit norm, else for `multi_scale` of so many blocks, end to end."""
+    batch: int = 64
+    """Images that it reads at once."""
 
-    def features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+    def features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
         """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this tower, held."""
+        return torch.cat([self._features(encoder, batch).cpu() for batch in images.split(self.batch)])
+
+    def _features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
         if not self.scales:
-            return encoder.encode_image(batch).cpu()
-        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1).cpu()
+            return encoder.encode_image(batch)
+        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)

@@ -52,7 +52,8 @@ class VisionConfig:
         held = load_encoder(self.tower.spec())
         side = held.preprocess.size
         widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
-        tower = Tower(self.tower.spec(), f"{held.identity}-{len(widths)}scales", held.preprocess, False, self.scales)
+        identity = f"{held.identity}-{len(widths)}scales"
+        tower = Tower(self.tower.spec(), identity, held.preprocess, False, self.scales, self.batch)
         projected = Projected(
             widths=widths, bottleneck=self.bottleneck, tower=tower.identity, preprocess=repr(held.preprocess)
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from rayjobs.base import PoolConfig
@@ -12,7 +13,7 @@ from rayjobs.config import load
 from rayjobs.pictures import Pictures, StoredFeatures, part_name
 from rayjobs.records import RecordsConfig
 from rayjobs.tables import write_json, write_jsonl, write_parquet
-from rayjobs.vision import VisionConfig, prepare_pictures
+from rayjobs.vision import Eyes, VisionConfig, prepare_pictures
 
 
 @pytest.fixture
@@ -51,6 +52,22 @@ def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_where_t
     views = [seen(large, epoch) for epoch in range(24)]
     assert {bool(np.all(np.diff(view[0, 9]) <= 0)) for view in views} == {True, False}
     assert min(map(np.ptp, views)) > 0.8 * max(map(np.ptp, views))
+
+
+def test_a_tower_reads_no_more_images_at_once_than_it_is_told(
+    vision: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sight = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
+    eyes, read = Eyes(sight.tower, "cpu"), []
+    multi_scale = eyes.encoder.multi_scale
+    monkeypatch.setattr(
+        eyes.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]
+    )
+    pixels = list(np.random.default_rng(0).normal(size=(7, 3 * 32 * 32)).astype(np.float32))
+    found = eyes.features([one.tobytes() for one in pixels])
+    assert read == [3, 3, 1]
+    whole = torch.cat(multi_scale(torch.tensor(np.stack(pixels)).view(7, 3, 32, 32)), dim=1)
+    torch.testing.assert_close(found, whole)
 
 
 def test_an_image_that_is_gone_is_named(folder: Path, vision: list[str]) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +72,10 @@ def local_copy(path: str | Path) -> Path:
         copies.mkdir(parents=True, exist_ok=True)
         with FileLock(copies / "lock"):  # the processes of one machine wait for one copy
             if not copy.exists():
-                temporary = copies / uuid.uuid4().hex
-                there.fs.get(there.path, str(temporary), recursive=files != [there.path])
-                os.replace(temporary, copy)
+                unfinished = copies / "unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+                there.fs.get(there.path, str(unfinished / there.name), recursive=files != [there.path])
+                os.replace(unfinished / there.name, copy)
     return copy
 
 
@@ -116,7 +116,8 @@ class Growing:
         """Sends what has grown, if it is time."""
         if self.local == self.folder or not (now or time.monotonic() - self.sent_at > self.SEND_EVERY_S):
             return
-        for file in self.local.rglob("*"):
+        # first what lies in folders: a list is there after the images that it names
+        for file in sorted(self.local.rglob("*"), key=lambda file: -len(file.parts)):
             if file.is_file() and self.sent.get(file) != file.stat().st_size:
                 self.sent[file] = file.stat().st_size
                 send(file, self.folder / file.relative_to(self.local).as_posix())
@@ -127,6 +128,8 @@ class Growing:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.send(now=True)
+        if self.local != self.folder:
+            shutil.rmtree(self.local)
 
 
 @contextmanager

@@ -1,14 +1,30 @@
 """Records with images of every kind, and a tower to read them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from rayjobs.places import place
 from rayjobs.tables import read_jsonl, write_jsonl
 from tests.cafo.test_images import bomb
 from tests.rayjobs.cafo_world import towers
+
+
+@pytest.fixture
+def bucket(s3: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A folder of one test's own, and an empty cache of copies."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"{s3}/{request.node.name}"
+
+
+def upload(folder: Path, url: str) -> None:
+    """Everything in a folder, to a URL."""
+    there: Any = place(url)
+    there.fs.put(f"{folder}/", f"{there.path}/", recursive=True)
+
 
 BAD = ("corrupt.png", "huge.png", "missing.png")
 

@@ -11,6 +11,7 @@ import pytest
 import s3fs
 
 from adapter.tokenizer import Tokenizer
+from rayjobs import places
 from rayjobs.__main__ import main
 from rayjobs.base import BaseConfig
 from rayjobs.config import load
@@ -28,19 +29,8 @@ from rayjobs.tables import (
     write_jsonl,
     write_parquet,
 )
+from tests.rayjobs.conftest import upload
 from tests.rayjobs.test_adapter_train import settings
-
-
-@pytest.fixture
-def bucket(s3: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A folder of one test's own, and an empty cache of copies."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return f"{s3}/{request.node.name}"
-
-
-def upload(folder: Path, url: str) -> None:
-    for file in folder.iterdir():
-        (place(url) / file.name).write_bytes(file.read_bytes())
 
 
 def test_a_local_path_stays_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +88,18 @@ def test_a_copy_is_made_once_for_each_content(bucket: str, tiny_base: Path) -> N
         local_copy(f"{bucket}/nowhere")
 
 
+def test_a_copy_that_a_killed_process_left_half_made_goes(bucket: str, tmp_path: Path) -> None:
+    write_json(f"{bucket}/base/config.json", {})
+    copy = local_copy(f"{bucket}/base")
+    assert [path.name for path in copy.iterdir()] == ["config.json"]
+    half = copy.parent / "unfinished" / "base" / "model.safetensors"
+    copy.rename(tmp_path / "away")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    assert [path.name for path in local_copy(f"{bucket}/base").iterdir()] == ["config.json"]
+    assert not half.exists()
+
+
 def test_a_base_and_records_are_read_from_a_url(bucket: str, tiny_base: Path, records: Path) -> None:
     upload(tiny_base, f"{bucket}/base")
     upload(records.parent, f"{bucket}/data")
@@ -123,6 +125,19 @@ def test_what_grows_is_sent_whole_and_goes_on_from_what_was_sent(bucket: str, tm
             grown.send(now=True)
             assert [row["step"] for row in read_jsonl(folder / "rows.jsonl")] == [1, 2]
         assert (folder / "events" / "0").read_text() == "one"
+
+
+def test_a_list_is_sent_after_the_images_that_it_names(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(places, "send", lambda file, to: sent.append(file.name))
+    with Growing(place(bucket)) as grown:
+        for folder in ("zz", "aa"):
+            for name in (f"{folder}.json", f"{folder}/1.png"):
+                (grown.local / name).parent.mkdir(exist_ok=True)
+                (grown.local / name).write_text(name)
+    assert set(sent[:2]) == {"1.png"}
+    assert set(sent[2:]) == {"aa.json", "zz.json"}
+    assert not grown.local.exists()
 
 
 def test_runs_are_found(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cafo.files import read_json
+from cafo.files import as_path, read_json
 
 PHOTO = ("a photo of a {}.",)
 
@@ -139,7 +140,7 @@ def load_dataset(name: str, root: str | Path, *, val_share: float = 0.01, seed: 
     Raises:
         ValueError: an unknown name; a missing root, folder or list; a malformed list.
     """
-    root = Path(root)
+    root = as_path(root)
     if name in TEST_ONLY:
         return _imagenet_target(name, root)
     if name not in LAYOUTS:
@@ -174,7 +175,7 @@ def load_split(
     Raises:
         ValueError: a missing or malformed file, labels with two names or with gaps, a label outside the class list.
     """
-    split = Path(split)
+    split = as_path(split)
     content = _splits(split)
     lists = {part: _items(content.get(part, []), f"{split}, {part}") for part in ("train", "val")}
     if not lists["train"] and not lists["val"]:
@@ -191,7 +192,7 @@ def load_split(
         name=name or split.stem,
         class_names=names,
         templates=tuple(templates),
-        image_root=_existing(Path(image_root), "give the folder that the paths of the split are relative to"),
+        image_root=_existing(as_path(image_root), "give the folder that the paths of the split are relative to"),
         train=_fitting(lists["train"], names, split),
         val=_fitting(lists["val"], names, split),
         read_test=read_test,
@@ -217,7 +218,7 @@ def load_tree(
     Raises:
         ValueError: no such folder, no class folders, or shares that are no shares.
     """
-    root = _existing(Path(root), "give the folder that holds one folder per class")
+    root = _existing(as_path(root), "give the folder that holds one folder per class")
     if min(shares) < 0 or sum(shares) > 1:
         raise ValueError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
     names = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
@@ -225,18 +226,20 @@ def load_tree(
         raise ValueError(f"{root} has no class folders; give the folder that holds one folder per class")
     ends = (shares[0], shares[0] + shares[1])
 
-    def part(*wanted: int) -> tuple[Item, ...]:
+    def parts() -> list[tuple[Item, ...]]:
         items = _listing(root, {n: n for n in names}, names)
-        return tuple(item for item in items if sum(draw(seed, item.path) >= end for end in ends) in wanted)
+        drawn = [(sum(draw(seed, item.path) >= end for end in ends), item) for item in items]
+        return [tuple(item for part, item in drawn if part == wanted) for wanted in range(3)]
 
+    train, val, _ = parts()
     return Dataset(
         name=name or root.name,
         class_names=names,
         templates=tuple(templates),
         image_root=root,
-        train=part(0),
-        val=part(1),
-        read_test=lambda: part(2),
+        train=train,
+        val=val,
+        read_test=lambda: parts()[2],
     )
 
 
@@ -254,7 +257,7 @@ def load_generated(dataset: Dataset, root: str | Path, source: str = "dalle") ->
     layout = LAYOUTS[dataset.name]
     named = layout.stable_diffusion if source == "sd" else ""
     way_out = "put the generated images there, or leave them out"
-    folder = _existing(Path(root) / (named or f"{source}_{layout.folder}"), way_out)
+    folder = _existing(as_path(root) / (named or f"{source}_{layout.folder}"), way_out)
     lists = sorted(folder.glob(f"{source}_*.json"))
     if len(lists) != 1:
         found = ", ".join(path.name for path in lists) or "none"
@@ -266,7 +269,7 @@ def load_generated(dataset: Dataset, root: str | Path, source: str = "dalle") ->
 
 def load_generated_list(path: str | Path, class_names: Sequence[str]) -> tuple[Item, ...]:
     """A CoOp-style list of generated images: its `train` entries, checked against the class list."""
-    path = Path(path)
+    path = as_path(path)
     content = read_json(path, "give the JSON that the generate step wrote")
     entries = content.get("train", []) if isinstance(content, dict) else content
     return _fitting(_items(entries, f"{path}, train"), tuple(class_names), path)
@@ -368,7 +371,7 @@ def _listing(root: Path, folders: Mapping[str, str], names: Sequence[str]) -> li
     class."""
     items = []
     for label, (folder, name) in enumerate(folders.items()):
-        if (root / folder).is_dir():
+        with suppress(FileNotFoundError, NotADirectoryError):
             files = sorted(p.name for p in (root / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
             items += [Item(f"{folder}/{file}", label, name) for file in files if not file.startswith(".")]
     assert len(folders) == len(names)

@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
+def as_path(path: str | Path) -> Path:
+    """Text as a path; what has a path's methods already, such as an object in a bucket, as it is."""
+    return Path(path) if isinstance(path, str) else path
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`: it takes its place if the block ends well, and disappears otherwise."""
@@ -38,7 +43,7 @@ def read_json(path: str | Path, way_out: str) -> Any:
         ValueError: the file is missing (with the way out) or is no JSON (with the place).
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise ValueError(f"no file {path}; {way_out}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cafo.datasets import IMAGE_SUFFIXES, Item
 from cafo.endpoint import Endpoint, Line
-from cafo.files import read_json, whole_file, write_json
+from cafo.files import as_path, read_json, whole_file, write_json
 from cafo.images import ImageError, load_image
 from cafo.prompt import spoken
 
@@ -52,7 +52,7 @@ class FolderGenerator:
     """Images drawn before: `<root>/<class name>/*`, with underscores or with spaces, in the order of their names."""
 
     def __init__(self, root: str | Path) -> None:
-        self._root = Path(root)
+        self._root = as_path(root)
         if not self._root.is_dir():
             raise ValueError(f"no folder {root}; give the folder that holds one folder of drawn images per class")
 
@@ -158,7 +158,9 @@ def generate(
     empty: dict[str, Any] = {"train": [], "scores": {}, "prompts": {}, "settings": settings}
     known = read_json(path, "") if path.exists() else empty
     if known.get("settings") != settings:
-        raise ValueError(f"{path} was made with other settings ({known.get('settings')}, now {settings}); name another")
+        raise ValueError(
+            f"{list_name} was made with other settings ({known.get('settings')}, now {settings}); name another"
+        )
     drawn = {entry[1] for entry in known["train"]}
     for label, name in enumerate(class_names):
         if label in drawn:

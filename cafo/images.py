@@ -40,7 +40,7 @@ def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
     """Decode to RGB: EXIF rotation applied, transparency over white, 16-bit grey scaled, first frame of an animation.
 
     Args:
-        source: a path, or the file's bytes.
+        source: a path, the file's bytes, or what has a path's `read_bytes`, such as an object in a bucket.
         name: for messages, when given bytes.
         max_pixels: bound on width x height, checked on the header before any pixel is decoded.
 
@@ -48,6 +48,11 @@ def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = 
         ImageError: missing, empty, truncated, corrupt, too large, or of a kind without a plain meaning in RGB.
     """
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, str | Path | bytes):
+        try:
+            source = source.read_bytes()
+        except FileNotFoundError as error:  # what else goes wrong is the network's fault, not the image's
+            raise ImageError(f"{name}: no such file") from error
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size

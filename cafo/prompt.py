@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.endpoint import Endpoint, Line
-from cafo.files import read_json, write_json
+from cafo.files import as_path, read_json, write_json
 
 if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
     from cafo.encoders import TextEncoder
@@ -115,9 +115,7 @@ def describe_classes(
         replies = [model.describe(name, command, answers) for command in commands]
         sentences = [" ".join(text.split()) for texts in replies for text in texts if text.strip()]
         if not sentences:
-            raise ValueError(
-                f"the language model says nothing about {name!r}; what it said of others is kept in {path}"
-            )
+            raise ValueError(f"the language model says nothing about {name!r}; what it said of others is kept")
         known[name] = sentences
         write_json(path, known)
         report(name, len(sentences))
@@ -130,7 +128,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
     Raises:
         ValueError: the file is missing or malformed, or classes have no sentence (all named).
     """
-    known = _read(Path(path))
+    known = _read(as_path(path))
     prompts = {name: _find(known, name) for name in class_names}
     if without := [name for name, sentences in prompts.items() if not sentences]:
         listed = ", ".join(without[:20]) + (" …" if len(without) > 20 else "")

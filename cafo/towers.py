@@ -214,11 +214,15 @@ def weight_file(path: Path) -> Path:
     return found[0]
 
 
+def config_beside(weights: Path) -> Path | None:
+    """A custom CLIP's JSON beside its weight file: `<weights>.json`, or `open_clip_config.json`."""
+    beside = (weights.with_suffix(".json"), weights.with_name("open_clip_config.json"))
+    return next((path for path in beside if path.is_file()), None)
+
+
 def _own_config(weights: Path, config: str) -> tuple[dict, dict] | None:
-    """Model and preprocessing of a custom CLIP's JSON: the one given, `<weights>.json`, or `open_clip_config.json`
-    beside."""
-    beside = [weights.with_suffix(".json"), weights.with_name("open_clip_config.json")]
-    path = Path(config) if config else next((p for p in beside if p.is_file()), None)
+    """Model and preprocessing of a custom CLIP's JSON: the one given, or the one beside."""
+    path = Path(config) if config else config_beside(weights)
     if path is None:
         return None
     content = read_json(path, "give an open_clip model JSON")

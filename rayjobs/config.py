@@ -13,6 +13,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from rayjobs.places import place
+
 T = TypeVar("T")
 
 
@@ -48,12 +50,12 @@ def given_values(
 ) -> tuple[dict[str, Any], list[str]]:
     """What a file or plain values and overrides say, as they say it, and what is wrong with the overrides."""
     values: Any = copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
-    if isinstance(given, str | Path):
+    if given is not None and not isinstance(given, Mapping):
         path = given
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(place(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise ConfigError(f"{path}: cannot read the config file: {error.strerror}") from error
+            raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
@@ -105,13 +107,13 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
 
 
 def _explain(cls: Any, item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [name for name, *_ in describe(cls)]
         known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
-        close = difflib.get_close_matches(place, known, n=1, cutoff=0.5)
-        return f"{place}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
     if item["type"] in ("missing", "missing_argument"):
-        return f"{place}: required, but not given"
+        return f"{key}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}, got {item['input']!r}" if place else message
+    return f"{key}: {message}, got {item['input']!r}" if key else message

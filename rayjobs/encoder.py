@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator
@@ -12,19 +13,19 @@ from torch import Tensor
 from cafo.images import Preprocess
 from cafo.spec import EncoderSpec
 from rayjobs.config import config
-from rayjobs.places import refuse_url
+from rayjobs.places import is_url, local_copy, place
 
 if TYPE_CHECKING:
     from cafo.encoders import ImageEncoder
 
 
 def _if_there(text: str) -> str:
-    """A file or folder by its absolute path, since workers need not run where the command was typed; names as they
-    are."""
+    """A file or folder by its absolute path, since workers need not run where the command was typed; names and URLs
+    as they are."""
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
-PathOrName = Annotated[str, AfterValidator(refuse_url), AfterValidator(_if_there)]
+PathOrName = Annotated[str, AfterValidator(_if_there)]
 
 
 @config
@@ -37,7 +38,7 @@ class EncoderConfig:
     """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
     pixels, the side."""
     weights: PathOrName = ""
-    """open_clip's pretrained tag, a local file or folder, or random:SEED."""
+    """open_clip's pretrained tag, a file or folder, which may be a URL, or random:SEED."""
     config: PathOrName = ""
     """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
     quick_gelu: bool | None = None
@@ -76,3 +77,15 @@ class Tower(NamedTuple):
         if not self.scales:
             return encoder.encode_image(batch)
         return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)
+
+
+def load_tower(spec: EncoderSpec, device: torch.device | str = "cpu") -> ImageEncoder:
+    """`cafo.encoders.load_encoder`, with this machine's copies of what lies at URLs."""
+    from cafo.encoders import load_encoder
+    from cafo.towers import config_beside
+
+    if is_url(spec.weights) and not spec.config and (file := place(spec.weights)).is_file():
+        spec = replace(spec, config=str(config_beside(file) or ""))  # a copy of the file alone has none beside it
+    texts = {name: getattr(spec, name) for name in ("name", "weights", "config")}
+    copies: Any = {name: str(local_copy(text)) for name, text in texts.items() if is_url(text)}
+    return load_encoder(replace(spec, **copies), device)

@@ -10,7 +10,7 @@ Legend: n images, V views, C width of an encoder's features, S side of its image
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from pydantic import Field
@@ -31,11 +30,12 @@ from cafo.images import ImageError, Preprocess, load_image
 from cafo.prompt import zero_shot_classifier
 from cafo.spec import EncoderSpec
 from rayjobs.config import config
-from rayjobs.encoder import EncoderConfig, Tower
+from rayjobs.encoder import EncoderConfig, Tower, load_tower
 from rayjobs.imagery import ImageList
 from rayjobs.pictures import STORE_IMAGES, part_name
+from rayjobs.places import local_copy, place
 from rayjobs.runtime import Progress, data_context, unwrapped
-from rayjobs.tables import atomic_path, sha256_file, write_parquet
+from rayjobs.tables import atomic_path, contents, read_parquet, write_parquet
 
 VIEWS_PER_PART = STORE_IMAGES
 """Views of images encoded and written together; at 224 pixels 39 MB on their way to the encoder."""
@@ -82,11 +82,11 @@ class Features:
 
 def open_towers(encoders: Mapping[str, EncoderConfig]) -> dict[str, Tower]:
     """Every encoder's identity and preprocessing. Raises ValueError for one that does not load."""
-    from cafo.encoders import ClipEncoder, load_encoder  # seconds, which tasks that hold no tower can spare
+    from cafo.encoders import ClipEncoder  # seconds, which tasks that hold no tower can spare
 
     towers = {}
     for name, encoder in encoders.items():
-        loaded = load_encoder(encoder.spec())
+        loaded = load_tower(encoder.spec())
         towers[name] = Tower(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
     return towers
 
@@ -126,7 +126,8 @@ def fill_store(
     resources: Mapping[str, float],
 ) -> dict[str, dict[str, Path]]:
     """{role: {encoder: its folder}}, whole: what the stores lack is encoded by a pool of actors."""
-    folders = {images.role: _folders(images, towers, settings, cache) for images in lists}
+    content = {root: contents(root) for root in {images.root for images in lists}}
+    folders = {images.role: _folders(images, content[images.root], towers, settings, cache) for images in lists}
     chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
     if chunks:
         _encode(chunks, towers, settings, workers, dict(resources))
@@ -154,7 +155,7 @@ def prepare_classifier(
         task = ray.remote(_write_classifier).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
         with unwrapped():
             ray.get(task.remote(path, tower.spec, prompts, list(names), _device(resources)))
-    with safe_open(str(path), "pt") as file:
+    with safe_open(local_copy(path), "pt") as file:
         counts = file.metadata()
         return ClassifierFile(path.stem, file.get_tensor("weights"), int(counts["sentences"]), int(counts["truncated"]))
 
@@ -162,9 +163,9 @@ def prepare_classifier(
 def _write_classifier(
     path: Path, spec: EncoderSpec, prompts: Mapping[str, Sequence[str]], names: list[str], device: str
 ) -> None:
-    from cafo.encoders import ClipEncoder, load_encoder
+    from cafo.encoders import ClipEncoder
 
-    encoder = load_encoder(spec, device)
+    encoder = load_tower(spec, device)
     assert isinstance(encoder, ClipEncoder)
     made = zero_shot_classifier(encoder, prompts, names)
     counts = {"sentences": str(made.sentences), "truncated": str(len(made.truncated))}
@@ -180,23 +181,21 @@ def _digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _folders(images: ImageList, towers: Mapping[str, Tower], settings: FeaturesConfig, cache: Path) -> dict[str, Path]:
+def _folders(
+    images: ImageList,
+    content: Callable[[str], str | None],
+    towers: Mapping[str, Tower],
+    settings: FeaturesConfig,
+    cache: Path,
+) -> dict[str, Path]:
     """The folder of each encoder's store."""
-    files = [[item.path, _content(images.root / item.path)] for item in images.items]
+    files = [[item.path, content(item.path)] for item in images.items]
     drawn = [settings.seed, settings.min_area, settings.flips] if images.views else None
     views = [images.views, drawn, VIEWS_PER_PART]
     return {
         name: cache / "features" / _digest(["features", 2, tower.identity, views, files])
         for name, tower in towers.items()
     }
-
-
-def _content(path: Path) -> str:
-    """A file's content; one that is not there is told where the others that cannot be read are."""
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
 
 
 def _parts(images: ImageList) -> list[tuple[int, str]]:
@@ -208,12 +207,13 @@ def _parts(images: ImageList) -> list[tuple[int, str]]:
 def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesConfig) -> list[dict[str, str]]:
     """A row per part that some encoder lacks: its images, and where each lacking encoder's part goes."""
     starts = [first for first, _ in _parts(images)]
+    made = {name: {file.name for file in folder.glob("*.parquet")} for name, folder in folders.items()}
     chunks = []
     for (first, part), stop in zip(_parts(images), [*starts[1:], len(images.items)], strict=True):
-        lacking = {name: str(folder / part) for name, folder in folders.items() if not (folder / part).exists()}
+        lacking = {name: str(folder / part) for name, folder in folders.items() if part not in made[name]}
         if lacking:
             chunk = {
-                "root": str(images.root.absolute()),
+                "root": str(place(images.root)),
                 "role": images.role,
                 "first": first,
                 "paths": [item.path for item in images.items[first:stop]],
@@ -267,9 +267,10 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
     kinds = list(dict.fromkeys(wanted.values()))
     pixels: list[list[np.ndarray]] = [[] for _ in kinds]
     chunk |= {"columns": {name: kinds.index(kind) for name, kind in wanted.items()}, "rows": [], "rejected": []}
+    root = place(chunk["root"])
     for row, path in enumerate(chunk["paths"], chunk["first"]):
         try:
-            image = load_image(Path(chunk["root"]) / path, name=path)
+            image = load_image(root / path, name=path)
         except ImageError as error:
             chunk["rejected"].append([path, str(error)])
             continue
@@ -293,10 +294,8 @@ class ChunkEncoder:
     """An actor that holds the towers, and writes the parts."""
 
     def __init__(self, towers: Mapping[str, Tower], batch: int, device: str) -> None:
-        from cafo.encoders import load_encoder
-
         self.towers, self.batch = towers, batch
-        self.encoders = {name: load_encoder(tower.spec, device) for name, tower in towers.items()}
+        self.encoders = {name: load_tower(tower.spec, device) for name, tower in towers.items()}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = json.loads(table["chunk"][0].as_py())
@@ -325,7 +324,7 @@ def _read(images: ImageList, folders: Mapping[str, Path]) -> Features:
     for folder in folders.values():
         read.append(set())
         for _, part in _parts(images):
-            table = pq.read_table(folder / part, columns=["row"])
+            table = read_parquet(folder / part, columns=["row"])
             read[-1].update(table["row"].to_pylist())
             for path, reason in json.loads(table.schema.metadata[b"rejected"]):
                 rejected.setdefault(path, Rejected(images.role, path, reason))
@@ -334,7 +333,7 @@ def _read(images: ImageList, folders: Mapping[str, Path]) -> Features:
     for name, folder in folders.items():
         done = 0
         for _, part in _parts(images):
-            table = pq.read_table(folder / part)
+            table = read_parquet(folder / part)
             table = table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))
             views = int(table.schema.metadata[b"views"])
             width = table.schema.field("features").type.list_size // views

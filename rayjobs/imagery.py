@@ -23,7 +23,7 @@ from cafo.generate import best_of
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.encoder import EncoderConfig as EncoderConfig
-from rayjobs.places import FileOrName, LocalPath
+from rayjobs.places import AnyPath, place
 
 Sentences = Literal["file", "templates"]
 
@@ -34,13 +34,13 @@ class ImagesConfig:
 
     name: str = ""
     """One of the eleven sets by name, read from `root`; any other name needs `split` or `tree`."""
-    root: LocalPath = "data"
-    """The folder that holds the sets in CoOp's layout."""
-    split: LocalPath | None = None
+    root: AnyPath = "data"
+    """The folder that holds the sets in CoOp's layout. It, and the files and folders below, may be URLs."""
+    split: AnyPath | None = None
     """A CoOp-style split JSON of a set of your own."""
-    images: LocalPath | None = None
+    images: AnyPath | None = None
     """The folder that the split's paths are relative to; by default the split's own."""
-    tree: LocalPath | None = None
+    tree: AnyPath | None = None
     """A folder with one folder per class, split by `seed`."""
     tree_shares: tuple[float, float] = (0.5, 0.2)
     """Shares of train and val in a tree; the rest is test."""
@@ -50,9 +50,9 @@ class ImagesConfig:
     """Of the splits that are drawn here: a tree's, and ImageNet's validation images."""
     templates: list[str] | None = None
     """Sentences with {} for the class name; by default the data set's own."""
-    prompts: LocalPath | None = None
+    prompts: AnyPath | None = None
     """The JSON of sentences that cafo-prompt wrote, or CaFo's own; null for the templates alone."""
-    generated: FileOrName | None = None
+    generated: Literal["dalle", "sd"] | AnyPath | None = None
     """Drawn images: `dalle` or `sd` for a set in CoOp's layout under `root`, or the list that cafo-generate wrote."""
     short_classes: Literal["error", "report"] = "error"
     """What to do with a class of fewer than K training images: stop, or take what there is and report it."""
@@ -62,14 +62,14 @@ class ImagesConfig:
         if self.split and self.tree:
             raise ValueError("data.split and data.tree exclude each other")
         if self.split:
-            images = self.images or str(Path(self.split).parent)
-            dataset = load_split(self.split, images, name=self.name)
+            split = place(self.split)
+            dataset = load_split(split, place(self.images) if self.images else split.parent, name=self.name)
         elif self.tree:
-            dataset = load_tree(self.tree, name=self.name, seed=self.seed, shares=self.tree_shares)
+            dataset = load_tree(place(self.tree), name=self.name, seed=self.seed, shares=self.tree_shares)
         elif not self.name:
             raise ValueError(f"data: give a name ({', '.join(LAYOUTS)}), or data.split, or data.tree")
         else:
-            dataset = load_dataset(self.name, self.root, val_share=self.val_share, seed=self.seed)
+            dataset = load_dataset(self.name, place(self.root), val_share=self.val_share, seed=self.seed)
         if self.templates:
             dataset = replace(dataset, templates=tuple(self.templates))
         if not dataset.val and self.name not in TEST_ONLY:
@@ -82,10 +82,11 @@ class ImagesConfig:
             return dataset.image_root, ()
         if not self.generated:
             raise ValueError("generated images are asked for: data.generated says where they are, and it is not set")
-        if self.generated.endswith(".json"):
-            root, items = Path(self.generated).parent, load_generated_list(self.generated, dataset.class_names)
+        if self.generated in ("dalle", "sd"):
+            root, items = load_generated(dataset, place(self.root), self.generated)
         else:
-            root, items = load_generated(dataset, self.root, self.generated)
+            path = place(self.generated)
+            root, items = path.parent, load_generated_list(path, dataset.class_names)
         return root, best_of(items, keep)
 
     def sentences(self, dataset: Dataset, kind: Sentences) -> dict[str, list[str]]:
@@ -94,7 +95,7 @@ class ImagesConfig:
             return template_prompts(dataset.templates, dataset.class_names)
         if self.prompts is None:
             raise ValueError("sentences from a file are asked for, and data.prompts names none")
-        return read_prompts(self.prompts, dataset.class_names)
+        return read_prompts(place(self.prompts), dataset.class_names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field
 
 from rayjobs.config import config, to_dict
-from rayjobs.places import AnyPath, LocalPath, place
+from rayjobs.places import AnyPath, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 from rayjobs.tracking import TrackConfig, open_trackers
@@ -55,10 +55,10 @@ class RunConfig:
 
     name: str = Field(pattern=r"^[\w.\-]+$")
     """The run's name; its folder is `storage/name`."""
-    storage: LocalPath = "runs"
-    """The folder of all runs; on a cluster, one that every node sees."""
-    cache: LocalPath | None = None
-    """Where prepared data is kept and shared between runs; by default `storage/cache`."""
+    storage: AnyPath = "runs"
+    """The folder of all runs; on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
+    cache: AnyPath | None = None
+    """Where prepared data is kept and shared between runs, a folder or a URL; by default `storage/cache`."""
     track: TrackConfig = TrackConfig()
 
     @property
@@ -68,16 +68,6 @@ class RunConfig:
     @property
     def cache_folder(self) -> Path:
         return place(self.cache) if self.cache else place(self.storage) / "cache"
-
-
-@config
-class AnyRunConfig(RunConfig):
-    """A run that may also live at a URL."""
-
-    storage: AnyPath = "runs"
-    """The folder of all runs; on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
-    cache: AnyPath | None = None
-    """Where prepared data is kept and shared between runs, a folder or a URL; by default `storage/cache`."""
 
 
 def verbose() -> bool:

@@ -7,9 +7,9 @@ harm.
 """
 
 import os
-import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,10 @@ from ray.exceptions import RayActorError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
+from rayjobs.places import remove_folder
 from rayjobs.runtime import Progress, unwrapped
 from rayjobs.space import SearchConfig, Setting, SpaceConfig, Trial, groups, over_seeds, space_of, suggest, trials_of
-from rayjobs.trial import Shared, result_of, run_trial, stop_trial
+from rayjobs.trial import RESULT, Shared, result_of, run_trial, stop_trial
 
 _ATTEMPTS = 3
 
@@ -58,7 +59,7 @@ def run_sweep(
             return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]
         if how.method == "asha":
             racing = [trial for trial in trials if trial.seed == space.seeds[0]]
-            over = tuning.run(racing, lambda: _Halving(how, racing, folder))
+            over = tuning.run(racing, lambda: _Halving(how, racing, tuning.watch.over))
             through = {(trial.shots, trial.setting) for trial, row in over if row["status"] == "finished"}
             later = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in through]
             return over + tuning.run(later)
@@ -74,7 +75,7 @@ def _by_suggestions(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     how = tuning.how
-    found: dict[str, tuple[Trial, dict[str, Any] | None]] = {}
+    found: dict[str, Trial] = {}
     for within in groups((s for s in settings if shots or s.generated), how.compare):
         own = space_of(space, within[0].method) if space.methods else space
         asked: list[Trial] = []
@@ -92,8 +93,8 @@ def _by_suggestions(
             return {"search_alg": _InBatches(searcher, how.suggested_at_once), "num_samples": how.samples}
 
         tuning.fit(study)
-        found |= {trial.name: (trial, result_of(trial, tuning.folder)) for trial in asked}
-    return [(trial, row) for trial, row in found.values() if row]
+        found |= {trial.name: trial for trial in asked}
+    return tuning.watch.rows(found.values())
 
 
 class _Tuning:
@@ -121,11 +122,12 @@ class _Tuning:
         """The given trials, those that are over already apart."""
 
         def left() -> dict[str, Any]:
-            points = [[trial] for trial in trials if not self.watch.count([trial])]
+            there = {path.parent.name for path in self.folder.rglob(RESULT)}  # one listing, not a question per trial
+            points = [[trial] for trial in trials if trial.name not in there or not self.watch.count([trial])]
             return {"points": points, "scheduler": scheduler and scheduler()}
 
         self.fit(left)
-        return [(trial, row) for trial in trials if (row := result_of(trial, self.folder))]
+        return self.watch.rows(trials)
 
     def fit(self, what: Callable[[], dict[str, Any]]) -> None:
         """Runs what `what` gives `_fit`, and again what is missing where a worker died and Tune took that for an error:
@@ -177,7 +179,8 @@ class _Tuning:
                 ),
             ).fit()
         finally:
-            shutil.rmtree(experiment, ignore_errors=True)
+            with suppress(OSError):
+                remove_folder(experiment)
         return results.errors
 
 
@@ -206,15 +209,15 @@ class _Watch(tune.Callback):
 
     def __init__(self, bar: Progress, folder: Path) -> None:
         self.bar, self.folder = bar, folder
-        self.over: set[str] = set()
+        self.over: dict[str, dict[str, Any]] = {}
         self.best: dict[int, dict[str, Any]] = {}
 
     def count(self, trials: Sequence[Trial]) -> bool:
         """Takes notice of the trials that are over; whether all of them are."""
-        rows = [result_of(trial, self.folder) for trial in trials]
+        rows = [self.over.get(trial.name) or result_of(trial, self.folder) for trial in trials]
         for row in rows:
             if row and row["trial"] not in self.over:
-                self.over.add(row["trial"])
+                self.over[row["trial"]] = row
                 best = self.best.get(row["shots"])
                 if row["status"] == "finished" and (best is None or row["val_correct"] > best["val_correct"]):
                     self.best[row["shots"]] = row
@@ -223,6 +226,10 @@ class _Watch(tune.Callback):
         table = [[_cell(row[name]) for name in LEADER_COLUMNS.values()] for row in leaders]
         self.bar.update(len(self.over), f"best on val: {told}" if told else "", [[*LEADER_COLUMNS], *table])
         return all(rows)
+
+    def rows(self, trials: Iterable[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
+        """The trials that are over, with their rows."""
+        return [(trial, self.over[trial.name]) for trial in trials if trial.name in self.over]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if "objective" not in trial.last_result:
@@ -234,7 +241,7 @@ class _Watch(tune.Callback):
 class _Halving(FIFOScheduler):
     """ASHA within each K and compared group: a trial with one image of each class is no rival of one with sixteen."""
 
-    def __init__(self, how: SearchConfig, trials: Sequence[Trial], folder: Path) -> None:
+    def __init__(self, how: SearchConfig, trials: Sequence[Trial], over: Mapping[str, dict[str, Any]]) -> None:
         super().__init__()
         epochs = max((trial.setting.epochs for trial in trials), default=0)
         self.how = how
@@ -251,7 +258,7 @@ class _Halving(FIFOScheduler):
             for trial in trials
         }
         for trial in trials:  # what an earlier start of the sweep has seen
-            if row := result_of(trial, folder):
+            if row := over.get(trial.name):
                 past: Any = SimpleNamespace(trial_id=trial.name, config={"trials": [trial]})
                 self.on_trial_add(None, past)
                 for epoch, now in enumerate(row["val_curve"]):

@@ -21,11 +21,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cafo.cache import Cache, Epoch, KeyTraining, accuracy, mean_key, save_cache, train_keys, zero_shot_logits
+from cafo.cache import (
+    Cache,
+    Epoch,
+    KeyTraining,
+    accuracy,
+    load_cache,
+    mean_key,
+    save_cache,
+    train_keys,
+    zero_shot_logits,
+)
 from cafo.ensemble import table5
 from cafo.search import search, weight_grid
+from rayjobs.places import local_copy
 from rayjobs.space import SearchConfig, Trial
-from rayjobs.tables import read_json, write_json
+from rayjobs.tables import atomic_path, read_json, write_json
+
+CACHE, RESULT = "cache.safetensors", "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +144,8 @@ def run_trial(
     affinities = trained.affinities(val)
     found = search(zero_shot, affinities, trained.labels, val_labels, grid=how.grid(), ensembles=candidates)
     chosen = replace(trained, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
-    save_cache(chosen, folder / trial.name / "cache.safetensors")
+    with atomic_path(folder / trial.name / CACHE) as temporary:
+        save_cache(chosen, temporary)
     landscapes = [asdict(landscape) for landscape in found.landscapes]
     write_json(folder / trial.name / "landscape.json", {"total": found.total, "landscapes": landscapes})
     row = _row(trial, "finished", curve) | {
@@ -146,21 +160,26 @@ def run_trial(
         "keys": len(rows),
         "seconds": time.monotonic() - started,
     }
-    write_json(folder / trial.name / "result.json", row)
+    write_json(folder / trial.name / RESULT, row)
     return row
 
 
 def stop_trial(trial: Trial, curve: list[float], folder: Path) -> dict[str, Any]:
     """The row of a trial that a scheduler stopped in the middle of its training: no α, β or accuracy was chosen."""
     row = _row(trial, "stopped", curve)
-    write_json(folder / trial.name / "result.json", row)
+    write_json(folder / trial.name / RESULT, row)
     return row
 
 
 def result_of(trial: Trial, folder: Path) -> dict[str, Any] | None:
     """The row of a trial that is over, finished or stopped."""
-    path = folder / trial.name / "result.json"
+    path = folder / trial.name / RESULT
     return read_json(path) if path.exists() else None
+
+
+def open_cache(folder: Path, trial: str) -> Cache:
+    """The cache that a trial has left."""
+    return load_cache(local_copy(folder / trial / CACHE))
 
 
 def _row(trial: Trial, status: str, curve: list[float]) -> dict[str, Any]:

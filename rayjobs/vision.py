@@ -15,9 +15,9 @@ from adapter.vision import Images
 from adapter.vision import VisionConfig as Projected
 from rayjobs.base import PoolConfig
 from rayjobs.config import config
-from rayjobs.encoder import EncoderConfig, Tower
+from rayjobs.encoder import EncoderConfig, Tower, load_tower
 from rayjobs.pictures import Pictures, StoredFeatures, StreamedImages
-from rayjobs.places import local_copy
+from rayjobs.places import local_copy, place
 from rayjobs.records import Source
 
 
@@ -45,11 +45,9 @@ class VisionConfig:
 
     def open(self) -> Sight:
         """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
-        from cafo.encoders import load_encoder
-
         if self.augment and self.mode == "stored":
             raise ValueError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
-        held = load_encoder(self.tower.spec())
+        held = load_tower(self.tower.spec())
         side = held.preprocess.size
         widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
         identity = f"{held.identity}-{len(widths)}scales"
@@ -100,9 +98,7 @@ class Eyes:
     def __init__(self, tower: Tower | None, device: torch.device | str) -> None:
         self.tower = tower
         if tower is not None:
-            from cafo.encoders import load_encoder
-
-            self.encoder = load_encoder(tower.spec, device)
+            self.encoder = load_tower(tower.spec, device)
 
     def features(self, payloads: list[bytes]) -> Tensor:
         """What `Pictures` read of n images → features (n, F)."""
@@ -138,7 +134,7 @@ def prepare_pictures(
     from rayjobs.imagery import plain_list
 
     wanted = [
-        plain_list(str(i), Path(source.images), [Item(path, 0, "") for path in source.image_paths()])
+        plain_list(str(i), place(source.images), [Item(path, 0, "") for path in source.image_paths()])
         for i, source in enumerate(sources)
     ]
     folders = fill_store(

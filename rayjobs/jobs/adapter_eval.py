@@ -27,7 +27,7 @@ from rayjobs.provenance import check_source
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
-from rayjobs.runtime import AnyRunConfig, Progress, connect, data_context, open_run, unwrapped
+from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
 from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
 from rayjobs.stream import collate
 from rayjobs.tables import write_json, write_parquet
@@ -56,7 +56,7 @@ class Config:
     token_budget: int = Field(default=8192, ge=1)
     """Tokens per batch and worker, padding included, for task loss."""
     scale: PoolConfig = PoolConfig()
-    run: AnyRunConfig
+    run: RunConfig
 
 
 class Scorer:
@@ -183,12 +183,12 @@ def run(settings: Config) -> dict[str, Any]:
 def questions(settings: Config, source: Source, *, seen: bool) -> dict[str, str]:
     """What is asked of scienceqa, and how, by content; images too where they are seen."""
     how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
-    problems = [asked(problem) for problem in read_problems(source.path, source.split)]
+    problems = [asked(problem) for problem in read_problems(place(source.path), source.split)]
     return {**asked_with(problems, source.images, seen), "how": repr(how)}
 
 
 def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[str, Any]:
-    problems = read_problems(source.path, source.split)
+    problems = read_problems(place(source.path), source.split)
     identity = {
         **answered_by(settings.base, settings.adapter, sight),
         **questions(settings, source, seen=sight is not None),
@@ -209,7 +209,7 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[st
         scale=settings.scale,
     )
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
-    write_examples(folder, *examples(problems, predictions.to_pylist(), Path(source.images)))
+    write_examples(folder, *examples(problems, predictions.to_pylist(), place(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
     result["images_left_out"] = result["with_image"] if sight is None else 0
     across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow

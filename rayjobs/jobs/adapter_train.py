@@ -26,7 +26,7 @@ from rayjobs.places import local_copy, place
 from rayjobs.records import DataConfig
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
-from rayjobs.runtime import AnyRunConfig, connect, open_run
+from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.tables import atomic_path, read_json, read_jsonl, write_json
 from rayjobs.tokens import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.trainer import ScaleConfig, TrainConfig, TrainJob, fit
@@ -63,7 +63,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()
     scale: ScaleConfig = ScaleConfig()
-    run: AnyRunConfig
+    run: RunConfig
 
 
 FREE_TO_CHANGE = ("run", "scale", "zero")

@@ -11,7 +11,6 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from cafo.cache import load_cache
 from cafo.datasets import Dataset
 from rayjobs import plots
 from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_tables
@@ -22,16 +21,17 @@ from rayjobs.examples import ORDER, mistakes_first, write_examples
 from rayjobs.features import Features, open_towers, prepare_features
 from rayjobs.imagery import ImageList, ImagesConfig, plain_list
 from rayjobs.jobs import cafo_tune
-from rayjobs.places import LocalPath
+from rayjobs.places import AnyPath, place
 from rayjobs.report import save_plot, show_table
 from rayjobs.runs import begin, recorded
 from rayjobs.runtime import RunConfig, connect
 from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
+from rayjobs.trial import open_cache
 
 
 @config
 class Config:
-    sweep: LocalPath
+    sweep: AnyPath
     """The folder of a run of cafo-tune; what is found goes into its `test`."""
     targets: dict[str, ImagesConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name: the distribution shift."""
@@ -43,13 +43,13 @@ class Config:
     @property
     def run(self) -> RunConfig:
         """The sweep's."""
-        folder = Path(self.sweep).absolute()
+        folder = place(self.sweep)
         return RunConfig(name=folder.name, storage=str(folder.parent))
 
 
 def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
     """The sweep's settings and choice. Raises ValueError if it has not chosen."""
-    folder = Path(settings.sweep)
+    folder = settings.run.folder
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run of cafo-tune: there is no config.yaml")
     if not (folder / "chosen.json").is_file():
@@ -69,7 +69,7 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
     swept, chosen = check(settings)
-    folder, trials = Path(settings.sweep) / "test", Path(settings.sweep) / "trials"
+    folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
     dataset = swept.data.open()
     if dataset.name in settings.targets:
         raise ValueError(f"targets.{dataset.name} has the name of the data set itself: call it otherwise")
@@ -134,7 +134,7 @@ def run(settings: Config) -> dict[str, Any]:
 def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], images: ImageList, found: Features) -> None:
     """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
     best = max(chosen, key=lambda cell: cell["val_accuracy"])
-    cache = load_cache(trials / best["seeds"][0]["trial"] / "cache.safetensors")
+    cache = open_cache(trials, best["seeds"][0]["trial"])
     shares = cache.logits({name: torch.tensor(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
     items = [images.items[row] for row in found.rows]
     wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
@@ -151,7 +151,7 @@ def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], imag
 def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:
     """Keys mean something to the encoders that made them. Raises ValueError if the config names others by now."""
     for trial in {seed["trial"] for cell in chosen for seed in cell["seeds"]}:
-        for name, identity in load_cache(trials / trial / "cache.safetensors").encoders.items():
+        for name, identity in open_cache(trials, trial).encoders.items():
             if identities[name] != identity:
                 raise ValueError(
                     f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
@@ -182,7 +182,7 @@ def score(
     baselines: dict[bytes, dict[str, Any]] = {}
     for cell in chosen:
         for seed in cell["seeds"]:
-            cache = load_cache(trials / seed["trial"] / "cache.safetensors")
+            cache = open_cache(trials, seed["trial"])
             taken = {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
             base = {"target": target, "shots": cell["shots"], "method": cell["method"], "seed": seed["seed"]}
             combination = cache.combined(taken)

@@ -15,9 +15,10 @@ from cafo.files import read_json as read_json_file
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
+from rayjobs.encoder import load_tower
 from rayjobs.gpu import on_gpu
 from rayjobs.imagery import EncoderConfig, ImagesConfig
-from rayjobs.places import LocalPath
+from rayjobs.places import AnyPath, Growing, local_copy, place
 from rayjobs.provenance import check_source, claim_source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
@@ -31,7 +32,7 @@ class DiffusersConfig:
     """A Stable Diffusion on this machine."""
 
     model: str
-    """A folder in diffusers' format, or a name on its hub; safetensors weights only."""
+    """A folder in diffusers' format, which may be a URL, or a name on its hub; safetensors weights only."""
     steps: int = Field(default=30, ge=1)
     """Denoising steps of each image."""
 
@@ -42,7 +43,7 @@ class Step:
 
     source: Literal["folder", "endpoint", "diffusers"]
     """Where the images come from."""
-    folder: LocalPath | None = None
+    folder: AnyPath | None = None
     """Source folder: one folder of drawn images per class."""
     endpoint: EndpointConfig | None = None
     size: str = Field(default="256x256", pattern=r"^[1-9]\d*x[1-9]\d*$")
@@ -50,7 +51,7 @@ class Step:
     diffusers: DiffusersConfig | None = None
     template: str | None = None
     """What is drawn, with {} for the class name; by default the first of the data set's templates."""
-    prompts: LocalPath | None = None
+    prompts: AnyPath | None = None
     """JSON of sentences that candidates are scored against; by default data.prompts, or else the templates."""
     candidates: int = Field(default=16, ge=1)
     """Images drawn of each class."""
@@ -81,7 +82,7 @@ class Config(Step):
     def sentences(self, classes: Classes) -> dict[str, list[str]]:
         """What each class's candidates are scored against. Raises ValueError naming the classes without a sentence."""
         if self.sentence_file is not None:
-            return read_prompts(self.sentence_file, classes.names)
+            return read_prompts(place(self.sentence_file), classes.names)
         return template_prompts(classes.templates, classes.names)
 
 
@@ -104,8 +105,8 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
     settings.sentences(classes)
     source: dict[str, Any]
     if settings.source == "folder":
-        source = {"folder": str(Path(str(settings.folder)).absolute())}
-        _check_folders(FolderGenerator(str(settings.folder)), classes)
+        source = {"folder": settings.folder}
+        _check_folders(FolderGenerator(place(str(settings.folder))), classes)
     elif settings.source == "endpoint":
         assert settings.endpoint is not None
         settings.endpoint.open()
@@ -155,39 +156,44 @@ def plan(settings: Config) -> None:
 @recorded
 def run(settings: Config) -> dict[str, Any]:
     """Writes the images and their list, and why others were rejected; returns and writes `result.json`."""
-    from cafo.encoders import ClipEncoder, load_encoder  # seconds
+    from cafo.encoders import ClipEncoder  # seconds
 
     classes, identity = check(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(settings.clip.spec(), device)
+    encoder = load_tower(settings.clip.spec(), device)
     assert isinstance(encoder, ClipEncoder)
     folder = open_run(settings.run, settings)
     claim_source(folder / "source.json", identity)
     classifier = zero_shot_classifier(encoder, settings.sentences(classes), classes.names)
     before, log = len(_drawn(settings.list_path)), folder / "rejected.jsonl"
-    progress = Progress("generate", unit="classes", total=len(classes.names), done=before)
-    with asking(settings.endpoint), progress as bar:
+    with (
+        asking(settings.endpoint),
+        Growing(settings.list_path.parent) as drawn,
+        Progress("generate", unit="classes", total=len(classes.names), done=before) as bar,
+    ):
+        drawn.fetch(settings.list_name)
 
         def report(class_name: str, kept: int, rejected: list[str]) -> None:
+            drawn.send(now=True)
             known = read_jsonl(log) if log.exists() else []  # a class that was drawn before in vain is told of once
             now = [{"class": class_name, "reason": reason} for reason in rejected]
             write_jsonl(log, [row for row in known if row["class"] != class_name] + now)
             bar.advance(note=f"{class_name}: kept {kept}" + (f", {len(rejected)} unusable" if rejected else ""))
 
-        path = generate(
+        generate(
             _generator(settings),
             encoder,
             classifier.weights,
             classes.names,
             identity["template"],
-            settings.list_path.parent,
+            drawn.local,
             list_name=settings.list_name,
             candidates=settings.candidates,
             keep=settings.keep,
             seed=settings.seed,
             report=report,
         )
-    content = read_json_file(path, "run the job again")
+    content = read_json_file(settings.list_path, "run the job again")
     if not content["train"]:
         raise ValueError(f"not one usable image was drawn of any class; the reasons are in {log}")
     per_class = [0] * len(classes.names)
@@ -203,7 +209,7 @@ def run(settings: Config) -> dict[str, Any]:
         "classes_without_images": [name for name, n in zip(classes.names, per_class, strict=True) if not n],
         "rejected_images": len(read_jsonl(log)),
         "sentences_truncated": len(classifier.truncated),
-        "list": str(path),
+        "list": str(settings.list_path),
     }
     write_json(folder / "result.json", result)
     show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
@@ -212,13 +218,13 @@ def run(settings: Config) -> dict[str, Any]:
 
 def _generator(settings: Config) -> ImageGenerator:
     if settings.source == "folder":
-        return FolderGenerator(str(settings.folder))
+        return FolderGenerator(place(str(settings.folder)))
     if settings.source == "endpoint":
         assert settings.endpoint is not None
         return EndpointGenerator(settings.endpoint.open(), settings.size)
     assert settings.diffusers is not None
     drawn_by = settings.diffusers
-    return on_gpu(lambda device: DiffusersGenerator(drawn_by.model, device, drawn_by.steps))
+    return on_gpu(lambda device: DiffusersGenerator(str(local_copy(drawn_by.model)), device, drawn_by.steps))
 
 
 def _check_folders(generator: FolderGenerator, classes: Classes) -> None:

@@ -29,7 +29,7 @@ from rayjobs.base import BaseConfig
 from rayjobs.config import config
 from rayjobs.gpu import on_gpu
 from rayjobs.imagery import ImagesConfig
-from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy
+from rayjobs.places import AnyPath, FileOrName, Growing, local_copy, place
 from rayjobs.provenance import check_source, claim_source
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
@@ -57,7 +57,7 @@ class LlamaConfig:
     """Answers decoded together; all commands of a class share its batches."""
 
     def prompt_template(self) -> PromptTemplate:
-        return ALPACA if self.template == "alpaca" else PromptTemplate.read(self.template)
+        return ALPACA if self.template == "alpaca" else PromptTemplate.read(local_copy(self.template))
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on. Raises ValueError for a base, adapter or template that cannot be read."""
@@ -95,7 +95,7 @@ class Step:
 
     source: Literal["file", "endpoint", "llama", "templates"]
     """Where the sentences come from."""
-    file: LocalPath | None = None
+    file: AnyPath | None = None
     """Source file: JSON {class name: [sentence, …]}, checked and copied."""
     endpoint: EndpointConfig | None = None
     llama: LlamaConfig | None = None
@@ -158,7 +158,7 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
     classes = open_classes(settings.data, settings.class_names)
     identity: dict[str, Any] = {"source": settings.source}
     if settings.source == "file":
-        read_prompts(str(settings.file), classes.names)
+        read_prompts(place(str(settings.file)), classes.names)
     elif settings.source != "templates":
         for command in settings.commands:
             check_sentence("command", command)
@@ -196,7 +196,7 @@ def run(settings: Config) -> dict[str, Any]:
     path = folder / PROMPTS
     asked = 0
     if settings.source == "file":
-        prompts = read_prompts(str(settings.file), classes.names)
+        prompts = read_prompts(place(str(settings.file)), classes.names)
         write_json(path, prompts)
     elif settings.source == "templates":
         prompts = template_prompts(classes.templates, classes.names)
@@ -221,14 +221,18 @@ def _asked(settings: Config, classes: Classes, path: Path) -> dict[str, list[str
     names = list(dict.fromkeys(classes.names))
     model = _model(settings)
     described = len(names) - len(classes.missing(_known(path)))
-    with asking(settings.endpoint), Progress("prompt", unit="classes", total=len(names), done=described) as bar:
+    with (
+        asking(settings.endpoint),
+        Growing(path.parent) as grown,
+        Progress("prompt", unit="classes", total=len(names), done=described) as bar,
+    ):
+
+        def report(name: str, sentences: int) -> None:
+            grown.send(now=True)
+            bar.advance(note=f"{name}: {sentences} sentences")
+
         return describe_classes(
-            model,
-            names,
-            path,
-            commands=settings.commands,
-            answers=settings.answers,
-            report=lambda name, sentences: bar.advance(note=f"{name}: {sentences} sentences"),
+            model, names, grown.fetch(path.name), commands=settings.commands, answers=settings.answers, report=report
         )
 
 

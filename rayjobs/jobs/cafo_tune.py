@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 
 from cafo import fewshot
-from cafo.cache import load_cache
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
 from cafo.search import surface
@@ -33,8 +32,8 @@ from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
 from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
 from rayjobs.sweep import run_sweep
-from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
-from rayjobs.trial import Shared
+from rayjobs.tables import atomic_path, read_json, write_json, write_jsonl, write_parquet
+from rayjobs.trial import CACHE, Shared, open_cache
 
 
 @config
@@ -105,9 +104,9 @@ def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[t
             path = folder / "few_shot" / f"shots{shots}-seed{seed}.json"
             if not path.exists():
                 short = settings.data.short_classes
-                fewshot.save(
-                    fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short=short), path
-                )
+                choice = fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short=short)
+                with atomic_path(path) as temporary:
+                    fewshot.save(choice, temporary)
             choices[shots, seed] = fewshot.load(path)
     return choices
 
@@ -270,19 +269,20 @@ def share(
 def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
     """Leaves the caches of the chosen trials only: a thousand trials of ImageNet would be 200 GB."""
     kept = {seed["trial"] for cell in chosen for seed in cell["seeds"]}
-    for trial in (folder / "trials").iterdir():
-        if trial.name not in kept:
-            (trial / "cache.safetensors").unlink(missing_ok=True)
+    for cache in (folder / "trials").rglob(CACHE):
+        if cache.parent.name not in kept:
+            cache.unlink(missing_ok=True)
 
 
 def draw_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: Shared, how: SearchConfig) -> None:
     """`surface.json`, val accuracy over α and β, in the folder of each method's first trial at its most shots."""
     labels = torch.tensor(shared.val_labels)
     for cell in most_shots(chosen):
-        path = folder / "trials" / cell["seeds"][0]["trial"] / "surface.json"
+        trial = cell["seeds"][0]["trial"]
+        path = folder / "trials" / trial / "surface.json"
         if path.exists():
             continue
-        cache = load_cache(path.with_name("cache.safetensors"))
+        cache = open_cache(folder / "trials", trial)
         alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
         betas = np.linspace(how.beta_low, how.beta_high, 30).tolist()
         features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}

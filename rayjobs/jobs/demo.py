@@ -27,6 +27,7 @@ from rayjobs.demo.kept import digest, link
 from rayjobs.demo.world import World, WorldConfig, make_world
 from rayjobs.examples import write_examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
+from rayjobs.places import LocalPath
 from rayjobs.report import REPORT, save_plot, show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, open_run
@@ -44,6 +45,10 @@ class DemoRun(RunConfig):
 
     name: str = "demo"
     """The run's name; its folder is `storage/name`."""
+    storage: LocalPath = "runs"
+    """The folder of all runs."""
+    cache: LocalPath | None = None
+    """Where prepared data is kept and shared between runs; by default `storage/cache`."""
 
 
 @config

@@ -172,8 +172,8 @@ def test_a_stop_loses_one_class_and_changes_nothing(
         (["source=folder", "folder=DRAWN", "clip.kind=timm"], "clip.kind must be clip"),
         (["source=folder", "folder=DRAWN", "template=a photo"], "one {} for the class name"),
         (["source=folder", "folder=DRAWN", "class_names=[emu, blue_thing, rhino]"], "'emu'.*\n.*'rhino'"),
-        (["source=folder", "folder=nowhere"], "no folder .*nowhere"),
-        (["source=folder", "folder=DRAWN", "prompts=none.json"], "no file .*none.json"),
+        (["source=folder", "folder=nowhere"], "no folder .*/nowhere;"),
+        (["source=folder", "folder=DRAWN", "prompts=none.json"], "no file .*/none.json;"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_written(

@@ -1,0 +1,186 @@
+"""CaFo's jobs on a bucket: the same results as on a local disk, and cut off there."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cafo.cache import load_cache
+from cafo.datasets import load_generated_list
+from cafo.encoders import EncoderSpec, load_encoder
+from cafo.generate import FolderGenerator
+from cafo.images import ImageError, load_image
+from rayjobs.config import load, to_dict
+from rayjobs.encoder import EncoderConfig, load_tower
+from rayjobs.jobs import cafo, cafo_generate, cafo_prompt, cafo_tune
+from rayjobs.places import Growing, local_copy, place
+from rayjobs.tables import contents, read_json, read_parquet, write_json
+from tests.rayjobs.cafo_world import CLASSES, CLIP, images, world
+from tests.rayjobs.conftest import upload
+
+NAMES = list(CLASSES)
+
+
+def chain(given: list[str], root: str) -> cafo.Config:
+    """All steps over the world at `root`, a folder or a URL."""
+    steps = ["prompt.source=templates", "generate.source=folder", f"generate.folder={root}/drawn/train"]
+    steps += ["generate.candidates=3", "generate.keep=2", "generate.template='art of a {}.'"]
+    few = ["space.shots=[2]", "space.seeds=[0,1]", "space.generated=[0,2]", "space.epochs=[2]", "search.beta_steps=20"]
+    given = [one for one in given if not one.startswith(("data.prompts", "data.generated"))]
+    return load(cafo.Config, None, [*given, *steps, *few, "data.name=colours", "run.name=chain"])
+
+
+def made(config: cafo.Config) -> dict[str, Any]:
+    """What a sweep and its evaluation came to, the time it took apart."""
+    folder = config.run.folder
+    chosen = read_json(folder / "chosen.json")["chosen"]
+    return {
+        "rows": [row | {"seconds": 0} for row in read_parquet(folder / "results.parquet").to_pylist()],
+        "chosen": chosen,
+        "encoders": [
+            load_cache(local_copy(folder / "trials" / seed["trial"] / "cache.safetensors")).encoders
+            for cell in chosen
+            for seed in cell["seeds"]
+        ],
+        "accuracy": read_parquet(folder / "test" / "accuracy.parquet").to_pylist(),
+        "examples": [one["caption"] for one in read_json(folder / "test" / "examples.json")["images"]],
+        "rejected": [(row["role"], row["path"]) for row in map(json.loads, lines(folder / "test" / "rejected.jsonl"))],
+    }
+
+
+def stamps(config: cafo.Config) -> dict[str, Any]:
+    """When each part of the features and each trial's result was written."""
+    folder: Any = config.run.cache_folder.parent
+    found = folder.fs.find(folder.path, detail=True).items()
+    kept = {path: about["LastModified"] for path, about in found if "/features/" in path or "/trials/" in path}
+    return {f"s3://{path}": at for path, at in kept.items() if path.endswith((".parquet", "/result.json"))}
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.ray
+def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, tmp_path: Path) -> None:
+    here = tmp_path / "world"
+    given = [*world(here), "features.max_rejected_fraction=0.1"]
+    (here / "images" / "test" / "grey" / "003.png").write_bytes(b"no image")
+    (here / "images" / "test" / "grey" / "004.png").unlink()
+    upload(here, bucket)
+    local, there = chain(given, str(here)), chain([one.replace(str(here), bucket) for one in given], bucket)
+    cafo.run(local)
+    before = set(tmp_path.rglob("*"))
+    result = cafo.run(there)
+    assert made(there) == made(local)
+    assert made(there)["rejected"] == [("colours", f"test/grey/{i:03d}.png") for i in (3, 4)]
+    assert {path for path in set(tmp_path.rglob("*")) - before if "cache" not in path.parts} == set()
+    test = there.run.folder / "test"
+    assert {"table.md", "opened.json", "result.json"} <= {path.name for path in test.iterdir()}
+    assert len(list(test.glob("landscape-*.png"))) == 1
+    told = html.unescape((there.run.folder / "report.html").read_text(encoding="utf-8"))
+    assert result["eval"]["headline"] in told
+
+    # one lost trial and one lost part of the features are made again, and nothing else is
+    before = stamps(there)
+    lost = [next(path for path in before if name in path) for name in ("part-", "/result.json")]
+    for path in lost:
+        place(path).unlink()
+    cafo_tune.run(cafo.tuning(there))
+    assert made(there) == made(local)
+    now = stamps(there)
+    assert [path for path in before if now[path] != before[path]] == lost
+
+
+def test_a_tower_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: str, tmp_path: Path) -> None:
+    world(tmp_path / "world")
+    clip, dino = tmp_path / "world" / "towers" / "clip", tmp_path / "world" / "towers" / "dino.pth"
+    (clip / "open_clip_model.safetensors").rename(clip / "lone.safetensors")
+    (clip / "open_clip_config.json").rename(clip / "lone.json")
+    upload(clip.parent, f"{bucket}/towers")
+    for kind, name, file in (("clip", "", "clip/lone.safetensors"), ("timm", "test_resnet", "dino.pth")):
+        local = load_encoder(EncoderSpec(kind=kind, name=name, weights=str(clip.parent / file)))  # type: ignore[arg-type]
+        there = EncoderConfig(kind=kind, name=name, weights=f"{bucket}/towers/{file}").spec()  # type: ignore[arg-type]
+        assert there.weights == f"{bucket}/towers/{file}", "other machines make copies of their own"
+        assert load_tower(there).identity == local.identity
+    assert dino.exists()
+    write_json(f"{bucket}/model.json", {"model_cfg": CLIP})
+    given = EncoderSpec(kind="clip", name="tiny", weights="random:0", config=f"{bucket}/model.json")
+    assert load_tower(given).identity.startswith("tiny-")
+
+
+def test_an_image_that_is_not_there_is_no_image_and_a_store_out_of_reach_is_an_error(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place(bucket) / "a" / "b.png").write_bytes(b"123")
+    with pytest.raises(ImageError, match=r"b\.png: cannot be decoded"):
+        load_image(place(bucket) / "a" / "b.png")
+    with pytest.raises(ImageError, match=r"c\.png: no such file"):
+        load_image(place(bucket) / "a" / "c.png")
+    told = contents(bucket)
+    assert told("a/c.png") is None
+    first = told("a/b.png")
+    (place(bucket) / "a" / "b.png").write_bytes(b"124")
+    assert contents(bucket)("a/b.png") not in (None, first)
+
+    def unreachable(self: Any) -> bytes:
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(type(place(bucket)), "read_bytes", unreachable)
+    with pytest.raises(ConnectionError):
+        load_image(place(bucket) / "a" / "b.png")
+
+
+def test_prompts_and_drawn_images_go_on_where_they_were_killed(
+    bucket: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed driver sends nothing more: what counts is what was sent after each class."""
+    images(tmp_path / "drawn", {"train": 3})
+    upload(tmp_path / "drawn" / "train", f"{bucket}/drawn")
+    upload(tiny_base, f"{bucket}/base")
+    write_json(f"{bucket}/tiny.json", {"model_cfg": CLIP})
+    write_json(f"{bucket}/template.json", {"with_input": "{instruction} {input}", "without_input": "{instruction} So:"})
+    common = [f"class_names={json.dumps(NAMES)}", f"run.storage={bucket}/runs"]
+    asked = ["source=llama", f"llama.base.path={bucket}/base", f"llama.template={bucket}/template.json"]
+    asked += ["answers=2", "sampling.max_tokens=7", "commands=['What is a {}?']"]
+    drawing = ["source=folder", f"folder={bucket}/drawn", "candidates=3", "keep=2", "clip.kind=clip"]
+    drawing += [
+        "clip.weights=random:0",
+        f"clip.config={bucket}/tiny.json",
+        f"prompts={bucket}/runs/whole-p/prompts.json",
+    ]
+    whole = {}
+    for job, more, letter in ((cafo_prompt, asked, "p"), (cafo_generate, drawing, "g")):
+        whole[letter] = load(job.Config, None, [*common, *more, f"run.name=whole-{letter}"])
+        job.run(whole[letter])
+        config = load(job.Config, None, [*common, *more, f"run.name={letter}"])
+        with monkeypatch.context() as patch:
+            patch.setattr(Growing, "__exit__", lambda *_: None)
+            for maker, method in ((cafo_prompt.LlamaModel, "describe"), (FolderGenerator, "draw")):
+                stop_at(patch, maker, method, NAMES[2])
+            with pytest.raises(KeyboardInterrupt):
+                job.run(config)
+        again = job.run(config)
+        assert again["classes_asked_now" if job is cafo_prompt else "classes_drawn_now"] == 2
+    runs = place(bucket) / "runs"
+    assert read_json(runs / "p" / "prompts.json") == read_json(runs / "whole-p" / "prompts.json")
+    drawn = [runs / name / "generated" for name in ("g", "whole-g")]
+    found = [read_json(folder / "dalle_generated.json") for folder in drawn]
+    assert found[0] == found[1]
+    items = load_generated_list(drawn[0] / "dalle_generated.json", NAMES)
+    assert len(items) == 8
+    assert {item.path for item in items} == {str(path.relative_to(drawn[0])) for path in drawn[0].rglob("*.png")}
+    assert to_dict(whole["g"])["folder"] == f"{bucket}/drawn"
+
+
+def stop_at(patch: pytest.MonkeyPatch, maker: type, method: str, name: str) -> None:
+    """The maker is stopped when it is asked for a class."""
+    make = getattr(maker, method)
+
+    def stopped(self: Any, class_name: str, *given: Any) -> Any:
+        if class_name == name and given[1]:  # 0 images are asked for to see that the folder is there
+            raise KeyboardInterrupt
+        return make(self, class_name, *given)
+
+    patch.setattr(maker, method, stopped)

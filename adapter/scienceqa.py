@@ -82,7 +82,7 @@ def read_problems(folder: str | Path, split: str) -> list[Problem]:
 
     Raises RecordError naming the file and the problem that is missing or malformed.
     """
-    folder = Path(folder)
+    folder = Path(folder) if isinstance(folder, str) else folder  # as it is, such as a folder in a bucket
     problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")

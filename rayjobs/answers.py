@@ -20,10 +20,10 @@ from torch import Tensor
 
 from adapter.base import Base
 from rayjobs.base import BaseConfig, PoolConfig
-from rayjobs.places import local_copy
+from rayjobs.places import local_copy, place
 from rayjobs.provenance import claim_source
 from rayjobs.runtime import Progress, connect, data_context, unwrapped
-from rayjobs.tables import read_parquet, sha256_file, write_parquet
+from rayjobs.tables import contents, read_parquet, sha256_file, write_parquet
 from rayjobs.vision import Eyes, Sight
 
 Record = dict[str, Any]
@@ -65,11 +65,11 @@ class Answerer:
 def decode(table: pa.Table, root: str, sight: Sight) -> pa.Table:
     """A chunk's images as pixels."""
     (row,) = table.to_pylist()
-    records, pixels = json.loads(row["records"]), []
+    records, pixels, folder = json.loads(row["records"]), [], place(root)
     for record in records:
         seen = None
         if record.get("image"):
-            seen, record["image_error"] = look(Path(root) / record["image"], sight)
+            seen, record["image_error"] = look(folder / record["image"], sight)
         pixels.append(seen)
     images = pa.array([pixels], pa.list_(pa.large_binary()))
     return pa.table({"part": [row["part"]], "records": [json.dumps(records)], "images": images})
@@ -99,7 +99,8 @@ def answered_by(base: BaseConfig, adapter: str | None, sight: Sight | None) -> d
 def asked_with(records: Sequence[Record], images: str, seen: bool) -> dict[str, str]:
     """What is asked, images included where they are seen."""
     names = dict.fromkeys(record["image"] for record in records if record.get("image")) if seen else {}
-    pixels = digest([_content(Path(images) / name) for name in names])
+    content = contents(images) if names else None
+    pixels = digest([content(name) for name in names] if content else [])
     return {"records": digest(records), "images": pixels if seen else "left out"}
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rayjobs.places import place as place_of
 from rayjobs.tables import read_parquet
 
 STORE_IMAGES = 64
@@ -63,14 +64,19 @@ class StreamedImages:
     flips: bool = False
 
     def read(self, source: int, place: int, epoch: int | None) -> bytes:
-        from cafo.images import load_image
-
         path = _lists(self.lists)[str(source)][place]
-        image = load_image(Path(self.roots[source]) / path, name=path)
+        image = read_image(self.roots[source], path)
         if self.seed is None or epoch is None:
             return self.preprocess(image).numpy().tobytes()
         view = self.preprocess.view(image, path, epoch, self.seed, min_area=self.min_area, flips=self.flips)
         return view.numpy().tobytes()
+
+
+def read_image(root: str, path: str) -> Any:
+    """An image of a folder or URL. Raises `cafo.images.ImageError` for one that cannot be used."""
+    from cafo.images import load_image
+
+    return load_image(place_of(root) / path, name=path)
 
 
 def part_name(first: int) -> str:

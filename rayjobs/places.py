@@ -142,7 +142,7 @@ def _told(path: str | Path, what: str) -> Iterator[None]:
         raise OSError(f"{path} cannot be {what}: {told}") from error
 
 
-def refuse_url(path: str) -> str:
+def _refuse_url(path: str) -> str:
     if is_url(path):
         raise ValueError("must be a local path, not a URL: mount the bucket, or copy it to where all nodes see it")
     return path
@@ -160,8 +160,8 @@ AnyPath = Annotated[str, AfterValidator(_from_here)]
 """In a config: a path or URL that workers open, too; a relative path starts where the command is typed, which need not
 be where they run."""
 
-LocalPath = Annotated[str, AfterValidator(refuse_url), AfterValidator(_from_here)]
+LocalPath = Annotated[str, AfterValidator(_refuse_url), AfterValidator(_from_here)]
 """In a config: what is read through libraries that know local files only; it starts where the command is typed, too."""
 
-FileOrName = Annotated[str, AfterValidator(refuse_url), AfterValidator(_file_from_here)]
-"""In a config: a local file where there is one of that name, else a name."""
+FileOrName = Annotated[str, AfterValidator(_file_from_here)]
+"""In a config: a file, which may be a URL, where there is one of that name, else a name."""

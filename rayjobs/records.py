@@ -11,7 +11,7 @@ from adapter import scienceqa
 from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
-from rayjobs.places import AnyPath, FileOrName, LocalPath, is_url, local_copy, place
+from rayjobs.places import AnyPath, FileOrName, local_copy, place
 from rayjobs.tables import sha256_file
 
 Format = Literal["alpaca", "scienceqa", "llava"]
@@ -23,12 +23,12 @@ class SourceConfig:
     """One file of records among others."""
 
     path: AnyPath
-    """The file, which may be a URL, or ScienceQA's folder."""
+    """The file or ScienceQA's folder; either may be a URL."""
     format: Format | None = None
     """Its format; null for that of all."""
     split: str | None = None
     """ScienceQA's split; null for train, and for val where it validates."""
-    images: LocalPath | None = None
+    images: AnyPath | None = None
     """The folder that its images' paths start from; null for its own."""
     weight: float = Field(default=1, gt=0)
     """How often each record is trained on in an epoch: 2 for twice, 0.5 for every second epoch."""
@@ -51,7 +51,7 @@ class Source:
         Raises RecordError naming what is malformed.
         """
         if self.format == "scienceqa":
-            return (problem.record() for problem in scienceqa.read_problems(self.path, self.split))
+            return (problem.record() for problem in scienceqa.read_problems(place(self.path), self.split))
         path = local_copy(self.path)
         return read_conversations(path) if self.format == "llava" else read_records(path)
 
@@ -96,8 +96,6 @@ class RecordsConfig:
         one = SourceConfig(path=given) if isinstance(given, str) else given
         kind = one.format or self.format
         path = place(one.path)
-        if is_url(path) and kind == "scienceqa":
-            raise ValueError(f"{path}: ScienceQA's folder must be a local path or a mount, not a URL")
         folder = path if kind == "scienceqa" else path.parent
         return Source(
             path=str(path),
@@ -126,4 +124,4 @@ class DataConfig(RecordsConfig):
 def prompt_template(name: str | None, kind: Format = "alpaca") -> PromptTemplate:
     """A template by name or file; null is the format's own. Raises ValueError for a file that is none."""
     known = TEMPLATES.get(name or kind)
-    return known or PromptTemplate.read(str(name))
+    return known or PromptTemplate.read(local_copy(str(name)))

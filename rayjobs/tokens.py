@@ -19,10 +19,20 @@ import ray.data
 
 from adapter.instruct import RecordError, encode_record
 from adapter.tokenizer import Tokenizer
+from rayjobs.pictures import read_image
 from rayjobs.places import local_copy, place
 from rayjobs.records import RecordsConfig, Source
 from rayjobs.runtime import Progress, data_context, unwrapped
-from rayjobs.tables import TOKENS, read_json, read_parquet, sha256_file, write_json, write_jsonl, write_parquet
+from rayjobs.tables import (
+    TOKENS,
+    contents,
+    read_json,
+    read_parquet,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_parquet,
+)
 
 Split = Literal["train", "val"]
 
@@ -110,8 +120,9 @@ def prepare_tokens(
             [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": [
-            [path, sha256_file(file) if (file := Path(sources[i][0].images) / path).is_file() else None]
+            [path, content(path)]
             for i, paths in lists.items()
+            for content in ([contents(sources[i][0].images)] if paths else [])
             for path in paths
         ],
         "format": 3,
@@ -213,9 +224,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
 @lru_cache(maxsize=64)
 def _check_image(root: str, path: str, preprocess: Any) -> None:
     """Decodes and prepares an image, so that a bad one is known before training and not in the middle of it."""
-    from cafo.images import load_image
-
-    preprocess(load_image(Path(root) / path, name=path))
+    preprocess(read_image(root, path))
 
 
 def _held_out(record: dict[str, str], fraction: float) -> bool:

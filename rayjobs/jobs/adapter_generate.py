@@ -18,7 +18,7 @@ from rayjobs.answers import Record, answer_all, answered_by, asked_with, device,
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
 from rayjobs.gpu import on_gpu
-from rayjobs.places import AnyPath, FileOrName, LocalPath, local_copy, place, remove_folder
+from rayjobs.places import AnyPath, FileOrName, local_copy, place, remove_folder
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
 from rayjobs.tables import write_jsonl, write_parquet
@@ -54,11 +54,11 @@ class Config:
     """One instruction to answer."""
     input: str = ""
     """Its input, if it has one."""
-    image: LocalPath | None = None
+    image: AnyPath | None = None
     """Its image, if it has one."""
     file: AnyPath | None = None
     """A file of {instruction, input?, image?}: .json, .jsonl or .parquet; it may be a URL."""
-    images: LocalPath | None = None
+    images: AnyPath | None = None
     """The folder that the file's images start from; null for its own."""
     out: AnyPath = "answers.jsonl"
     """Where a file's answers go: .jsonl or .parquet; it may be a URL."""
@@ -134,7 +134,7 @@ def run(settings: Config) -> dict[str, Any]:
     base = on_gpu(lambda device: settings.base.load(settings.adapter, device, tower=tower))
     template, seen = prompt_template(settings.template), None
     if sight is not None and settings.image is not None:
-        pixels, wrong = look(Path(settings.image), sight)
+        pixels, wrong = look(place(settings.image), sight)
         if pixels is None:
             raise ValueError(wrong)
         seen = Eyes(sight.tower, device()).features([pixels])[0]

@@ -1,12 +1,18 @@
-"""CaFo's jobs on a bucket: the same results as on a local disk, and cut off there."""
+"""CaFo's jobs and the images of the adapter's on a bucket: the same results as on a local disk, and cut off there."""
 
 import html
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from adapter import Base
+from adapter.adaption import AdaptionConfig
 from cafo.cache import load_cache
 from cafo.datasets import load_generated_list
 from cafo.encoders import EncoderSpec, load_encoder
@@ -14,10 +20,11 @@ from cafo.generate import FolderGenerator
 from cafo.images import ImageError, load_image
 from rayjobs.config import load, to_dict
 from rayjobs.encoder import EncoderConfig, load_tower
-from rayjobs.jobs import cafo, cafo_generate, cafo_prompt, cafo_tune
+from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.places import Growing, local_copy, place
 from rayjobs.tables import contents, read_json, read_parquet, write_json
-from tests.rayjobs.cafo_world import CLASSES, CLIP, images, world
+from rayjobs.vision import VisionConfig
+from tests.rayjobs.cafo_world import CLASSES, CLIP, images, towers, world
 from tests.rayjobs.conftest import upload
 
 NAMES = list(CLASSES)
@@ -91,6 +98,67 @@ def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, t
     assert made(there) == made(local)
     now = stamps(there)
     assert [path for path in before if now[path] != before[path]] == lost
+
+
+@pytest.mark.ray
+def test_scienceqa_on_a_bucket_is_answered_and_scored_the_same(
+    cluster: None, bucket: str, tmp_path: Path, tiny_base: Path
+) -> None:
+    """Images stored and streamed, one of them damaged and one missing."""
+    here = tmp_path / "here"
+    scienceqa(here / "qa")
+    tower = towers(here / "towers")["clip"]
+    shutil.copytree(tiny_base, here / "base")
+    base = Base.load(tiny_base)
+    projection = VisionConfig(tower=EncoderConfig(**tower), bottleneck=5).open().projection
+    base.attach(AdaptionConfig(n_layers=2, prompt_length=3, vision=projection))
+    for adaption in base.model.adaptions:
+        torch.nn.init.constant_(adaption.gate, 1.0)
+    base.save_adapter(here / "adapter.safetensors")
+    upload(here, bucket)
+
+    def found(root: str, name: str, **more: Any) -> list[dict[str, Any]]:
+        given = {
+            "base": {"path": f"{root}/base"},
+            "adapter": f"{root}/adapter.safetensors",
+            "vision": {"tower": {**tower, "weights": f"{root}/towers/clip"}, "bottleneck": 5},
+            "data": {"path": [f"{root}/qa"], "format": "scienceqa", "max_rejected_fraction": 0.2},
+            "run": {"name": name, "storage": f"{root}/runs"},
+        }
+        config = load(adapter_eval.Config, {**given, **more}, [f"vision.mode={name}"] if "task" not in more else [])
+        adapter_eval.run(config)
+        file = "predictions.parquet" if "task" in more else "losses.parquet"
+        return read_parquet(config.run.folder / file).to_pylist()
+
+    how = {"task": "scienceqa", "reading": "likelihood", "batch_size": 8}
+    answers, there = (found(root, "answered", **how) for root in (str(here), bucket))
+    assert [{**row, "image_error": bool(row["image_error"])} for row in there] == [
+        {**row, "image_error": bool(row["image_error"])} for row in answers
+    ]
+    assert [row["pid"] for row in there if row["image_error"]] == ["2", "14"]
+    losses = found(str(here), "stored")
+    assert len(losses) == 16 - 2
+    for mode in ("stored", "streamed"):
+        there = found(bucket, mode)
+        assert [row["id"] for row in there] == [row["id"] for row in losses]
+        assert [row["loss"] for row in there] == pytest.approx([row["loss"] for row in losses], abs=1e-4)
+
+
+def scienceqa(folder: Path) -> None:
+    """Sixteen problems to train on and to test on, every other one with an image."""
+    draw, problems = np.random.default_rng(0), {}
+    for i in range(16):
+        problem = {"question": f"which {i}?", "choices": ["red hill", "big dog", "the mat"], "answer": i % 3}
+        problem |= {"hint": "", "image": None if i % 2 else "image.png", "split": "test"}
+        problems[str(i)] = problem | {"subject": "natural science", "grade": "grade2"}
+        if not i % 2:
+            path = folder / "images" / "test" / str(i) / "image.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(draw.integers(0, 255, (37, 23, 3), np.uint8)).save(path)
+    path.unlink()
+    (folder / "images" / "test" / "2" / "image.png").write_bytes(b"no image")
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps({split: list(problems) for split in ("train", "test")}))
 
 
 def test_a_tower_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The cluster files: what Ray and an imitation of AWS make of them, and what they must not open or upload."""
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -82,7 +83,10 @@ def test_aws_starts_every_kind_of_node_with_its_image_and_credentials(
     import boto3
     from moto import mock_aws
 
-    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+    cloud = mock_aws(config={"iam": {"load_aws_managed_policies": True}})
+    cloud.start(reset=False)  # what other tests keep in this cloud's buckets stays
+    with contextlib.ExitStack() as end:
+        end.callback(cloud.stop)
         from ray.autoscaler._private.aws import config as aws
         from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 

@@ -5,8 +5,9 @@
     base = Base.load("llama-7b")                      # Meta's or Hugging Face's folder
     base.attach(AdaptionConfig(n_layers=30, prompt_length=10))   # a fresh adapter, or
     base.load_adapter("adapter.safetensors")          # ours, official v1, litgpt, PEFT
-    base.logits(["Once upon a time"])                 # one (T, V) per text
+    base.ask("Give three tips for staying healthy.")  # in the template that adapters are trained on
     base.generate(["Once upon a time"], max_new_tokens=64)
+    base.logits(["Once upon a time"])                 # one (T, V) per text
     base.save_adapter("adapter.safetensors")
 
 The names below are imported when they are first asked for, so `import adapter` costs nothing.
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from adapter.base import Base
     from adapter.checkpoint import AdapterFile, adapter_from, attach_file, export_v1, read_adapter
     from adapter.files import CheckpointError
+    from adapter.instruct import PromptTemplate
     from adapter.llama import Llama, LlamaConfig
     from adapter.tokenizer import Tokenizer, TokenizerError
     from adapter.vision import VisionConfig
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "Llama",
     "LlamaConfig",
+    "PromptTemplate",
     "Tokenizer",
     "TokenizerError",
     "VisionConfig",
@@ -44,7 +47,7 @@ __all__ = [
     "save_llama",
 ]
 
-_ROOMS = ("adaption", "base", "checkpoint", "files", "llama", "tokenizer", "vision", "weights")
+_ROOMS = ("adaption", "base", "checkpoint", "files", "instruct", "llama", "tokenizer", "vision", "weights")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 base = Base.load("llama-7b")
 base.load_adapter("adapter.safetensors")
-print(base.generate(["Below is an instruction …"], max_new_tokens=64)[0])
+print(base.ask("Give three tips for staying healthy."))
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.checkpoint import adapter_from, attach_file, read_adapter
 from adapter.generate import generate
-from adapter.instruct import Example
+from adapter.instruct import ALPACA, Example, PromptTemplate
 from adapter.llama import Llama
 from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
@@ -90,6 +90,32 @@ class Base:
         seen = None if images is None else self.model.images(images)
         logits = self.model(ids.to(self.model.tok_embeddings.weight.device), images=seen)
         return [row_logits[: len(row)] for row_logits, row in zip(logits, rows, strict=True)]
+
+    def ask(
+        self,
+        instruction: str,
+        input: str = "",
+        *,
+        image: Tensor | None = None,
+        template: PromptTemplate = ALPACA,
+        max_new_tokens: int = 256,
+        temperature: float = 0.1,
+        top_p: float = 0.75,
+        seed: int = 0,
+    ) -> str:
+        """Answers one instruction, put into the words that adapters are trained on. Temperature 0 is greedy.
+
+        image: features (F,) from the adapter's tower.
+        """
+        (answer,) = self.generate(
+            [template.render(instruction, input)],
+            images=[image],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        return answer.strip()  # the tokenizer puts a space before the first word
 
     def generate(
         self,

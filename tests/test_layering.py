@@ -57,3 +57,9 @@ def test_importing_every_module_loads_nothing_to_spare(room):
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("room", ["adapter", "cafo"])
+def test_the_libraries_say_that_they_are_typed(room):
+    assert (ROOT / room / "py.typed").is_file()
+    assert f'{room} = ["py.typed"]' in (ROOT / "pyproject.toml").read_text(), "and take the mark with them"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import adapter
-from adapter import AdaptionConfig, Base, CheckpointError, TokenizerError
+from adapter import AdaptionConfig, Base, CheckpointError, PromptTemplate, TokenizerError
+from adapter.instruct import ALPACA
 from adapter.llama import Llama, LlamaConfig, RMSNorm
 from adapter.weights import save_llama
 from tests.adapter.test_tokenizer import train_model
@@ -40,6 +41,16 @@ def open_gates(base: Base) -> None:
     with torch.no_grad():
         for adaption in base.model.adaptions:
             adaption.gate.fill_(0.7)
+
+
+def test_ask_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
+    base = Base.load(tiny_base)
+    greedy = {"max_new_tokens": 9, "temperature": 0.0}
+    (told,) = base.generate([ALPACA.render("Say it", "again")], **greedy)
+    assert base.ask("Say it", "again", **greedy) == told.strip() != ""
+    mine = PromptTemplate(with_input="{instruction}: {input}", without_input="{instruction}!")
+    (told,) = base.generate(["Say it!"], **greedy)
+    assert base.ask("Say it", template=mine, **greedy) == told.strip()
 
 
 def test_load_adapt_ask_save(folder: Path, tmp_path: Path) -> None:

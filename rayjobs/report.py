@@ -15,13 +15,12 @@ import yaml
 from rayjobs import plots
 from rayjobs.examples import EXAMPLES
 from rayjobs.page import Gallery, Plot, Section, Table, svg, write_page
-from rayjobs.runs import Record, headline, read_record
+from rayjobs.runs import REPORT, Record, outcome, read_record
 from rayjobs.tables import as_text, atomic_path, flat, read_json, read_jsonl, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORT = "report.html"
 SHOWN_ROWS = 50
 RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
 
@@ -45,7 +44,7 @@ def write_report(folder: Path) -> Path:
     record = _record(folder)
     sections = [section for reader in READERS for section in reader(folder)]
     facts = [record.job, record.state, f"started {_time(record.started)}", f"{record.seconds:,.0f} s"]
-    return write_page(folder / REPORT, folder.name, headline(folder) or record.error, facts, sections)
+    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections)
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
@@ -72,7 +71,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
     """What `RUN_COLUMNS` names after the run itself, for each folder. Raises ValueError for one that holds no run."""
     records = [_record(folder) for folder in folders]
-    return [[r.job, r.state, _time(r.started), headline(f) or r.error] for r, f in zip(records, folders, strict=True)]
+    return [[r.job, r.state, _time(r.started), outcome(f, r)] for r, f in zip(records, folders, strict=True)]
 
 
 def save_plot(path: Path, title: str, figure: "Figure") -> None:

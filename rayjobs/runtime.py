@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from rayjobs.config import config, to_dict
+from rayjobs.hardware import HARDWARE, hardware
 from rayjobs.places import AnyPath, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
@@ -177,12 +178,14 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def open_run(run: RunConfig, settings: Any) -> Path:
-    """The run's folder, with the resolved config, versions, commit and the run's record written into it."""
-    begin(run.folder, settings)
-    write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
-    write_json(run.folder / "versions.json", versions())
-    for tracker in open_trackers(run.folder, run.track):  # where they fail, they should before the work
-        tracker.close()
+    """The run's folder, with the resolved config, versions, commit, hardware and the run's record written into it; they
+    are those of the outer job where one job is a part of another's run."""
+    if begin(run.folder, settings):
+        write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
+        write_json(run.folder / "versions.json", versions())
+        write_json(run.folder / HARDWARE, hardware())
+        for tracker in open_trackers(run.folder, run.track):  # where they fail, they should before the work
+            tracker.close()
     return run.folder
 
 

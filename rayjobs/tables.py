@@ -56,7 +56,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    return json.loads(place(path).read_text(encoding="utf-8"))
+    """Raises ValueError naming the file if it is no JSON."""
+    return _parsed(place(path).read_bytes(), path)
+
+
+def _parsed(text: bytes, path: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: malformed JSON: {error}") from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -64,12 +72,15 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """A JSONL file's rows, or the whole ones among its last bytes; a last line cut short by a crash is left out."""
+    """A JSONL file's rows, or the whole ones among its last bytes; a last line cut short by a crash is left out.
+
+    Raises ValueError naming the file if another line is no JSON.
+    """
     with place(path).open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
-    return [json.loads(line) for line in lines[1 if start else 0 : -1] if line]
+    return [_parsed(line, path) for line in lines[1 if start else 0 : -1] if line]
 
 
 def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = None) -> None:

@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _look(args: argparse.Namespace) -> int:
     """The commands that run nothing."""
-    from rayjobs.report import RUN_COLUMNS, compare, run_rows, show_table, write_report
+    from rayjobs.comparison import compare
+    from rayjobs.report import RUN_COLUMNS, run_rows, show_table, write_report
 
     try:
         if args.job == "report":
@@ -108,7 +109,10 @@ def _look(args: argparse.Namespace) -> int:
         folders = find_runs(storage)
         names = [str(folder.relative_to(storage)) for folder in folders]
         rows = [[name, *row] for name, row in zip(names, run_rows(folders), strict=True)]
-        show_table(args.storage, RUN_COLUMNS, rows)
+        if sys.stdout.isatty():
+            show_table(args.storage, RUN_COLUMNS, rows)
+        else:  # a line for each, whole, for grep and cut
+            print("\n".join("\t".join(row) for row in rows))
         return 0
     except (ValueError, OSError) as error:
         print(f"rayjobs {args.job}: error: {error}", file=sys.stderr)

@@ -18,9 +18,9 @@ ZERO_SHOT = "CLIP zero-shot"
 
 
 def summary(accuracies: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, in percent."""
+    """Mean ± sample standard deviation, in percent; the mean alone where nothing varies, as without shots."""
     mean = f"{100 * statistics.mean(accuracies):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else mean
+    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(set(accuracies)) > 1 else mean
 
 
 def published_rows(
@@ -83,10 +83,11 @@ def _cascade_row(encoders: Mapping[str, EncoderConfig], setting: Mapping[str, An
 
 
 def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, list[float]]], dict[str, float]]:
-    """{method: {shots: accuracies in percent}} and {method: accuracy} of what has no shots, from rows of one target."""
+    """{method: {shots: accuracies in percent}} and {method: accuracy} of what has no shots, from rows of one target, in
+    the table's order."""
     methods: dict[str, dict[int, list[float]]] = {}
     level: dict[str, float] = {}
-    for row in rows:
+    for row in sorted(rows, key=_most_first):
         if row["shots"] is None:
             level[row["method"]] = 100 * row["accuracy"]
         else:

@@ -51,6 +51,14 @@ def method(group: dict[str, Any]) -> str:
     return ", ".join(told) or "CaFo"
 
 
-def most_shots(chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method's choice at its largest K: the ones that are drawn."""
-    return list({cell["method"]: cell for cell in sorted(chosen, key=lambda cell: cell["shots"])}.values())
+def best_on_val(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one that a headline tells of."""
+    return max(chosen, key=lambda cell: cell["val_accuracy"])
+
+
+def shown(chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of which there are plots: the best, then every other method's choice at its largest K."""
+    of_methods = {(best := best_on_val(chosen))["method"]: best}
+    for cell in sorted(chosen, key=lambda cell: -cell["shots"]):
+        of_methods.setdefault(cell["method"], cell)
+    return list(of_methods.values())

@@ -25,8 +25,6 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    folded: bool = False
-    """Shown when the reader opens it."""
     kind: str = field(default="table", init=False)
 
 
@@ -55,7 +53,16 @@ class Gallery:
         return [(_data_url(picture), caption) for picture, caption in self.pictures]
 
 
-Section = Table | Plot | Gallery
+@dataclass(frozen=True)
+class Fold:
+    """Sections that are shown when the reader opens them."""
+
+    title: str
+    sections: Sequence["Section"]
+    kind: str = field(default="fold", init=False)
+
+
+Section = Table | Plot | Gallery | Fold
 
 
 def svg(figure: "Figure") -> str:
@@ -64,7 +71,7 @@ def svg(figure: "Figure") -> str:
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayjobs"}):
-        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", dpi=200, metadata={"Date": None})
     drawn = text.getvalue()
     return drawn[drawn.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
 
@@ -74,9 +81,14 @@ def _data_url(picture: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def write_page(path: Path, title: str, headline: str, facts: Sequence[str], sections: Sequence[Section]) -> Path:
-    """Writes the page, whole or not at all."""
+def write_page(
+    path: Path, title: str, headline: str, facts: Sequence[str], sections: Sequence[Section], command: str = ""
+) -> Path:
+    """Writes the page, whole or not at all. command: what was typed, told beneath the facts."""
     environment = Environment(loader=PackageLoader("rayjobs", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template(TEMPLATE).render(title=title, headline=headline, facts=facts, sections=sections)
+    environment.filters["whole"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0")  # a line does not end within it
+    page = environment.get_template(TEMPLATE).render(
+        title=title, headline=headline, facts=facts, command=command, sections=sections
+    )
     write_text(path, page)
     return path

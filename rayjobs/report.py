@@ -6,7 +6,7 @@ time, and is as complete as the run is.
 
 import html
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import yaml
 
 from rayjobs import plots
 from rayjobs.examples import EXAMPLES
-from rayjobs.page import Gallery, Plot, Section, Table, svg, write_page
+from rayjobs.hardware import HARDWARE
+from rayjobs.page import Fold, Gallery, Plot, Section, Table, svg, write_page
 from rayjobs.runs import REPORT, Record, outcome, read_record
 from rayjobs.tables import as_text, atomic_path, flat, read_json, read_jsonl, write_text
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_ROWS = 50
+SHOWN_CHARS = 300
 RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
+KINDS = ("shots", "landscape", "classes", "confusion", "sources")
+"""Of numbered and other plots, by the beginning of their file's name, in the order of the report."""
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -43,29 +47,9 @@ def write_report(folder: Path) -> Path:
     """Writes `report.html` into a run's folder. Raises ValueError for a folder that holds no run."""
     record = _record(folder)
     sections = [section for reader in READERS for section in reader(folder)]
-    facts = [record.job, record.state, f"started {_time(record.started)}", f"{record.seconds:,.0f} s"]
-    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections)
-
-
-def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Writes one page with several runs side by side: figures, settings that differ, and curves over one another."""
-    rows = run_rows(folders)
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    results = [flat(_json(folder / "result.json")) for folder in folders]
-    configs = [flat(_config(folder)) for folder in folders]
-    sections: list[Section] = [
-        Table("runs", RUN_COLUMNS, [[name, *row] for name, row in zip(names, rows, strict=True)])
-    ]
-    sections.append(Table("figures", ["", *names], _side_by_side(results)))
-    differing = [line for line in _side_by_side(configs) if len(set(line[1:])) > 1]
-    sections.append(Table("settings that differ", ["", *names], differing))
-    curves = {name: _metrics(folder) for name, folder in zip(names, folders, strict=True)}
-    sections += [
-        Plot(title, svg(figure)) for title, figure in plots.training_curves({n: c for n, c in curves.items() if c})
-    ]
-    return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
+    facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
+    facts += [value for value in _json(folder / HARDWARE).values() if value != "none"]
+    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections, record.command)
 
 
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
@@ -75,13 +59,51 @@ def run_rows(folders: Sequence[Path]) -> list[list[str]]:
 
 
 def save_plot(path: Path, title: str, figure: "Figure") -> None:
-    """Writes a figure twice under its title: `path`, a PNG to show, and an SVG beside it for the report."""
+    """Writes a figure twice under its title: `path`, a PNG to show, and an SVG beside it for the report.
+
+    A name that ends in a number, as `classes-03.png`, is of one of several things of a kind; the report folds all but
+    the first, 00, under what their titles have before the last colon.
+    """
     drawn = svg(figure)
     start = drawn.index(">") + 1
     write_text(path.with_suffix(".svg"), f"{drawn[:start]}<title>{html.escape(title)}</title>{drawn[start:]}")
-    figure.suptitle(title)
+    figure.suptitle(plots.plain(title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
+
+
+def figures(path: Path) -> dict[str, str]:
+    """The plain figures of a `result.json`, but for the headline, which heads the page."""
+    told = {
+        name: value
+        for name, value in _json(path).items()
+        if name not in ("headline", "tables") and value is not None and not _rows(value)
+    }
+    return {_spoken(name).replace(".", ": "): text for name, text in flat(told).items()}
+
+
+def tables(folder: Path) -> Iterator[Table]:
+    """What a run tells in rows: test accuracies, and each list of rows of its `result.json`."""
+    for target, lines in _json(folder / "test" / "result.json").get("tables", {}).items():
+        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
+        yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
+    for name, value in _json(folder / "result.json").items():
+        if _rows(value):
+            columns = list(dict.fromkeys(column for row in value for column in row))
+            rows = [[as_text(row.get(column)) for column in columns] for row in value]
+            yield Table(_spoken(name), [_spoken(column) for column in columns], rows)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def settings(folder: Path) -> dict[str, str]:
+    """{"section.key": text}"""
+    path = folder / "config.yaml"
+    return flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _record(folder: Path) -> Record:
@@ -91,95 +113,108 @@ def _record(folder: Path) -> Record:
     return record.now()
 
 
-def _result(folder: Path) -> Iterator[Section]:
-    """Figures in one table, and a table for each list of rows."""
-    result = _json(folder / "result.json")
-    told = {name: value for name, value in result.items() if name != "headline"}  # which heads the page
-    plain = [[_spoken(name), as_text(value)] for name, value in told.items() if not isinstance(value, list | dict)]
-    if plain:
-        yield Table("result", ["", ""], plain)
-    for name, value in result.items():
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            columns = list(dict.fromkeys(column for row in value for column in row))
-            rows = [[as_text(row.get(column)) for column in columns] for row in value]
-            yield Table(_spoken(name), [_spoken(column) for column in columns], rows)
+def _tables(folder: Path) -> Iterator[Section]:
+    yield from tables(folder)
+
+
+def _figures(folder: Path) -> Iterator[Section]:
+    for title, path in (("test", folder / "test" / "result.json"), ("result", folder / "result.json")):
+        if found := figures(path):
+            yield Table(title, ["", ""], list(map(list, found.items())))
 
 
 def _curves(folder: Path) -> Iterator[Section]:
-    if rows := _metrics(folder):
-        for title, figure in plots.training_curves({folder.name: rows}):
-            yield Plot(title, svg(figure))
-
-
-def _test_tables(folder: Path) -> Iterator[Section]:
-    for target, lines in _json(folder / "test" / "result.json").get("tables", {}).items():
-        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-        rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
-        yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
+    """A run's own, or those of a sweep's trials over one another."""
+    runs = {folder.name: metrics(folder)}
+    for path in sorted(folder.glob("trials/*/trial.json")):
+        trial = read_json(path)
+        runs[f"{trial['setting']}, seed {trial['seed']}"] = metrics(path.parent)
+    for title, figure in plots.training_curves({name: rows for name, rows in runs.items() if rows}):
+        yield Plot(title, svg(figure))
 
 
 def _plots(folder: Path) -> Iterator[Section]:
     """What `save_plot` drew."""
-    for path in [*sorted(folder.glob("*.svg")), *sorted((folder / "test").glob("*.svg"))]:
+    folded: dict[str, list[Plot]] = {}
+    for path in sorted([*folder.glob("*.svg"), *(folder / "test").glob("*.svg")], key=_place):
         drawing = path.read_text(encoding="utf-8")
-        title = re.search(r"<title>(.*?)</title>", drawing)
-        yield Plot(html.unescape(title[1]) if title else path.stem, drawing)
+        titled = re.search(r"<title>(.*?)</title>", drawing)
+        title = html.unescape(titled[1]) if titled else path.stem
+        if _place(path)[0] > 0:
+            of, _, what = title.rpartition(": ")
+            folded.setdefault(of, []).append(Plot(what, drawing))
+        else:
+            yield Plot(title, drawing)
+    for of, drawings in folded.items():
+        yield Fold(of, drawings)
+
+
+def _place(path: Path) -> tuple[int, int, str]:
+    """In the report: plots without a number first, then by number, then by kind."""
+    kind, _, number = path.stem.partition("-")
+    return int(number) if number.isdigit() else -1, KINDS.index(kind) if kind in KINDS else len(KINDS), path.name
 
 
 def _examples(folder: Path) -> Iterator[Section]:
     for path in (folder / EXAMPLES, folder / "test" / EXAMPLES):
-        if path.is_file():
-            found = read_json(path)
-            pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found["images"]]
+        found = _json(path)
+        pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found.get("images", [])]
+        if pictures:
             yield Gallery("examples", pictures, found["note"])
 
 
+def _sentences(folder: Path) -> Iterator[Section]:
+    """What a language model said about each class."""
+    if prompts := _json(folder / "prompts.json"):
+        rows = [[name, "\n".join(sentences)] for name, sentences in prompts.items()]
+        yield _first(Table("sentences", ["class", "sentences"], rows), "prompts.json")
+
+
 def _rejected(folder: Path) -> Iterator[Section]:
-    path = folder / "rejected.jsonl"
-    rows = read_jsonl(path) if path.is_file() else []
-    if rows:
-        columns = list(dict.fromkeys(column for row in rows[:SHOWN_ROWS] for column in row))
-        lines = [[as_text(row.get(column)) for column in columns] for row in rows[:SHOWN_ROWS]]
-        more = f"The first {SHOWN_ROWS} of {len(rows)}; all are in {path.name}." if len(rows) > SHOWN_ROWS else ""
-        yield Table("rejected", [_spoken(column) for column in columns], lines, more)
+    for title, path in (("rejected", folder / "rejected.jsonl"), ("rejected on test", folder / "test/rejected.jsonl")):
+        if rows := read_jsonl(path) if path.is_file() else []:
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            lines = [[as_text(row.get(column)) for column in columns] for row in rows]
+            yield _first(Table(title, [_spoken(column) for column in columns], lines), path.name)
 
 
 def _settings(folder: Path) -> Iterator[Section]:
-    settings = [[name, value] for name, value in flat(_config(folder)).items()]
-    yield Table("settings", ["", ""], settings, folded=True)
-    if versions := _json(folder / "versions.json"):
-        yield Table("versions", ["", ""], [[name, str(value)] for name, value in versions.items()], folded=True)
+    found = {"settings": settings(folder), "versions": _json(folder / "versions.json")}
+    for title, values in found.items():
+        if values:
+            yield Fold(title, [Table("", ["", ""], [[name, str(value)] for name, value in values.items()])])
 
 
 READERS: list[Callable[[Path], Iterator[Section]]] = [
-    _test_tables,
-    _result,
+    _tables,
     _plots,
+    _figures,
     _curves,
     _examples,
+    _sentences,
     _rejected,
     _settings,
 ]
 """In the order of the report."""
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return read_jsonl(path) if path.is_file() else []
+def _first(table: Table, file: str) -> Table:
+    """What a page has room for of a long table, with a word about the rest."""
+    rows = [[_short(cell) for cell in row] for row in table.rows[:SHOWN_ROWS]]
+    more = f"The first {SHOWN_ROWS} of {len(table.rows):,}; all are in {file}." if len(table.rows) > SHOWN_ROWS else ""
+    return Table(table.title, table.columns, rows, more)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} …"
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [[name, *(column.get(name, "") for column in columns)] for name in names]
 
 
 def _time(iso: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import statistics
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import yaml
 from pydantic import Field
 
 from cafo.datasets import Dataset
 from rayjobs import plots
-from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, table, write_tables
+from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, summary, table, write_tables
 from rayjobs.base import PoolConfig
-from rayjobs.choice import most_shots
-from rayjobs.config import config, load
+from rayjobs.choice import best_on_val, shown
+from rayjobs.config import config, load, to_dict
 from rayjobs.examples import ORDER, mistakes_first, write_examples
 from rayjobs.features import Features, open_towers, prepare_features
 from rayjobs.imagery import ImageList, ImagesConfig, plain_list
@@ -44,17 +46,20 @@ class Config:
     def run(self) -> RunConfig:
         """The sweep's."""
         folder = place(self.sweep)
-        return RunConfig(name=folder.name, storage=str(folder.parent))
+        saved = folder / "config.yaml"
+        known = yaml.safe_load(saved.read_text(encoding="utf-8")).get("run", {}) if saved.is_file() else {}
+        return RunConfig(**{**known, "name": folder.name, "storage": str(folder.parent)})
 
 
 def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
     """The sweep's settings and choice. Raises ValueError if it has not chosen."""
     folder = settings.run.folder
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no run of cafo-tune: there is no config.yaml")
+    if not (folder / cafo_tune.SWEEP).is_file():
+        raise ValueError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
     if not (folder / "chosen.json").is_file():
         raise ValueError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
-    return load(cafo_tune.Config, folder / "config.yaml"), read_json(folder / "chosen.json")["chosen"]
+    swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(settings.run)})
+    return swept, read_json(folder / "chosen.json")["chosen"]
 
 
 def plan(settings: Config) -> None:
@@ -110,14 +115,16 @@ def run(settings: Config) -> dict[str, Any]:
     if settings.plots:
         for name in sets:
             methods, level = by_method(of[name])
-            figure = plots.accuracy_over_shots(methods, level=level, published=paper[name])
-            save_plot(folder / f"shots-{name}.png", f"{name}: test", figure)
+            figure = plots.accuracy_over_shots({"": methods}, {"": level}, paper[name])
+            save_plot(folder / f"shots-{name}.png", f"accuracy over shots, {name}'s test", figure)
         draw(folder, trials, chosen, of[dataset.name], dataset)
         keep_examples(folder, trials, chosen, lists[0], features[dataset.name])
-    best = max(chosen, key=lambda cell: cell["val_accuracy"])
-    told = table([r for r in of[dataset.name] if (r["method"], r["shots"]) == (best["method"], best["shots"])], {})
+    best = best_on_val(chosen)
+    told = [r["accuracy"] for r in of[dataset.name] if (r["method"], r["shots"]) == (best["method"], best["shots"])]
     result = {
-        "headline": f"{told[1][0][1]}% on {dataset.name}'s test with {best['method']} at {best['shots']} shots",
+        "headline": f"{summary(told)}% on {dataset.name}'s test with {best['method']} at {best['shots']} shots",
+        "test_accuracy": round(100 * statistics.mean(told), 2),
+        "zero_shot_accuracy": round(100 * max(r["accuracy"] for r in of[dataset.name] if r["shots"] is None), 2),
         "test_images": {name: len(found.rows) for name, found in features.items()},
         "rejected_images": sum(len(found.rejected) for found in features.values()),
         "tables": {
@@ -133,7 +140,7 @@ def run(settings: Config) -> dict[str, Any]:
 
 def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], images: ImageList, found: Features) -> None:
     """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
-    best = max(chosen, key=lambda cell: cell["val_accuracy"])
+    best = best_on_val(chosen)
     cache = open_cache(trials, best["seeds"][0]["trial"])
     shares = cache.logits({name: torch.tensor(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
     items = [images.items[row] for row in found.rows]
@@ -239,28 +246,28 @@ def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> No
 def draw(
     folder: Path, trials: Path, chosen: list[dict[str, Any]], rows: list[dict[str, Any]], dataset: Dataset
 ) -> None:
-    """Of each method at its most shots and first seed: val accuracy over α and β; on test each class's accuracy, the
-    confusion, and which source wins."""
-    for number, cell in enumerate(most_shots(chosen)):
+    """Of the best choice, 00, and of each other method's at its most shots, first seed: val accuracy over α and β; on
+    test each class's accuracy, the confusion, and which source wins."""
+    for number, cell in enumerate(shown(chosen)):
         seed = cell["seeds"][0]
         title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
         found = read_json(trials / seed["trial"] / "surface.json")
         accuracy = [[100 * count / found["total"] for count in line] for line in found["correct"]]
         figure = plots.search_landscape(found["alphas"], found["betas"], accuracy, (seed["alpha"], seed["beta"]))
-        save_plot(folder / f"landscape-{number:02d}.png", f"{title}: val", figure)
+        save_plot(folder / f"landscape-{number:02d}.png", f"{title}: accuracy on val over α and β", figure)
         (row,) = (
             r for r in rows if (r["method"], r["shots"], r["seed"]) == (cell["method"], cell["shots"], seed["seed"])
         )
         images = row["confusion"].sum(axis=1)
         accuracy = (100 * row["confusion"].diagonal() / images.clip(min=1)).tolist()
         figure = plots.class_accuracy(dataset.class_names, accuracy)
-        save_plot(folder / f"classes-{number:02d}.png", f"{title}: each class, test", figure)
+        save_plot(folder / f"classes-{number:02d}.png", f"{title}: accuracy of each class on test", figure)
         figure = plots.confusion(dataset.class_names, row["confusion"].tolist())
-        save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion, test", figure)
+        save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion on test", figure)
         if len(row["wins"]) > 1:
             shares = {
                 source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
                 for source, counts in row["wins"].items()
             }
             figure = plots.winning_sources(dataset.class_names, shares)
-            save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most, test", figure)
+            save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most on test", figure)

@@ -16,6 +16,7 @@ from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.config import config
 from rayjobs.encoder import load_tower
+from rayjobs.examples import write_examples
 from rayjobs.gpu import on_gpu
 from rayjobs.imagery import EncoderConfig, ImagesConfig
 from rayjobs.places import AnyPath, Growing, local_copy, place
@@ -25,6 +26,9 @@ from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, open_run
 from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, open_classes
 from rayjobs.tables import read_jsonl, sha256_file, write_json, write_jsonl
+
+EXAMPLES = 24
+"""Images that the report shows."""
 
 
 @config
@@ -196,6 +200,7 @@ def run(settings: Config) -> dict[str, Any]:
     content = read_json_file(settings.list_path, "run the job again")
     if not content["train"]:
         raise ValueError(f"not one usable image was drawn of any class; the reasons are in {log}")
+    keep_examples(folder, settings.list_path.parent, content)
     per_class = [0] * len(classes.names)
     for _, label, _ in content["train"]:
         per_class[label] += 1
@@ -214,6 +219,14 @@ def run(settings: Config) -> dict[str, Any]:
     write_json(folder / "result.json", result)
     show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
     return result
+
+
+def keep_examples(folder: Path, images: Path, content: dict[str, Any]) -> None:
+    """Small copies of kept images with CLIP's score, evenly drawn from the best of every class to the last."""
+    ranked = sorted(content["train"], key=lambda entry: (Path(entry[0]).name, entry[1]))
+    some = sorted(ranked[:: max(1, len(ranked) // EXAMPLES)][:EXAMPLES])
+    shown = [(images / path, f"{name} ({content['scores'][path]:.3f})") for path, _, name in some]
+    write_examples(folder, shown, f"Of the {len(ranked):,} images that were kept; in brackets CLIP's cosine.")
 
 
 def _generator(settings: Config) -> ImageGenerator:

@@ -15,8 +15,9 @@ from cafo import fewshot
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
 from cafo.search import surface
+from rayjobs.accuracy import table
 from rayjobs.base import PoolConfig, Workers
-from rayjobs.choice import choose, most_shots
+from rayjobs.choice import best_on_val, choose, shown
 from rayjobs.config import config, to_dict
 from rayjobs.features import (
     ClassifierFile,
@@ -34,6 +35,9 @@ from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trial
 from rayjobs.sweep import run_sweep
 from rayjobs.tables import atomic_path, read_json, write_json, write_jsonl, write_parquet
 from rayjobs.trial import CACHE, Shared, open_cache
+
+SWEEP = "sweep.json"
+"""All settings of a sweep but where it runs: config.yaml is that of whatever job was typed."""
 
 
 @config
@@ -164,38 +168,36 @@ def run(settings: Config) -> dict[str, Any]:
         resources=of_trials,
     )
     rows = [row for _, row in over]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
-    write_parquet(folder / "results.parquet", table)
+    names = dict.fromkeys(name for row in rows for name in row)
+    every = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    write_parquet(folder / "results.parquet", every)
     chosen = choose(over, settings.search.compare)
     keep_chosen(folder, chosen)
     draw_surfaces(folder, chosen, shared, settings.search)
     write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": len(shared.val_labels), "chosen": chosen})
     finished = [row for row in rows if row["status"] == "finished"]
-    best = max(chosen, key=lambda cell: cell["val_accuracy"])
+    best = best_on_val(chosen)
+    columns, lines = table([{**cell, "accuracy": cell["val_accuracy"]} for cell in chosen], {})
     result = {
         "headline": f"{best['val_accuracy']:.2%} on val with {best['method']} at {best['shots']} shots",
         "data_set": dataset.name,
+        "val_accuracy": round(100 * best["val_accuracy"], 2),
         "trials": len(rows),
         "stopped_early": len(rows) - len(finished),
         "zero_shot_val_accuracy": round(100 * max(row["zero_shot_val_accuracy"] for row in finished), 2),
-        "chosen": [
-            {"shots": c["shots"], "method": c["method"], "val_accuracy": round(100 * c["val_accuracy"], 2)}
-            for c in chosen
-        ],
+        "chosen: accuracy on val, %": [dict(zip(columns, line, strict=True)) for line in lines],
         "rejected_images": len(rejected),
         "short_classes": len({name for choice in choices.values() for name in choice.short}),
         "truncated_sentences": max(made.truncated for made in classifiers.values()),
     }
     write_json(folder / "result.json", result)
-    lines = [[str(c["shots"]), c["method"], f"{100 * c['val_accuracy']:.2f}"] for c in chosen]
-    show_table(f"{settings.run.name}: chosen on val", ["shots", "method", "val accuracy"], lines)
+    show_table(f"{settings.run.name}: chosen, accuracy on val, %", columns, lines)
     return result
 
 
 def same_sweep(settings: Config) -> None:
     """A sweep's folder belongs to its settings. Raises ValueError if others are found there."""
-    path = settings.run.folder / "sweep.json"
+    path = settings.run.folder / SWEEP
     now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
     if path.exists() and (before := read_json(path)) != now:
         changed = [name for name in now if before.get(name) != now[name]]
@@ -275,9 +277,9 @@ def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
 
 
 def draw_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: Shared, how: SearchConfig) -> None:
-    """`surface.json`, val accuracy over α and β, in the folder of each method's first trial at its most shots."""
+    """`surface.json`, val accuracy over α and β, in the folder of the first trial of each choice that is plotted."""
     labels = torch.tensor(shared.val_labels)
-    for cell in most_shots(chosen):
+    for cell in shown(chosen):
         trial = cell["seeds"][0]["trial"]
         path = folder / "trials" / trial / "surface.json"
         if path.exists():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,12 @@ def test_clip_keeps_the_best_of_a_folder(tmp_path: Path, clip: Path, drawn: Path
     rejected = [json.loads(line) for line in (tmp_path / "runs" / "g" / "rejected.jsonl").read_text().splitlines()]
     assert [row["class"] for row in rejected] == ["red_thing"]
     assert "2.png" in rejected[0]["reason"]
+
+    report = unescape((tmp_path / "runs" / "g" / "report.html").read_text())
+    assert report.count("<img") == 9
+    kept = written(tmp_path)["train"]
+    assert all(f"<figcaption>{name} ({written(tmp_path)['scores'][path]:.3f})" in report for path, _, name in kept)
+    assert rejected[0]["reason"] in report
 
     # The naive choice: cosine of each candidate with the mean sentence.
     encoder: Any = load_encoder(EncoderSpec(kind="clip", weights="random:0", config=str(clip)))

@@ -9,7 +9,8 @@ from pydantic import Field
 from rayjobs.config import config
 from rayjobs.imagery import EncoderConfig, ImagesConfig
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
-from rayjobs.runtime import RunConfig
+from rayjobs.runs import recorded
+from rayjobs.runtime import RunConfig, open_run
 
 
 @config
@@ -81,10 +82,19 @@ def plan(settings: Config) -> None:
         cafo_tune.plan(tuned)
 
 
+@recorded
 def run(settings: Config) -> dict[str, Any]:
     """Returns all steps' results."""
     asked, drawn, tuned = prompting(settings), generating(settings), tuning(settings)
     cafo_tune.tried_settings(tuned)  # a sweep that cannot be run is told of before anything is asked or drawn
+    if asked:
+        cafo_prompt.check(asked)
+    elif drawn:
+        cafo_generate.check(drawn)
+    else:
+        cafo_tune.check(tuned)
+    cafo_tune.same_sweep(tuned)
+    folder = open_run(settings.run, settings)  # the sweep and the test are a part of this run
     results: dict[str, Any] = {}
     if asked:
         results["prompt"] = cafo_prompt.run(asked)
@@ -92,7 +102,7 @@ def run(settings: Config) -> dict[str, Any]:
         results["generate"] = cafo_generate.run(drawn)
     results["tune"] = cafo_tune.run(tuned)
     evaluation = cafo_eval.Config(
-        sweep=str(settings.run.folder), targets=settings.targets, plots=settings.plots, scale=settings.scale
+        sweep=str(folder), targets=settings.targets, plots=settings.plots, scale=settings.scale
     )
     return {**results, "eval": cafo_eval.run(evaluation)}
 

@@ -1,5 +1,6 @@
 """cafo-eval and the chain: test opened once, for the choice that val made; tables that the run folder proves."""
 
+from html import escape
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,9 +10,11 @@ import torch
 from cafo import published
 from cafo.cache import load_cache
 from rayjobs.accuracy import published_rows, summary, table
+from rayjobs.choice import shown
 from rayjobs.config import load
 from rayjobs.imagery import EncoderConfig
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
+from rayjobs.runs import read_record
 from rayjobs.tables import read_json, write_json
 from tests.cafo.server import serve
 from tests.rayjobs.cafo_world import images, world
@@ -22,14 +25,15 @@ FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.e
 def test_the_table_has_the_papers_shape() -> None:
     rows = [
         {"method": "CLIP zero-shot", "shots": None, "accuracy": 0.5},
-        *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((1, 0.6), (1, 0.62), (16, 0.7), (16, 0.7))],
+        *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((0, 0.55), (0, 0.55), (1, 0.6), (1, 0.62))],
+        {"method": "CaFo", "shots": 16, "accuracy": 0.7},
     ]
     columns, lines = table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
-    assert columns == ["method", "1 shot", "16 shots"]
+    assert columns == ["method", "0 shots", "1 shot", "16 shots"]
     assert lines == [
-        ["CLIP zero-shot", "50.00", "50.00"],
-        ["CaFo", "61.00 ± 1.41", "70.00 ± 0.00"],
-        ["CaFo, published", "91.85", ""],
+        ["CLIP zero-shot", "50.00", "50.00", "50.00"],
+        ["CaFo", "55.00", "61.00 ± 1.41", "70.00"],  # without shots nothing varies
+        ["CaFo, published", "", "91.85", ""],
     ]
     assert summary([0.25]) == "25.00"
 
@@ -96,7 +100,7 @@ def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
 def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no run of cafo-tune"):
         cafo_eval.run(cafo_eval.Config(sweep=str(tmp_path)))
-    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(ValueError, match="has not chosen yet"):
         cafo_eval.run(cafo_eval.Config(sweep=str(tmp_path)))
 
@@ -123,10 +127,20 @@ def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path
         assert not (tmp_path / match[:6] / "runs").exists()
 
 
+def test_the_best_choice_is_shown_first_then_each_methods_at_its_most_shots() -> None:
+    cells = [("a", 1, 0.9), ("b", 1, 0.1), ("a", 16, 0.8), ("c", 16, 0.2), ("b", 4, 0.3)]
+    chosen = [{"method": m, "shots": k, "val_accuracy": v} for m, k, v in cells]
+    assert [(cell["method"], cell["shots"]) for cell in shown(chosen)] == [("a", 1), ("c", 16), ("b", 4)]
+
+
 @pytest.mark.ray
-def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None) -> None:
+def test_the_chain_opens_test_once_for_its_choice(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     with serve() as (url, requests):
-        config = chain(tmp_path, f"prompt.endpoint.base_url={url}")
+        config = chain(tmp_path, f"prompt.endpoint.base_url={url}", f"run.track.mlflow=file:{tmp_path}/mlflow")
         result = cafo.run(config)["eval"]
         assert len(requests) == 4 * 2
         kept = {path: path.stat().st_mtime_ns for path in config.run.folder.glob("*/*/*.safetensors")}
@@ -150,7 +164,20 @@ def test_the_chain_opens_test_once_for_its_choice(tmp_path: Path, cluster: None)
     assert suffixes == {".json", ".jsonl", ".parquet", ".md", ".csv", ".png", ".svg"}
     assert (test.parent / "report.html").read_text().count("<svg") == len(list(test.glob("*.svg")))
 
+    record = read_record(config.run.folder)
+    assert (record.job, record.state) == ("cafo", "done")
+    assert load(cafo.Config, config.run.folder / "config.yaml") == config, "of what was typed, not of its parts"
+    (told, *_) = read_json(config.run.folder / "prompt" / "prompts.json")["red_thing"]
+    assert escape(told) in (config.run.folder / "prompt" / "report.html").read_text()
+    assert (config.run.folder / "generate" / "report.html").read_text().count("<img") == 4 * 2
+    client = mlflow.MlflowClient(tracking_uri=config.run.track.mlflow)
+    (tracked,) = client.search_runs([client.get_experiment_by_name("rayjobs").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["result/eval/test_accuracy"] == result["test_accuracy"]
+    assert tracked.data.metrics["result/tune/val_accuracy"] > 0
+
     evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
+    assert evaluation.run == config.run
     opened = read_json(test / "opened.json")
     accuracies = [row["accuracy"] for row in rows if row["target"] == "colours"]
     cafo_eval.run(evaluation)  # the same choice, the same answer

@@ -22,14 +22,15 @@ from pydantic import Field
 from ray import tune
 
 from adapter.weights import Checkpoint
+from rayjobs import plots
 from rayjobs.base import Workers
 from rayjobs.config import config, load, to_dict
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.records import SourceConfig
-from rayjobs.report import compare, show_table
+from rayjobs.report import save_plot, show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, connect, open_run, unwrapped
-from rayjobs.tables import atomic_path, read_json, read_jsonl, write_json, write_parquet, write_text
+from rayjobs.tables import read_json, read_jsonl, write_json, write_parquet, write_text
 
 FIRST_STEPS = 50
 """Of the loss curves that are plotted apart: where an unstable start shows."""
@@ -157,24 +158,23 @@ def plan(settings: Config) -> None:
 
 @recorded
 def run(settings: Config) -> dict[str, Any]:
-    """Returns and writes `result.json`, beside `results.parquet` with a row per trial, `curves.html` and plots."""
+    """Returns and writes `result.json`, beside `results.parquet` with a row per trial, `table.md` and a plot."""
     trials = check(settings)
     folder = open_run(settings.run, settings)
     folders: dict[Path, Trial] = {}
     for trial in trials:
         folders.setdefault(_folder(settings, trial), trial)
-    left = [trial for trial in folders.values() if not _over(settings, trial)]
+    left = [trial for trial in folders.values() if not _over(settings, [trial])]
     if left:
         connect()
         together = settings.scale.workers.max * settings.sweep.at_once
         worker = replace(settings.scale, workers=Workers(min=together, max=together)).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
-        _run_trials(settings, left, len(folders), worker)
-    rows = [{**read_json(_folder(settings, trial) / "trial.json"), "setting": told(trial[0])} for trial in trials]
+        _run_trials(settings, list(folders.values()), left, worker)
+    rows = _over(settings, trials)
     write_parquet(folder / "results.parquet", pa.Table.from_pylist(rows))
     result = _summary(settings, rows)
     write_json(folder / "result.json", result)
-    compare(list(folders), folder / "curves.html")
     _plot(settings, trials, folder)
     show_table(
         settings.run.name, list(result["settings"][0]), [[str(v) for v in row.values()] for row in result["settings"]]
@@ -186,24 +186,36 @@ def _folder(settings: Config, trial: Trial) -> Path:
     return training(settings, trial).run.folder
 
 
-def _over(settings: Config, trial: Trial) -> bool:
-    """Whether a trial was trained, and measured as is asked now."""
-    path = _folder(settings, trial) / "trial.json"
-    return path.exists() and read_json(path).get("evaluated_on") == evaluated_on(settings, training(settings, trial))
+def _over(settings: Config, trials: list[Trial]) -> list[dict[str, Any]]:
+    """The rows of those trials that were trained, and measured as is asked now."""
+    rows = []
+    for trial in trials:
+        ours = training(settings, trial)
+        path = ours.run.folder / "trial.json"
+        row = read_json(path) if path.exists() else {}
+        if row and row.get("evaluated_on") == evaluated_on(settings, ours):
+            rows.append({**row, "setting": told(trial[0])})
+    return rows
 
 
-def _run_trials(settings: Config, left: list[Trial], total: int, worker: Mapping[str, float]) -> None:
+def _run_trials(settings: Config, all_trials: list[Trial], left: list[Trial], worker: Mapping[str, float]) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
     at_once = settings.sweep.at_once
 
     def trainable(point: dict[str, Any]) -> None:
         tune.report(run_trial(settings, left[point["trial"]], worker))
 
+    def tell() -> None:
+        over = _over(settings, all_trials)
+        bar.update(len(over), f"best: {_best(over)[1]}" if over else "")
+
     class Watch(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            bar.advance()
+            tell()
 
-    with Progress("tune", unit="trials", total=total, done=total - len(left)) as bar, unwrapped():
+    done = len(all_trials) - len(left)
+    with Progress("tune", unit="trials", total=len(all_trials), done=done) as bar, unwrapped():
+        tell()
         results = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 0.01}),  # the trial's workers reserve their own
             param_space={"trial": tune.grid_search(list(range(len(left))))},
@@ -257,23 +269,21 @@ def _summary(settings: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
             if values:
                 line[name.replace("_", " ")] = _mean(values, 2 if name == "accuracy" else 4)
         lines.append(line)
-    best = _best(rows)
+    best, with_mean = _best(rows)
     names = list(lines[0])
     cells = [names, ["---"] + ["---:"] * (len(names) - 1), *([line.get(name, "") for name in names] for line in lines)]
     write_text(settings.run.folder / "table.md", "".join(f"| {' | '.join(map(str, row))} |\n" for row in cells))
-    return {"headline": f"best: {best}", "best": best, "trials": len(rows), "settings": lines}
+    return {"headline": f"best: {with_mean}", "best": best, "trials": len(rows), "settings": lines}
 
 
-def _best(rows: list[dict[str, Any]]) -> str:
-    """The setting of the best mean on validation; the earliest on ties."""
-
-    def score(setting: str) -> float:
-        mine = [row for row in rows if row["setting"] == setting]
-        if "accuracy" in mine[0]:
-            return statistics.mean(row["accuracy"] for row in mine)
-        return -statistics.mean(row["final_loss"] if row["val_loss"] is None else row["val_loss"] for row in mine)
-
-    return max(dict.fromkeys(row["setting"] for row in rows), key=score)
+def _best(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The setting of the best mean on validation, the earliest on ties; and the same with that mean."""
+    name = "accuracy" if "accuracy" in rows[0] else "final_loss" if rows[0]["val_loss"] is None else "val_loss"
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["setting"], []).append(row[name])
+    best = max(found, key=lambda setting: statistics.mean(found[setting]) * (1 if name == "accuracy" else -1))
+    return best, f"{best}, {name.replace('_', ' ')} {_mean(found[best], 2 if name == 'accuracy' else 4)}"
 
 
 def _mean(values: list[float], digits: int) -> str:
@@ -283,15 +293,12 @@ def _mean(values: list[float], digits: int) -> str:
 
 def _plot(settings: Config, trials: list[Trial], folder: Path) -> None:
     """Losses of the first steps, a line per setting and seed: `first_steps.png`."""
-    from rayjobs.plots import panel
-
-    figure, axes = panel("step", "training loss")
+    figure, axes = plots.panel("step", "training loss")
     for number, point in enumerate(points(settings.sweep)):
         for i, seed in enumerate(settings.sweep.seeds):
             rows = read_jsonl(_folder(settings, (point, seed)) / "metrics.jsonl")
             losses = [row["loss"] for row in rows if "loss" in row][:FIRST_STEPS]
-            label = "_" if i else told(point)
+            label = "_" if i else plots.plain(told(point))
             axes.plot(range(1, len(losses) + 1), losses, color=f"C{number}", label=label, linewidth=1)
-    axes.legend(frameon=False)
-    with atomic_path(folder / "first_steps.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    plots.beside(figure)
+    save_plot(folder / "first_steps.png", f"training loss of the first {FIRST_STEPS} steps", figure)

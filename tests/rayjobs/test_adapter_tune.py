@@ -112,7 +112,7 @@ def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_o
 
 @pytest.mark.ray
 def test_trials_run_side_by_side_and_are_not_run_again(
-    cluster: None, tiny_base: Path, records: Path, tmp_path: Path
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(tiny_base, records, tmp_path, at_once=2)
     result = adapter_tune.run(config)
@@ -126,8 +126,14 @@ def test_trials_run_side_by_side_and_are_not_run_again(
         assert (row["first_loss"], row["peak_loss"]) == (losses[0], max(losses))
         assert (trial / "adapter.safetensors").exists()
     assert rows[0]["first_loss"] != rows[1]["first_loss"], "a prefix changes the base from the first step"
-    assert {"curves.html", "first_steps.png", "table.md", "report.html"} <= {
-        p.name for p in config.run.folder.iterdir()
-    }
+    assert {"first_steps.png", "table.md", "report.html"} <= {path.name for path in config.run.folder.iterdir()}
+    report = (config.run.folder / "report.html").read_text()
+    assert "<h2>training loss of the first 50 steps</h2>" in report
+    for setting in ("zero-init", "prefix"):
+        assert f"attention {setting}, seed 0 loss on validation" in report, "the trials' curves over one another"
+    best = min(rows, key=lambda row: row["val_loss"])
+    told = f"best: {best['setting']}, val loss {best['val_loss']:.4f}"
+    assert result["headline"] == told
+    assert told in capsys.readouterr().err, "the progress display tells the best so far"
     shutil.rmtree(config.run.folder / "trials" / rows[0]["run"] / "train")  # it would have to be trained again
     assert adapter_tune.run(config) == result

@@ -27,6 +27,7 @@ from rayjobs.tables import (
     TOKENS,
     contents,
     read_json,
+    read_jsonl,
     read_parquet,
     sha256_file,
     write_json,
@@ -40,6 +41,7 @@ CHUNK_RECORDS = 1024
 ROWS_PER_SOURCE = 1 << 40
 """Record ids are source * ROWS_PER_SOURCE + row, so they are unique and say where a record stands."""
 IMAGE_LISTS = "images.json"
+REJECTED = "rejected.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,10 @@ class TokenStore:
     def images(self, split: Split) -> int:
         """Records that have an image."""
         return sum(self._with_image(name) for name, _ in self.parts[split])
+
+    def keep_rejected(self, folder: Path) -> None:
+        """Writes the records that could not be used, each with its reason, into a run's folder for its report."""
+        write_jsonl(folder / REJECTED, read_jsonl(f"{self.folder}/{REJECTED}"))
 
     def _with_image(self, name: str) -> int:
         images = read_parquet(f"{self.folder}/{name}", columns=["image"])["image"]
@@ -158,14 +164,14 @@ def _write_store(
                 progress.advance(int(row["records"]))
     for listed in parts.values():
         listed.sort()
-    write_jsonl(folder / "rejected.jsonl", rejected)
+    write_jsonl(folder / REJECTED, rejected)
     records = len(rejected) + sum(rows for listed in parts.values() for _, rows in listed)
     if not records:
         raise RecordError(f"{', '.join(source.path for source, _ in sources)}: there is not one record")
     if len(rejected) > max_rejected * records:
         raise RecordError(
             f"{len(rejected)} of {records} records cannot be used, over data.max_rejected_fraction={max_rejected}; "
-            f"the first: {rejected[0]['reason']}; all of them: {folder / 'rejected.jsonl'}"
+            f"the first: {rejected[0]['reason']}; all of them: {folder / REJECTED}"
         )
     write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
 

@@ -30,8 +30,8 @@ from rayjobs.runs import recorded
 from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
 from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
 from rayjobs.stream import collate
-from rayjobs.tables import write_json, write_parquet
-from rayjobs.tokens import IMAGE_LISTS, prepare_tokens
+from rayjobs.tables import write_json, write_jsonl, write_parquet
+from rayjobs.tokens import IMAGE_LISTS, REJECTED, prepare_tokens
 from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight, prepare_pictures
 
 LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.int64())])
@@ -119,6 +119,7 @@ def run(settings: Config) -> dict[str, Any]:
     resources = settings.scale.resources()
     preprocess = sight and sight.tower.preprocess
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess)
+    store.keep_rejected(folder)
     pictures = None
     if settings.vision and sight:
         lists, cache = place(store.folder) / IMAGE_LISTS, settings.run.cache_folder
@@ -209,6 +210,8 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[st
         scale=settings.scale,
     )
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
+    told = [{"pid": row["pid"], "reason": row["error"] or row["image_error"]} for row in predictions.to_pylist()]
+    write_jsonl(folder / REJECTED, (row for row in told if row["reason"]))
     write_examples(folder, *examples(problems, predictions.to_pylist(), place(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
     result["images_left_out"] = result["with_image"] if sight is None else 0

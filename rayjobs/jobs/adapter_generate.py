@@ -1,6 +1,7 @@
 """Answers instructions: one given on the command line, a file of them (batched over workers), or whoever types.
 
-With `file`, answers go to `out`; parts that are done are kept beside it, so the same command goes on where it stopped.
+A file is answered by a run with a folder and a report; what is answered already is kept there, so the same command goes
+on where it stopped.
 """
 
 import sys
@@ -14,14 +15,18 @@ from torch import Tensor
 
 from adapter.base import Base
 from adapter.instruct import read_records
-from rayjobs.answers import Record, answer_all, answered_by, asked_with, device, look
+from rayjobs.answers import IDENTITY, Record, answer_all, answered_by, asked_with, device, look
 from rayjobs.base import BaseConfig, PoolConfig
 from rayjobs.config import config
+from rayjobs.examples import write_examples
 from rayjobs.gpu import on_gpu
-from rayjobs.places import AnyPath, FileOrName, local_copy, place, remove_folder
+from rayjobs.places import AnyPath, FileOrName, local_copy, place
+from rayjobs.provenance import check_source
 from rayjobs.records import prompt_template
 from rayjobs.report import show_table
-from rayjobs.tables import write_jsonl, write_parquet
+from rayjobs.runs import recorded
+from rayjobs.runtime import RunConfig, open_run
+from rayjobs.tables import write_json, write_jsonl, write_parquet
 from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
@@ -60,14 +65,16 @@ class Config:
     """A file of {instruction, input?, image?}: .json, .jsonl or .parquet; it may be a URL."""
     images: AnyPath | None = None
     """The folder that the file's images start from; null for its own."""
-    out: AnyPath = "answers.jsonl"
-    """Where a file's answers go: .jsonl or .parquet; it may be a URL."""
+    out: AnyPath | None = None
+    """Where a file's answers go: .jsonl or .parquet; it may be a URL. Null for `answers.jsonl` in the run's folder."""
     template: FileOrName | None = None
     """'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input' prompt templates."""
     decoding: Decoding = Decoding()
     batch_size: int = Field(default=16, ge=1)
     """Prompts decoded together by one worker."""
     scale: PoolConfig = PoolConfig()
+    run: RunConfig | None = None
+    """Of a file's answers."""
 
 
 def answer(base: Base, prompts: list[str], images: list[Tensor | None], decoding: Decoding) -> list[str]:
@@ -111,7 +118,9 @@ def check(settings: Config) -> Sight | None:
     if settings.image is not None and (sight is None or settings.instruction is None):
         raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
-        if Path(settings.out).suffix not in (".jsonl", ".parquet"):
+        if settings.run is None:
+            raise ValueError("run.name: required for a file's answers, but not given")
+        if settings.out is not None and Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
         next(read_records(local_copy(settings.file), answered=False), None)
     return sight
@@ -120,16 +129,16 @@ def check(settings: Config) -> Sight | None:
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
     check(settings)
-    asked = settings.instruction or (f"{settings.file} → {settings.out}" if settings.file else "whoever types")
+    asked = settings.instruction or (f"{settings.file} → {_out(settings)}" if settings.file else "whoever types")
     rows = [["base", settings.base.path], ["adapter", settings.adapter or "none"], ["asked by", asked]]
     show_table("plan", ["", ""], rows)
 
 
 def run(settings: Config) -> dict[str, Any]:
     """Prints the answer, or writes the file of them. Returns the answers, or how many there are and where."""
+    if settings.file is not None and settings.run is not None:
+        return answer_file(settings)
     sight = check(settings)
-    if settings.file is not None:
-        return _answer_file(settings, sight)
     tower = sight and sight.tower.identity
     base = on_gpu(lambda device: settings.base.load(settings.adapter, device, tower=tower))
     template, seen = prompt_template(settings.template), None
@@ -159,9 +168,13 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
             yield line.strip(), ""
 
 
-def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
-    file, out = place(str(settings.file)), place(settings.out)
-    parts = out.with_name(out.name + ".parts")
+@recorded
+def answer_file(settings: Config) -> dict[str, Any]:
+    """Writes all answers and `result.json`, with some of them for the report."""
+    sight = check(settings)
+    assert settings.run is not None
+    assert settings.file is not None
+    file, out, parts = place(settings.file), _out(settings), settings.run.folder / "parts"
     images, template = str(place(settings.images or file.parent)), prompt_template(settings.template)
     records = list(read_records(local_copy(file), answered=False))
     identity = {
@@ -169,6 +182,8 @@ def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
         **asked_with(records, images, seen=sight is not None),
         "how": repr((template, settings.decoding, settings.batch_size)),
     }
+    check_source(parts / IDENTITY, identity)  # before anything is written over a finished run
+    folder = open_run(settings.run, settings)
     table = answer_all(
         records,
         Ask(settings),
@@ -184,14 +199,38 @@ def _answer_file(settings: Config, sight: Sight | None) -> dict[str, Any]:
     )
     if sight is None:
         table = table.drop_columns(["image", "image_error"])
+    rows = table.to_pylist()
     if out.suffix == ".parquet":
         write_parquet(out, table)
     else:
-        write_jsonl(out, table.to_pylist())
-    remove_folder(parts)
-    if sight is None:
-        unread, why = sum(bool(record["image"]) for record in records), "which was left out"
-    else:
-        unread, why = sum(map(bool, table["image_error"].to_pylist())), "see image_error"
-    print(f"{table.num_rows} answers in {out}" + (f", {unread} without their image: {why}" if unread else ""))
-    return {"answers": table.num_rows, "out": str(out)}
+        write_jsonl(out, rows)
+    unread = [row for row in rows if row.get("image_error")]
+    told = [{"image": row["image"], "reason": row["image_error"]} for row in unread]
+    write_jsonl(folder / "rejected.jsonl", told)
+    seen = [row for row in rows if row.get("image") and not row["image_error"]]
+    shown = [(place(images) / row["image"], f"{row['instruction']} {row['answer']}") for row in _some(seen)]
+    write_examples(folder, shown, "Some of the records with an image: what was asked and answered.")
+    left_out = 0 if sight else sum(bool(record.get("image")) for record in records)
+    blind = left_out + len(unread)
+    result = {
+        "headline": f"{len(rows):,} answers" + (f", {blind:,} without their image" if blind else ""),
+        "answers": len(rows),
+        "unreadable_images": len(unread),
+        "images_left_out": left_out,
+        "out": str(out),
+        "some_answers": _some(rows),
+    }
+    write_json(folder / "result.json", result)
+    print(f"{result['headline']} in {out}")
+    return result
+
+
+def _out(settings: Config) -> Path:
+    """Where a file's answers go."""
+    assert settings.run is not None
+    return place(settings.out) if settings.out else settings.run.folder / "answers.jsonl"
+
+
+def _some(rows: list[Record], count: int = 12) -> list[Record]:
+    """Evenly drawn."""
+    return rows[:: max(1, len(rows) // count)][:count]

@@ -184,6 +184,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
     connect()
     settings.scale.resources()  # what can never fit is told before there is any work
     store, pictures = _prepare(settings, tokenizer, sight)
+    store.keep_rejected(folder)
     adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(
         base=str(place(settings.base.path)),

@@ -4,9 +4,12 @@ import hashlib
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +23,7 @@ from rayjobs.config import load
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.order import Order
 from rayjobs.records import RecordsConfig, prompt_template
+from rayjobs.runs import read_record
 from rayjobs.stream import collate, stream
 from rayjobs.tables import read_jsonl, read_parquet
 from rayjobs.tokens import prepare_tokens
@@ -144,6 +148,8 @@ def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) 
     reasons = {row["image"]: row["reason"] for row in read_jsonl(tokens / "rejected.jsonl")}
     assert set(reasons) == set(BAD)
     assert all(name in reason for name, reason in reasons.items())
+    report = unescape((folder / "report.html").read_text())
+    assert all(reason in report for reason in reasons.values())
     assert 40 < result["train_records_with_image"] <= 50
     assert {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard"} <= {path.name for path in folder.iterdir()}
     (checkpoint,) = (path for path in (folder / "train").glob("checkpoint_*") if path.is_dir())
@@ -220,6 +226,8 @@ def test_eval_agrees_with_training_and_with_the_model(
             total -= log_p[place - 1, example.ids[place]].item()
             labels += 1
     assert result["labelled_tokens"] == labels
+    report = unescape((config.run.folder / "report.html").read_text())
+    assert all(row["reason"] in report for row in read_jsonl(trained.run.folder / "rejected.jsonl"))
     assert result["loss"] == pytest.approx(total / labels, abs=1e-4)
 
 
@@ -234,15 +242,16 @@ def test_generate_answers_a_file_as_the_library_does(
             f"adapter={trained.run.folder / 'adapter.safetensors'}",
             *vision,
             f"file={pictured}",
-            f"out={tmp_path / 'answers.jsonl'}",
+            f"run.storage={tmp_path}",
+            "run.name=answers",
             "decoding.max_new_tokens=7",
             "decoding.temperature=0",
             "batch_size=40",
         ],
     )
     assert adapter_generate.run(config)["answers"] == 104
-    rows = read_jsonl(tmp_path / "answers.jsonl")
-    assert not (tmp_path / "answers.jsonl.parts").exists()
+    folder = tmp_path / "answers"
+    rows = read_jsonl(folder / "answers.jsonl")
     base = Base.load(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     prompts = [prompt_template(config.template).render(row["instruction"], row["input"]) for row in rows[:9]]
@@ -250,6 +259,22 @@ def test_generate_answers_a_file_as_the_library_does(
     expected = base.generate(prompts, images=images, max_new_tokens=7, temperature=0)
     assert [row["answer"] for row in rows[:9]] == [text.strip() for text in expected]
     assert [row["image"] for row in rows if row["image_error"]] == list(BAD)
+
+    report = unescape((folder / "report.html").read_text())
+    assert report.count("<img") == 12
+    assert all(row["image_error"] in report for row in rows)
+    assert all(f"<td>{row['instruction']}</td>" in report for row in rows[::8][:12])
+    assert read_record(folder).state == "done"
+    parts = {path: path.stat().st_mtime_ns for path in (folder / "parts").iterdir() if path.suffix == ".parquet"}
+    there = replace(config, out=str(tmp_path / "there.parquet"))
+    adapter_generate.run(there)
+    assert pq.read_table(tmp_path / "there.parquet").to_pylist() == rows
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing is answered twice"
+    with pytest.raises(ValueError, match="answers made with other settings"):
+        adapter_generate.run(replace(config, decoding=adapter_generate.Decoding(max_new_tokens=8)))
+    assert read_record(folder).state == "done", "what is refused leaves no trace"
+    with pytest.raises(ValueError, match=r"run\.name: required"):
+        adapter_generate.run(replace(config, run=None))
 
 
 def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, records: Path, tmp_path: Path) -> None:

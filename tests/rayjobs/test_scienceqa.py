@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from adapter.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.answers import Answerer, look
 from rayjobs.config import load, to_dict
 from rayjobs.jobs import adapter_eval, adapter_generate
+from rayjobs.runs import read_record
 from rayjobs.scienceqa import AnswerProblems, Reading, asked
 from rayjobs.tables import write_json
 from tests.rayjobs.cafo_world import towers
@@ -64,6 +66,8 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
     predictions = pq.read_table(built.run.folder / "predictions.parquet").to_pylist()
     assert [row["pid"] for row in predictions] == [problem.pid for problem in problems]
     assert {row["pid"] for row in predictions if row["image_error"]} == {pictured[0].pid, pictured[1].pid}
+    report = unescape((built.run.folder / "report.html").read_text())
+    assert all(row["image_error"] in report for row in predictions)
     right = sum(row["correct"] for row in predictions)
     assert result["accuracy"] == pytest.approx(100 * right / 361, abs=0.01)
 
@@ -83,6 +87,7 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
     with pytest.raises(ValueError, match=r"\(images was [0-9a-f]{16}, now [0-9a-f]{16}\)"):
         adapter_eval.run(built)
     assert before == {path.name: path.read_bytes() for path in built.run.folder.iterdir() if path.is_file()}
+    assert read_record(built.run.folder).state == "done", "what is refused leaves no trace"
 
 
 @pytest.mark.ray

@@ -23,9 +23,13 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every command of the documents' shell blocks, as words."""
+    """Every command of the documents' shell blocks, as words, and then those of ours that stand within a text."""
     text = "\n".join(block for document in DOCUMENTS for block in blocks(document, "bash"))
-    return [words for line in text.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
+    lines = text.replace("\\\n", " ").splitlines()
+    for document in DOCUMENTS:
+        inline = re.findall(r"`(python -m rayjobs [^`]+)`", document.read_text())
+        lines += [" ".join(command.split()) for command in inline if "JOB" not in command]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 OURS = ["python", "-m", "rayjobs"]
@@ -33,7 +37,8 @@ OTHERS = [words for words in commands() if words[:3] != OURS]
 
 
 @pytest.mark.parametrize("words", OTHERS, ids=" ".join)
-def test_other_tools_understand_what_they_are_told(words: list[str]) -> None:
+def test_other_tools_understand_what_they_are_told(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     tool, *arguments = words
     if tool == "make":
         assert arguments[0] in re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
@@ -43,7 +48,7 @@ def test_other_tools_understand_what_they_are_told(words: list[str]) -> None:
         command, rest = cli.commands[arguments[0]], arguments[1:]
         if hasattr(command, "commands"):
             command, rest = command.commands[rest[0]], rest[1:]
-        command.make_context(command.name, rest, resilient_parsing=True)
+        command.make_context(command.name, rest)
         for file in (word for word in rest if word.endswith(".yaml")):
             assert yaml.safe_load((ROOT / file).read_text())["cluster_name"]
     elif tool == "aws":
@@ -89,13 +94,16 @@ def encoder(section: str, found: dict[str, str]) -> list[str]:
     return [f"{section}.{key}={value}" for key, value in found.items()]
 
 
+BASE = "weights/stories260K"
 PLACES = {
-    "/models/llama-7b": "weights/stories260K",
+    "/models/llama-7b": BASE,
     "[/data/": "[data/",
-    "s3://bucket/llama-7b": "weights/stories260K",
+    "s3://bucket/llama-7b": BASE,
     "s3://bucket/runs": "runs",
     "[s3://bucket/": "[data/",
     "alpaca_data.json": "alpaca_2000.json",
+    "runs/a": "runs/alpaca_tiny",
+    "runs/b": "runs/scienceqa_blind",
     "scale.workers=8": "scale.workers=2",
     "search.samples=8": "search.samples=2",
 }
@@ -164,8 +172,10 @@ def test_commands_and_code_work_as_written(
             Image.new("RGB", (40, 40), (ord(name), 99, 9)).save(folder / "photos" / place / f"{name}.jpg")
     shutil.copy(folder / "towers" / "dino.pth", folder / "weights" / "dino_resnet50_pretrain.pth")
     shutil.copytree(folder / "towers" / "clip", folder / "openai")
+    Image.new("RGB", (60, 40)).save(folder / "photo.jpg")
     for code in blocks(ROOT / "README.md", "python"):
-        small = code.replace('name="RN50"', 'name="tiny"').replace('weights="openai"', f'weights="{folder}/openai"')
+        small = re.sub('name="(RN50|ViT-L-14-quickgelu)"', 'name="tiny"', code).replace("/models/llama-7b", BASE)
+        small = small.replace('weights="openai"', f'weights="{folder}/openai"')
         exec(compile(small.replace('kind="dino"', 'kind="timm", name="test_resnet"'), "README.md", "exec"), {})
     assert (folder / "pets.safetensors").exists()
     assert (folder / "mine.safetensors").exists()

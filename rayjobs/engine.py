@@ -186,24 +186,33 @@ class Engine:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts a state back, whatever stage and number of workers it came from. All workers must call it."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         expected = {STEP} | {f"{name}{end}" for name in self.names for end in ("", *(f".{m}" for m in MOMENTS))}
         if expected != set(state):
             raise ValueError(f"the training state does not fit the adapter: {sorted(expected ^ set(state))[:4]} differ")
         for name, parameter in self.trainable.items():
-            value = state[name].to(self.device)
-            if self.partitioned:
-                safe_set_full_fp32_param(parameter, value)
+            self._put(parameter, state[name].to(self.device))
             for moment in MOMENTS:
-                value = state[f"{name}.{moment}"].to(self.device)
-                if self.partitioned:
-                    safe_set_full_optimizer_state(parameter, value, moment)
-                else:
-                    self.optimizer.state[parameter][moment].copy_(value)
+                self._put(parameter, state[f"{name}.{moment}"].to(self.device), moment)
         for step in self._steps():
             step.fill_(state[STEP].item())
         self._publish(state)
+
+    def _put(self, parameter: Tensor, whole: Tensor, *moment: str) -> None:
+        """A parameter's value, or one of its moments, into what this worker's optimizer keeps of it."""
+        from deepspeed import utils
+
+        if hasattr(
+            parameter, "ds_tensor"
+        ):  # stage 3: here DeepSpeed forgets that an uneven tensor was padded to be cut
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(whole.flatten(), (0, size * self.world - whole.numel()))
+            set_local = utils.safe_set_local_optimizer_state if moment else utils.safe_set_local_fp32_param
+            set_local(parameter, padded.split(size)[torch.distributed.get_rank()], *moment)
+        elif self.partitioned:
+            set_full = utils.safe_set_full_optimizer_state if moment else utils.safe_set_full_fp32_param
+            set_full(parameter, whole, *moment)
+        elif moment:
+            self.optimizer.state[parameter][moment[0]].copy_(whole)
 
     def _publish(self, state: dict[str, Tensor]) -> None:
         """Lets the model compute with the values that the optimizer was given."""

@@ -119,7 +119,7 @@ def plan(settings: Config) -> None:
             ],
             ["trainable parameters", f"{trainable:,}"],
             ["records in an epoch", f"{records:,}, less what is held out for validation"],
-            ["images", f"{images:,}, {settings.vision.mode}" if settings.vision else _left_out(pictured) or "none"],
+            ["images", f"{images:,}, {settings.vision.mode}" if settings.vision else _left_out(pictured)],
             ["steps", f"{train.total_steps(steps):,} of {train.global_batch} records"],
             ["peak learning rate", f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}"],
             ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
@@ -176,7 +176,7 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
 
 
 def _left_out(images: int) -> str:
-    return f"those of {images:,} records are left out, since there is no vision section" if images else ""
+    return f"left out, of {images:,} records: there is no vision section" if images else "none"
 
 
 def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:

@@ -336,6 +336,7 @@ def test_formats_mix_in_one_store_with_their_images(
     assert store.images("train") == 167 + 2 + 50 - sum(bool(row["image"]) for row in told)
     blind = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
     assert (blind.images("train"), blind.rejected) == (0, len(told) + 1)
+    assert (store.images_left_out, blind.images_left_out) == (0, 167 + 2 + 50 + len(BAD))
 
 
 def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images on their way to a worker: as they are, or in views that change with the epoch; one that is gone is named."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from rayjobs.base import PoolConfig
 from rayjobs.config import load
+from rayjobs.jobs import adapter_train
 from rayjobs.pictures import Pictures, StoredFeatures, part_name
 from rayjobs.records import RecordsConfig
 from rayjobs.tables import write_json, write_jsonl, write_parquet
@@ -52,6 +54,16 @@ def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_where_t
     views = [seen(large, epoch) for epoch in range(24)]
     assert {bool(np.all(np.diff(view[0, 9]) <= 0)) for view in views} == {True, False}
     assert min(map(np.ptp, views)) > 0.8 * max(map(np.ptp, views))
+
+
+def test_images_that_nothing_reads_are_told(
+    folder: Path, tiny_base: Path, vision: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"base.path={tiny_base}", f"data.path=[{folder}/r.jsonl]", "adapter.n_layers=1", "run.name=r"]
+    adapter_train.plan(load(adapter_train.Config, None, given))
+    assert re.search(r"images +left out, of 1 records: there is no vision section", capsys.readouterr().out)
+    adapter_train.plan(load(adapter_train.Config, None, [*given, *vision]))
+    assert re.search(r"images +1, stored", capsys.readouterr().out)
 
 
 def test_a_tower_reads_no_more_images_at_once_than_it_is_told(

@@ -25,6 +25,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    linked: str = ""
+    """The column whose cells are the addresses of pages."""
     kind: str = field(default="table", init=False)
 
 
@@ -82,13 +84,20 @@ def _data_url(picture: bytes) -> str:
 
 
 def write_page(
-    path: Path, title: str, headline: str, facts: Sequence[str], sections: Sequence[Section], command: str = ""
+    path: Path,
+    title: str,
+    headline: str,
+    facts: Sequence[str],
+    sections: Sequence[Section],
+    *,
+    command: str = "",
+    about: str = "",
 ) -> Path:
-    """Writes the page, whole or not at all. command: what was typed, told beneath the facts."""
+    """Writes the page, whole or not at all. command: what was typed, told beneath the facts; about: the paragraph that
+    the page opens with."""
     environment = Environment(loader=PackageLoader("rayjobs", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters["whole"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0")  # a line does not end within it
-    page = environment.get_template(TEMPLATE).render(
-        title=title, headline=headline, facts=facts, command=command, sections=sections
-    )
+    told = {"title": title, "headline": headline, "facts": facts, "command": command, "about": about}
+    page = environment.get_template(TEMPLATE).render(told, sections=sections)
     write_text(path, page)
     return path

@@ -49,7 +49,8 @@ def write_report(folder: Path) -> Path:
     sections = [section for reader in READERS for section in reader(folder)]
     facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
     facts += [value for value in _json(folder / HARDWARE).values() if value != "none"]
-    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections, record.command)
+    told = {"command": record.command, "about": str(_json(folder / "result.json").get("about", ""))}
+    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections, **told)
 
 
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
@@ -73,11 +74,11 @@ def save_plot(path: Path, title: str, figure: "Figure") -> None:
 
 
 def figures(path: Path) -> dict[str, str]:
-    """The plain figures of a `result.json`, but for the headline, which heads the page."""
+    """The plain figures of a `result.json`, but for what heads the page."""
     told = {
         name: value
         for name, value in _json(path).items()
-        if name not in ("headline", "tables") and value is not None and not _rows(value)
+        if name not in ("headline", "about", "tables") and value is not None and not _rows(value)
     }
     return {_spoken(name).replace(".", ": "): text for name, text in flat(told).items()}
 
@@ -92,7 +93,7 @@ def tables(folder: Path) -> Iterator[Table]:
         if _rows(value):
             columns = list(dict.fromkeys(column for row in value for column in row))
             rows = [[as_text(row.get(column)) for column in columns] for row in value]
-            yield Table(_spoken(name), [_spoken(column) for column in columns], rows)
+            yield Table(_spoken(name), [_spoken(column) for column in columns], rows, linked="report")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

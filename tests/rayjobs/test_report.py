@@ -114,6 +114,19 @@ def scored(folder: Path, accuracies: dict[str, dict[int, float]], zero_shot: flo
     return folder
 
 
+def test_a_report_may_open_with_a_paragraph_and_lead_to_others(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, "one")
+    steps = [
+        {"step": "first", "report": "first/report.html"},
+        {"step": "x/report.html", "report": "second/report.html"},
+    ]
+    write_json(folder / "result.json", {"headline": "done", "about": "What <this> is.", "steps": steps})
+    page = Reader(write_report(folder))
+    assert page.fetched == ["first/report.html", "second/report.html"]
+    assert "result" not in page.titles
+    assert '<p class="about">What &lt;this&gt; is.</p>' in (folder / "report.html").read_text()
+
+
 def test_runs_side_by_side(tmp_path: Path) -> None:
     folders = [a_run(tmp_path, "one"), a_run(tmp_path, "two", seed=4)]
     scored(folders[0], {"CaFo": {1: 0.6, 16: 0.7}, "CLIP cache": {1: 0.55, 16: 0.65}})

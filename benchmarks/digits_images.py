@@ -20,7 +20,7 @@ from typing import Any
 from rayjobs.config import load
 from rayjobs.demo.adapters import AdaptersConfig, asking, reading, write_scan_questions
 from rayjobs.demo.kept import unfinished
-from rayjobs.demo.world import WorldConfig, make_world
+from rayjobs.demo.world import WorldConfig, make_world, world_in
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.report import show_table
 from rayjobs.tables import read_json, write_json
@@ -46,7 +46,9 @@ def main() -> None:
 def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     """All adapters on the base of one seed."""
     drawn = WorldConfig()
-    world = make_world(replace(drawn, questions=replace(drawn.questions, seed=seed)), out / "cache")
+    drawn = replace(drawn, questions=replace(drawn.questions, seed=seed))
+    world = world_in(out / "cache", drawn)
+    make_world(world, drawn)
     base = world.questions
     questions, shuffled = out / f"questions-{seed}", out / f"shuffled-{seed}"
     write_scan_questions(world, questions, seed)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.demo import text
+from rayjobs.demo.gpus import workers
 from rayjobs.demo.kept import unfinished
 from rayjobs.demo.questions import write_questions
 from rayjobs.demo.world import World
@@ -27,7 +28,7 @@ class AdaptersConfig:
     question_epochs: float = Field(default=3.4, gt=0)
     """Passes over the questions about images."""
     workers: int = Field(default=2, ge=1)
-    """Ray Train workers, under ZeRO-2."""
+    """Ray Train workers that learn the instruction, under ZeRO-2; where there are GPUs, at most one on each."""
     seed: int = Field(default=0, ge=0)
     """Of records, questions, prompts and their order."""
 
@@ -41,7 +42,7 @@ def write_records(settings: AdaptersConfig, folder: Path) -> None:
     write_json(folder / "template.json", template)
 
 
-def spelling(settings: AdaptersConfig, base: Path, records: Path, run: dict[str, Any]) -> dict[str, Any]:
+def spelling(settings: AdaptersConfig, base: Path, records: Path, run: dict[str, Any], gpus: int) -> dict[str, Any]:
     """Of adapter-train, on the instruction that the base does not know."""
     return {
         "base": {"path": str(base)},
@@ -60,7 +61,7 @@ def spelling(settings: AdaptersConfig, base: Path, records: Path, run: dict[str,
             "validate_every_steps": 10**6,
         },
         "optimizer": {"base_lr": 0.4},
-        "scale": {"workers": settings.workers},
+        "scale": {"workers": workers(gpus, settings.workers), "threads_per_worker": 1},
         "run": run,
     }
 
@@ -95,7 +96,7 @@ def reading(
             "seed": settings.seed,
         },
         "optimizer": {"base_lr": 0.072},
-        "scale": {"workers": settings.workers},
+        "scale": {"workers": 1, "threads_per_worker": 1},  # a second worker would take longer to start than to train
         "run": run,
     }
     if clip is not None:
@@ -112,6 +113,5 @@ def asking(trained: dict[str, Any], adapter: Path | None, questions: Path, run: 
         "task": "scienceqa",
         "data": {"path": [str(questions)], "template": trained["data"]["template"], "max_length": 200},
         "batch_size": 128,
-        "scale": trained["scale"],
         "run": run,
     }

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from rayjobs.config import config, to_dict
 from rayjobs.demo.captions import TEMPLATE
+from rayjobs.demo.gpus import share
 from rayjobs.demo.world import World
 from rayjobs.runtime import RunConfig
 
@@ -40,7 +41,7 @@ class CascadeConfig:
     """Epochs of the keys' training."""
 
 
-def cascade(settings: CascadeConfig, world: World, run: RunConfig) -> dict[str, Any]:
+def cascade(settings: CascadeConfig, world: World, run: RunConfig, gpus: int) -> dict[str, Any]:
     """Of the job `cafo`, which is cafo-generate, cafo-features, cafo-tune and cafo-eval in one."""
     methods = {}
     for name, row in {**BASELINES, **CASCADE}.items():
@@ -76,5 +77,6 @@ def cascade(settings: CascadeConfig, world: World, run: RunConfig) -> dict[str, 
             "methods": methods,
         },
         "search": {"beta_high": 50.0, "beta_steps": 100},
+        "trials": {"workers": 2, "gpus_per_worker": share(gpus, 2)},
         "run": to_dict(run),
     }

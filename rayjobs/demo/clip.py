@@ -43,14 +43,14 @@ class ClipStandIn:
         }
 
 
-def train_clip(settings: ClipStandIn, folder: Path) -> Iterator[float]:
+def train_clip(settings: ClipStandIn, folder: Path, device: str) -> Iterator[float]:
     """Contrastive training, yielding the loss of every step; at its end the folder holds what open_clip reads."""
     import open_clip  # seconds, which the models trained beside this one can spare
 
     dice, words = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = open_clip.CLIP(**settings.model_config())
+        model = open_clip.CLIP(**settings.model_config()).to(device)
     tokenize = open_clip.SimpleTokenizer(context_length=settings.model_config()["text_cfg"]["context_length"])
     contrast = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.1)
@@ -61,7 +61,7 @@ def train_clip(settings: ClipStandIn, folder: Path) -> Iterator[float]:
         digits = torch.randint(10, (settings.batch,), generator=dice)
         images = (printed(fonts, digits, dice)[:, None] - mean) / std
         captions = tokenize([caption(int(digit), words) for digit in digits])
-        loss = contrast(*model(images, captions))
+        loss = contrast(*model(images.to(device), captions.to(device)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

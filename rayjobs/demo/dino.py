@@ -70,20 +70,20 @@ class _Net(nn.Module):
         return projected @ F.normalize(self.prototypes.weight, dim=1).T
 
 
-def train_dino(settings: DinoStandIn, digits: DigitsConfig, folder: Path) -> Iterator[float]:
+def train_dino(settings: DinoStandIn, digits: DigitsConfig, folder: Path, device: str) -> Iterator[float]:
     """Self-distillation, yielding the loss of every step; at its end the folder holds what timm reads."""
     scans = torch.stack([picture for _, picture, _ in divided(digits)["train"]])
     dice = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        student = _Net(settings.prototypes)
+        student = _Net(settings.prototypes).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=settings.lr, weight_decay=0.04)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
     for _ in range(settings.steps):
         batch = scans[torch.randint(len(scans), (settings.batch,), generator=dice)]
-        one, other = _view(batch, dice), _view(batch, dice)
-        loss = torch.zeros(())
+        one, other = _view(batch, dice).to(device), _view(batch, dice).to(device)
+        loss = torch.zeros((), device=device)
         for seen, told in ((one, other), (other, one)):
             with torch.no_grad():
                 target = centred(teacher(told) / settings.teacher_temperature)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 2
+FORMAT = 3
 """Of all that is made here: a change that changes its outcome counts it up, so that nothing older is taken for new."""
 
 

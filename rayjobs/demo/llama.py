@@ -60,7 +60,7 @@ def documents(settings: LlamaStandIn) -> list[text.Document]:
     return READING[settings.reads][0](settings.seed, settings.steps * settings.batch)
 
 
-def train_llama(settings: LlamaStandIn, folder: Path) -> Iterator[float]:
+def train_llama(settings: LlamaStandIn, folder: Path, device: str) -> Iterator[float]:
     """Next-token prediction over all of the text, once, yielding the loss of every step; at its end the folder holds a
     base like any other."""
     read = documents(settings)
@@ -68,12 +68,13 @@ def train_llama(settings: LlamaStandIn, folder: Path) -> Iterator[float]:
     symbols = READING[settings.reads][1]
     (folder / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size, symbols))
     tokenizer = Tokenizer(folder)
-    model = _untrained(settings, tokenizer.vocab_size)
+    model = _untrained(settings, tokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
     for step in range(settings.steps):
         batch = read[step * settings.batch : (step + 1) * settings.batch]
-        tokens, weights = _padded([_encoded(document, settings, tokenizer) for document in batch])
+        padded = _padded([_encoded(document, settings, tokenizer) for document in batch])
+        tokens, weights = (tensor.to(device) for tensor in padded)
         losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         optimizer.zero_grad()

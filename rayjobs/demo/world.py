@@ -5,6 +5,7 @@ of open_clip, timm and Hugging Face, of which the jobs know nothing but the path
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from rayjobs.demo.captions import sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
 from rayjobs.demo.dino import DinoStandIn, train_dino
+from rayjobs.demo.gpus import gpus, share
 from rayjobs.demo.kept import kept, threads, unfinished
 from rayjobs.demo.llama import LlamaStandIn, documents, train_llama
 from rayjobs.demo.pen import write_drawings
-from rayjobs.runtime import Progress, connect, unwrapped
+from rayjobs.runtime import Progress, unwrapped
 
 
 @config
@@ -58,35 +60,39 @@ class Training(NamedTuple):
 
     folder: Path
     steps: int
-    train: Callable[[Path], Iterator[float]]
+    train: Callable[[Path, str], Iterator[float]]
+    """(folder, device) → losses"""
 
 
-def make_world(settings: WorldConfig, cache: Path) -> World:
-    """Everything that the cache does not hold is made; what it holds stays as it is."""
-    digits = kept(cache, "digits", to_dict(settings.digits))
-    if not digits.exists():
-        with unfinished(digits) as new:
-            write_digits(settings.digits, new)
-    clip = kept(cache, "clip", to_dict(settings.clip), sentences())
-    dino = kept(cache, "dino", to_dict(settings.dino), to_dict(settings.digits))
-    notes, questions = (
-        kept(cache, "llama", to_dict(llama), documents(llama)) for llama in (settings.notes, settings.questions)
+def world_in(cache: Path, settings: WorldConfig) -> World:
+    """Where the world of these settings is kept, made or not."""
+    return World(
+        digits=kept(cache, "digits", to_dict(settings.digits)),
+        clip=kept(cache, "clip", to_dict(settings.clip), sentences()),
+        dino=kept(cache, "dino", to_dict(settings.dino), to_dict(settings.digits)),
+        drawn=kept(cache, "drawn", settings.drawings, settings.digits.seed),
+        notes=kept(cache, "llama", to_dict(settings.notes), documents(settings.notes)),
+        questions=kept(cache, "llama", to_dict(settings.questions), documents(settings.questions)),
     )
+
+
+def make_world(world: World, settings: WorldConfig) -> None:
+    """Makes what is not there; what is stays as it is."""
+    if not world.digits.exists():
+        with unfinished(world.digits) as new:
+            write_digits(settings.digits, new)
+    clip, dino, notes, questions = settings.clip, settings.dino, settings.notes, settings.questions
     train_all(  # the longest first
         {
-            "DINO": Training(dino, settings.dino.steps, lambda new: train_dino(settings.dino, settings.digits, new)),
-            "CLIP": Training(clip, settings.clip.steps, lambda new: train_clip(settings.clip, new)),
-            "LLaMA for questions": Training(
-                questions, settings.questions.steps, lambda new: train_llama(settings.questions, new)
-            ),
-            "LLaMA for notes": Training(notes, settings.notes.steps, lambda new: train_llama(settings.notes, new)),
+            "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
+            "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
+            "LLaMA for questions": Training(world.questions, questions.steps, partial(train_llama, questions)),
+            "LLaMA for notes": Training(world.notes, notes.steps, partial(train_llama, notes)),
         }
     )
-    drawn = kept(cache, "drawn", settings.drawings, settings.digits.seed)
-    if not drawn.exists():
-        with unfinished(drawn) as new:
+    if not world.drawn.exists():
+        with unfinished(world.drawn) as new:
             write_drawings(new, settings.drawings, settings.digits.seed)
-    return World(digits, clip, dino, drawn, notes, questions)
 
 
 def train_all(models: Mapping[str, Training]) -> None:
@@ -94,11 +100,11 @@ def train_all(models: Mapping[str, Training]) -> None:
     wanted = {name: model for name, model in models.items() if not model.folder.exists()}
     if not wanted:
         return
-    connect()
+    gpu = share(gpus(), len(wanted))
     import ray
 
-    task = ray.remote(num_cpus=1, num_returns="streaming")(trained)
-    running = {task.remote(model): name for name, model in wanted.items()}
+    task = ray.remote(num_cpus=1, num_gpus=gpu, num_returns="streaming")(trained)
+    running = {task.remote(model, "cuda" if gpu else "cpu"): name for name, model in wanted.items()}
     losses: dict[str, list[float]] = {name: [] for name in wanted}
     with unwrapped(), Progress("tiny models", unit="steps", total=sum(model.steps for model in wanted.values())) as bar:
         while running:
@@ -112,7 +118,7 @@ def train_all(models: Mapping[str, Training]) -> None:
             bar.update(sum(map(len, losses.values())), told)
 
 
-def trained(model: Training) -> Iterator[Any]:
+def trained(model: Training, device: str = "cpu") -> Iterator[Any]:
     """Trains one model into its folder, yielding each step's loss."""
     with unfinished(model.folder) as new, threads(1):
-        yield from model.train(new)
+        yield from model.train(new, device)

@@ -19,12 +19,14 @@ import yaml
 from adapter.base import Base
 from adapter.scienceqa import LETTERS, Problem, read_problems
 from rayjobs import plots
+from rayjobs.answers import device
 from rayjobs.config import config, load, to_dict
 from rayjobs.demo import text
 from rayjobs.demo.adapters import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
 from rayjobs.demo.cascade import BASELINES, CascadeConfig, cascade
+from rayjobs.demo.gpus import gpus
 from rayjobs.demo.kept import digest, link
-from rayjobs.demo.world import World, WorldConfig, make_world
+from rayjobs.demo.world import World, WorldConfig, make_world, world_in
 from rayjobs.examples import write_examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
 from rayjobs.places import LocalPath
@@ -119,7 +121,8 @@ def run(settings: Config) -> dict[str, Any]:
     check()
     folder, stages = open_run(settings.run, settings), Stages()
     stages.begin()
-    world = make_world(settings.world, settings.run.cache_folder)
+    world = world_in(settings.run.cache_folder, settings.world)
+    make_world(world, settings.world)
     for name, path in world._asdict().items():
         link(folder / "world" / name, path)
     stages.begin()
@@ -174,7 +177,7 @@ def within(settings: Config, folder: Path, name: str, *identity: Any) -> dict[st
 def cafo_table(settings: Config, world: World, folder: Path) -> Table:
     """CaFo's jobs in the demo's world: test accuracies, a row for each method."""
     run = RunConfig(**within(settings, folder, "cafo", *map(str, world[:4]), to_dict(settings.cafo)))
-    values = cascade(settings.cafo, world, run)
+    values = cascade(settings.cafo, world, run, gpus())
     path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
@@ -188,8 +191,9 @@ def teach(settings: Config, world: World, folder: Path) -> tuple[Table, Table, T
     adapters = settings.adapters
     write_records(adapters, folder)
     run = within(settings, folder, "instruction", str(world.notes), to_dict(adapters))
-    trained = quietly(adapter_train.run, load(adapter_train.Config, spelling(adapters, world.notes, folder, run)))
-    base = Base.load(world.notes)
+    values = spelling(adapters, world.notes, folder, run, gpus())
+    trained = quietly(adapter_train.run, load(adapter_train.Config, values))
+    base = Base.load(world.notes, device=device())
     asked = {
         task.name: text.records(task, adapters.held_out, adapters.seed, test=True) for task in (text.SPELL, text.COPY)
     }

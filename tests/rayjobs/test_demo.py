@@ -1,5 +1,6 @@
 """The demo's world: seeded, held out by content, and a base that is what the cache says."""
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from rayjobs.config import load
 from rayjobs.demo import text
 from rayjobs.demo.cascade import BASELINES, CASCADE
 from rayjobs.demo.llama import LlamaStandIn, train_llama
-from rayjobs.demo.world import Training, make_world, trained
+from rayjobs.demo.world import Training, make_world, trained, world_in
 from rayjobs.jobs import demo
 from rayjobs.tables import flat
 from tests.conftest import ROOT
@@ -79,7 +80,9 @@ def test_the_demo_is_a_chain_of_ordinary_jobs_in_a_world_that_is_made_once(tmp_p
     for told in (*result, "training loss of the two adapters", "data:image/jpeg"):
         assert told in report
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    assert make_world(settings.world, tmp_path / "cache").digits.is_dir()
+    world = world_in(tmp_path / "cache", settings.world)
+    make_world(world, settings.world)
+    assert world.digits.is_dir()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == made, "all was kept"
     shipped = yaml.safe_load((ROOT / "configs" / "cafo" / "digits.yaml").read_text())
     named = [place for place in flat(shipped).values() if place.startswith("runs/")]
@@ -89,6 +92,6 @@ def test_the_demo_is_a_chain_of_ordinary_jobs_in_a_world_that_is_made_once(tmp_p
 
 def test_a_stand_in_is_a_base_like_any_other(tmp_path: Path) -> None:
     settings, folder = LlamaStandIn(steps=3, batch=64, dim=16), tmp_path / "llama"
-    losses = list(trained(Training(folder, settings.steps, lambda new: train_llama(settings, new))))
+    losses = list(trained(Training(folder, settings.steps, partial(train_llama, settings))))
     assert len(losses) == 3
     assert len(Base.load(folder).generate(["Note"], max_new_tokens=3, temperature=0)) == 1

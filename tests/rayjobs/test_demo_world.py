@@ -2,6 +2,7 @@
 ordinary loaders read."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_every_digit_has_phrases_of_its_own() -> None:
 def test_the_tiny_clip_is_an_ordinary_encoder(tmp_path: Path) -> None:
     settings = ClipStandIn(steps=2, batch=6, width=8)
     for name in ("a", "b"):
-        training = Training(kept(tmp_path, name, 1), 2, lambda folder: train_clip(settings, folder))
+        training = Training(kept(tmp_path, name, 1), 2, partial(train_clip, settings))
         losses = list(trained(training))
         assert len(losses) == 2
     encoders = [load_encoder(EncoderSpec(kind="clip", name="tiny", weights=str(kept(tmp_path, n, 1)))) for n in "ab"]
@@ -83,10 +84,12 @@ def test_the_tiny_clip_is_an_ordinary_encoder(tmp_path: Path) -> None:
 
 def test_the_tiny_dino_is_an_ordinary_encoder(tmp_path: Path) -> None:
     settings = DinoStandIn(steps=2, batch=8)
-    training = Training(kept(tmp_path, "dino", 1), 2, lambda folder: train_dino(settings, FEW, folder))
-    assert len(list(trained(training))) == 2
-    encoder = load_encoder(EncoderSpec(kind="timm", weights=str(training.folder)))
-    assert (encoder.width, encoder.preprocess.size) == (512, 32)
+    for name in "ab":
+        losses = list(trained(Training(kept(tmp_path, name, 1), 2, partial(train_dino, settings, FEW))))
+        assert len(losses) == 2
+    encoders = [load_encoder(EncoderSpec(kind="timm", weights=str(kept(tmp_path, name, 1)))) for name in "ab"]
+    assert (encoders[0].width, encoders[0].preprocess.size) == (512, 32)
+    assert encoders[0].identity == encoders[1].identity, "the same seed, the same model"
 
 
 def test_centred_targets_are_distributions_that_use_all_prototypes() -> None:
@@ -96,7 +99,7 @@ def test_centred_targets_are_distributions_that_use_all_prototypes() -> None:
 
 
 def test_a_training_cut_off_leaves_nothing(tmp_path: Path) -> None:
-    going = trained(Training(kept(tmp_path, "clip", 1), 9, lambda folder: train_clip(ClipStandIn(batch=6), folder)))
+    going = trained(Training(kept(tmp_path, "clip", 1), 9, partial(train_clip, ClipStandIn(batch=6))))
     next(going)
     going.close()
     assert not list((tmp_path / "demo").iterdir())

@@ -59,7 +59,9 @@ def test_on_a_phone(tmp_path: Path) -> None:
         Gallery("examples", [((tmp_path / "red.png").read_bytes(), "caption" * 20)] * 5),
         Fold(word, [table, Plot("classes", svg(plots.class_accuracy(["a", "b"], [1.0, 2.0]))), table]),
     ]
-    page = write_page(tmp_path / "page.html", word, f"{word} ± 1", [word, "done"], sections, f"rayjobs data={word}")
+    page = write_page(
+        tmp_path / "page.html", word, f"{word} ± 1", [word, "done"], sections, command=f"rayjobs data={word}"
+    )
     light, dark = (seen(page, tmp_path, scheme) for scheme in ("light", "dark"))
     for look in (light, dark):
         assert look["page"] <= look["window"] == 390, "the page as a whole does not scroll sideways"

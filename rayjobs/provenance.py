@@ -13,7 +13,7 @@ def check_source(path: Path, identity: Mapping[str, Any], *, way_out: str = "cho
         return
     before = read_json(path)
     if differing := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
-        told = "; ".join(f"{name} was {before.get(name)}, now {identity.get(name)}" for name in differing)
+        told = "; ".join(f"{name} was {before.get(name)!s:.60}, now {identity.get(name)!s:.60}" for name in differing)
         raise ValueError(f"{path.parent} holds answers from other settings ({told}): {way_out}")
 
 

@@ -114,7 +114,8 @@ def check(settings: Config) -> Sight | None:
         raise ValueError("give either instruction or file, not both")
     settings.base.open()
     prompt_template(settings.template)
-    sight = open_sight(settings.adapter, settings.vision, settings.blind)
+    no_image = settings.file is None and settings.vision is None  # then there is none to leave out
+    sight = open_sight(settings.adapter, settings.vision, settings.blind or no_image)
     if settings.image is not None and (sight is None or settings.instruction is None):
         raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
+from pydantic import Field
 
 from adapter.base import Base
 from adapter.scienceqa import LETTERS, Problem, read_problems
@@ -58,7 +59,7 @@ class Config:
     world: WorldConfig = WorldConfig()
     cafo: CascadeConfig = CascadeConfig()
     adapters: AdaptersConfig = AdaptersConfig()
-    run: DemoRun = DemoRun()
+    run: DemoRun = Field(default_factory=DemoRun)  # its folder starts where the demo is run, not where it is imported
 
 
 def plan(settings: Config) -> None:

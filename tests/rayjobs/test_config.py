@@ -8,7 +8,7 @@ import yaml
 
 from rayjobs.__main__ import JOBS
 from rayjobs.config import ConfigError, describe, load, to_dict
-from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune
+from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
 from rayjobs.records import SourceConfig
 from tests.conftest import ROOT
@@ -85,6 +85,7 @@ def test_every_path_starts_where_the_command_is_typed(tmp_path: Path, monkeypatc
     features = load(cafo_tune.Config, ROOT / "configs/cafo/caltech101.yaml", ["data.generated=dalle"])
     assert [features.data.root, features.run.storage] == [str(tmp_path / name) for name in ("data", "runs")]
     assert (features.data.generated, swept.vision.tower.name) == ("dalle", "ViT-L-14-quickgelu")
+    assert load(demo.Config).run.storage == str(tmp_path / "runs")
     asked = load(adapter_generate.Config, {"base": {"path": "b"}, "template": "scienceqa"}, ["file=f.json"])
     assert (asked.file, asked.out, asked.template) == (f"{tmp_path}/f.json", f"{tmp_path}/answers.jsonl", "scienceqa")
 

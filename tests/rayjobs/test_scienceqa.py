@@ -18,7 +18,7 @@ from rayjobs.config import load, to_dict
 from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs import read_record
 from rayjobs.scienceqa import AnswerProblems, Reading, asked
-from rayjobs.tables import write_json
+from rayjobs.tables import write_json, write_jsonl
 from tests.rayjobs.cafo_world import towers
 
 
@@ -108,7 +108,8 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
     settings: adapter_eval.Config, tmp_path: Path
 ) -> None:
     given = {name: value for name, value in to_dict(settings).items() if name in ("base", "adapter", "vision")}
-    asked_once = {**given, "instruction": "What is it?"}
+    write_jsonl(tmp_path / "file.jsonl", [{"instruction": "What is it?", "image": "a.png"}])
+    of_file = {**given, "file": str(tmp_path / "file.jsonl")}
     dino = {**given["vision"], "tower": towers(tmp_path / "others")["dino"]}
     text_only = str(tmp_path / "text.safetensors")
     base = Base.load(settings.base.path)
@@ -127,10 +128,14 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
         with pytest.raises(ValueError, match=message):
             adapter_eval.plan(load(adapter_eval.Config, {**to_dict(settings), **changes}))
         with pytest.raises(ValueError, match=message):
-            adapter_generate.plan(load(adapter_generate.Config, {**asked_once, **changes}))
+            adapter_generate.plan(load(adapter_generate.Config, {**of_file, **changes}))
     adapter_eval.plan(load(adapter_eval.Config, {**to_dict(settings), "vision": None, "blind": True}))
-    adapter_generate.plan(load(adapter_generate.Config, {**asked_once, "vision": None, "blind": True}))
-    adapter_generate.plan(load(adapter_generate.Config, {**asked_once, "vision": None, "adapter": text_only}))
+    adapter_generate.plan(load(adapter_generate.Config, {**of_file, "vision": None, "blind": True}))
+    adapter_generate.plan(load(adapter_generate.Config, {**of_file, "vision": None, "adapter": text_only}))
+    question = {**given, "instruction": "What is it?", "vision": None}
+    adapter_generate.plan(load(adapter_generate.Config, question))
+    with pytest.raises(ValueError, match="image belongs to an instruction, and needs the vision section"):
+        adapter_generate.plan(load(adapter_generate.Config, {**question, "image": "a.png"}))
 
 
 def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, shared: Path) -> None:

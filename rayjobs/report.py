@@ -174,7 +174,7 @@ def _sentences(folder: Path) -> Iterator[Section]:
 def _rejected(folder: Path) -> Iterator[Section]:
     for title, path in (("rejected", folder / "rejected.jsonl"), ("rejected on test", folder / "test/rejected.jsonl")):
         if rows := read_jsonl(path) if path.is_file() else []:
-            columns = list(dict.fromkeys(column for row in rows for column in row))
+            columns = list(dict.fromkeys(column for row in rows for column in row if row[column] not in (None, "")))
             lines = [[as_text(row.get(column)) for column in columns] for row in rows]
             yield _first(Table(title, [_spoken(column) for column in columns], lines), path.name)
 

@@ -61,10 +61,6 @@ class TokenStore:
         """Records that have an image."""
         return sum(self._with_image(name) for name, _ in self.parts[split])
 
-    def keep_rejected(self, folder: Path) -> None:
-        """Writes the records that could not be used, each with its reason, into a run's folder for its report."""
-        write_jsonl(folder / REJECTED, read_jsonl(f"{self.folder}/{REJECTED}"))
-
     def _with_image(self, name: str) -> int:
         images = read_parquet(f"{self.folder}/{name}", columns=["image"])["image"]
         return len(images) - images.null_count
@@ -104,12 +100,15 @@ def prepare_tokens(
     val_sources: Sequence[Source] = (),
     val_fraction: float = 0.0,
     preprocess: Any = None,
+    run: Path | None = None,
 ) -> TokenStore:
     """The token store of some records, made by Ray Data unless it stands already.
 
     preprocess: `cafo.images.Preprocess` of the tower; a record whose image cannot be read by it is set aside like one
-    without a label. Without it, images are left out. Raises RecordError if a file is malformed, or too many records
-    cannot be used.
+    without a label. Without it, images are left out.
+    run: the folder of a run, which is told the records that cannot be used, each with its reason, for its report.
+
+    Raises RecordError if a file is malformed, or too many records cannot be used.
     """
     images = preprocess is not None
     encoding = _Encoding(
@@ -135,9 +134,13 @@ def prepare_tokens(
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
     folder = place(cache) / "tokens" / key
-    if not (folder / "index.json").exists():
-        write_json(folder / IMAGE_LISTS, lists)
-        _write_store(folder, sources, encoding, preprocess, records.max_rejected_fraction)
+    try:
+        if not (folder / "index.json").exists():
+            write_json(folder / IMAGE_LISTS, lists)
+            _write_store(folder, sources, encoding, preprocess, records.max_rejected_fraction)
+    finally:
+        if run and (folder / REJECTED).exists():
+            write_jsonl(run / REJECTED, read_jsonl(folder / REJECTED))
     return TokenStore.read(folder)
 
 

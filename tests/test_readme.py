@@ -28,7 +28,7 @@ def commands() -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
     for document in DOCUMENTS:
         inline = re.findall(r"`(python -m rayjobs [^`]+)`", document.read_text())
-        lines += [" ".join(command.split()) for command in inline if "JOB" not in command]
+        lines += [" ".join(command.split()) for command in inline]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -102,8 +102,8 @@ PLACES = {
     "s3://bucket/runs": "runs",
     "[s3://bucket/": "[data/",
     "alpaca_data.json": "alpaca_2000.json",
-    "runs/a": "runs/alpaca_tiny",
-    "runs/b": "runs/scienceqa_blind",
+    "runs/one": "runs/alpaca_tiny",
+    "runs/two": "runs/scienceqa_blind",
     "scale.workers=8": "scale.workers=2",
     "search.samples=8": "search.samples=2",
 }

@@ -118,8 +118,7 @@ def run(settings: Config) -> dict[str, Any]:
     connect()
     resources = settings.scale.resources()
     preprocess = sight and sight.tower.preprocess
-    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess)
-    store.keep_rejected(folder)
+    store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess, run=folder)
     pictures = None
     if settings.vision and sight:
         lists, cache = place(store.folder) / IMAGE_LISTS, settings.run.cache_folder

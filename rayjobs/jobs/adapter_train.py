@@ -147,7 +147,9 @@ def prepare(settings: Config) -> None:
     _prepare(settings, tokenizer, sight)
 
 
-def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[TokenStore, Pictures | None]:
+def _prepare(
+    settings: Config, tokenizer: Path, sight: Sight | None, run: Path | None = None
+) -> tuple[TokenStore, Pictures | None]:
     data = settings.data
     store = prepare_tokens(
         data,
@@ -156,6 +158,7 @@ def _prepare(settings: Config, tokenizer: Path, sight: Sight | None) -> tuple[To
         val_sources=data.val_sources(),
         val_fraction=0.0 if data.val_path else data.val_fraction,
         preprocess=sight and sight.tower.preprocess,
+        run=run,
     )
     if store.images_left_out:
         print(f"images: {_left_out(store.images_left_out)}", flush=True)
@@ -183,8 +186,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
     folder = open_run(settings.run, settings)
     connect()
     settings.scale.resources()  # what can never fit is told before there is any work
-    store, pictures = _prepare(settings, tokenizer, sight)
-    store.keep_rejected(folder)
+    store, pictures = _prepare(settings, tokenizer, sight, folder)
     adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(
         base=str(place(settings.base.path)),

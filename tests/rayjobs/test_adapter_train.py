@@ -374,8 +374,12 @@ def test_records_without_a_label_are_set_aside_with_their_reason(
     assert "leaves no label within 250" in rejected["reason"]
     with pytest.raises(ValueError, match=r"1 of 30 records cannot be used.*leaves no label"):
         prepare_tokens(
-            RecordsConfig(path=[str(path)], max_length=250, max_rejected_fraction=0.01), tokenizer, tmp_path / "b"
+            RecordsConfig(path=[str(path)], max_length=250, max_rejected_fraction=0.01),
+            tokenizer,
+            tmp_path / "b",
+            run=tmp_path,
         )
+    assert read_jsonl(tmp_path / "rejected.jsonl") == [rejected], "where it matters most"
 
 
 def test_a_bad_line_far_down_is_told_as_it_is(cluster: None, tiny_base: Path, tmp_path: Path) -> None:

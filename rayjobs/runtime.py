@@ -273,7 +273,8 @@ class Progress:
             return ""
         rest = (self.total or 0) - self.done
         left = f", {rest * seconds / made:.0f} s left" if rest > 0 else ""
-        return f"{made / seconds:.3g} {self.unit}/s{left}"
+        rate = made / seconds
+        return f"{rate:,.0f} {self.unit}/s{left}" if rate >= 100 else f"{rate:.3g} {self.unit}/s{left}"
 
     def _print(self) -> None:
         self.printed = time.monotonic()

@@ -48,15 +48,15 @@ def test_pace_counts_neither_the_start_nor_what_was_there_before(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(runtime, "time", clock)
-    with Progress("answer", unit="answers", total=1000, done=600) as bar:
-        for seconds, done in ((20, 700), (10.5, 721), (10.5, 742), (9, 1000)):
+    with Progress("answer", unit="answers", total=9000, done=600) as bar:
+        for seconds, done in ((20, 700), (10.5, 721), (10.5, 742), (9, 9000)):
             clock.now += seconds
             bar.update(done)
     assert capsys.readouterr().err.splitlines() == [
-        "answer: 700/1000 answers in 20 s",  # no pace can be told of a single update
-        "answer: 721/1000 answers in 30 s  2 answers/s, 140 s left",
-        "answer: 742/1000 answers in 41 s  2 answers/s, 129 s left",
-        "answer: 1000/1000 answers in 50 s  10 answers/s",
+        "answer: 700/9000 answers in 20 s",  # no pace can be told of a single update
+        "answer: 721/9000 answers in 30 s  2 answers/s, 4140 s left",
+        "answer: 742/9000 answers in 41 s  2 answers/s, 4129 s left",
+        "answer: 9000/9000 answers in 50 s  277 answers/s",
     ]
 
 

@@ -7,7 +7,6 @@ run is short.
 
 import importlib.util
 import io
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -24,9 +23,10 @@ from rayjobs.answers import device
 from rayjobs.config import config, load, to_dict
 from rayjobs.demo import text
 from rayjobs.demo.adapters import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
-from rayjobs.demo.cascade import BASELINES, CascadeConfig, cascade
+from rayjobs.demo.cascade import BASELINES, CASCADE, CascadeConfig, cascade
 from rayjobs.demo.gpus import gpus
-from rayjobs.demo.kept import digest, link
+from rayjobs.demo.kept import digest, link, threads
+from rayjobs.demo.stages import Stage, Stages
 from rayjobs.demo.world import World, WorldConfig, make_world, world_in
 from rayjobs.examples import write_examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
@@ -40,6 +40,19 @@ from rayjobs.tables import read_jsonl, write_json, write_text
 Table = list[dict[str, Any]]
 
 ADAPTERS = ("no adapter", "text-only", "image-conditioned")
+HEADLINE = list(CASCADE)[-1]
+PLOTS = ("shots", "landscape", "confusion", "classes", "sources")
+"""Of CaFo's, those that the demo's own report shows, in this order; all but the first of `HEADLINE` alone."""
+
+ABOUT = (
+    "Real scans, scikit-learn's handwritten digits, and tiny models as stand-ins for real ones, trained here from "
+    "scratch: a CLIP on printed digits with captions, a DINO on scans without labels, two LLaMAs on generated text. "
+    "From then on they are frozen, and the jobs know them as they would know real ones. CaFo chose everything on "
+    "{val} validation scans; only then were the {test} test scans opened, once. LLaMA-Adapter's settings are fixed; "
+    "those of the instruction were set with held-out notes in view. The figures show how the parts compare on a tiny "
+    "task, not what they reach with real models."
+)
+"""How the report opens."""
 
 
 @config
@@ -86,52 +99,25 @@ def check() -> None:
         raise ValueError(f"the demo needs {' and '.join(lacking)}; install the `demo` extra")
 
 
-STAGES = {
-    "Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs that stand in for real ones.": 62,
-    "CaFo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.": 40,
-    "LLaMA-Adapter: one LLaMA, frozen, is taught an instruction that it does not know.": 55,
-    "LLaMA-Adapter: the other, frozen, is asked about scans: without images, and with CLIP's features of them.": 100,
-}
-"""What happens, and the seconds that it takes on two idle cores when nothing is cached."""
-
-
-class Stages:
-    """Announces what comes next, and about how long is left."""
-
-    def __init__(self) -> None:
-        self.began: list[float] = []
-
-    def begin(self) -> None:
-        self.began.append(time.monotonic())
-        number, expected = len(self.began), list(STAGES.values())
-        took, planned = self.began[-1] - self.began[0], sum(expected[: number - 1])
-        left = sum(expected[number - 1 :]) * (took / planned if planned else 1.0)
-        print(f"{number}/{len(STAGES)}  {list(STAGES)[number - 1]}  (about {left:.0f} s left in all)", flush=True)
-
-    def seconds(self) -> Table:
-        ends = [*self.began[1:], time.monotonic()]
-        return [
-            {"stage": stage, "seconds": f"{end - start:.0f}"}
-            for stage, start, end in zip(STAGES, self.began, ends, strict=False)
-        ]
-
-
 @recorded
 def run(settings: Config) -> dict[str, Any]:
     """Runs the chain and prints what came of it; returns and writes `result.json`."""
     check()
-    folder, stages = open_run(settings.run, settings), Stages()
-    stages.begin()
-    world = world_in(settings.run.cache_folder, settings.world)
-    make_world(world, settings.world)
-    for name, path in world._asdict().items():
-        link(folder / "world" / name, path)
-    stages.begin()
-    accuracy = cafo_table(settings, world, folder)
-    stages.begin()
-    spelled, spelled_loss, spelled_examples = teach(settings, world, folder)
-    stages.begin()
-    asked, asked_loss, asked_examples = show(settings, world, folder)
+    folder, cache = open_run(settings.run, settings), settings.run.cache_folder
+    world = world_in(cache, settings.world)
+    names = inner_runs(settings, world)
+    stages = Stages(to_make(world, names, folder), cache)
+    with threads(1):
+        with stages.next():
+            make_world(world, settings.world)
+        for name, path in world._asdict().items():
+            link(folder / "world" / name, path)
+        with stages.next():
+            accuracy = cafo_table(settings, world, names)
+        with stages.next():
+            spelled, spelled_loss, spelled_examples = teach(settings, world, names)
+        with stages.next():
+            asked, asked_loss, asked_examples = show(settings, world, names)
     losses = {"a new instruction": spelled_loss, "questions about scans": asked_loss}
     for _, figure in list(plots.training_curves(losses))[:1]:
         figure.axes[0].set_yscale("log")  # one begins twenty times as high as the other
@@ -152,7 +138,13 @@ def run(settings: Config) -> dict[str, Any]:
     result = {
         "headline": f"CaFo {list(cascaded.values())[-1]}% on scans; LLaMA-Adapter {pictured['about a scan']}% on "
         "questions about them",
+        "about": ABOUT.format(val=settings.world.digits.val, test=settings.world.digits.test),
         **tables,
+        "reports of the steps": [
+            {"step": name, "report": f"{run}/{REPORT}"}
+            for name, run in names.items()
+            if (folder / run / REPORT).exists()
+        ],
     }
     write_json(folder / "result.json", result)
     print(f"To show: {folder / REPORT}")
@@ -165,34 +157,71 @@ def quietly(job: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, An
         return job(settings)
 
 
-def within(settings: Config, folder: Path, name: str, *identity: Any) -> dict[str, Any]:
-    """The `run` section of a job inside the demo's folder: by its content, so that other settings, or a newer version,
-    find a folder of their own."""
-    return {
-        "name": f"{name}-{digest(*identity)}",
-        "storage": str(folder),
-        "cache": str(settings.run.cache_folder),
-    }
+def inner_runs(settings: Config, world: World) -> dict[str, str]:
+    """The folders of the runs within: each by its content, so that other settings, or a newer version, find a folder of
+    their own."""
+    digits, clip, dino, drawn, notes, questions = (path.name for path in world)
+    made = digest(digits, clip, dino, drawn, to_dict(settings.cafo))
+    taught = digest(notes, to_dict(settings.adapters))
+    asked = digest(digits, clip, questions, to_dict(settings.adapters))
+    runs = {"cafo": f"cafo-{made}", "instruction": f"instruction-{taught}", "questions": f"questions-{asked}"}
+    for name in ADAPTERS:
+        runs |= {name: f"{name.replace(' ', '-')}-{asked}", f"{name}, test": f"{name.replace(' ', '-')}-{asked}-test"}
+    return runs
 
 
-def cafo_table(settings: Config, world: World, folder: Path) -> Table:
+def to_make(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
+    """The stages."""
+    tested = [folder / names[f"{name}, test"] / "result.json" for name in ADAPTERS]
+    return [
+        Stage(
+            "Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs that stand in for real ones.",
+            62,
+            world,
+        ),
+        Stage(
+            "CaFo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.",
+            40,
+            [folder / names["cafo"] / "test" / "result.json"],
+        ),
+        Stage(
+            "LLaMA-Adapter: one LLaMA, frozen, is taught an instruction that it does not know.",
+            55,
+            [folder / names["instruction"] / "result.json"],
+        ),
+        Stage(
+            "LLaMA-Adapter: the other, frozen, is asked about scans: without images, and with CLIP's features of them.",
+            100,
+            tested,
+        ),
+    ]
+
+
+def within(settings: Config, name: str) -> dict[str, Any]:
+    """The `run` section of a job inside the demo's folder."""
+    return {"name": name, "storage": str(settings.run.folder), "cache": str(settings.run.cache_folder)}
+
+
+def cafo_table(settings: Config, world: World, names: Mapping[str, str]) -> Table:
     """CaFo's jobs in the demo's world: test accuracies, a row for each method."""
-    run = RunConfig(**within(settings, folder, "cafo", *map(str, world[:4]), to_dict(settings.cafo)))
+    folder, run = settings.run.folder, RunConfig(**within(settings, names["cafo"]))
     values = cascade(settings.cafo, world, run, gpus())
     path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
-    for drawing in sorted((run.folder / "test").glob("shots-*.svg")):
-        write_text(folder / "shots.svg", drawing.read_text(encoding="utf-8"))
+    for number, kind in enumerate(PLOTS):
+        for path in (run.folder / "test").glob(f"{kind}-*.svg"):
+            drawing = path.read_text(encoding="utf-8")
+            if kind == "shots" or f"<title>{HEADLINE}, " in drawing:
+                write_text(folder / f"cafo-{number}-{kind}.svg", drawing)
     return [{"method": method, **row} for method, row in rows.items()]
 
 
-def teach(settings: Config, world: World, folder: Path) -> tuple[Table, Table, Table]:
+def teach(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
     """adapter-train on the new instruction: exact answers before and after, the training's metrics, examples."""
-    adapters = settings.adapters
+    adapters, folder = settings.adapters, settings.run.folder
     write_records(adapters, folder)
-    run = within(settings, folder, "instruction", str(world.notes), to_dict(adapters))
-    values = spelling(adapters, world.notes, folder, run, gpus())
+    values = spelling(adapters, world.notes, folder, within(settings, names["instruction"]), gpus())
     trained = quietly(adapter_train.run, load(adapter_train.Config, values))
     base = Base.load(world.notes, device=device())
     asked = {
@@ -218,23 +247,22 @@ def teach(settings: Config, world: World, folder: Path) -> tuple[Table, Table, T
     return accuracy, read_jsonl(Path(trained["adapter"]).with_name("metrics.jsonl")), shown
 
 
-def show(settings: Config, world: World, folder: Path) -> tuple[Table, Table, Table]:
+def show(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
     """adapter-train and adapter-eval on questions about scans: right answers, the training's metrics, examples."""
-    adapters = settings.adapters
-    identity = [str(world.digits), str(world.clip), str(world.questions), to_dict(adapters)]
-    questions = folder / f"questions-{digest(*identity)}"
+    adapters, folder = settings.adapters, settings.run.folder
+    questions = folder / names["questions"]
     write_scan_questions(world, questions, adapters.seed)
     problems = read_problems(questions, "test")
     accuracy, said, metrics = [], {}, Path()
     for name in ADAPTERS:
-        run = within(settings, folder, name.replace(" ", "-"), *identity)
+        run = within(settings, names[name])
         values = reading(adapters, world.questions, world.clip if name == ADAPTERS[-1] else None, questions, run)
         adapter = None
         if name != ADAPTERS[0]:
             trained = quietly(adapter_train.run, load(adapter_train.Config, values))
             adapter = Path(trained["adapter"])
             metrics = adapter.with_name("metrics.jsonl")
-        run = {**run, "name": f"{run['name']}-test"}
+        run = within(settings, names[f"{name}, test"])
         measured = load(adapter_eval.Config, asking(values, adapter, questions, run))
         ours = quietly(adapter_eval.run, measured)["accuracy_by_class"][1]
         accuracy.append({"": name, "about a scan": ours["IMG"], "about a note": ours["TXT"]})

@@ -5,17 +5,19 @@
 A step's records are cut and dealt by `rayjobs.order.deal`, as in training; the slowest worker counts. With P parameters
 of the base in b bytes, N workers, and a link of bandwidth B and latency a for each hop:
 
-    micro-batch   max(operations / (utilisation * peak), weights read / memory bandwidth, launching its kernels)
+    micro-batch   max(operations / (utilisation * peak), weights read / memory bandwidth, the host's work for it)
     ZeRO-2        + the adapter's gradients, reduced and scattered, and its values gathered: 2 (N-1)/N bytes / B, and
                   the smaller of a ring's 2 (N-1) hops and a tree's 4 log2 N
     ZeRO-3        each micro-batch gathers every weight matrix forward and again backward: (N-1)/N P b / B each time,
-                  in rings of N-1 hops for each matrix, behind the computation where the device can do both at once
+                  in rings of N-1 hops for each matrix, behind the computation where the device can do both at once;
+                  and the host, which launches kernels, has work for each gathered matrix
 
 Operations are 2 for each weight and token forward, and 2 backward where a gradient passes, which is from the lowest
 adapted layer up: frozen weights have no gradient of their own. The head is used on labelled tokens only.
 
 `--measure` runs `rayjobs.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the speed
-from one process, the link from bare collectives between two, predicts two processes' step, and measures it.
+from one process under ZeRO-2, the host's work for a gathered matrix from what ZeRO-3 adds to that, the link from bare
+collectives between two, predicts two processes' step, and measures it.
 """
 
 from __future__ import annotations
@@ -72,14 +74,26 @@ class Device:
     memory_bytes_per_s: float
     launch_s: float
     """The host's time for a micro-batch's kernels."""
+    gather_s: float
+    """The host's time for each matrix that ZeRO-3 gathers and gives back, besides the link's."""
     per_node: int
     inside: Link
     between: Link
     overlaps: bool = True
-    """Whether weights come while it computes."""
+    """Whether the host works, and weights come, while it computes."""
 
     def link(self, workers: int) -> Link:
         return self.inside if workers <= self.per_node else self.between
+
+    def ring_s(self, workers: int) -> float:
+        """The hops from each worker to the next, of which one for each further node leaves a node."""
+        across = -(-workers // self.per_node) - 1
+        return across * self.between.hop_s + (workers - 1 - across) * self.inside.hop_s
+
+    def tree_s(self, workers: int) -> float:
+        """The hops from a tree's leaves to its root: within nodes, then between them."""
+        inside, nodes = min(workers, self.per_node), -(-workers // self.per_node)
+        return math.ceil(math.log2(inside)) * self.inside.hop_s + math.ceil(math.log2(nodes)) * self.between.hop_s
 
 
 NVLINK_A100 = Link(bytes_per_s=0.8 * 300e9, hop_s=2e-6)
@@ -90,6 +104,7 @@ A100 = Device(
     utilisation=0.45,
     memory_bytes_per_s=2.04e12,
     launch_s=10e-3,
+    gather_s=0.25e-3,  # as `--measure` found for tiny matrices on this project's test machine
     per_node=8,
     inside=NVLINK_A100,
     between=Link(bytes_per_s=0.8 * 8 * 25e9, hop_s=5e-6),  # eight InfiniBand HDR ports to a node
@@ -134,6 +149,11 @@ class Work:
         """Times that the layers are gone through: forward, and backward as far as a gradient goes."""
         return 1 + self.adapted / self.shape.n_layers
 
+    @property
+    def gathers(self) -> float:
+        """Matrices that ZeRO-3 gathers for a micro-batch."""
+        return 7 * self.shape.n_layers * self.passes
+
     def operations(self, rows: int, length: int, labels: int) -> float:
         """Of one micro-batch of padded rows, forward and backward."""
         dim, layers = self.shape.dim, self.shape.n_layers
@@ -161,10 +181,10 @@ def step_time(
     """Of one global batch of records of the given lengths, of which the share `labels` are labelled tokens."""
     link, share = device.link(workers), (workers - 1) / workers
     read = work.layer * work.shape.n_layers * work.weight_bytes * work.passes
-    gather = 0.0
-    if stage == 3 and workers > 1:
-        calls = 7 * work.shape.n_layers * work.passes
-        gather = share * read / link.bytes_per_s + calls * (workers - 1) * link.hop_s
+    gather = host = 0.0
+    if stage == 3:
+        gather = share * read / link.bytes_per_s + work.gathers * device.ring_s(workers)
+        host = work.gathers * device.gather_s
     slowest = [0.0, 0.0]
     for micros in deal(lengths, budget, workers):
         busy = waited = 0.0
@@ -172,16 +192,15 @@ def step_time(
             longest = max((lengths[row] for row in micro), default=1)
             labelled = round(labels * sum(lengths[row] for row in micro))
             flops = work.operations(max(len(micro), 1), longest, labelled)
-            took = max(
-                flops / (device.utilisation * device.flops_per_s), read / device.memory_bytes_per_s, device.launch_s
-            )
+            took = max(flops / (device.utilisation * device.flops_per_s), read / device.memory_bytes_per_s)
+            took = max(took, device.launch_s + host) if device.overlaps else took + device.launch_s + host
             busy += took
             waited += max(0.0, gather - took) + took / work.shape.n_layers * bool(gather) if device.overlaps else gather
         slowest = max(slowest, [busy, waited], key=sum)
     reduce = 0.0
     if workers > 1:
-        hops = min(2 * (workers - 1), 4 * math.ceil(math.log2(workers)))
-        reduce = 2 * share * 4 * work.trainable / link.bytes_per_s + hops * link.hop_s
+        hops = min(2 * device.ring_s(workers), 4 * device.tree_s(workers))
+        reduce = 2 * share * 4 * work.trainable / link.bytes_per_s + hops
     return StepTime(compute=slowest[0], reduce=reduce, gather=slowest[1])
 
 
@@ -224,6 +243,9 @@ def model(data: str, tokenizer: str, batch: int, budget: int) -> list[dict[str, 
     return rows
 
 
+TINY = replace(SMALL, dim=64, hidden_dim=172)
+"""Its gathers have next to nothing to copy, which on a GPU is not the host's work."""
+CHECKED = Work(shape=SMALL, adapted=6, prompt_length=10, weight_bytes=4)
 ROWS, LENGTH, STEPS = 8, 96, 7
 
 
@@ -234,16 +256,16 @@ def worker(base: str, out: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     found: dict[str, float] = {}
     if world > 1:
-        small, large = torch.zeros(1), torch.zeros(1 << 20)
-        pieces = [torch.empty_like(large) for _ in range(world)]
+        small, shard = torch.zeros(1), torch.zeros(CHECKED.layer // 7 // world)  # of a matrix, on average
+        whole = torch.empty(len(shard) * world)
         found["hop_s"] = _best(lambda: dist.all_reduce(small), 50) / (2 * (world - 1))
-        seconds = _best(lambda: dist.all_gather(pieces, large), 20)
-        found["bytes_per_s"] = (world - 1) * large.nbytes / seconds
+        seconds = _best(lambda: dist.all_gather_into_tensor(whole, shard), 50)
+        found["bytes_per_s"] = (world - 1) * shard.nbytes / (seconds - (world - 1) * found["hop_s"])
     tokens = torch.randint(3, SMALL.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     mine = tokens[rank::world]
     for stage in (2, 3):
         zero = ZeroConfig(stage=stage)  # type: ignore[arg-type]
-        adaption = AdaptionConfig(n_layers=6, prompt_length=10)
+        adaption = AdaptionConfig(n_layers=CHECKED.adapted, prompt_length=CHECKED.prompt_length)
         made = adapted_model(base, adaption, dtype="fp32", zero=zero, seed=0, device=torch.device("cpu"))
         engine = Engine(made, zero, OptimizerConfig())
 
@@ -269,47 +291,49 @@ def _best(act: Callable[[], object], times: int) -> float:
     return min(taken)
 
 
-def measure() -> list[dict[str, object]]:
-    """Predicted and measured steps of two processes, from what one of them and a bare link do."""
-    with tempfile.TemporaryDirectory() as folder:
+def least(base: Path, processes: int, runs: list[dict[str, float]]) -> dict[str, float]:
+    """Measures so many processes once more; of all runs so far the shortest times, and the fastest link."""
+    if not base.exists():
         torch.manual_seed(0)
-        llama = Llama(SMALL)
+        llama = Llama(SMALL if base.name == "small" else TINY)
         for module in llama.modules():
             if isinstance(module, RMSNorm):
                 module.reset_parameters()
-        save_llama(llama, Path(folder))
-        runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-        for processes in (1, 2, 1, 2):
-            out = Path(folder) / f"{processes}.json"
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-            subprocess.run(
-                [*command, "-m", "benchmarks.scaling", "--worker", folder, str(out)],
-                env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-                check=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            runs[processes].append(json.loads(out.read_text()))
-    alone, both = (
-        {name: (max if name == "bytes_per_s" else min)(run[name] for run in runs[n]) for name in runs[n][0]}
-        for n in (1, 2)
+        save_llama(llama, base)
+    out = base / f"{processes}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    subprocess.run(
+        [*command, "-m", "benchmarks.scaling", "--worker", str(base), str(out)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    work = Work(shape=SMALL, adapted=6, prompt_length=10, weight_bytes=4)
-    flops = work.operations(ROWS, LENGTH, ROWS * LENGTH)
+    runs.append(json.loads(out.read_text()))
+    return {name: (max if name == "bytes_per_s" else min)(run[name] for run in runs) for name in runs[0]}
+
+
+def measure() -> list[dict[str, object]]:
+    """Predicted and measured steps of two processes, from what one of them and a bare link do."""
+    kept: dict[tuple[str, int], list[dict[str, float]]] = {("small", 1): [], ("small", 2): [], ("tiny", 1): []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            alone, both, tiny = (least(Path(folder) / name, n, runs) for (name, n), runs in kept.items())
     link = Link(bytes_per_s=both["bytes_per_s"], hop_s=both["hop_s"])
+    here = Device(
+        flops_per_s=CHECKED.operations(ROWS, LENGTH, ROWS * LENGTH) / alone["stage2_s"],
+        utilisation=1.0,
+        memory_bytes_per_s=math.inf,
+        launch_s=0.0,
+        gather_s=(alone["stage3_s"] - alone["stage2_s"]) / CHECKED.gathers,
+        per_node=2,
+        inside=link,
+        between=link,
+        overlaps=False,
+    )
     rows = []
     for stage in (2, 3):
-        here = Device(
-            flops_per_s=flops / alone[f"stage{stage}_s"],
-            utilisation=1.0,
-            memory_bytes_per_s=math.inf,
-            launch_s=0.0,
-            per_node=2,
-            inside=link,
-            between=link,
-            overlaps=False,
-        )
-        predicted = step_time(work, here, [LENGTH] * ROWS, 1.0, ROWS * LENGTH, 2, stage)
+        predicted = step_time(CHECKED, here, [LENGTH] * ROWS, 1.0, ROWS * LENGTH, 2, stage)
         measured = both[f"stage{stage}_s"]
         rows.append(
             {
@@ -320,6 +344,8 @@ def measure() -> list[dict[str, object]]:
                 "predicted_speedup": round(alone[f"stage{stage}_s"] / predicted.total, 2),
                 "measured_speedup": round(alone[f"stage{stage}_s"] / measured, 2),
                 "gather_ms": round(1e3 * predicted.gather, 1),
+                "host_us_a_gather": round(1e6 * here.gather_s),
+                "of_a_tiny_matrix": round(1e6 * (tiny["stage3_s"] - tiny["stage2_s"]) / CHECKED.gathers),
                 "reduce_ms": round(1e3 * predicted.reduce, 2),
                 "link_MB_per_s": round(link.bytes_per_s / 1e6),
                 "hop_us": round(1e6 * link.hop_s),

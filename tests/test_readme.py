@@ -99,7 +99,6 @@ PLACES = {
     "/models/llama-7b": BASE,
     "[/data/": "[data/",
     "s3://bucket/llama-7b": BASE,
-    "s3://bucket/runs": "runs",
     "[s3://bucket/": "[data/",
     "alpaca_data.json": "alpaca_2000.json",
     "runs/one": "runs/alpaca_tiny",
@@ -132,12 +131,13 @@ class Typed:
 
     def __init__(self, folder: Path) -> None:
         found = towers(folder / "towers")
+        self.places = {**PLACES, "s3://bucket/runs": str(folder / "runs")}
         self.vision = encoder("vision.tower", found["clip"])
         self.encoders = [word for name in found for word in encoder(f"encoders.{name}", found[name])]
 
     def __call__(self, words: list[str], *, dry: bool = True) -> None:
         job, *given = words[3:]
-        for place, here in PLACES.items():
+        for place, here in self.places.items():
             given = [word.replace(place, here) for word in given]
         line = " ".join(given)
         given = [word for word in given if word != "--submit" and (dry or word != "--dry-run")]

@@ -158,7 +158,7 @@ def answer_all(
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=0.01,  # other than the workers', or Ray would fuse the two
-                    compute=TaskPoolStrategy(size=scale.workers),  # or there would be a process for every chunk
+                    compute=TaskPoolStrategy(size=scale.workers.max),  # or there would be a process for every chunk
                     fn_kwargs={"root": images, "sight": sight},
                 )
             answered = chunks.map_batches(

@@ -54,11 +54,12 @@ def test_answers_are_told_apart_by_what_made_them_and_not_by_where_it_lies(tiny_
 def test_a_file_is_gone_on_with_only_by_whoever_began_it(tiny_base: Path, records: Path, tmp_path: Path) -> None:
     """Another adapter in the old one's place is named, and nothing of what is there is touched."""
     file = adapter(tiny_base, tmp_path / "a.safetensors", seed=0)
-    given = {"base": {"path": str(tiny_base)}, "adapter": file, "file": str(records), "out": str(tmp_path / "o.jsonl")}
-    identity = tmp_path / "o.jsonl.parts" / "settings.json"
+    run = {"name": "asked", "storage": str(tmp_path)}
+    given = {"base": {"path": str(tiny_base)}, "adapter": file, "file": str(records), "run": run}
+    identity = tmp_path / "asked" / "parts" / "settings.json"
     claim_source(identity, answered_by(BaseConfig(path=str(tiny_base)), file, None))
     before = read_json(identity)
     adapter(tiny_base, tmp_path / "a.safetensors", seed=1)
-    with pytest.raises(ValueError, match=r"o\.jsonl\.parts holds answers .*\(adapter was [0-9a-f]{16}, now .*: remove"):
+    with pytest.raises(ValueError, match=r"asked/parts holds answers .*\(adapter was [0-9a-f]{16}, now "):
         adapter_generate.run(load(adapter_generate.Config, given))
     assert read_json(identity) == before

@@ -82,9 +82,11 @@ def test_aws_starts_every_kind_of_node_with_its_image_and_credentials(
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     import boto3
     from moto import mock_aws
+    from moto.backends import get_backend
 
     cloud = mock_aws(config={"iam": {"load_aws_managed_policies": True}})
     cloud.start(reset=False)  # what other tests keep in this cloud's buckets stays
+    get_backend("iam").reset()
     with contextlib.ExitStack() as end:
         end.callback(cloud.stop)
         from ray.autoscaler._private.aws import config as aws

@@ -86,8 +86,10 @@ def test_every_path_starts_where_the_command_is_typed(tmp_path: Path, monkeypatc
     assert [features.data.root, features.run.storage] == [str(tmp_path / name) for name in ("data", "runs")]
     assert (features.data.generated, swept.vision.tower.name) == ("dalle", "ViT-L-14-quickgelu")
     assert load(demo.Config).run.storage == str(tmp_path / "runs")
-    asked = load(adapter_generate.Config, {"base": {"path": "b"}, "template": "scienceqa"}, ["file=f.json"])
-    assert (asked.file, asked.out, asked.template) == (f"{tmp_path}/f.json", f"{tmp_path}/answers.jsonl", "scienceqa")
+    asked = load(
+        adapter_generate.Config, {"base": {"path": "b"}, "template": "scienceqa"}, ["file=f.json", "out=o.jsonl"]
+    )
+    assert (asked.file, asked.out, asked.template) == (f"{tmp_path}/f.json", f"{tmp_path}/o.jsonl", "scienceqa")
 
 
 JOB_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "cluster")

@@ -15,7 +15,7 @@ class Stage(NamedTuple):
 
     title: str
     seconds: float
-    """that it takes on two idle cores"""
+    """that it takes on two idle cores, about: estimated from its CPU seconds"""
     leaves: Sequence[Path]
     """what is there once it has been made"""
 

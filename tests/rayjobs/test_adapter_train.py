@@ -270,7 +270,7 @@ def test_generate_answers_a_file_as_the_library_does(
     adapter_generate.run(there)
     assert pq.read_table(tmp_path / "there.parquet").to_pylist() == rows
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing is answered twice"
-    with pytest.raises(ValueError, match="answers made with other settings"):
+    with pytest.raises(ValueError, match="holds answers from other settings"):
         adapter_generate.run(replace(config, decoding=adapter_generate.Decoding(max_new_tokens=8)))
     assert read_record(folder).state == "done", "what is refused leaves no trace"
     with pytest.raises(ValueError, match=r"run\.name: required"):

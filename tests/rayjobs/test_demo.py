@@ -99,8 +99,8 @@ def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Pat
     folder = storage / "demo"
     report, result = (folder / "report.html").read_text(), read_json(folder / "result.json")
     assert "30 validation scans; only then were the 40 test scans opened, once" in report
-    shown = ["training loss of the two adapters", "digits: test", "data:image/jpeg"]
-    shown += [f"all of CaFo, 1 shots, seed 1: {of}" for of in ("val", "confusion, test", "each class, test")]
+    shown = ["training loss of the two adapters", "accuracy over shots, digits", "data:image/jpeg"]
+    shown += ["accuracy on val over α and β", "confusion on test", "accuracy of each class on test"]
     for told in (*(name for name in result if name not in ("headline", "about")), *shown):
         assert told in report
     linked = [row["report"] for row in result["reports of the steps"]]

@@ -129,6 +129,7 @@ def arguments(tiny_base: Path, records: Path, tmp_path: Path) -> list[str]:
         "train.epochs=1",
         "train.global_batch=20",
         "scale.workers=2",
+        "scale.gpus_per_worker=0",
         f"run.storage={tmp_path}",
         "run.name=submitted",
     ]

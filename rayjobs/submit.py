@@ -36,8 +36,9 @@ def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbo
     """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
-    told = {"run.storage": "runs", "out": "answers.jsonl", **flat(given_values(config, overrides)[0])}
-    for name in ("run.storage", "run.cache", *(["out"] if told.get("file") else [])):
+    told = {"run.storage": "runs", **flat(given_values(config, overrides)[0])}
+    kept = ["run.storage", "run.cache"] if job == "demo" or told.get("run.name") else []  # one answer leaves nothing
+    for name in [*kept, "out"]:
         path = told.get(name) or "/"
         if not is_url(path) and not os.path.isabs(path):
             raise ValueError(

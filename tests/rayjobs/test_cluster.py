@@ -88,7 +88,7 @@ def test_aws_starts_every_kind_of_node_with_its_image_and_credentials(
     cloud.start(reset=False)  # what other tests keep in this cloud's buckets stays
     get_backend("iam").reset()
     with contextlib.ExitStack() as end:
-        end.callback(cloud.stop)
+        end.callback(cloud.stop, remove_data=False)
         from ray.autoscaler._private.aws import config as aws
         from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 

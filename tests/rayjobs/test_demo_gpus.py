@@ -21,5 +21,5 @@ def test_one_gpu_is_used_by_all_parts(tmp_path: Path, gpus: int, training: int, 
     world, run = world_in(tmp_path, WorldConfig()), RunConfig(name="x", storage=str(tmp_path))
     taught = spelling(AdaptersConfig(), tmp_path, tmp_path, {"name": "x"}, gpus)
     scale = load(adapter_train.Config, taught).scale
-    assert (scale.workers, scale.threads_per_worker) == (training, 1)
+    assert (scale.workers.max, scale.threads_per_worker) == (training, 1)
     assert load(cafo.Config, cascade(CascadeConfig(), world, run, gpus)).trials.gpus_per_worker == of_two

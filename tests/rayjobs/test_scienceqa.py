@@ -109,7 +109,7 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
 ) -> None:
     given = {name: value for name, value in to_dict(settings).items() if name in ("base", "adapter", "vision")}
     write_jsonl(tmp_path / "file.jsonl", [{"instruction": "What is it?", "image": "a.png"}])
-    of_file = {**given, "file": str(tmp_path / "file.jsonl")}
+    of_file = {**given, "file": str(tmp_path / "file.jsonl"), "run": {"name": "asked"}}
     dino = {**given["vision"], "tower": towers(tmp_path / "others")["dino"]}
     text_only = str(tmp_path / "text.safetensors")
     base = Base.load(settings.base.path)

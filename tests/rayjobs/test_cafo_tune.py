@@ -222,10 +222,10 @@ def private_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel does not tell private memory")
 def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) -> None:
     draw = np.random.default_rng(0)
-    views = {"clip": draw.normal(size=(20, 2000, 1024)).astype(np.float32)}  # 164 MB, of which a trial takes 66
+    views = {"clip": draw.standard_normal((60, 1600, 1024), np.float32)}  # 393 MB, of which a trial takes half
     shared = Shared(
         views=views,
-        labels=np.arange(2000) % 5,
+        labels=np.arange(1600) % 5,
         few_shot={(16, 0): np.arange(800), (16, 1): np.arange(800, 1600)},
         generated={0: np.arange(0)},
         val={"clip": draw.normal(size=(50, 1024)).astype(np.float32)},
@@ -236,7 +236,7 @@ def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) ->
     )
     space = SpaceConfig(shots=[16], seeds=[0, 1], epochs=[5])
     how = SearchConfig(beta_steps=5)
-    trials = trials_of(space, settings_of(space, how, ["clip"], 20, file=False))
+    trials = trials_of(space, settings_of(space, how, ["clip"], 60, file=False))
 
     @ray.remote
     def measured(shared: Shared) -> list[int]:
@@ -249,4 +249,4 @@ def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) ->
 
     grown, writeable = ray.get(measured.remote(ray.put(shared)))
     assert not writeable
-    assert grown < 800 * 20 * 1024 * 4 / 2  # keys, their gradients and moments are a few MB each
+    assert grown < 800 * 60 * 1024 * 4 / 2  # keys, gradients, moments and what the allocator keeps: up to 60 MB seen

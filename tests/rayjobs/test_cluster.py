@@ -83,10 +83,11 @@ def test_aws_starts_every_kind_of_node_with_its_image_and_credentials(
     import boto3
     from moto import mock_aws
     from moto.backends import get_backend
+    from moto.core import DEFAULT_ACCOUNT_ID
 
     cloud = mock_aws(config={"iam": {"load_aws_managed_policies": True}})
     cloud.start(reset=False)  # what other tests keep in this cloud's buckets stays
-    get_backend("iam").reset()
+    get_backend("iam")[DEFAULT_ACCOUNT_ID].reset()  # only this: every backend of a kind resets all kinds, buckets too
     with contextlib.ExitStack() as end:
         end.callback(cloud.stop, remove_data=False)
         from ray.autoscaler._private.aws import config as aws

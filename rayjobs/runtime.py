@@ -243,6 +243,10 @@ class Progress:
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, pace="", note="")
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For Ray Tune, which writes its callbacks down as they begin: the display stays where it is."""
+        return {name: value for name, value in vars(self).items() if name != "bar"}
+
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()

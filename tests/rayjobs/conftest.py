@@ -1,5 +1,6 @@
 """Records with images of every kind, and a tower to read them."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ def bucket(s3: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """A folder of one test's own, and an empty cache of copies."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return f"{s3}/{request.node.name}"
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
+    """What a terminal is sent."""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    monkeypatch.setenv("TERM", "xterm")
+    return capsys
 
 
 def upload(folder: Path, url: str) -> None:

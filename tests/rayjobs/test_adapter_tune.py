@@ -112,7 +112,7 @@ def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_o
 
 @pytest.mark.ray
 def test_trials_run_side_by_side_and_are_not_run_again(
-    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, terminal: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(tiny_base, records, tmp_path, at_once=2)
     result = adapter_tune.run(config)
@@ -134,6 +134,6 @@ def test_trials_run_side_by_side_and_are_not_run_again(
     best = min(rows, key=lambda row: row["val_loss"])
     told = f"best: {best['setting']}, val loss {best['val_loss']:.4f}"
     assert result["headline"] == told
-    assert told in capsys.readouterr().err, "the progress display tells the best so far"
+    assert told in terminal.readouterr().err, "the progress display tells the best so far"
     shutil.rmtree(config.run.folder / "trials" / rows[0]["run"] / "train")  # it would have to be trained again
     assert adapter_tune.run(config) == result

@@ -134,10 +134,13 @@ def test_optuna_suggests_only_what_has_a_meaning() -> None:
 
 
 @pytest.mark.ray
-def test_a_sweep_resumes_and_is_the_same_without_test_images(given: list[str], cluster: None) -> None:
+def test_a_sweep_resumes_and_is_the_same_without_test_images(
+    given: list[str], cluster: None, terminal: pytest.CaptureFixture[str]
+) -> None:
     config = sweep(given, "search.compare=[generated]", "search.temperatures=[1, 4]")
     result = cafo_tune.run(config)
     assert result["trials"] == 8
+    assert "8/8" in terminal.readouterr().err
     folder = config.run.folder
     table = pq.read_table(folder / "results.parquet").to_pylist()
     assert len(table) == 8

@@ -1,8 +1,5 @@
 """The progress display: a live bar with its table on a terminal, plain lines elsewhere."""
 
-import io
-import sys
-
 import pytest
 
 from rayjobs import runtime
@@ -11,17 +8,10 @@ from rayjobs.runtime import Progress
 TABLE = [["K", "best on val"], ["1", "90.1%"], ["16", "93.4%"]]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_shows_the_table_beneath_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
+def test_a_terminal_shows_the_table_beneath_the_bar(terminal: pytest.CaptureFixture[str]) -> None:
     with Progress("tune", unit="trials", total=4) as bar:
         bar.update(3, "best on val: K=16 93.4%", TABLE)
-    shown = sys.stderr.getvalue()
+    shown = terminal.readouterr().err
     assert "3/4" in shown
     assert all(cell in shown for row in TABLE[1:] for cell in row)
 
@@ -60,14 +50,12 @@ def test_pace_counts_neither_the_start_nor_what_was_there_before(
     ]
 
 
-def test_a_terminal_shows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_the_pace(monkeypatch: pytest.MonkeyPatch, terminal: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with Progress("train", unit="steps", total=100) as bar:
         monkeypatch.setattr(runtime, "time", clock)
         for seconds, done in ((9, 20), (10, 40)):
             clock.now += seconds
             bar.update(done)
-    assert "2 steps/s, 30 s left" in sys.stderr.getvalue()
+    assert "2 steps/s, 30 s left" in terminal.readouterr().err

@@ -216,7 +216,7 @@ class Progress:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
-            from rich.table import Table
+            from rich.table import Column, Table
 
             class WithTable(Bar):
                 table: Sequence[Sequence[str]] = ()
@@ -229,15 +229,17 @@ class Progress:
                             grid.add_row(*row)
                         yield grid
 
+            console = Console(stderr=True)
             self.bar = WithTable(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=24 if console.width >= 100 else 6),
                 MofNCompleteColumn(),
                 TextColumn(self.unit),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[pace]}"),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),  # cut before the others
+                console=console,
+                expand=True,
             )
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, pace="", note="")

@@ -15,7 +15,7 @@ class Stage(NamedTuple):
 
     title: str
     seconds: float
-    """that it takes on two idle cores, about: estimated from its CPU seconds"""
+    """that it takes on two idle cores, about"""
     leaves: Sequence[Path]
     """what is there once it has been made"""
 

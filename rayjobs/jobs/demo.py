@@ -176,22 +176,22 @@ def to_make(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]
     return [
         Stage(
             "Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs that stand in for real ones.",
-            60,
+            50,
             world,
         ),
         Stage(
             "CaFo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.",
-            35,
+            28,
             [folder / names["cafo"] / "test" / "result.json"],
         ),
         Stage(
             "LLaMA-Adapter: one LLaMA, frozen, is taught an instruction that it does not know.",
-            40,
+            26,
             [folder / names["instruction"] / "result.json"],
         ),
         Stage(
             "LLaMA-Adapter: the other, frozen, is asked about scans: without images, and with CLIP's features of them.",
-            60,
+            52,
             tested,
         ),
     ]

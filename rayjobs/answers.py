@@ -147,7 +147,7 @@ def answer_all(
     if not files:
         raise ValueError("there is not one record to answer")
     if todo:
-        connect()
+        connect(parts)
         resources = scale.resources()
         progress = Progress("answer", unit="answers", total=total, done=done)
         with data_context(preserve_order=False), unwrapped(), progress as bar:

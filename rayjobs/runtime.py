@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from rayjobs.config import config, to_dict
 from rayjobs.hardware import HARDWARE, hardware
-from rayjobs.places import AnyPath, place
+from rayjobs.places import AnyPath, is_url, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 from rayjobs.tracking import TrackConfig, open_trackers
@@ -42,7 +43,7 @@ QUIET = {
 BEHAVIOUR = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
@@ -82,16 +83,26 @@ def environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def connect() -> None:
+def connect(*shared: Path) -> None:
     """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), or starts one on this machine.
 
     A cluster that this process is connected to already is used as it is.
+
+    shared: folders that its nodes write to, and read. Raises ValueError if one of them does not see one.
     """
     os.environ.update(environment())  # some of it is read when Ray's libraries are imported
     import ray
 
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _join()
+    for folder in dict.fromkeys(shared):
+        if not is_url(folder):
+            _is_seen(folder)
+
+
+def _join() -> None:
+    import ray
+
     local = "RAY_ADDRESS" not in os.environ
     if local:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -104,6 +115,34 @@ def connect() -> None:
             runtime_env={"env_vars": environment()},
         )
     end_on_sigterm()  # Ray has made it an exit of its own
+
+
+def _is_seen(folder: Path) -> None:
+    """Asks every other node for a file in the folder. Raises ValueError naming those that do not see it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    here = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
+    if not others:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(prefix=".seen-", dir=folder) as file:
+        asked = ray.remote(os.path.lexists)
+        told = {
+            asked.options(num_cpus=0, scheduling_strategy=On(node, soft=False)).remote(file.name): name
+            for node, name in others.items()
+        }
+        blind = []
+        for answer, name in told.items():
+            with suppress(ray.exceptions.RayError):  # a node that goes as it is asked
+                if not ray.get(answer, timeout=60):
+                    blind.append(name)
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder on {', '.join(sorted(blind))}: on several machines, run.storage and "
+            "run.cache have to be folders that all of them see, or URLs"
+        )
 
 
 def end_on_sigterm() -> None:

@@ -115,7 +115,7 @@ def run(settings: Config) -> dict[str, Any]:
     if settings.task == "scienceqa":
         return _scienceqa(settings, sources[0], sight)
     folder = open_run(settings.run, settings)
-    connect()
+    connect(folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     preprocess = sight and sight.tower.preprocess
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess, run=folder)

@@ -143,7 +143,7 @@ def run(settings: Config) -> dict[str, Any]:
 def prepare(settings: Config) -> None:
     """Makes the tokens and features that a run will read, unless they are there."""
     _, tokenizer, sight = check(settings)
-    connect()
+    connect(settings.run.cache_folder)
     _prepare(settings, tokenizer, sight)
 
 
@@ -184,7 +184,7 @@ def _left_out(images: int) -> str:
 
 def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:
     folder = open_run(settings.run, settings)
-    connect()
+    connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # what can never fit is told before there is any work
     store, pictures = _prepare(settings, tokenizer, sight, folder)
     adaption = settings.adapter.adaption(sight and sight.projection)

@@ -166,7 +166,7 @@ def run(settings: Config) -> dict[str, Any]:
         folders.setdefault(_folder(settings, trial), trial)
     left = [trial for trial in folders.values() if not _over(settings, [trial])]
     if left:
-        connect()
+        connect(folder, settings.run.cache_folder)
         together = settings.scale.workers.max * settings.sweep.at_once
         worker = replace(settings.scale, workers=Workers(min=together, max=together)).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time

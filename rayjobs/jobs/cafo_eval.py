@@ -82,7 +82,7 @@ def run(settings: Config) -> dict[str, Any]:
     for name, target in sets.items():
         if target.class_names != dataset.class_names:
             raise ValueError(f"targets.{name} has other classes than {dataset.name}")
-    connect()
+    connect(settings.run.folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     record_opening(folder, chosen, sets)
     begin(settings.run.folder, settings)

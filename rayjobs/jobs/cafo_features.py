@@ -69,7 +69,7 @@ def run(settings: Config) -> dict[str, Any]:
     """Fills the feature store; returns and writes `result.json`, with `rejected.jsonl` beside it."""
     dataset, lists = check(settings)
     folder: Path = open_run(settings.run, settings)
-    connect()
+    connect(folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     found = prepare_features(
         lists,

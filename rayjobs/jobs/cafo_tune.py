@@ -122,7 +122,7 @@ def run(settings: Config) -> dict[str, Any]:
     dataset, tried = check(settings)
     same_sweep(settings)
     folder = open_run(settings.run, settings)
-    connect()
+    connect(folder, settings.run.cache_folder)
     resources, of_trials = settings.scale.resources(), settings.trials.resources(beside=0)
     choices = few_shot_choices(settings, dataset, folder)
     towers = open_towers({name: settings.encoders[name] for name in _used(tried)})

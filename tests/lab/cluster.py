@@ -45,7 +45,7 @@ class Cluster:
         settings["provider"]["head_ip"] = self.hosts.address(HEAD)
         settings["provider"]["worker_ips"] = [self.hosts.address(host) for host in WORKERS]
         settings["auth"]["ssh_user"] = "root"
-        settings["setup_commands"] = [f"ln -sfn {sys.prefix} ~/rayjobs/.venv"]  # instead of gigabytes on each host
+        settings["setup_commands"][0] = f"ln -sfn {sys.prefix} ~/rayjobs/.venv"  # instead of gigabytes on each host
         self.file.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def user(self, *command: str, timeout: float = 300) -> str:
@@ -63,9 +63,11 @@ class Cluster:
         self.wait_for(self.answers, "the dashboard", 60)
 
     def down(self) -> None:
-        with self.timed("ray down"):
+        with self.timed("ray down, until the head is free"):
             self.user("ray", "down", "-y", str(self.file))
             self.wait_for(lambda: not self.of_ray(HEAD), "the end of Ray on the head", 30)
+        with self.timed("from there until the workers are free"):
+            self.wait_for(lambda: not any(map(self.of_ray, WORKERS)), "the end of Ray on the workers", 180)
 
     def alive(self) -> int:
         """Nodes that the head counts as alive."""
@@ -264,7 +266,7 @@ class Sweep:
         "features.views=20",
         "space.shots=[1,4]",
         "space.seeds=[1,2,3]",
-        "space.epochs=[100]",
+        "space.epochs=[8000]",  # some 10 s a trial
         "search.beta_steps=20",
         "scale.workers=2",
         "trials.workers=3",

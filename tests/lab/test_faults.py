@@ -53,10 +53,10 @@ def test_link_cut_for_half_a_minute(onprem: Cluster, run: Training, undisturbed:
 
 
 def test_fewer_workers_while_a_host_is_off(onprem: Cluster, shared: Path) -> None:
-    run = Training(onprem, shared, "elastic")
+    run, began = Training(onprem, shared, "elastic"), time.monotonic()
     run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
     run.wait_for_step(MIDDLE)
-    run.wait_for_workers(3, "elastic: three workers at work", time.monotonic())
+    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began)
     host, began = WORKERS[0], time.monotonic()
     onprem.hosts.power_off(host)
     run.wait_for_workers(2, "elastic: a host without power, until two go on", began)
@@ -91,7 +91,7 @@ def test_worker_host_without_power_in_a_sweep(
     run = Sweep(onprem, what)
     run.submit()
     onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
-    host = next((host for host in WORKERS if onprem.processes(host, actor)), WORKERS[0])
+    host = next(host for host in WORKERS if onprem.processes(host, actor))
     with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
         onprem.hosts.power_off(host)
         run.ends_well()

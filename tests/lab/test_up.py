@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rayjobs.tables import read_json
-from tests.lab.cluster import HEAD, Cluster, Sweep, Training
+from tests.lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
 
 
 def test_an_adapter_is_trained_on_two_hosts(undisturbed: Training) -> None:
@@ -16,6 +16,16 @@ def test_an_adapter_is_trained_on_two_hosts(undisturbed: Training) -> None:
 
 def test_a_sweep_runs_too(calm_sweep: Sweep) -> None:
     assert len(calm_sweep.rows()) == 6
+
+
+def test_folders_of_one_host_alone_are_refused(onprem: Cluster, shared: Path) -> None:
+    run = Training(onprem, shared, "apart", storage=Path("/root/runs"))
+    run.submit()
+    code, output = run.end()
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if "error:" in line]
+    assert "/root/runs/apart is not the same folder on" in line
+    assert all(onprem.hosts.address(worker) in line for worker in WORKERS)
 
 
 def test_a_stopped_job_leaves_no_process_and_is_resumed(onprem: Cluster, undisturbed: Training, shared: Path) -> None:

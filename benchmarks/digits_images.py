@@ -114,8 +114,8 @@ def _mean(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    spread = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.2f}{spread}"
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.3g}{spread}"
 
 
 if __name__ == "__main__":

@@ -42,13 +42,16 @@ QUIET = {
 
 BEHAVIOUR = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "4",
+    "RAY_raylet_rpc_server_reconnect_timeout_max_s": "4",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
 }
 """Reports are polled often, so that they do not hold up short steps; workers that find no place are asked for again,
-perhaps fewer of them; the workers that one of them has left alone are ended rather than asked to part in good order."""
+perhaps fewer of them; the workers that one of them has left alone are ended rather than asked to part in good order;
+where a process does not answer, it is asked every 4 s, and not every minute, whether its machine is lost."""
 
 
 @config

@@ -16,6 +16,17 @@ def test_a_terminal_shows_the_table_beneath_the_bar(terminal: pytest.CaptureFixt
     assert all(cell in shown for row in TABLE[1:] for cell in row)
 
 
+def test_a_long_note_is_cut_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, terminal: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with Progress("tiny models", unit="steps", total=1800) as bar:
+        bar.update(1690, "DINO loss 4.33, CLIP loss 1.97, LLaMA for questions loss 0.05, LLaMA for notes loss 0.19")
+    shown = terminal.readouterr().err
+    assert "1690/1800" in shown
+    assert "…" in shown
+
+
 def test_elsewhere_it_is_lines_with_the_note(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("tune", unit="trials", total=4) as bar:
         bar.update(3, "best on val: K=16 93.4%", TABLE)

@@ -11,18 +11,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray.exceptions
 import ray.train
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from adapter.adaption import AdaptionConfig
 from rayjobs.base import PoolConfig
@@ -278,6 +282,16 @@ class MetricsLog(ray.train.UserCallback):
         self.grown.send(now=checkpoint is not None)
 
 
+class Recount(ControllerCallback):
+    """Has Ray count what the cluster has at once when something failed: its own count (2.60) is up to 20 s old, and
+    until the next one an elastic run would wait for workers on a machine that is lost."""
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        with suppress(ray.exceptions.RayError):
+            coordinator = get_or_create_autoscaling_coordinator()
+            ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=10)
+
+
 class Network(TorchConfig):
     """Gloo on the network that Ray itself uses: by itself it takes the address of the machine's name, which on many
     machines is a loopback that no other one reaches."""
@@ -338,7 +352,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[MetricsLog(grown, track)],
+            callbacks=[MetricsLog(grown, track), Recount()],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),

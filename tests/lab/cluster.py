@@ -20,6 +20,8 @@ from tests.lab.hosts import Hosts
 from tests.rayjobs.cafo_world import named, world
 
 USER, HEAD, WORKERS = 0, 1, (2, 3)
+RECOVERED_S = 60
+"""No single death may cost more."""
 ONPREM = ROOT / "configs" / "cluster" / "onprem.yaml"
 CALM = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_MODE": "none"}
 
@@ -196,7 +198,7 @@ class Training:
                 continue
         return sorted(found)
 
-    def wait_for_workers(self, workers: int, what: str, since: float, seconds: float = 300) -> None:
+    def wait_for_workers(self, workers: int, what: str, since: float, seconds: float) -> None:
         """Waits until steps are made by so many workers, and notes the time since then."""
         while (rows := read_jsonl(self.folder / "metrics.jsonl", last_bytes=1 << 12))[-1]["workers"] != workers:
             assert self.process.poll() is None, self.process.communicate()[0][-4000:]
@@ -216,7 +218,7 @@ class Training:
         kept = max((step for step, _ in self.kept()), default=0)
         return Mark(time.monotonic(), kept, {one.pid for one in self.workers_on().values()})
 
-    def goes_on(self, since: "Mark", what: str, seconds: float = 300) -> None:
+    def goes_on(self, since: "Mark", what: str, seconds: float = RECOVERED_S) -> None:
         """Waits until steps are reported again, and notes the time from the mark until then, and the steps redone."""
         metrics, last = self.folder / "metrics.jsonl", self.step()
         touched, paused = metrics.stat().st_mtime_ns, 0.0

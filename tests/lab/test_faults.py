@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
+from tests.lab.cluster import HEAD, RECOVERED_S, WORKERS, Cluster, Sweep, Training
 
 MIDDLE = 60
 """Steps after which the fault comes: between the checkpoints at 50 and 75."""
@@ -56,13 +56,13 @@ def test_fewer_workers_while_a_host_is_off(onprem: Cluster, shared: Path) -> Non
     run, began = Training(onprem, shared, "elastic"), time.monotonic()
     run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
     run.wait_for_step(MIDDLE)
-    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began)
+    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began, 120)
     host, began = WORKERS[0], time.monotonic()
     onprem.hosts.power_off(host)
-    run.wait_for_workers(2, "elastic: a host without power, until two go on", began)
+    run.wait_for_workers(2, "elastic: a host without power, until two go on", began, RECOVERED_S)
     began = time.monotonic()
     onprem.hosts.power_on(host)
-    run.wait_for_workers(3, "elastic: switched on again, until three go on", began)
+    run.wait_for_workers(3, "elastic: switched on again, until three go on", began, 120)
     steps = run.steps()
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     onprem.on_dashboard("ray", "job", "stop", onprem.running())

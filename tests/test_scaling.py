@@ -78,5 +78,6 @@ def test_a_gpu_hides_gathers_and_its_host_behind_computation_as_far_as_that_goes
     idle = replace(A100, flops_per_s=1e13, gather_s=0.0, inside=LINK)
     compute, _, waited = took(2, 3, idle)
     assert compute == pytest.approx(10e-3), "the host's launches take longer than the computation"
-    assert waited == pytest.approx(took(2, 3)[2] - compute + compute / 8)
+    joined = 2 * 4 * (4 * 512**2 + 3 * 512 * 1376) * (8 + 6) / A100.memory_bytes_per_s
+    assert waited == pytest.approx(took(2, 3)[2] + joined - compute + compute / 8)
     assert took(2, 3, replace(idle, gather_s=1e-3))[0] == pytest.approx(10e-3 + 98e-3)

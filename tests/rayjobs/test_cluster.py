@@ -202,7 +202,8 @@ def test_the_kubernetes_file_has_the_fields_of_a_ray_job() -> None:
         pod = group["template"]["spec"]
         assert set(pod) <= {"securityContext", "containers", "volumes"}
         (container,) = pod["containers"]
-        assert set(container) <= {"name", "image", "resources", "volumeMounts"}
+        assert set(container) <= {"name", "image", "env", "resources", "volumeMounts"}
+        assert all(isinstance(variable["value"], str) for variable in container.get("env", []))
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert all(isinstance(value, str) for value in container["resources"]["limits"].values())
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapter.base import Base
 from rayjobs.base import BaseConfig, PoolConfig
-from rayjobs.places import local_copy, place
+from rayjobs.places import check_seen, local_copy, place
 from rayjobs.provenance import claim_source
 from rayjobs.runtime import Progress, connect, data_context, unwrapped
 from rayjobs.tables import contents, read_parquet, sha256_file, write_parquet
@@ -50,6 +50,7 @@ class Answerer:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
+        check_seen(place(row["part"]).parent)
         records = json.loads(row["records"])
         rows = self.answer(records, self.see(row.get("images") or [None] * len(records)))
         write_parquet(row["part"], pa.Table.from_pylist(rows, self.schema))

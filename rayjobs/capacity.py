@@ -23,7 +23,7 @@ class Capacity:
     """Those that may come, of which `at_most` are there at once."""
     at_most: int = 0
     known: bool = True
-    """Whether this is all; not where an autoscaler's plans cannot be seen."""
+    """Whether this is all; not where an autoscaler's plans cannot be seen, nor while a machine of one's own is off."""
 
     def total(self, name: str) -> float:
         """All there can be of a resource."""
@@ -52,7 +52,10 @@ def capacity() -> Capacity:
     everything = Capacity(nodes=tuple(node["Resources"] for node in alive))
     context = ray.get_runtime_context()
     config = _autoscaler_config(context.gcs_address)
-    if config is not None and config["provider"]["type"] != "local":
+    if config is not None and config["provider"]["type"] == "local":
+        owned = min(config["max_workers"], len(config["provider"].get("worker_ips", [])))
+        return replace(everything, known=len(alive) > owned)
+    if config is not None:
         return planned(config, [node["Resources"] for node in heads])
     # An autoscaler's plans lie on the head; on Kubernetes they are known to Ray's operator alone.
     beside_head = any(node["NodeID"] == context.get_node_id() for node in heads)

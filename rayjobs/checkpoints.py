@@ -35,26 +35,34 @@ def write_checkpoint(folder: str | Path, kept: Kept) -> None:
 
 
 def newest_whole(checkpoints: Iterable[Checkpoint]) -> Kept | None:
-    """The first that can be read; those before it are named on stderr."""
+    """The first that is whole; those before it are named on stderr. Raises OSError if a storage does not answer: what
+    cannot be read now may be whole."""
     for checkpoint in checkpoints:
         try:
             state = load(_read(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
             position = json.loads(_read(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
             return Kept(state, position["step"], position["rows"])
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
             told = f"{checkpoint.path} is damaged ({error}); going on from the checkpoint before it"
             print(told, file=sys.stderr, flush=True)
     return None
 
 
-def noted(storage: str) -> list[Checkpoint]:
-    """The checkpoints that this run's workers have reported, the newest first; for a worker to ask.
+def resumed(storage: str) -> Kept | None:
+    """Where this run goes on: from the newest whole checkpoint that its workers have reported. For a worker to ask.
 
-    storage: Train's folder, a path or URI; its listing stands in where Ray's note was lost.
+    storage: Train's folder, a path or URI; its listing stands in where Ray's note was lost. Raises ValueError if all
+    that were reported are damaged: to begin anew would write over the run's figures.
     """
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
     known = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
-    return known[::-1] or listed(storage)
+    kept = newest_whole(known[::-1] or listed(storage))
+    if known and kept is None:
+        raise ValueError(
+            f"{storage}: none of the {len(known)} checkpoints that are kept can be read; the same command begins anew "
+            "once that folder is removed"
+        )
+    return kept
 
 
 def listed(storage: str) -> list[Checkpoint]:

@@ -33,7 +33,7 @@ from rayjobs.config import config
 from rayjobs.encoder import EncoderConfig, Tower, load_tower
 from rayjobs.imagery import ImageList
 from rayjobs.pictures import STORE_IMAGES, part_name
-from rayjobs.places import local_copy, place
+from rayjobs.places import check_seen, local_copy, place
 from rayjobs.runtime import Progress, data_context, unwrapped
 from rayjobs.tables import atomic_path, contents, read_parquet, write_parquet
 
@@ -130,6 +130,8 @@ def fill_store(
     folders = {images.role: _folders(images, content[images.root], towers, settings, cache) for images in lists}
     chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
     if chunks:
+        for folder in {folder for made in folders.values() for folder in made.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
         _encode(chunks, towers, settings, workers, dict(resources))
     return folders
 
@@ -152,6 +154,7 @@ def prepare_classifier(
     identity = ["classifier", 1, tower.identity, [[name, list(prompts[name])] for name in names]]
     path = cache / "classifiers" / f"{_digest(identity)}.safetensors"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         task = ray.remote(_write_classifier).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
         with unwrapped():
             ray.get(task.remote(path, tower.spec, prompts, list(names), _device(resources)))
@@ -165,6 +168,7 @@ def _write_classifier(
 ) -> None:
     from cafo.encoders import ClipEncoder
 
+    check_seen(path.parent)
     encoder = load_tower(spec, device)
     assert isinstance(encoder, ClipEncoder)
     made = zero_shot_classifier(encoder, prompts, names)
@@ -234,7 +238,7 @@ def _encode(
     resources: dict[str, float],
 ) -> None:
     total = sum(len(json.loads(chunk["chunk"])["paths"]) for chunk in chunks)
-    spare = ray.cluster_resources()["CPU"] - workers * resources["CPU"]
+    spare = ray.cluster_resources().get("CPU", 0) - workers * resources["CPU"]
     roomy = spare >= 0.9 * len(ray.nodes())  # then some node has so much to spare, wherever the workers are
     with data_context(preserve_order=False), unwrapped(), Progress("encode", unit="images", total=total) as bar:
         decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
@@ -299,6 +303,7 @@ class ChunkEncoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = json.loads(table["chunk"][0].as_py())
+        check_seen(*(place(part).parent for part in chunk["parts"].values()))
         n = len(chunk["rows"])
         for name, part in chunk["parts"].items():
             encoder = self.encoders[name]

@@ -1,6 +1,7 @@
 """One model on a GPU: this process's own, or a worker's on a cluster, whose jobs start on a head that has none."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -23,7 +24,11 @@ def on_gpu(make: Callable[[str], Model]) -> Model:
 
     from rayjobs.capacity import capacity
 
-    if not capacity().total("GPU"):
+    have = capacity()
+    if not have.total("GPU"):
+        if not have.known:
+            told = "no GPU is there, and what may come cannot be seen: the model runs on this machine's CPU"
+            print(f"{told}; to have it on a GPU, bring a machine with one up first", file=sys.stderr, flush=True)
         return make(_device())
     holder = ray.remote(Holder).options(num_cpus=1, num_gpus=1).remote()
     with unwrapped():

@@ -8,10 +8,11 @@ line by line grows locally and is sent in whole (`Growing`), and what must be ma
 import hashlib
 import importlib.util
 import os
+import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,21 @@ def send(file: Path, to: Path) -> None:
         there.fs.put_file(str(file), there.path)
 
 
+def check_seen(*folders: str | Path) -> None:
+    """For a worker: that it sees folders that the driver has made, before it works for nothing. Raises ValueError."""
+    for folder in folders:
+        if not is_url(folder) and not Path(folder).is_dir():
+            raise ValueError(not_the_same(folder, [platform.node()]))
+
+
+def not_the_same(folder: str | Path, hosts: Iterable[str]) -> str:
+    """What a user is told of a folder that some machines do not see."""
+    return (
+        f"{folder} is not the same folder on {', '.join(sorted(hosts))}: on several machines, run.storage and "
+        "run.cache have to be folders that all of them see, or URLs"
+    )
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder with all that is in it."""
     if is_url(folder):
@@ -119,8 +135,9 @@ class Growing:
         # first what lies in folders: a list is there after the images that it names
         for file in sorted(self.local.rglob("*"), key=lambda file: -len(file.parts)):
             if file.is_file() and self.sent.get(file) != file.stat().st_size:
-                self.sent[file] = file.stat().st_size
+                size = file.stat().st_size
                 send(file, self.folder / file.relative_to(self.local).as_posix())
+                self.sent[file] = size
         self.sent_at = time.monotonic()
 
     def __enter__(self) -> "Growing":

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from rayjobs.config import config, to_dict
 from rayjobs.hardware import HARDWARE, hardware
-from rayjobs.places import AnyPath, is_url, place
+from rayjobs.places import AnyPath, is_url, not_the_same, place
 from rayjobs.runs import begin
 from rayjobs.tables import write_json, write_text
 from rayjobs.tracking import TrackConfig, open_trackers
@@ -43,6 +43,8 @@ QUIET = {
 BEHAVIOUR = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "4",
+    "RAY_grpc_client_keepalive_time_ms": "15000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
     "RAY_raylet_rpc_server_reconnect_timeout_max_s": "4",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
@@ -51,7 +53,8 @@ BEHAVIOUR = {
 }
 """Reports are polled often, so that they do not hold up short steps; workers that find no place are asked for again,
 perhaps fewer of them; the workers that one of them has left alone are ended rather than asked to part in good order;
-where a process does not answer, it is asked every 4 s, and not every minute, whether its machine is lost."""
+where a process does not answer, it is asked every 4 s, and not every minute, whether its machine is lost; and one at work
+on a task is heard of every 15 s, and given up after another 20, instead of after seven minutes."""
 
 
 @config
@@ -121,7 +124,8 @@ def _join() -> None:
 
 
 def _is_seen(folder: Path) -> None:
-    """Asks every other node for a file in the folder. Raises ValueError naming those that do not see it."""
+    """Asks every other node for a file in the folder; those that come later ask themselves (`check_seen`). Raises
+    ValueError naming those that do not see it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -142,10 +146,7 @@ def _is_seen(folder: Path) -> None:
                 if not ray.get(answer, timeout=60):
                     blind.append(name)
     if blind:
-        raise ValueError(
-            f"{folder} is not the same folder on {', '.join(sorted(blind))}: on several machines, run.storage and "
-            "run.cache have to be folders that all of them see, or URLs"
-        )
+        raise ValueError(not_the_same(folder, blind))
 
 
 def end_on_sigterm() -> None:

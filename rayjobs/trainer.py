@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray.exceptions
 import ray.train
 import torch
 import torch.distributed as dist
@@ -31,13 +30,13 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from adapter.adaption import AdaptionConfig
 from rayjobs.base import PoolConfig
 from rayjobs.capacity import capacity
-from rayjobs.checkpoints import Kept, listed, mend, newest_whole, noted, write_checkpoint
+from rayjobs.checkpoints import Kept, listed, mend, newest_whole, resumed, write_checkpoint
 from rayjobs.config import config
 from rayjobs.encoder import Tower
 from rayjobs.engine import Dtype, Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.order import Order
 from rayjobs.pictures import Pictures
-from rayjobs.places import Growing
+from rayjobs.places import Growing, check_seen
 from rayjobs.runtime import Progress, environment, unwrapped, verbose
 from rayjobs.stream import stream
 from rayjobs.tables import read_jsonl, write_jsonl
@@ -142,25 +141,36 @@ class TrainJob:
 
 
 def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
-    """What one Ray Train worker does. Returns {"stopped": reason} if the loss ceased to be finite."""
+    """What one Ray Train worker does. Returns {"stopped": reason} if the loss ceased to be finite, {"refused": reason}
+    for what another attempt would not change."""
     job: TrainJob = loop["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    unseen = _everyones(_unseen(os.path.dirname(loop["storage"]), job.store.folder))
+    if any(unseen):
+        return {"refused": next(filter(None, unseen))}
     if device.type == "cpu":
         torch.set_num_threads(loop["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
     model.checkpoint_activations = job.train.checkpoint_activations
     engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
     step = 0
-    kept = [newest_whole(noted(loop["storage"])) if rank == 0 else None]
-    dist.broadcast_object_list(kept, device=device)  # one worker reads, so that all of them go on from the same step
-    if kept[0]:
-        engine.load_state(kept[0].state)
-        step = kept[0].step
+    begun: list[Any] = [None]
+    try:
+        begun = [resumed(loop["storage"]) if rank == 0 else None]
+    except ValueError as error:
+        begun = [{"refused": str(error)}]
+    dist.broadcast_object_list(begun, device=device)  # one worker reads, so that all of them go on from the same step
+    if isinstance(begun[0], dict):
+        return begun[0]
+    kept: Kept | None = begun[0]
+    if kept:
+        engine.load_state(kept.state)
+        step = kept.step
 
     order = job.order("train")
-    rows: list[dict[str, Any]] = kept[0].rows if kept[0] else []
+    rows: list[dict[str, Any]] = kept.rows if kept else []
     if step == 0 and job.validates_after(0):
         rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
     began = reported = time.monotonic()
@@ -181,6 +191,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         mean_loss, due_any, all_tokens, idle = shared.tolist()
         if not math.isfinite(mean_loss):
             bad = [id for micro, loss in zip(micros, losses, strict=True) if not loss.isfinite() for id in micro.ids]
+            ray.train.report({"rows": rows})  # which lead up to it
             return {"stopped": _blame(step, lr, mean_loss, bad)}
         engine.step(lr)
         step += 1
@@ -246,10 +257,24 @@ def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) ->
         ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
+def _unseen(*folders: str) -> str | None:
+    """Why this worker cannot work with the driver's folders, if it cannot."""
+    try:
+        check_seen(*folders)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _everyones(mine: Any) -> list[Any]:
+    """What every worker has to say, by rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, bad)
-    ids = sorted(id for part in everyone for id in part)
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
+    ids = sorted(id for part in _everyones(bad) for id in part)
     return (
         f"the loss became {loss} at step {step + 1} (lr {lr:.3g}) on records with ids {ids}; nothing was updated. "
         "Lower optimizer.base_lr, set optimizer.clip_norm, or look at these records; the same command resumes from "
@@ -279,7 +304,8 @@ class MetricsLog(ray.train.UserCallback):
             there = open_trackers(self.grown.folder, self.track)
             self.trackers = [TensorBoard(self.grown.local, rows[0]["step"]), *there]
         log_all(self.trackers, [(row["step"], numbers(row)) for row in rows])
-        self.grown.send(now=checkpoint is not None)
+        with suppress(OSError):  # it may be back by the next report, and is told of at the end if not
+            self.grown.send(now=checkpoint is not None)
 
 
 class Recount(ControllerCallback):
@@ -287,7 +313,7 @@ class Recount(ControllerCallback):
     until the next one an elastic run would wait for workers on a machine that is lost."""
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        with suppress(ray.exceptions.RayError):
+        with suppress(Exception):  # without it the run goes on as well, only later
             coordinator = get_or_create_autoscaling_coordinator()
             ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=10)
 
@@ -368,7 +394,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     # In a thread of its own, so that Ctrl-C reaches this one, and this one can draw the bar.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    with Progress("train", unit="steps", total=job.total_steps) as progress:
+    with grown, Progress("train", unit="steps", total=job.total_steps) as progress:
         shown, stepped = (0, ""), time.monotonic()
         while thread.is_alive():
             thread.join(0.5)
@@ -386,7 +412,10 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
         result = outcome["result"]
         if result.error is not None:
             raise result.error
-    if stopped := (result.return_value or {}).get("stopped"):
+    returned = result.return_value or {}
+    if refused := returned.get("refused"):
+        raise ValueError(refused)
+    if stopped := returned.get("stopped"):
         raise FloatingPointError(stopped)
     final = newest_whole([result.checkpoint] if result.checkpoint else listed(storage))
     if final is None or final.step < job.total_steps:

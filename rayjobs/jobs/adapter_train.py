@@ -23,6 +23,7 @@ from rayjobs.config import config, to_dict
 from rayjobs.engine import OptimizerConfig, ZeroConfig
 from rayjobs.pictures import Pictures, StreamedImages
 from rayjobs.places import local_copy, place
+from rayjobs.provenance import lasting
 from rayjobs.records import DataConfig
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
@@ -88,7 +89,7 @@ def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
         )
     saved = settings.run.folder / "config.yaml"
     if saved.exists():
-        before, now = yaml.safe_load(saved.read_text()), to_dict(settings)
+        before, now = lasting(yaml.safe_load(saved.read_text())), lasting(to_dict(settings))
         changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
         if changed:
             raise ValueError(

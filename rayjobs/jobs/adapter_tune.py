@@ -217,7 +217,8 @@ def _run_trials(settings: Config, all_trials: list[Trial], left: list[Trial], wo
     with Progress("tune", unit="trials", total=len(all_trials), done=done) as bar, unwrapped():
         tell()
         results = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": 0.01}),  # the trial's workers reserve their own
+            # its workers reserve their own; itself, and Train's controller with it, it stays as safe as this job
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])),
             param_space={"trial": tune.grid_search(list(range(len(left))))},
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
             run_config=tune.RunConfig(

@@ -28,6 +28,7 @@ from rayjobs.features import (
     prepare_features,
 )
 from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
+from rayjobs.provenance import lasting
 from rayjobs.report import show_table
 from rayjobs.runs import recorded
 from rayjobs.runtime import RunConfig, connect, open_run
@@ -199,8 +200,8 @@ def same_sweep(settings: Config) -> None:
     """A sweep's folder belongs to its settings. Raises ValueError if others are found there."""
     path = settings.run.folder / SWEEP
     now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
-    if path.exists() and (before := read_json(path)) != now:
-        changed = [name for name in now if before.get(name) != now[name]]
+    if path.exists() and (before := lasting(read_json(path))) != lasting(now):
+        changed = [name for name, value in lasting(now).items() if before.get(name) != value]
         raise ValueError(
             f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
         )

@@ -53,8 +53,8 @@ BEHAVIOUR = {
 }
 """Reports are polled often, so that they do not hold up short steps; workers that find no place are asked for again,
 perhaps fewer of them; the workers that one of them has left alone are ended rather than asked to part in good order;
-where a process does not answer, it is asked every 4 s, and not every minute, whether its machine is lost; and one at work
-on a task is heard of every 15 s, and given up after another 20, instead of after seven minutes."""
+where a process does not answer, it is asked every 4 s, and not every minute, whether its machine is lost; who waits for
+a task's answer makes sure of the connection after 15 s, and gives it up after another 20, not after seven minutes."""
 
 
 @config

@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import shlex
+import subprocess
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbo
     """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
-    told = {"run.storage": "runs", **flat(given_values(config, overrides)[0])}
+    given = given_values(config, overrides)[0]
+    told = {"run.storage": "runs", **flat(given)}
     kept = ["run.storage", "run.cache"] if job == "demo" or told.get("run.name") else []  # one answer leaves nothing
     for name in [*kept, "out"]:
         path = told.get(name) or "/"
@@ -45,8 +48,42 @@ def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbo
                 f"{name} is {path}, which on a cluster is a folder that goes when the job ends: give a URL, or an "
                 "absolute path that every node sees"
             )
-    given = ["--config", os.path.relpath(config)] if config is not None else []
-    return ["python", "-m", "rayjobs", job, *given, *overrides, *(["--verbose"] if verbose else [])]
+    _check_uploaded([("--config", config), *_leaves("", given)])
+    file = ["--config", os.path.relpath(config)] if config is not None else []
+    return ["python", "-m", "rayjobs", job, *file, *overrides, *(["--verbose"] if verbose else [])]
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What a config's mappings and lists hold, by its name in full."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(name, inner)
+    else:
+        yield name, value
+
+
+def _check_uploaded(told: Iterable[tuple[str, Any]]) -> None:
+    """Raises ValueError for a relative path that Ray leaves out of what it uploads: it heeds git's list of those."""
+    paths = [
+        (name, os.path.normpath(path))
+        for name, path in told
+        if name not in ("run.name", "run.storage", "run.cache")
+        if isinstance(path, str) and path and not is_url(path) and not os.path.isabs(path)
+    ]
+    inside = [path for _, path in paths if not path.startswith("..")]
+    with suppress(FileNotFoundError):  # no git
+        asked = ["git", "check-ignore", "--stdin", "-z"]
+        answer = subprocess.run(asked, input="\0".join(inside), capture_output=True, text=True, check=False)
+        ignored = answer.stdout.split("\0")
+        for name, path in paths:
+            if path in ignored or (path.startswith("..") and os.path.exists(path)):
+                raise ValueError(
+                    f"{name} is {path}, which git ignores or which is not below {Path.cwd()}, so that it is not "
+                    "uploaded: give a URL, or an absolute path that every node sees"
+                )
 
 
 def typed(command: Sequence[str]) -> str:

@@ -135,8 +135,9 @@ class Clock:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self.seconds = time.monotonic() - self.began
         if kind is None:
-            self.timings.append(Timing(self.what, time.monotonic() - self.began))
+            self.timings.append(Timing(self.what, self.seconds))
 
 
 class Mark(NamedTuple):
@@ -276,7 +277,7 @@ class Sweep:
     )
 
     def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, home = cluster, cluster.shared / "cafo"
+        self.cluster, home, self.seconds = cluster, cluster.shared / "cafo", 0.0
         if not home.exists():
             world(home, {"train": 20, "val": 20, "test": 5})
         self.folder, self.cache = home / "runs" / name, home / f"cache-{name}"

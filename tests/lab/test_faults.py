@@ -92,9 +92,10 @@ def test_worker_host_without_power_in_a_sweep(
     run.submit()
     onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
     host = next(host for host in WORKERS if onprem.processes(host, actor))
-    with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
+    with onprem.timed(f"worker host without power during {what}, until the sweep is over") as clock:
         onprem.hosts.power_off(host)
         run.ends_well()
+    assert clock.seconds < calm_sweep.seconds + RECOVERED_S
     assert run.rows() == calm_sweep.rows()
     onprem.hosts.power_on(host)
     onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)

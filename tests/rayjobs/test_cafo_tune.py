@@ -174,6 +174,24 @@ def test_a_sweep_resumes_and_is_the_same_without_test_images(
     assert json.loads(before)["chosen_on"] == "val"
 
 
+def test_a_job_submitted_again_is_the_same_sweep(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its copy of the working folder, where relative paths and defaults lead, is a new one each time."""
+    roots = set()
+    for package, data in (("0a1b", "data"), ("2c3d", "data"), ("2c3d", "other")):
+        folder = tmp_path / "session_1" / "working_dir_files" / f"_ray_pkg_{package}"
+        folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(folder)
+        config = sweep(given, f"data.root={data}")
+        roots.add(config.data.root)
+        if data == "data":
+            cafo_tune.same_sweep(config)
+    assert len(roots) == 3
+    with pytest.raises(ValueError, match="holds a sweep with other data"):
+        cafo_tune.same_sweep(config)
+
+
 @pytest.mark.ray
 def test_halving_stops_the_weak_and_says_so(given: list[str], cluster: None) -> None:
     more = ["search.method=asha", "search.reduction=2", "trials.workers=1", "space.generated=[2]", "space.shots=[3]"]

@@ -11,7 +11,7 @@ import yaml
 
 from rayjobs.__main__ import main
 from rayjobs.base import DATA_CPUS, PoolConfig
-from rayjobs.capacity import Capacity, planned
+from rayjobs.capacity import Capacity, capacity, planned
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_world import world
 
@@ -93,6 +93,15 @@ def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
         assert "can never run: there is room for 0; the cluster has 1 node, " in line
         assert time.monotonic() - began < 30
     assert not (tmp_path / "runs" / "cache").exists(), "before any work"
+
+
+@pytest.mark.ray
+def test_a_machine_of_ones_own_that_is_off_may_still_come(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for workers, known in (([], True), (["10.0.0.2"], False)):
+        file = {"provider": {"type": "local", "worker_ips": workers}, "max_workers": len(workers)}
+        monkeypatch.setattr("rayjobs.capacity._autoscaler_config", lambda _, file=file: file)
+        assert capacity().known == known
+    assert PoolConfig(workers=99, gpus_per_worker=0).resources() == {"CPU": 1.0}, "it waits"
 
 
 @pytest.mark.ray

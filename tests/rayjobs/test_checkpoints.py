@@ -45,6 +45,15 @@ def test_a_missing_file_costs_one_checkpoint_and_nothing_left_is_a_fresh_start(s
     assert listed(str(storage / "not-there")) == []
 
 
+def test_a_storage_that_does_not_answer_is_no_damage(storage: Path) -> None:
+    """It may answer again, and what is there be whole; to begin anew would write over it."""
+    newest = max(storage.glob("checkpoint_2*"))
+    (newest / STATE_FILE).unlink()
+    (newest / STATE_FILE).mkdir()  # there, and cannot be read
+    with pytest.raises(OSError, match=STATE_FILE):
+        newest_whole(listed(str(storage)))
+
+
 def test_a_note_that_ray_could_not_read_is_removed(storage: Path) -> None:
     note = storage / "checkpoint_manager_snapshot.json"
     note.write_text(json.dumps({"whole": True}))

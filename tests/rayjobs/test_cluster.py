@@ -225,6 +225,7 @@ def test_the_kubernetes_job_asks_for_the_gpus_of_its_workers() -> None:
 
 def asked_for(*overrides: str, verbose: bool = False) -> list[str]:
     config = str(ROOT / "configs" / "adapter" / "alpaca_7b.yaml")
+    overrides = ("base.path=s3://bucket/llama", "data.path=[/mnt/alpaca.json]", *overrides)
     return job_command("adapter-train", config, overrides, verbose=verbose)
 
 
@@ -236,7 +237,7 @@ def test_the_command_for_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     command = asked_for("run.storage=/mnt/runs", verbose=True)
     assert command == [
         "python", "-m", "rayjobs", "adapter-train", "--config", "configs/adapter/alpaca_7b.yaml",
-        "run.storage=/mnt/runs", "--verbose",
+        "base.path=s3://bucket/llama", "data.path=[/mnt/alpaca.json]", "run.storage=/mnt/runs", "--verbose",
     ]  # fmt: skip
     same = "ray job submit --working-dir . -- python -m rayjobs adapter-train"
     assert typed(command).startswith(f"RAY_AUTH_MODE=disabled RAY_ADDRESS=http://127.0.0.1:8265 {same}")
@@ -255,3 +256,17 @@ def test_what_would_go_with_the_job_is_refused(given: str, monkeypatch: pytest.M
     monkeypatch.chdir(ROOT / "docs")
     with pytest.raises(ValueError, match="is not below"):
         asked_for("run.storage=/mnt/runs")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("base.path=weights/llama-7b", "base.path is weights/llama-7b, which git ignores"),
+        ("data.path=[/mnt/a.json,data/b.json]", "data.path is data/b.json, which git ignores"),
+        ("base.tokenizer=..", "base.tokenizer is .., which git ignores or which is not below"),
+    ],
+)
+def test_a_path_that_is_not_uploaded_is_refused(given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=told):
+        asked_for("run.storage=/mnt/runs", given)

@@ -96,8 +96,11 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs) -> None:
     runs.is_as_undisturbed("worker-killed")
 
 
-def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(runs: Runs) -> None:
-    """The driver is killed outright, the next one is interrupted by Ctrl-C, the last comes to the end."""
+def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The driver is killed outright, the next one is interrupted by Ctrl-C, one finds no checkpoint that it can read,
+    the last comes to the end."""
     process = runs.start("cut-off", "scale.workers=2")
     runs.wait_for_step("cut-off", 50, process)
     process.kill()
@@ -112,6 +115,17 @@ def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(runs
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive, f"stray processes: {alive}"
     assert not (runs.storage / "cut-off" / "adapter.safetensors").exists()
+
+    states = {path: path.read_bytes() for path in (runs.storage / "cut-off" / "train").glob("checkpoint_*/state.*")}
+    for path in states:
+        os.truncate(path, 90)
+    before = (runs.storage / "cut-off" / "metrics.jsonl").read_bytes()
+    assert main([*runs.arguments, "run.name=cut-off", "scale.workers=2", "scale.max_failures=-1"]) == 2
+    assert f"none of the {len(states)} checkpoints that are kept can be read" in capsys.readouterr().err
+    assert (runs.storage / "cut-off" / "metrics.jsonl").read_bytes() == before
+    for path, content in states.items():
+        path.write_bytes(content)
+
     assert main([*runs.arguments, "run.name=cut-off", "scale.workers=2"]) == 0
     runs.is_as_undisturbed("cut-off")
 

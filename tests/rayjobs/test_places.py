@@ -1,5 +1,7 @@
 """URLs serve as local paths do, proven on a real S3 server that speaks over a socket."""
 
+import json
+import platform
 import sys
 import threading
 import time
@@ -15,8 +17,9 @@ from rayjobs import places
 from rayjobs.__main__ import main
 from rayjobs.base import BaseConfig
 from rayjobs.config import load
+from rayjobs.features import ChunkEncoder
 from rayjobs.jobs import adapter_eval, adapter_train
-from rayjobs.places import Growing, local_copy, place, remove_folder
+from rayjobs.places import Growing, check_seen, local_copy, place, remove_folder
 from rayjobs.records import RecordsConfig
 from rayjobs.runs import find_runs
 from rayjobs.tables import (
@@ -125,6 +128,29 @@ def test_what_grows_is_sent_whole_and_goes_on_from_what_was_sent(bucket: str, tm
             grown.send(now=True)
             assert [row["step"] for row in read_jsonl(folder / "rows.jsonl")] == [1, 2]
         assert (folder / "events" / "0").read_text() == "one"
+
+
+def test_what_could_not_be_sent_is_sent_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path, to: Path) -> None:
+        raise OSError(f"{to} cannot be written")
+
+    with Growing(place(bucket)) as grown:
+        grown.fetch("rows.jsonl").write_text("one")
+        with monkeypatch.context() as patch:
+            patch.setattr(places, "send", fail)
+            with pytest.raises(OSError, match="cannot be written"):
+                grown.send(now=True)
+        grown.send(now=True)
+        assert (place(bucket) / "rows.jsonl").read_text() == "one"
+
+
+def test_a_worker_that_does_not_see_the_drivers_folder_says_so(tmp_path: Path) -> None:
+    check_seen(tmp_path, "s3://bucket/runs")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/runs is not the same folder on {platform.node()}: .* or URLs"):
+        check_seen(tmp_path, tmp_path / "runs")
+    chunk = pa.table({"chunk": [json.dumps({"rows": [], "parts": {"clip": f"{tmp_path}/runs/part-0"}})]})
+    with pytest.raises(ValueError, match="is not the same folder"):
+        ChunkEncoder({}, 1, "cpu")(chunk)
 
 
 def test_a_list_is_sent_after_the_images_that_it_names(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_a_job_submitted_again_is_the_same_sweep(
         folder = tmp_path / "session_1" / "working_dir_files" / f"_ray_pkg_{package}"
         folder.mkdir(parents=True, exist_ok=True)
         monkeypatch.chdir(folder)
-        config = sweep(given, f"data.root={data}")
+        config = sweep(given, f"data.root={data}", name="again")
         roots.add(config.data.root)
         if data == "data":
             cafo_tune.same_sweep(config)

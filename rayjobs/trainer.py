@@ -156,9 +156,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     model.checkpoint_activations = job.train.checkpoint_activations
     engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
     step = 0
-    begun: list[Any] = [None]
     try:
-        begun = [resumed(loop["storage"]) if rank == 0 else None]
+        begun: list[Any] = [resumed(loop["storage"]) if rank == 0 else None]
     except ValueError as error:
         begun = [{"refused": str(error)}]
     dist.broadcast_object_list(begun, device=device)  # one worker reads, so that all of them go on from the same step

@@ -13,7 +13,7 @@ test: .venv/installed-test ## All tests
 	$(BIN)/python -m pytest
 
 lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
-	$(BIN)/python -m pytest tests/lab
+	$(BIN)/python -m pytest tests/cluster_lab
 
 check: .venv/installed-test ## What CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

@@ -17,15 +17,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapter.adapter_checkpoint import AdapterFile, adapter_from, attach_file, export_v1, read_adapter
     from adapter.adaption import AdaptionConfig
-    from adapter.base import Base
-    from adapter.checkpoint import AdapterFile, adapter_from, attach_file, export_v1, read_adapter
-    from adapter.files import CheckpointError
+    from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
+    from adapter.decoder import Llama, LlamaConfig
+    from adapter.image_projection import VisionConfig
     from adapter.instruct import PromptTemplate
-    from adapter.llama import Llama, LlamaConfig
+    from adapter.model import Base
+    from adapter.tensor_files import CheckpointError
     from adapter.tokenizer import Tokenizer, TokenizerError
-    from adapter.vision import VisionConfig
-    from adapter.weights import load_llama, open_checkpoint, save_llama
 
 __all__ = [
     "AdapterFile",
@@ -47,12 +47,22 @@ __all__ = [
     "save_llama",
 ]
 
-_ROOMS = ("adaption", "base", "checkpoint", "files", "instruct", "llama", "tokenizer", "vision", "weights")
+_MODULES = (
+    "adaption",
+    "model",
+    "adapter_checkpoint",
+    "tensor_files",
+    "instruct",
+    "decoder",
+    "tokenizer",
+    "image_projection",
+    "base_checkpoint",
+)
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for room in _ROOMS:
+        for room in _MODULES:
             module = import_module(f"adapter.{room}")
             if getattr(getattr(module, name, None), "__module__", None) == module.__name__:
                 return getattr(module, name)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter.vision import Images, VisionConfig
+from adapter.image_projection import Images, VisionConfig
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapter.llama import KVCache, Llama
+from adapter.decoder import KVCache, Llama
 
 
 @torch.inference_mode()

@@ -34,8 +34,8 @@ from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
 from adapter.batching import micro_batches
+from adapter.decoder import Llama, LlamaConfig
 from adapter.instruct import Example, encode_record, read_records
-from adapter.llama import Llama, LlamaConfig
 from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rayjobs.runtime import connect
-from rayjobs.space import SearchConfig, SpaceConfig, settings_of, trials_of
-from rayjobs.sweep import run_sweep
-from rayjobs.trial import Shared
+from rayjobs.cluster.ray_init import connect
+from rayjobs.tune.search_space import SearchConfig, SpaceConfig, settings_of, trials_of
+from rayjobs.tune.sweep import run_sweep
+from rayjobs.tune.trial import Shared
 
 CLASSES, KEYS_PER_CLASS, VIEWS, IMAGES = 100, 17, 10, 1649
 WIDTHS = {"clip": 1024, "dino": 2048}

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.config import load
-from rayjobs.demo.adapters import AdaptersConfig, asking, reading, write_scan_questions
-from rayjobs.demo.kept import unfinished
+from rayjobs.console import show_table
+from rayjobs.demo.adapter_settings import AdaptersConfig, asking, reading, write_scan_questions
+from rayjobs.demo.cache_dir import unfinished
 from rayjobs.demo.world import WorldConfig, make_world, world_in
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
-from rayjobs.report import show_table
-from rayjobs.tables import read_json, write_json
+from rayjobs.storage.files import read_json, write_json
 
 ATTENTION = ["zero-init", "rand-init", "prefix"]
 

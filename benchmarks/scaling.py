@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --data alpaca_data.json --tokenizer tokenizer.model [--measure] [--json]
 
-A step's records are cut and dealt by `rayjobs.order.deal`, as in training; the slowest worker counts. With P parameters
-of the base in b bytes, N workers, and a link of bandwidth B and latency a for each hop:
+A step's records are cut and dealt by `rayjobs.data.sampler.deal`, as in training; the slowest worker counts. With P
+parameters of the base in b bytes, N workers, and a link of bandwidth B and latency a for each hop:
 
     micro-batch   max(operations / (utilisation * peak), weights read / memory bandwidth, the host's work for it)
     ZeRO-2        + the adapter's gradients, reduced and scattered, and its values gathered: 2 (N-1)/N bytes / B, and
@@ -16,9 +16,9 @@ of the base in b bytes, N workers, and a link of bandwidth B and latency a for e
 Operations are 2 for each weight and token forward, and 2 backward where a gradient passes, which is from the lowest
 adapted layer up: frozen weights have no gradient of their own. The head is used on labelled tokens only.
 
-`--measure` runs `rayjobs.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the speed
-from one process under ZeRO-2, the host's work for a gathered matrix from what ZeRO-3 adds to that, the link from bare
-collectives between two, a step's number of them in a row with the copies that go with them, predicts two processes'
+`--measure` runs `rayjobs.train.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the
+speed from one process under ZeRO-2, the host's work for a gathered matrix from what ZeRO-3 adds to that, the link from
+bare collectives between two, a step's number of them in a row with the copies that go with them, predicts two processes'
 step, and measures it.
 """
 
@@ -41,12 +41,12 @@ import torch
 import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
+from adapter.base_checkpoint import save_llama
+from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.instruct import encode_record, read_records
-from adapter.llama import Llama, LlamaConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
-from adapter.weights import save_llama
-from rayjobs.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
-from rayjobs.order import deal
+from rayjobs.data.sampler import deal
+from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
 LLAMA_7B = LlamaConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000, max_seq_len=512, norm_eps=1e-6

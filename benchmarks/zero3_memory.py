@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
-from adapter.llama import Llama, LlamaConfig
-from adapter.weights import save_llama
-from rayjobs.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from adapter.base_checkpoint import save_llama
+from adapter.decoder import Llama, LlamaConfig
+from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
 MB = 1e6
 TOKENS = 128

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cafo.datasets import load_dataset, load_split, load_tree
+    from cafo.encoder_spec import EncoderSpec
     from cafo.model import CaFo
-    from cafo.spec import EncoderSpec
 
 __all__ = ["CaFo", "EncoderSpec", "load_dataset", "load_split", "load_tree"]
 
-_ROOMS = {"CaFo": "model", "EncoderSpec": "spec"}
+_MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"cafo.{_ROOMS.get(name, 'datasets')}"), name)
+        return getattr(import_module(f"cafo.{_MODULES.get(name, 'datasets')}"), name)
     raise AttributeError(f"module 'cafo' has no attribute {name!r}")

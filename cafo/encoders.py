@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cafo.encoder_spec import EncoderSpec, Precision
+from cafo.encoder_weights import build_clip, clean_state, fit, read_state, weight_file
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from cafo.spec import EncoderSpec, Precision
-from cafo.towers import build_clip, clean_state, fit, read_state, weight_file
 
 
 class Encoder(Protocol):

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from cafo.datasets import IMAGE_SUFFIXES, Item
-from cafo.endpoint import Endpoint, Line
 from cafo.files import as_path, read_json, whole_file, write_json
 from cafo.images import ImageError, load_image
+from cafo.openai_client import Endpoint, Line
 from cafo.prompt import spoken
 
 if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from cafo import fewshot
 from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, train_keys
 from cafo.datasets import Dataset, Item, load_tree
+from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
 from cafo.images import load_image
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
-from cafo.spec import EncoderSpec
 
 _IMAGES_AT_ONCE = 64
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.endpoint import Endpoint, Line
 from cafo.files import as_path, read_json, write_json
+from cafo.openai_client import Endpoint, Line
 
 if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
     from cafo.encoders import TextEncoder

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from rayjobs.cluster.job_submission import job_command, reach, submit, typed
+from rayjobs.cluster.ray_init import end_on_sigterm, environment
 from rayjobs.config import describe, load
-from rayjobs.places import place
-from rayjobs.runs import find_runs
-from rayjobs.runtime import end_on_sigterm, environment
-from rayjobs.submit import job_command, reach, submit, typed
+from rayjobs.runs.record import find_runs
+from rayjobs.storage.paths import place
 
 JOBS = {
     "adapter-train": "train an adapter on instruction records",
@@ -97,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _look(args: argparse.Namespace) -> int:
     """The commands that run nothing."""
-    from rayjobs.comparison import compare
-    from rayjobs.report import RUN_COLUMNS, run_rows, show_table, write_report
+    from rayjobs.console import show_table
+    from rayjobs.reporting.comparison import compare
+    from rayjobs.reporting.report import RUN_COLUMNS, run_rows, write_report
 
     try:
         if args.job == "report":

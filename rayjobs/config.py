@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -13,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
-from rayjobs.places import place
+from rayjobs.storage.paths import place
 
 T = TypeVar("T")
 
@@ -117,3 +118,23 @@ def _explain(cls: Any, item: Any) -> str:
         return f"{key}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, got {item['input']!r}" if key else message
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as {"section.key": text}."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: as_text(value)}
+    return found
+
+
+def as_text(value: Any) -> str:
+    """A value as a reader likes it: nothing for None, thousands apart, six digits of a fraction."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, str) or value is None:
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

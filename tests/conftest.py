@@ -50,8 +50,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_base(folder: Path, sentences: list[str]) -> Path:
     """`tiny_base` with the pieces of other sentences."""
-    from adapter.llama import Llama, LlamaConfig, RMSNorm
-    from adapter.weights import save_llama
+    from adapter.base_checkpoint import save_llama
+    from adapter.decoder import Llama, LlamaConfig, RMSNorm
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -110,7 +110,7 @@ def cluster(s3: str) -> Iterator[None]:
     """One Ray cluster for all tests that need one; its workers know the S3 server."""
     import ray
 
-    from rayjobs.runtime import connect
+    from rayjobs.cluster.ray_init import connect
 
     connect()
     yield

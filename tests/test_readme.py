@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from rayjobs.__main__ import main
-from rayjobs.tables import read_json, sha256_file
+from rayjobs.storage.files import read_json
+from rayjobs.storage.fingerprint import sha256_file
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_world import towers
+from tests.rayjobs.cafo_dataset import towers
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

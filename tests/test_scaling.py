@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapter.adaption import AdaptionConfig
-from adapter.llama import Llama, LlamaConfig, RMSNorm
+from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from benchmarks.scaling import A100, CHECKED, Device, Link, Work, step_time
 
 LINK = Link(bytes_per_s=1e9, hop_s=1e-3)

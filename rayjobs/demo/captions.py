@@ -6,7 +6,7 @@ gives the name, so that sentences tell CLIP more about a class than the name in 
 
 import random
 
-from rayjobs.demo.text import NAMES
+from rayjobs.demo.notes import NAMES
 
 TEMPLATE = "a photo of the digit {}."
 

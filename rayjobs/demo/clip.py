@@ -14,7 +14,7 @@ from torch import nn
 from cafo.images import CLIP_MEAN, CLIP_STD
 from rayjobs.config import config
 from rayjobs.demo.captions import caption
-from rayjobs.demo.glyphs import SIDE, masters, printed
+from rayjobs.demo.font_digits import SIDE, masters, printed
 
 
 @config

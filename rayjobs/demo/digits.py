@@ -10,9 +10,9 @@ from torch import Tensor
 from cafo.datasets import draw
 from rayjobs.config import config
 from rayjobs.demo.captions import sentences
-from rayjobs.demo.glyphs import pictures
-from rayjobs.demo.text import NAMES
-from rayjobs.tables import write_json
+from rayjobs.demo.font_digits import pictures
+from rayjobs.demo.notes import NAMES
+from rayjobs.storage.files import write_json
 
 
 @config

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD
 from rayjobs.config import config
 from rayjobs.demo.digits import DigitsConfig, divided
-from rayjobs.demo.glyphs import SIDE, bent
+from rayjobs.demo.font_digits import SIDE, bent
 
 ARCHITECTURE = "resnet10t"
 SHAPE: dict[str, Any] = {"channels": [16, 32, 32, 32], "stem_width": 8, "output_stride": 8, "global_pool": ""}

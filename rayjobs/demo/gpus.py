@@ -1,7 +1,7 @@
 """What the demo's parts are given of a cluster's GPUs; where there is none, each computes on CPUs."""
 
-from rayjobs.capacity import capacity
-from rayjobs.runtime import connect
+from rayjobs.cluster.capacity import capacity
+from rayjobs.cluster.ray_init import connect
 
 
 def gpus() -> int:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from adapter.llama import Llama, LlamaConfig, RMSNorm
+from adapter.base_checkpoint import save_llama
+from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
-from adapter.weights import save_llama
 from rayjobs.config import config
-from rayjobs.demo import questions, text
+from rayjobs.demo import notes, questions
 
 
 @config
@@ -48,14 +48,14 @@ class LlamaStandIn:
     """Of the text and of the initial weights."""
 
 
-READING: dict[str, tuple[Callable[[int, int], list[text.Document]], tuple[str, ...]]] = {
-    "notes": (text.documents, ()),
+READING: dict[str, tuple[Callable[[int, int], list[notes.Document]], tuple[str, ...]]] = {
+    "notes": (notes.documents, ()),
     "questions": (questions.documents, questions.SYMBOLS),
 }
 """What is read, from a seed and a count, and what the tokenizer keeps whole."""
 
 
-def documents(settings: LlamaStandIn) -> list[text.Document]:
+def documents(settings: LlamaStandIn) -> list[notes.Document]:
     """All that is read, in order."""
     return READING[settings.reads][0](settings.seed, settings.steps * settings.batch)
 
@@ -66,7 +66,7 @@ def train_llama(settings: LlamaStandIn, folder: Path, device: str) -> Iterator[f
     read = documents(settings)
     lines = [" ".join(part for part, _ in document) for document in read[::8]]
     symbols = READING[settings.reads][1]
-    (folder / "tokenizer.model").write_bytes(text.train_tokenizer(lines, settings.vocab_size, symbols))
+    (folder / "tokenizer.model").write_bytes(notes.train_tokenizer(lines, settings.vocab_size, symbols))
     tokenizer = Tokenizer(folder)
     model = _untrained(settings, tokenizer.vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -107,7 +107,7 @@ def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:
     return model
 
 
-def _encoded(document: text.Document, settings: LlamaStandIn, tokenizer: Tokenizer) -> list[tuple[int, float]]:
+def _encoded(document: notes.Document, settings: LlamaStandIn, tokenizer: Tokenizer) -> list[tuple[int, float]]:
     """A document's ids, each with its weight in the loss."""
     row = [(tokenizer.bos_id, 0.0)]
     for part, can_be_told in document:

@@ -14,8 +14,8 @@ from typing import Any
 
 from adapter.instruct import PromptTemplate
 from adapter.scienceqa import LETTERS, Problem
-from rayjobs.demo.text import Document
-from rayjobs.tables import write_json, write_jsonl
+from rayjobs.demo.notes import Document
+from rayjobs.storage.files import write_json, write_jsonl
 
 TEMPLATE = PromptTemplate(
     with_input="Question: {instruction} {input} Response: ", without_input="Question: {instruction} Response: "

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rayjobs.demo.kept import kept
-from rayjobs.tables import read_json, write_json
+from rayjobs.demo.cache_dir import kept
+from rayjobs.storage.files import read_json, write_json
 
 
 class Stage(NamedTuple):

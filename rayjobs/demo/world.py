@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from rayjobs.cluster.errors import unwrapped
 from rayjobs.config import config, to_dict
+from rayjobs.console import Progress
+from rayjobs.demo.cache_dir import kept, threads, unfinished
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
 from rayjobs.demo.dino import DinoStandIn, train_dino
 from rayjobs.demo.gpus import gpus, share
-from rayjobs.demo.kept import kept, threads, unfinished
 from rayjobs.demo.llama import LlamaStandIn, documents, train_llama
-from rayjobs.demo.pen import write_drawings
-from rayjobs.runtime import Progress, unwrapped
+from rayjobs.demo.stroke_digits import write_drawings
 
 
 @config

@@ -11,30 +11,33 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import ray.data
-import torch
 from pydantic import Field
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from adapter.scienceqa import read_problems
-from rayjobs.answers import IDENTITY, answer_all, answered_by, asked_with
-from rayjobs.base import BaseConfig, PoolConfig
+from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.ray_data import data_context
+from rayjobs.cluster.ray_init import connect
+from rayjobs.cluster.worker_pool import PoolConfig
 from rayjobs.config import config
-from rayjobs.examples import write_examples
-from rayjobs.order import Order, window_micro_batches
-from rayjobs.pictures import StoredFeatures
-from rayjobs.places import AnyPath, place
-from rayjobs.provenance import check_source
-from rayjobs.records import RecordsConfig, Source
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import Progress, RunConfig, connect, data_context, open_run, unwrapped
-from rayjobs.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
-from rayjobs.stream import collate
-from rayjobs.tables import write_json, write_jsonl, write_parquet
-from rayjobs.tokens import IMAGE_LISTS, REJECTED, prepare_tokens
-from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight, prepare_pictures
-
-LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.int64())])
+from rayjobs.console import Progress, show_table
+from rayjobs.data.image_features import prepare_pictures
+from rayjobs.data.image_source import StoredFeatures
+from rayjobs.data.records import RecordsConfig, Source
+from rayjobs.data.sampler import Order, window_micro_batches
+from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
+from rayjobs.inference.batch import IDENTITY, answer_all
+from rayjobs.inference.identity import answered_by, asked_with
+from rayjobs.inference.loss import LOSSES, Scorer
+from rayjobs.inference.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
+from rayjobs.lifecycle import recorded
+from rayjobs.models.base_model import BaseConfig
+from rayjobs.models.image_conditioning import Sight, VisionConfig, open_sight
+from rayjobs.reporting.example_gallery import write_examples
+from rayjobs.runs.provenance import check_source
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.storage.paths import AnyPath, place
 
 
 @config
@@ -57,29 +60,6 @@ class Config:
     """Tokens per batch and worker, padding included, for task loss."""
     scale: PoolConfig = PoolConfig()
     run: RunConfig
-
-
-class Scorer:
-    """An actor that holds the model and sums each record's loss over its labels."""
-
-    def __init__(self, base: BaseConfig, adapter: str | None, sight: Sight | None, stored: bool, device: str) -> None:
-        self.model = base.load(adapter, device, tower=sight and sight.tower.identity).model
-        self.eyes = Eyes(None if sight is None or stored else sight.tower, device)
-        self.device = device
-
-    @torch.no_grad()
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows: dict[str, list[float]] = {"id": [], "loss": [], "labels": []}
-        for micro in map(collate, table.to_pylist()):
-            labels = micro.labels.to(self.device)
-            images = self.eyes.images(micro.images)
-            seen = None if images is None else (images[0].to(self.device), images[1].to(self.device))
-            hidden = self.model.hidden(micro.tokens.to(self.device), images=seen)
-            for i, id in enumerate(micro.ids):
-                rows["id"].append(id)
-                rows["loss"].append(self.model.output(hidden[i : i + 1], labels[i : i + 1]).item())
-                rows["labels"].append(int((micro.labels[i] >= 0).sum()))
-        return pa.table(rows, LOSSES)
 
 
 def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:

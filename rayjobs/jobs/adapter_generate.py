@@ -13,21 +13,23 @@ import pyarrow as pa
 from pydantic import Field
 from torch import Tensor
 
-from adapter.base import Base
 from adapter.instruct import read_records
-from rayjobs.answers import IDENTITY, Record, answer_all, answered_by, asked_with, device, look
-from rayjobs.base import BaseConfig, PoolConfig
+from adapter.model import Base
+from rayjobs.cluster.remote_model import device, on_gpu
+from rayjobs.cluster.worker_pool import PoolConfig
 from rayjobs.config import config
-from rayjobs.examples import write_examples
-from rayjobs.gpu import on_gpu
-from rayjobs.places import AnyPath, FileOrName, local_copy, place
-from rayjobs.provenance import check_source
-from rayjobs.records import prompt_template
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, open_run
-from rayjobs.tables import write_json, write_jsonl, write_parquet
-from rayjobs.vision import Eyes, Sight, VisionConfig, open_sight
+from rayjobs.console import show_table
+from rayjobs.data.records import prompt_template
+from rayjobs.inference.batch import IDENTITY, Record, answer_all, look
+from rayjobs.inference.identity import answered_by, asked_with
+from rayjobs.lifecycle import recorded
+from rayjobs.models.base_model import BaseConfig
+from rayjobs.models.image_conditioning import Eyes, Sight, VisionConfig, open_sight
+from rayjobs.reporting.example_gallery import write_examples
+from rayjobs.runs.provenance import check_source
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.storage.paths import AnyPath, FileOrName, local_copy, place
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 

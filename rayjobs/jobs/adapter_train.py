@@ -13,25 +13,28 @@ import torch
 import yaml
 from pydantic import Field
 
+from adapter.adapter_checkpoint import adapter_from
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.checkpoint import adapter_from
+from adapter.base_checkpoint import Checkpoint, skeleton
+from adapter.image_projection import VisionConfig as Projected
 from adapter.tokenizer import Tokenizer
-from adapter.vision import VisionConfig as Projected
-from adapter.weights import Checkpoint, skeleton
-from rayjobs.base import BaseConfig
+from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
-from rayjobs.engine import OptimizerConfig, ZeroConfig
-from rayjobs.pictures import Pictures, StreamedImages
-from rayjobs.places import local_copy, place
-from rayjobs.provenance import lasting
-from rayjobs.records import DataConfig
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, connect, open_run
-from rayjobs.tables import atomic_path, read_json, read_jsonl, write_json
-from rayjobs.tokens import IMAGE_LISTS, TokenStore, prepare_tokens
-from rayjobs.trainer import ScaleConfig, TrainConfig, TrainJob, fit
-from rayjobs.vision import Sight, VisionConfig, prepare_pictures
+from rayjobs.console import show_table
+from rayjobs.data.image_features import prepare_pictures
+from rayjobs.data.image_source import Pictures, StreamedImages
+from rayjobs.data.records import DataConfig
+from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
+from rayjobs.lifecycle import recorded
+from rayjobs.models.base_model import BaseConfig
+from rayjobs.models.image_conditioning import Sight, VisionConfig
+from rayjobs.runs.provenance import lasting
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
+from rayjobs.storage.paths import local_copy, place
+from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
+from rayjobs.train.engine import OptimizerConfig, ZeroConfig
+from rayjobs.train.trainer import fit
 
 
 @config

@@ -21,16 +21,19 @@ import pyarrow as pa
 from pydantic import Field
 from ray import tune
 
-from adapter.weights import Checkpoint
-from rayjobs import plots
-from rayjobs.base import Workers
+from adapter.base_checkpoint import Checkpoint
+from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.ray_init import connect
+from rayjobs.cluster.worker_pool import Workers
 from rayjobs.config import config, load, to_dict
+from rayjobs.console import Progress, show_table
+from rayjobs.data.records import SourceConfig
 from rayjobs.jobs import adapter_eval, adapter_train
-from rayjobs.records import SourceConfig
-from rayjobs.report import save_plot, show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import Progress, connect, open_run, unwrapped
-from rayjobs.tables import read_json, read_jsonl, write_json, write_parquet, write_text
+from rayjobs.lifecycle import recorded
+from rayjobs.reporting import plots
+from rayjobs.reporting.figures import save_plot
+from rayjobs.runs.run_dir import open_run
+from rayjobs.storage.files import read_json, read_jsonl, write_json, write_parquet, write_text
 
 FIRST_STEPS = 50
 """Of the loss curves that are plotted apart: where an unstable start shows."""

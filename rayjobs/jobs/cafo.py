@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import Field
 
 from rayjobs.config import config
-from rayjobs.imagery import EncoderConfig, ImagesConfig
+from rayjobs.data.image_dataset import ImagesConfig
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, open_run
+from rayjobs.lifecycle import recorded
+from rayjobs.models.encoder import EncoderConfig
+from rayjobs.runs.run_dir import RunConfig, open_run
 
 
 @config

@@ -7,28 +7,30 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 import yaml
 from pydantic import Field
 
 from cafo.datasets import Dataset
-from rayjobs import plots
-from rayjobs.accuracy import ZERO_SHOT, by_method, published_rows, summary, table, write_tables
-from rayjobs.base import PoolConfig
-from rayjobs.choice import best_on_val, shown
+from rayjobs.cluster.ray_init import connect
+from rayjobs.cluster.worker_pool import PoolConfig
 from rayjobs.config import config, load, to_dict
-from rayjobs.examples import ORDER, mistakes_first, write_examples
-from rayjobs.features import Features, open_towers, prepare_features
-from rayjobs.imagery import ImageList, ImagesConfig, plain_list
+from rayjobs.console import show_table
+from rayjobs.data.feature_store import open_towers, prepare_features
+from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.image_list import plain_list
 from rayjobs.jobs import cafo_tune
-from rayjobs.places import AnyPath, place
-from rayjobs.report import save_plot, show_table
-from rayjobs.runs import begin, recorded
-from rayjobs.runtime import RunConfig, connect
-from rayjobs.tables import read_json, write_json, write_jsonl, write_parquet
-from rayjobs.trial import open_cache
+from rayjobs.lifecycle import recorded
+from rayjobs.reporting import plots
+from rayjobs.reporting.accuracy_tables import by_method, published_rows, summary, table, write_tables
+from rayjobs.reporting.figures import save_plot
+from rayjobs.runs.record import begin
+from rayjobs.runs.run_dir import RunConfig
+from rayjobs.storage.files import read_json, write_json, write_jsonl
+from rayjobs.storage.paths import AnyPath, place
+from rayjobs.tune.evaluation import same_encoders, score, write_rows
+from rayjobs.tune.figures import draw, keep_examples
+from rayjobs.tune.selection import best_on_val
 
 
 @config
@@ -138,34 +140,6 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], images: ImageList, found: Features) -> None:
-    """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
-    best = best_on_val(chosen)
-    cache = open_cache(trials, best["seeds"][0]["trial"])
-    shares = cache.logits({name: torch.tensor(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
-    items = [images.items[row] for row in found.rows]
-    wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
-    right = sorted(set(range(len(items))) - set(wrong))
-    shown = []
-    for i in mistakes_first(wrong, right):
-        said = int(shares[i].argmax())
-        truth = "" if said == items[i].label else f", not {items[i].class_name}"
-        caption = f"{cache.class_names[said]}{truth} ({shares[i, said]:.0%})"
-        shown.append((images.root / items[i].path, caption))
-    write_examples(folder, shown, f"{best['method']} at {best['shots']} shots, first seed; {ORDER}")
-
-
-def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:
-    """Keys mean something to the encoders that made them. Raises ValueError if the config names others by now."""
-    for trial in {seed["trial"] for cell in chosen for seed in cell["seeds"]}:
-        for name, identity in open_cache(trials, trial).encoders.items():
-            if identities[name] != identity:
-                raise ValueError(
-                    f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
-                    "put back the weights that it was run with"
-                )
-
-
 def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, Dataset]) -> None:
     """Writes down that test was opened and for which choice. Raises ValueError if it was opened for another."""
     digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
@@ -179,95 +153,3 @@ def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, D
     opened = before.get("opened") or datetime.now(timezone.utc).isoformat(timespec="seconds")
     targets = sorted({*before.get("targets", []), *sets})
     write_json(path, {"opened": opened, "choice": digest, "targets": targets})
-
-
-def score(
-    target: str, chosen: list[dict[str, Any]], values: dict[str, torch.Tensor], labels: torch.Tensor, trials: Path
-) -> list[dict[str, Any]]:
-    """A row per chosen cache, and one per zero-shot classifier: accuracy and confusion (N, N), true class down."""
-    rows: list[dict[str, Any]] = []
-    baselines: dict[bytes, dict[str, Any]] = {}
-    for cell in chosen:
-        for seed in cell["seeds"]:
-            cache = open_cache(trials, seed["trial"])
-            taken = {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
-            base = {"target": target, "shots": cell["shots"], "method": cell["method"], "seed": seed["seed"]}
-            combination = cache.combined(taken)
-            most = combination.shares.argmax(dim=1)
-            wins = {
-                source: torch.bincount(labels[most == i], minlength=len(cache.class_names)).tolist()
-                for i, source in enumerate(combination.sources)
-            }
-            rows.append({**base, **_scored(combination.logits(cache.alpha), labels), "wins": wins})
-            key = hashlib.sha256(cache.classifier.numpy().tobytes()).digest()
-            if key not in baselines:
-                sort = f"{cell['setting']['encoders'][0]}, {cell['setting']['sentences']}"
-                baselines[key] = {"target": target, "shots": None, "method": f"{ZERO_SHOT} ({sort})", "seed": None}
-                baselines[key] |= _scored(cache.zero_shot(taken), labels)
-    if len(baselines) == 1:
-        next(iter(baselines.values()))["method"] = ZERO_SHOT
-    return [*baselines.values(), *rows]
-
-
-def _scored(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    classes = logits.shape[1]
-    pairs = torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2)
-    confusion = pairs.reshape(classes, classes).numpy()
-    correct = int(np.trace(confusion))
-    return {
-        "images": len(labels),
-        "correct": correct,
-        "accuracy": correct / max(len(labels), 1),
-        "confusion": confusion,
-    }
-
-
-def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:
-    """`accuracy.parquet`, `per_class.parquet`, `sources.parquet` (at how many images of a class each source weighs
-    most) and `confusion.parquet` (pairs that occur only)."""
-    per_class, confusions, sources = [], [], []
-    for row in rows:
-        about = {name: row[name] for name in ("target", "method", "shots", "seed")}
-        for label, counts in enumerate(row["confusion"]):
-            seen = {"images": int(counts.sum()), "correct": int(counts[label])}
-            per_class.append({**about, "class": dataset.class_names[label], **seen})
-            for other in np.flatnonzero(counts):
-                names = {"true": dataset.class_names[label], "predicted": dataset.class_names[other]}
-                confusions.append({**about, **names, "images": int(counts[other])})
-        for source, counts in row.get("wins", {}).items():
-            named = zip(dataset.class_names, counts, strict=True)
-            sources += [{**about, "class": name, "source": source, "images": count} for name, count in named]
-    plain = [{name: value for name, value in row.items() if name not in ("confusion", "wins")} for row in rows]
-    listed = {"accuracy": plain, "per_class": per_class, "sources": sources, "confusion": confusions}
-    for name, lines in listed.items():
-        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(lines))
-
-
-def draw(
-    folder: Path, trials: Path, chosen: list[dict[str, Any]], rows: list[dict[str, Any]], dataset: Dataset
-) -> None:
-    """Of the best choice, 00, and of each other method's at its most shots, first seed: val accuracy over α and β; on
-    test each class's accuracy, the confusion, and which source wins."""
-    for number, cell in enumerate(shown(chosen)):
-        seed = cell["seeds"][0]
-        title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
-        found = read_json(trials / seed["trial"] / "surface.json")
-        accuracy = [[100 * count / found["total"] for count in line] for line in found["correct"]]
-        figure = plots.search_landscape(found["alphas"], found["betas"], accuracy, (seed["alpha"], seed["beta"]))
-        save_plot(folder / f"landscape-{number:02d}.png", f"{title}: accuracy on val over α and β", figure)
-        (row,) = (
-            r for r in rows if (r["method"], r["shots"], r["seed"]) == (cell["method"], cell["shots"], seed["seed"])
-        )
-        images = row["confusion"].sum(axis=1)
-        accuracy = (100 * row["confusion"].diagonal() / images.clip(min=1)).tolist()
-        figure = plots.class_accuracy(dataset.class_names, accuracy)
-        save_plot(folder / f"classes-{number:02d}.png", f"{title}: accuracy of each class on test", figure)
-        figure = plots.confusion(dataset.class_names, row["confusion"].tolist())
-        save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion on test", figure)
-        if len(row["wins"]) > 1:
-            shares = {
-                source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
-                for source, counts in row["wins"].items()
-            }
-            figure = plots.winning_sources(dataset.class_names, shares)
-            save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most on test", figure)

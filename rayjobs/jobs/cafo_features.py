@@ -7,14 +7,17 @@ from pydantic import Field
 
 from cafo import fewshot
 from cafo.datasets import Dataset
-from rayjobs.base import PoolConfig
+from rayjobs.cluster.ray_init import connect
+from rayjobs.cluster.worker_pool import PoolConfig
 from rayjobs.config import config
-from rayjobs.features import FeaturesConfig, open_towers, prepare_features
-from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, connect, open_run
-from rayjobs.tables import write_json, write_jsonl
+from rayjobs.console import show_table
+from rayjobs.data.feature_store import FeaturesConfig, open_towers, prepare_features
+from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.image_list import ImageList, plain_list, training_list
+from rayjobs.lifecycle import recorded
+from rayjobs.models.encoder import EncoderConfig
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import write_json, write_jsonl
 
 
 @config

@@ -14,18 +14,21 @@ from pydantic import Field
 from cafo.files import read_json as read_json_file
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
+from rayjobs.cluster.remote_model import on_gpu
 from rayjobs.config import config
-from rayjobs.encoder import load_tower
-from rayjobs.examples import write_examples
-from rayjobs.gpu import on_gpu
-from rayjobs.imagery import EncoderConfig, ImagesConfig
-from rayjobs.places import AnyPath, Growing, local_copy, place
-from rayjobs.provenance import check_source, claim_source
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import Progress, RunConfig, open_run
-from rayjobs.sources import Classes, EndpointConfig, asking, check_sentence, open_classes
-from rayjobs.tables import read_jsonl, sha256_file, write_json, write_jsonl
+from rayjobs.console import Progress, show_table
+from rayjobs.data.class_names import Classes, check_sentence, open_classes
+from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.lifecycle import recorded
+from rayjobs.models.encoder import EncoderConfig, load_tower
+from rayjobs.models.endpoint import EndpointConfig, asking
+from rayjobs.reporting.example_gallery import write_examples
+from rayjobs.runs.provenance import check_source, claim_source
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import read_jsonl, write_json, write_jsonl
+from rayjobs.storage.fingerprint import sha256_file
+from rayjobs.storage.paths import AnyPath, local_copy, place
+from rayjobs.storage.sync import Growing
 
 EXAMPLES = 24
 """Images that the report shows."""

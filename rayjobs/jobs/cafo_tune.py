@@ -1,41 +1,36 @@
 """Train and search caches over a space of settings, on features made once and shared; choose on validation images."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from cafo import fewshot
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
-from cafo.search import surface
-from rayjobs.accuracy import table
-from rayjobs.base import PoolConfig, Workers
-from rayjobs.choice import best_on_val, choose, shown
+from rayjobs.cluster.ray_init import connect
+from rayjobs.cluster.worker_pool import PoolConfig, Workers
 from rayjobs.config import config, to_dict
-from rayjobs.features import (
-    ClassifierFile,
-    Features,
-    FeaturesConfig,
-    open_towers,
-    prepare_classifier,
-    prepare_features,
-)
-from rayjobs.imagery import EncoderConfig, ImageList, ImagesConfig, plain_list, training_list
-from rayjobs.provenance import lasting
-from rayjobs.report import show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, connect, open_run
-from rayjobs.space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
-from rayjobs.sweep import run_sweep
-from rayjobs.tables import atomic_path, read_json, write_json, write_jsonl, write_parquet
-from rayjobs.trial import CACHE, Shared, open_cache
+from rayjobs.console import show_table
+from rayjobs.data.feature_store import Features, FeaturesConfig, open_towers, prepare_features
+from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.image_list import ImageList, plain_list, training_list
+from rayjobs.data.text_classifier import prepare_classifier
+from rayjobs.lifecycle import recorded
+from rayjobs.models.encoder import EncoderConfig
+from rayjobs.reporting.accuracy_tables import table
+from rayjobs.runs.provenance import lasting
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import atomic_path, read_json, write_json, write_jsonl, write_parquet
+from rayjobs.tune.figures import draw_surfaces
+from rayjobs.tune.inputs import same_inputs
+from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
+from rayjobs.tune.selection import best_on_val, choose, keep_chosen
+from rayjobs.tune.sweep import run_sweep
+from rayjobs.tune.trial import Shared
 
 SWEEP = "sweep.json"
 """All settings of a sweep but where it runs: config.yaml is that of whatever job was typed."""
@@ -208,30 +203,6 @@ def same_sweep(settings: Config) -> None:
     write_json(path, now)
 
 
-def same_inputs(
-    folder: Path,
-    lists: list[ImageList],
-    features: Mapping[str, Features],
-    choices: Mapping[tuple[int, int], FewShot],
-    classifiers: Mapping[tuple[str, str], ClassifierFile],
-) -> None:
-    """Trials of one sweep saw the same images, weights and sentences. Raises ValueError if others lie there now."""
-    labels = [[list(item) for item in images.items] for images in lists]
-    few_shot = [[list(item) for item in choice.items] for choice in choices.values()]
-    now = {
-        "lists of images": hashlib.sha256(json.dumps([labels, few_shot]).encode()).hexdigest(),
-        "images or encoders": {role: dict(found.stores) for role, found in features.items()},
-        "sentences or text encoders": {", ".join(key): classifiers[key].store for key in sorted(classifiers)},
-    }
-    path = folder / "inputs.json"
-    if path.exists() and (before := read_json(path)) != now:
-        changed = [name for name in now if before.get(name) != now[name]]
-        raise ValueError(
-            f"{folder} holds trials of other {' and other '.join(changed)} than there are now: choose another run.name"
-        )
-    write_json(path, now)
-
-
 def _used(tried: list[Setting]) -> list[str]:
     return list(dict.fromkeys(name for setting in tried for name in setting.encoders))
 
@@ -267,27 +238,3 @@ def share(
         "val": {name: values[0] for name, values in val.values.items()},
         "val_labels": np.array([dataset.val[row].label for row in val.rows], np.int64),
     }
-
-
-def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
-    """Leaves the caches of the chosen trials only: a thousand trials of ImageNet would be 200 GB."""
-    kept = {seed["trial"] for cell in chosen for seed in cell["seeds"]}
-    for cache in (folder / "trials").rglob(CACHE):
-        if cache.parent.name not in kept:
-            cache.unlink(missing_ok=True)
-
-
-def draw_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: Shared, how: SearchConfig) -> None:
-    """`surface.json`, val accuracy over α and β, in the folder of the first trial of each choice that is plotted."""
-    labels = torch.tensor(shared.val_labels)
-    for cell in shown(chosen):
-        trial = cell["seeds"][0]["trial"]
-        path = folder / "trials" / trial / "surface.json"
-        if path.exists():
-            continue
-        cache = open_cache(folder / "trials", trial)
-        alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
-        betas = np.linspace(how.beta_low, how.beta_high, 30).tolist()
-        features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}
-        correct = surface(cache, features, labels, alphas=alphas, betas=betas)
-        write_json(path, {"alphas": alphas, "betas": betas, "correct": correct.tolist(), "total": len(labels)})

@@ -16,26 +16,28 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field
 
-from adapter.base import Base
+from adapter.model import Base
 from adapter.scienceqa import LETTERS, Problem, read_problems
-from rayjobs import plots
-from rayjobs.answers import device
+from rayjobs.cluster.remote_model import device
 from rayjobs.config import config, load, to_dict
-from rayjobs.demo import text
-from rayjobs.demo.adapters import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
-from rayjobs.demo.cascade import BASELINES, CASCADE, CascadeConfig, cascade
+from rayjobs.console import show_table
+from rayjobs.demo import notes
+from rayjobs.demo.adapter_settings import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
+from rayjobs.demo.cache_dir import digest, link, threads
+from rayjobs.demo.cafo_settings import BASELINES, CASCADE, CascadeConfig, cascade
 from rayjobs.demo.gpus import gpus
-from rayjobs.demo.kept import digest, link, threads
 from rayjobs.demo.stages import Stage, Stages
 from rayjobs.demo.world import World, WorldConfig, make_world, world_in
-from rayjobs.examples import write_examples
+from rayjobs.inference.scienceqa import examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
-from rayjobs.places import LocalPath
-from rayjobs.report import REPORT, save_plot, show_table
-from rayjobs.runs import recorded
-from rayjobs.runtime import RunConfig, open_run
-from rayjobs.scienceqa import examples
-from rayjobs.tables import read_jsonl, write_json, write_text
+from rayjobs.lifecycle import recorded
+from rayjobs.reporting import plots
+from rayjobs.reporting.example_gallery import write_examples
+from rayjobs.reporting.figures import save_plot
+from rayjobs.runs.record import REPORT
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.files import read_jsonl, write_json, write_text
+from rayjobs.storage.paths import LocalPath
 
 Table = list[dict[str, Any]]
 
@@ -225,14 +227,15 @@ def teach(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Tab
     trained = quietly(adapter_train.run, load(adapter_train.Config, values))
     base = Base.load(world.notes, device=device())
     asked = {
-        task.name: text.records(task, adapters.held_out, adapters.seed, test=True) for task in (text.SPELL, text.COPY)
+        task.name: notes.records(task, adapters.held_out, adapters.seed, test=True)
+        for task in (notes.SPELL, notes.COPY)
     }
     answers: dict[str, list[list[str]]] = {name: [] for name in asked}
     for file in (None, trained["adapter"]):
         if file is not None:
             base.load_adapter(file)
         for name, records in asked.items():
-            prompts = [text.TEMPLATE.render(record["instruction"], record["input"]) for record in records]
+            prompts = [notes.TEMPLATE.render(record["instruction"], record["input"]) for record in records]
             said = base.generate(prompts, max_new_tokens=16, temperature=0)
             answers[name].append([answer.strip() for answer in said])
     accuracy, shown = [], []

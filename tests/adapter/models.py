@@ -8,7 +8,7 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
-from adapter.llama import Llama, LlamaConfig
+from adapter.decoder import Llama, LlamaConfig
 
 MHA: dict[str, Any] = {
     "dim": 42,

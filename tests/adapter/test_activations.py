@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig
-from adapter.llama import Llama, LlamaConfig, RMSNorm
+from adapter.decoder import Llama, LlamaConfig, RMSNorm
 
 DIM, ROWS, TOKENS = 256, 2, 256
 

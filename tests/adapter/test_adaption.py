@@ -5,8 +5,8 @@ import torch
 from peft import AdaptionPromptConfig, get_peft_model
 
 from adapter.adaption import AdaptionConfig
-from adapter.llama import Llama, LlamaConfig
-from tests.adapter import oracles
+from adapter.decoder import Llama, LlamaConfig
+from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer, tokens
 
 shapes = pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
@@ -41,9 +41,9 @@ def test_a_fresh_adapter_changes_no_bit_and_one_step_does(shape, gate):
 def test_adapted_logits_equal_the_equations(shape, gate):
     config = AdaptionConfig(n_layers=1, prompt_length=7, gate=gate)
     model, ids = llama({**shape, "n_layers": 2}, config), tokens(1, 5)
-    expected = oracles.decoder(model.state_dict(), model.config, ids[0].tolist(), config)
+    expected = reference.decoder(model.state_dict(), model.config, ids[0].tolist(), config)
     torch.testing.assert_close(model(ids)[0].double(), expected, rtol=0, atol=1e-4)
-    plain = oracles.decoder(model.state_dict(), model.config, ids[0].tolist())
+    plain = reference.decoder(model.state_dict(), model.config, ids[0].tolist())
     assert (expected - plain).abs().max() > 0.1, "the adapter should matter here"
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from adapter.adaption import Adaption, AdaptionConfig
+from adapter.decoder import Llama
 from adapter.generate import choose, generate
-from adapter.llama import Llama
-from tests.adapter import oracles
+from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
 WINDOW = 23
@@ -127,7 +127,7 @@ def test_draws_follow_the_nucleus(temperature, top_p):
     draws = (torch.arange(10_007) + 0.5) / 10_007  # evenly spaced, so shares are probabilities
     chosen = choose(logits.expand(10_007, 7), temperature, top_p, draws)
     shares = {token: count / 10_007 for token, count in Counter(chosen.tolist()).items()}
-    expected = oracles.nucleus(logits.tolist(), temperature, top_p)
+    expected = reference.nucleus(logits.tolist(), temperature, top_p)
     assert shares.keys() == expected.keys()
     assert all(abs(shares[token] - expected[token]) < 2e-4 for token in expected)
 
@@ -136,7 +136,7 @@ def test_the_largest_draw_stays_in_the_nucleus():
     logits = torch.randn(997, 101, generator=torch.Generator().manual_seed(0))
     chosen = choose(logits, 1.0, 0.75, torch.full((997,), 1 - 2**-24))
     for row, token in zip(logits.tolist(), chosen.tolist(), strict=True):
-        assert token in oracles.nucleus(row, 1.0, 0.75)
+        assert token in reference.nucleus(row, 1.0, 0.75)
 
 
 @pytest.mark.parametrize(

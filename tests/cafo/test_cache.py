@@ -16,13 +16,13 @@ from cafo.cache import (
     train_keys,
 )
 from cafo.ensemble import Ensemble, combine, standardise
-from tests.cafo import oracles
+from tests.cafo import reference
 
 N = 7
 
 
 def make(seed=0, **kwargs):
-    keys, features, classifier, key_labels, labels = oracles.problem(seed, **kwargs)
+    keys, features, classifier, key_labels, labels = reference.problem(seed, **kwargs)
     cache = Cache(
         keys=keys, labels=key_labels, classifier=classifier, class_names=tuple("abcdefg"), beta=4.0, alpha=0.8
     )
@@ -32,8 +32,8 @@ def make(seed=0, **kwargs):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("beta", [0.1, 5.5, 50.0])
 def test_class_sums_are_the_product_with_one_hot_values(beta, ragged):
-    keys, features, _, key_labels, _ = oracles.problem(ragged=ragged)
-    naive = oracles.cache_logits_loop(keys["clip"], key_labels, features["clip"], N, beta)
+    keys, features, _, key_labels, _ = reference.problem(ragged=ragged)
+    naive = reference.cache_logits_loop(keys["clip"], key_labels, features["clip"], N, beta)
     got = class_logits(affinity(keys["clip"], features["clip"]), key_labels, N, beta)
     expected = torch.tensor(naive, dtype=torch.float64)
     ratio = got.double() / expected  # one factor per image, the same for every class with keys
@@ -64,8 +64,8 @@ def test_a_cache_without_keys_is_zero_shot():
 
 def test_logits_are_the_equations_and_half_precision_features_are_raised():
     cache, features, _ = make()
-    naive = [oracles.cache_logits_loop(cache.keys[n], cache.labels, features[n], N, 4.0) for n in cache.keys]
-    expected = oracles.adaptive_loop((100 * features["clip"] @ cache.classifier).double().tolist(), naive, 0.8)
+    naive = [reference.cache_logits_loop(cache.keys[n], cache.labels, features[n], N, 4.0) for n in cache.keys]
+    expected = reference.adaptive_loop((100 * features["clip"] @ cache.classifier).double().tolist(), naive, 0.8)
     got = cache.logits(features)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
     assert cache.logits({n: f.bfloat16() for n, f in features.items()}).dtype == torch.float32

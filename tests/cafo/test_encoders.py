@@ -168,7 +168,7 @@ def activation(name, path, **kwargs):
 
 
 def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("cafo.towers._assemble", lambda *a: (_ for _ in ()).throw(ValueError("assembled")))
+    monkeypatch.setattr("cafo.encoder_weights._assemble", lambda *a: (_ for _ in ()).throw(ValueError("assembled")))
     plain, openai = tmp_path / "plain.pt", tmp_path / "openai.pt"
     torch.save({"w": torch.zeros(1)}, plain)
     scalars = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -184,7 +184,7 @@ def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
     assert "is stated" in activation("RN50-quickgelu", openai, quick_gelu=False)
     assert activation("RN50-quickgelu", openai) == "assembled"
     # a published file is known by its digest
-    monkeypatch.setattr("cafo.towers._published", lambda path: {"quick_gelu": False})
+    monkeypatch.setattr("cafo.encoder_weights._published", lambda path: {"quick_gelu": False})
     assert "use ViT-B-32" in activation("ViT-B-32-quickgelu", plain)
     assert activation("ViT-B-32", plain) == "assembled"
     # a tag is known by open_clip's table
@@ -197,7 +197,7 @@ def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
 def test_published_files_are_recognised_by_digest(tmp_path, monkeypatch):
     import hashlib
 
-    from cafo.towers import _published
+    from cafo.encoder_weights import _published
 
     (tmp_path / "w.pt").write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()

@@ -4,7 +4,7 @@ from sklearn.preprocessing import StandardScaler
 
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import Ensemble, combine, standardise, table5
-from tests.cafo import oracles
+from tests.cafo import reference
 
 B, N = 13, 7
 
@@ -30,13 +30,13 @@ def test_a_flat_prediction_has_no_opinion_and_no_nan_gradient():
 
 @pytest.mark.parametrize("names", [("clip",), ("clip", "dino"), ("clip", "dino", "third")])
 def test_the_adaptive_rule_is_equations_8_and_9(names):
-    keys, features, classifier, key_labels, _ = oracles.problem(widths=(11, 13, 17))
+    keys, features, classifier, key_labels, _ = reference.problem(widths=(11, 13, 17))
     zero_shot = zero_shot_logits(features["clip"], classifier)
     caches = {n: class_logits(affinity(keys[n], features[n]), key_labels, 7, 4.3) for n in names}
     scales = dict(zip(names, (0.5, 1.0, 0.25), strict=False))
     got = combine(zero_shot, caches, Ensemble(temperature=1.7, scales=scales)).logits(0.9)
-    naive = [oracles.cache_logits_loop(keys[n], key_labels, features[n], 7, 4.3) for n in names]
-    expected = oracles.adaptive_loop(zero_shot.double().tolist(), naive, 0.9, 1.7, list(scales.values()))
+    naive = [reference.cache_logits_loop(keys[n], key_labels, features[n], 7, 4.3) for n in names]
+    expected = reference.adaptive_loop(zero_shot.double().tolist(), naive, 0.9, 1.7, list(scales.values()))
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
 
 

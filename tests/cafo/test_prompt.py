@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cafo.endpoint import Endpoint
+from cafo.openai_client import Endpoint
 from cafo.prompt import (
     COMMANDS,
     EndpointModel,

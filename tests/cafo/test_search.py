@@ -5,14 +5,14 @@ import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import Ensemble, combine, table5
 from cafo.search import BetaGrid, accuracy_path, search, weight_grid
-from tests.cafo import oracles
+from tests.cafo import reference
 
 N = 7
 GRID = BetaGrid(low=0.1, high=12.0, steps=31, refinements=2, refined_steps=5)
 
 
 def setup(seed=0, **kwargs):
-    keys, features, classifier, key_labels, labels = oracles.problem(seed, **kwargs)
+    keys, features, classifier, key_labels, labels = reference.problem(seed, **kwargs)
     zero_shot = zero_shot_logits(features["clip"], classifier) / 8  # so that neither half drowns the other
     return zero_shot, {n: affinity(keys[n], features[n]) for n in keys}, key_labels, labels
 
@@ -42,10 +42,10 @@ def test_never_below_a_dense_grid_and_right_to_the_last_image(seed, ragged):
     data = setup(seed, ragged=ragged)
     found = search(*data, grid=GRID)
     alphas = [0.25 * i for i in range(41)]
-    grid = oracles.grid_loop(*data, alphas, GRID.values())
+    grid = reference.grid_loop(*data, alphas, GRID.values())
     assert found.correct >= max(grid.values())
     assert found.correct == right(*data, found.alpha, found.beta)
-    assert found.correct == oracles.grid_loop(*data, [found.alpha], [found.beta])[found.alpha, found.beta]
+    assert found.correct == reference.grid_loop(*data, [found.alpha], [found.beta])[found.alpha, found.beta]
     assert found.accuracy == found.correct / 53
     assert found.correct > right(*data, 0.0, 1.0)  # the problem is one where the cache helps
 

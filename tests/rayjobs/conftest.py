@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rayjobs.places import place
-from rayjobs.tables import read_jsonl, write_jsonl
+from rayjobs.storage.files import read_jsonl, write_jsonl
+from rayjobs.storage.paths import place
 from tests.cafo.test_images import bomb
-from tests.rayjobs.cafo_world import towers
+from tests.rayjobs.cafo_dataset import towers
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import yaml
 
 from rayjobs.__main__ import JOBS
 from rayjobs.config import ConfigError, describe, load, to_dict
+from rayjobs.data.records import SourceConfig
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
-from rayjobs.records import SourceConfig
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]

@@ -1,0 +1,53 @@
+"""What the first two steps of CaFo ask and of whom: the classes, a served model, and one source per folder of
+answers."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from pydantic import Field
+from cafo.datasets import PHOTO
+from cafo.openai_client import Endpoint, Line
+from cafo.prompt import spoken
+from rayjobs.config import config
+from rayjobs.data.image_dataset import ImagesConfig
+
+
+
+class Classes(NamedTuple):
+    """What is described and drawn."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    """sentences with one {} for the class name"""
+
+    def missing(self, known: Mapping[str, Any]) -> list[str]:
+        """The names, each once, that are in `known` neither with underscores nor with spaces."""
+        answered = {spoken(name) for name, answers in known.items() if answers}
+        return [name for name in dict.fromkeys(self.names) if spoken(name) not in answered]
+
+
+def open_classes(data: ImagesConfig | None, class_names: list[str] | None) -> Classes:
+    """A data set's classes, or a plain list. Raises ValueError unless there is exactly one of them."""
+    if (data is None) == (class_names is None):
+        raise ValueError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
+    if data is not None:
+        dataset = data.open()
+        classes = Classes(dataset.class_names, dataset.templates)
+    else:
+        assert class_names is not None
+        if blank := [name for name in class_names if not name.strip()]:
+            raise ValueError(f"class_names holds a blank name: {blank[0]!r}")
+        classes = Classes(tuple(class_names), PHOTO)
+    for template in classes.templates:
+        check_sentence("template", template)
+    return classes
+
+
+def check_sentence(what: str, sentence: str) -> None:
+    """Raises ValueError unless the sentence has one {} for the class name, and no other braces."""
+    try:
+        fits = sentence.count("{}") == 1 and bool(sentence.format(""))
+    except (ValueError, LookupError):
+        fits = False
+    if not fits:
+        raise ValueError(f"a {what} needs one {{}} for the class name and no other braces, got {sentence!r}")

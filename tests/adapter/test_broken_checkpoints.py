@@ -1,0 +1,190 @@
+"""Checkpoints that cannot be used are refused at opening, by an error that names the file and the key."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from adapter.base_checkpoint import open_checkpoint
+from adapter.tensor_files import CheckpointError
+from tests.adapter.test_base_checkpoint import DIM, hf_logits, hf_model, our_logits, write_hf, write_meta
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return hf_model()
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_pth(path: Path, key: str, value: Tensor | None) -> None:
+    state = torch.load(path, weights_only=True)
+    state.pop(key, None)
+    if value is not None:
+        state[key] = value
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "mistral"}, "model_type is 'mistral'"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"attention_bias": True}, "attention_bias is True"),
+    ({"mlp_bias": True}, "mlp_bias is True"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ({"head_dim": 8}, "head_dim is 8.*24 / 4"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters is.*'default' or 'llama3'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is.*'default'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "must give factor"),
+    ({"hidden_size": None}, "hidden_size is None"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": 10**9}, "30 tensors cannot be a model of 1000000000 layers"),
+    ({"hidden_size": 10**30}, "hidden_size is 1000000"),
+    ({"num_attention_heads": 5, "head_dim": None}, "head_dim|heads"),
+    ({"num_key_value_heads": 3}, "cannot share"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+    ({"vocab_size": 32}, r"model\.safetensors: model\.embed_tokens\.weight has shape \(31, 24\).*\(32, 24\)"),
+    ({"num_hidden_layers": 2}, r"model\.layers\.2\.\S+.* and 6 more unexpected"),
+    ({"num_hidden_layers": 4}, r"model\.layers\.3\.\S+.* and 6 more missing"),
+])  # fmt: skip
+def test_hf_configs_that_are_refused(tmp_path: Path, model: LlamaForCausalLM, changes: dict, message: str) -> None:
+    path = write_hf(tmp_path, model)
+    edit_json(path / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_hf_files_that_are_refused(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    path = write_hf(tmp_path, model)
+    file = path / "model.safetensors"
+    whole, state = file.read_bytes(), load_file(file)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*truncated"):
+        open_checkpoint(path)
+    save_file({**state, "model.norm.bias": torch.ones(3)}, file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.norm\.bias unexpected"):
+        open_checkpoint(path)
+    save_file({**state, "model.norm.weight": torch.ones(DIM, dtype=torch.int8)}, file)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8"):
+        open_checkpoint(path)
+    save_file({key: tensor for key, tensor in state.items() if key != "lm_head.weight"}, file)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: lm_head\.weight missing"):
+        open_checkpoint(path)
+    edit_json(path / "config.json", tie_word_embeddings=True)
+    assert open_checkpoint(path).config.tied_head
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no weights: expected"):
+        open_checkpoint(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: not readable JSON"):
+        open_checkpoint(path)
+
+
+def test_hf_indexes_that_are_refused(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    path = write_hf(tmp_path, model, max_shard_size="6KB")
+    index = path / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    shard = path / good["model.norm.weight"]
+    edit_json(index, weight_map={**good, "model.extra.weight": shard.name})
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: model\.extra\.weight is missing"):
+        open_checkpoint(path)
+    edit_json(index, weight_map={**good, "model.norm.weight": "../elsewhere.safetensors"})
+    with pytest.raises(CheckpointError, match="not the name of a file in this folder"):
+        open_checkpoint(path)
+    edit_json(index, weight_map=[])
+    with pytest.raises(CheckpointError, match=r"index\.json: weight_map"):
+        open_checkpoint(path)
+    edit_json(index, weight_map=good)
+    twice = load_file(shard)
+    other = path / next(name for name in good.values() if name != shard.name)
+    save_file({**load_file(other), **twice}, other)
+    with pytest.raises(CheckpointError, match="is also in"):
+        open_checkpoint(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}: no such file"):
+        open_checkpoint(path)
+
+
+def test_meta_files_that_are_refused(tmp_path: Path) -> None:
+    path = write_meta(tmp_path, hf_model(vocab_size=34), shards=2)
+    first, second = path / "consolidated.00.pth", path / "consolidated.01.pth"
+    whole = second.read_bytes()
+
+    second.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: not a readable PyTorch file, truncated"):
+        open_checkpoint(path)
+    second.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth"):
+        open_checkpoint(path)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: .* has shape .* the configuration wants"):
+        open_checkpoint(path)
+    (path / "consolidated.02.pth").write_bytes(whole)
+    with pytest.raises(CheckpointError, match="without a gap"):
+        open_checkpoint(path)
+    (path / "consolidated.02.pth").rename(second)
+
+    edit_pth(second, "layers.1.ffn_norm.weight", None)
+    with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: layers\.1\.ffn_norm\.weight is not in both"):
+        open_checkpoint(path)
+    edit_pth(first, "layers.1.ffn_norm.weight", None)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn_norm\.weight missing"):
+        open_checkpoint(path)
+    for file in (first, second):
+        edit_pth(file, "layers.0.feed_forward.w1.weight", None)
+    with pytest.raises(CheckpointError, match=r"00\.pth: layers\.0\.feed_forward\.w1\.weight is missing"):
+        open_checkpoint(path)
+    edit_json(path / "params.json", dim=None)
+    with pytest.raises(CheckpointError, match=r"params\.json: dim is None"):
+        open_checkpoint(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB_FOLDER"],)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_never_runs_code(
+    tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    exploded = tmp_path / "exploded"
+    monkeypatch.setenv("BOMB_FOLDER", str(exploded))
+    path = write_meta(tmp_path / "meta", model)
+    file = path / "consolidated.00.pth"
+    torch.save({"norm.weight": Bomb()}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: refused.*can run code"):
+        open_checkpoint(path)
+    assert not exploded.exists()
+
+
+def test_contents_that_are_no_tensors_by_name(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    path = write_meta(tmp_path, model)
+    file = path / "consolidated.00.pth"
+    state = torch.load(file, weights_only=True)
+    torch.save([1, 2], file)
+    with pytest.raises(CheckpointError, match="holds a list"):
+        open_checkpoint(path)
+    torch.save({"step": 3}, file)
+    with pytest.raises(CheckpointError, match="'step' is a int"):
+        open_checkpoint(path)
+    torch.save({"norm.weight": torch.ones(3, device="meta")}, file)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is not a plain dense tensor"):
+        open_checkpoint(path)
+    torch.save(state, file, _use_new_zipfile_serialization=False)  # of before PyTorch 1.6: no map, but read
+    torch.testing.assert_close(our_logits(path), hf_logits(model), rtol=0, atol=1e-4)
+
+
+def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent: not a folder"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"neither config\.json"):
+        open_checkpoint(tmp_path)

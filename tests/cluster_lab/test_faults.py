@@ -1,0 +1,135 @@
+"""Machines, links and disks that fail in the middle of training: each run ends with the undisturbed one's adapter."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster_lab.cluster import HEAD, RECOVERED_S, WORKERS, Cluster, Sweep, Training
+
+MIDDLE = 60
+"""Steps after which the fault comes: between the checkpoints at 50 and 75."""
+
+
+@pytest.fixture
+def run(onprem: Cluster, undisturbed: Training, shared: Path, request: pytest.FixtureRequest) -> Training:
+    """A run in the middle of its work."""
+    made = Training(onprem, shared, request.node.name)
+    made.submit()
+    made.wait_for_step(MIDDLE)
+    return made
+
+
+def test_worker_process_killed(run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    next(iter(run.workers_on().values())).kill()
+    run.goes_on(mark, "worker process killed")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_worker_host_without_power(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    host = next(host for host in run.workers_on() if host in WORKERS)
+    onprem.hosts.power_off(host)
+    run.goes_on(mark, "worker host without power")
+    onprem.hosts.power_on(host)
+    with onprem.timed("the host switched on again, until Ray has it back"):
+        onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_link_cut_for_half_a_minute(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    host = next(host for host in run.workers_on() if host in WORKERS)
+    onprem.hosts.link(host, "down")
+    time.sleep(30)
+    onprem.hosts.link(host, "up")
+    run.goes_on(mark, "link cut for 30 s")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_fewer_workers_while_a_host_is_off(onprem: Cluster, shared: Path) -> None:
+    run, began = Training(onprem, shared, "elastic"), time.monotonic()
+    run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
+    run.wait_for_step(MIDDLE)
+    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began, 120)
+    host, began = WORKERS[0], time.monotonic()
+    onprem.hosts.power_off(host)
+    run.wait_for_workers(2, "elastic: a host without power, until two go on", began, RECOVERED_S)
+    began = time.monotonic()
+    onprem.hosts.power_on(host)
+    run.wait_for_workers(3, "elastic: switched on again, until three go on", began, 120)
+    steps = run.steps()
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    onprem.on_dashboard("ray", "job", "stop", onprem.running())
+    run.end()
+
+
+def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
+        driver.kill()
+    code, _ = run.end()
+    assert code != 0
+    run.submit()
+    run.goes_on(mark, "driver on the head killed, and submitted again")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("what", "actor", "first"),
+    [("encoding", "ChunkEncoder", "features/*/part-*"), ("trials", "ImplicitFunc", "trials/*/result.json")],
+)
+def test_worker_host_without_power_in_a_sweep(
+    onprem: Cluster, calm_sweep: Sweep, what: str, actor: str, first: str
+) -> None:
+    run = Sweep(onprem, what)
+    run.submit()
+    onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
+    host = next(host for host in WORKERS if onprem.processes(host, actor))
+    with onprem.timed(f"worker host without power during {what}, until the sweep is over") as clock:
+        onprem.hosts.power_off(host)
+        run.ends_well()
+    assert clock.seconds < calm_sweep.seconds + RECOVERED_S
+    assert run.rows() == calm_sweep.rows()
+    onprem.hosts.power_on(host)
+    onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
+
+
+def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> None:
+    mark = run.mark()
+    _, newest = run.kept()[-1]
+    os.truncate(newest / "state.safetensors", 1000)
+    next(iter(run.workers_on().values())).kill()
+    run.goes_on(mark._replace(kept=run.kept()[-2][0]), "newest checkpoint truncated, worker process killed")
+    run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_disk_full(onprem: Cluster, undisturbed: Training, shared: Path) -> None:
+    run = Training(onprem, shared, "full", storage=onprem.small)
+    run.submit()
+    run.wait_for_step(MIDDLE)
+    mark = run.mark()
+    filler = onprem.small / "filler"
+    with filler.open("wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(1024))
+            except OSError:
+                break
+    with onprem.timed("disk full, until the run has stopped"):
+        code, output = run.end()
+    assert code == 2
+    (line,) = [line for line in output.splitlines() if "error:" in line]
+    assert "No space left on device" in line
+    filler.unlink()
+    run.submit()
+    run.goes_on(mark, "disk full, freed, and submitted again")
+    run.ends_well()
+    run.is_as(undisturbed)

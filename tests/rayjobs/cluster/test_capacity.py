@@ -1,0 +1,113 @@
+"""A job that can never fit is told so before any work; what an autoscaler may bring counts as there."""
+
+import itertools
+import random
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from rayjobs.__main__ import main
+from rayjobs.cluster.capacity import Capacity, capacity, planned
+from rayjobs.cluster.worker_pool import DATA_CPUS, PoolConfig
+from tests.conftest import ROOT
+from tests.rayjobs.cafo_dataset import world
+
+
+def placed(nodes: list[dict[str, float]], worker: dict[str, float]) -> int:
+    """Workers put one after the other wherever there is room."""
+    free, count = [dict(node) for node in nodes], 0
+    while home := next((node for node in free if all(node.get(n, 0) >= worker[n] for n in worker)), None):
+        for name in worker:
+            home[name] -= worker[name]
+        count += 1
+    return count
+
+
+def test_room_is_what_can_be_placed_on_whole_nodes() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        nodes = [{"CPU": draw.randint(1, 9), "GPU": draw.randint(0, 4)} for _ in range(5)]
+        worker = {"CPU": draw.choice([0.5, 1, 2, 3]), "GPU": draw.choice([0.5, 1, 2])}
+        assert Capacity(nodes=tuple(nodes)).room(worker) == placed(nodes, worker)
+        at_most = draw.randint(1, 3)
+        grown = Capacity(nodes=tuple(nodes[:2]), more=tuple(nodes[2:]), at_most=at_most)
+        chosen = itertools.combinations(nodes[2:], at_most)
+        assert grown.room(worker) == max(placed([*nodes[:2], *more], worker) for more in chosen)
+
+
+def test_three_nodes_of_three_cpus_hold_three_workers_of_two() -> None:
+    nodes = ({"CPU": 3.0},) * 3
+    assert Capacity(nodes=nodes).room({"CPU": 2}) == 3
+    assert Capacity(nodes=nodes).room({"CPU": 2}, beside=1.5) == 0
+
+
+def test_a_cluster_scaled_to_zero_has_what_its_file_may_bring() -> None:
+    given = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    have = planned(given, [{"CPU": 4.0}])
+    assert have.room({"CPU": 1, "GPU": 1}, DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
+    assert str(have) == "1 node and up to 8 more, 68 CPU and 8 GPU in all"
+
+
+def test_workers_take_gpus_where_there_are_any_and_never_fall_back_to_cpus_in_silence() -> None:
+    four = Capacity(nodes=({"CPU": 8.0, "GPU": 4.0},))
+    assert PoolConfig(workers=4).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(ValueError, match=r"5 workers of 1 CPU and 1 GPU each .* room for 4.*; gpus_per_worker=0 runs"):
+        PoolConfig(workers=5).fit(four, DATA_CPUS)
+    assert PoolConfig(workers=5, gpus_per_worker=0.5).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
+    assert PoolConfig(workers=5, gpus_per_worker=0).fit(four, DATA_CPUS) == {"CPU": 1.0}
+    with pytest.raises(ValueError, match="no GPU is there yet, and what may come cannot be seen: set gpus_per"):
+        PoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), known=False), DATA_CPUS)
+
+
+def test_bounds_fit_where_the_fewest_do() -> None:
+    nodes = Capacity(nodes=({"CPU": 2.0},) * 3)
+    assert PoolConfig(workers={"min": 1, "max": 30}).fit(nodes, DATA_CPUS) == {"CPU": 1.0}
+    assert PoolConfig(workers=6).fit(nodes, DATA_CPUS) == {"CPU": 0.5}
+    with pytest.raises(ValueError, match=r"4 workers of 1\.5 CPU each can never run: there is room for 3"):
+        PoolConfig(workers={"min": 4, "max": 30}, cpus_per_worker=1.5).fit(nodes, DATA_CPUS)
+
+
+@pytest.mark.ray
+def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = [f"base.path={tiny_base}", f"data.path=[{records}]", f"run.storage={tmp_path / 'runs'}"]
+    axes = "sweep.axes={train.epochs: [1]}"
+    images, one = world(tmp_path), ["space.shots=[1]", "space.seeds=[0]"]
+    for job, given, section in (
+        ("adapter-train", [*adapter, "adapter.n_layers=2"], "scale"),
+        ("adapter-tune", [*adapter, "adapter.n_layers=2", axes, "sweep.at_once=2"], "scale"),
+        ("adapter-eval", adapter, "scale"),
+        ("cafo-features", [*images, "shots=2"], "scale"),
+        ("cafo-tune", [*images, *one], "scale"),
+        ("cafo-tune", [*images, *one], "trials"),
+    ):
+        began = time.monotonic()
+        name = f"run.name={job}-{section}"
+        assert main([job, *given, name, f"{section}.workers=2", f"{section}.cpus_per_worker=999"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert "workers of 999 CPU" in line
+        assert "can never run: there is room for 0; the cluster has 1 node, " in line
+        assert time.monotonic() - began < 30
+    assert not (tmp_path / "runs" / "cache").exists(), "before any work"
+
+
+@pytest.mark.ray
+def test_a_machine_of_ones_own_that_is_off_may_still_come(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for workers, known in (([], True), (["10.0.0.2"], False)):
+        file = {"provider": {"type": "local", "worker_ips": workers}, "max_workers": len(workers)}
+        monkeypatch.setattr("rayjobs.cluster.capacity._autoscaler_config", lambda _, file=file: file)
+        assert capacity().known == known
+    assert PoolConfig(workers=99, gpus_per_worker=0).resources() == {"CPU": 1.0}, "it waits"
+
+
+@pytest.mark.ray
+def test_ray_data_keeps_a_share_of_every_node(cluster: None) -> None:
+    cpus = ray.cluster_resources()["CPU"]
+    assert PoolConfig(workers=1, cpus_per_worker=cpus - DATA_CPUS).resources() == {"CPU": cpus - DATA_CPUS}
+    with pytest.raises(ValueError, match=r"every node keeps 0\.5 CPU for Ray Data"):
+        PoolConfig(workers=1, cpus_per_worker=cpus).resources()
+    assert PoolConfig(workers=1, cpus_per_worker=cpus).resources(beside=0) == {"CPU": cpus}

@@ -1,0 +1,81 @@
+"""The smallest world in which only an image tells the answer: red is (A), blue is (B), in ScienceQA's layout."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from adapter import Base
+from adapter.adaption import AdaptionConfig
+from adapter.instruct import encode_record
+from adapter.scienceqa import TEMPLATE, read_problems
+from rayjobs.inference.batch import look
+from rayjobs.models.image_conditioning import Eyes, VisionConfig
+from rayjobs.storage.files import write_json
+from tests.conftest import WORDS, make_base
+
+COLOURS = ((200, 40, 40), (50, 60, 210))
+
+
+def write_base(folder: Path) -> Path:
+    """A random LLaMA that has a piece for either letter."""
+    folder.mkdir(parents=True)
+    sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(200)]
+    return make_base(
+        folder, [*sentences, *["Question: Options: (A) red (B) bird Answer: The answer is (A). (B)."] * 30]
+    )
+
+
+def write_questions(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """`counts` is problems of each split; every fifth has no image, and the answer to it is a guess."""
+    draw, problems = np.random.default_rng(seed), {}
+    splits = {split: [f"{split}{i}" for i in range(count)] for split, count in counts.items()}
+    for split, pids in splits.items():
+        for i, pid in enumerate(pids):
+            problems[pid] = {
+                "question": "the big",
+                "choices": ["red", "bird"],
+                "answer": i % 2,
+                "hint": None,
+                "image": "image.png" if i % 5 else None,
+                "subject": "natural science",
+                "grade": "grade1",
+                "split": split,
+            }
+            path = folder / "images" / split / pid / "image.png"
+            path.parent.mkdir(parents=True)
+            pixels = np.array(COLOURS[i % 2]) + draw.normal(0, 20, (24, 24, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+    write_json(folder / "problems.json", problems)
+    write_json(folder / "pid_splits.json", splits)
+    return folder
+
+
+def shuffle(questions: Path, shuffled: Path) -> dict[str, int]:
+    """The same questions with the test images dealt anew; which colour each one shows by then, by pid."""
+    shutil.copytree(questions, shuffled)
+    asked = [problem for problem in read_problems(questions, "test") if problem.image]
+    dealt = random.Random(0).sample(asked, len(asked))
+    for problem, other in zip(asked, dealt, strict=True):
+        shutil.copyfile(questions / other.image, shuffled / problem.image)
+    return {problem.pid: other.answer for problem, other in zip(asked, dealt, strict=True)}
+
+
+def train_adapter(base_path: Path, vision: VisionConfig, questions: Path, file: Path) -> None:
+    """An adapter that tells the letter from the colour, by a plain loop of a second or two."""
+    base, sight = Base.load(base_path), vision.open()
+    base.attach(AdaptionConfig(n_layers=3, prompt_length=5, vision=sight.projection))
+    asked = [problem for problem in read_problems(questions, "train") if problem.image]
+    pixels = [look(questions / problem.image, sight)[0] for problem in asked]
+    features = Eyes(sight.tower, "cpu").features([one for one in pixels if one is not None])
+    tokens = torch.tensor([encode_record(problem.record(), base.tokenizer, TEMPLATE).ids for problem in asked])
+    labels = torch.where((tokens == tokens[0]).all(dim=0), -100, tokens)  # the letter: all else is the same
+    optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad], lr=0.03)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (base.model(tokens, labels, (features, torch.arange(len(asked)))) / len(asked)).backward()
+        optimizer.step()
+    base.save_adapter(file)

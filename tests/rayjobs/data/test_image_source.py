@@ -1,0 +1,96 @@
+"""Images on their way to a worker: as they are, or in views that change with the epoch; one that is gone is named."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.config import load
+from rayjobs.data.image_features import prepare_pictures
+from rayjobs.data.image_source import Pictures, StoredFeatures, part_name
+from rayjobs.data.records import RecordsConfig
+from rayjobs.jobs import adapter_train
+from rayjobs.models.image_conditioning import Eyes, VisionConfig
+from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Records of an image that grows brighter from left to right."""
+    row = np.linspace(0, 255, 60).astype(np.uint8)
+    Image.fromarray(np.broadcast_to(row[:, None], (40, 60, 3)).copy()).save(tmp_path / "ramp.png")
+    write_jsonl(tmp_path / "r.jsonl", [{"instruction": "i", "output": "o", "image": "ramp.png"}])
+    write_json(tmp_path / "images.json", {"0": ["ramp.png"]})
+    return tmp_path
+
+
+def pictures(folder: Path, vision: list[str], *more: str) -> Pictures:
+    how = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, *more)])
+    sources = RecordsConfig(path=[str(folder / "r.jsonl")]).sources()
+    return prepare_pictures(how, how.open(), sources, folder / "images.json", folder, PoolConfig(), 5)
+
+
+def seen(found: Pictures, epoch: int | None) -> np.ndarray:
+    return np.frombuffer(found.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
+
+
+def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_where_told(
+    folder: Path, vision: list[str]
+) -> None:
+    plain = seen(pictures(folder, vision, "mode=streamed"), 1)
+    found = pictures(folder, vision, "mode=streamed", "augment=true")
+    views = [seen(found, epoch) for epoch in range(24)]
+    assert np.array_equal(views[3], seen(found, 3))
+    assert np.array_equal(seen(found, None), plain), "whoever validates sees the image as it is"
+    assert len({view.tobytes() for view in [plain, *views]}) > 20
+    assert all(np.all(np.diff(view[0, 9]) >= 0) for view in views), "brighter to the right: never mirrored"
+    assert min(map(np.ptp, views)) < 0.75 * max(map(np.ptp, views))
+
+    large = pictures(folder, vision, "mode=streamed", "augment=true", "min_area=0.85", "flips=true")
+    views = [seen(large, epoch) for epoch in range(24)]
+    assert {bool(np.all(np.diff(view[0, 9]) <= 0)) for view in views} == {True, False}
+    assert min(map(np.ptp, views)) > 0.8 * max(map(np.ptp, views))
+
+
+def test_images_that_nothing_reads_are_told(
+    folder: Path, tiny_base: Path, vision: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"base.path={tiny_base}", f"data.path=[{folder}/r.jsonl]", "adapter.n_layers=1", "run.name=r"]
+    adapter_train.plan(load(adapter_train.Config, None, given))
+    assert re.search(r"images +left out, of 1 records: there is no vision section", capsys.readouterr().out)
+    adapter_train.plan(load(adapter_train.Config, None, [*given, *vision]))
+    assert re.search(r"images +1, stored", capsys.readouterr().out)
+
+
+def test_a_tower_reads_no_more_images_at_once_than_it_is_told(
+    vision: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sight = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
+    eyes, read = Eyes(sight.tower, "cpu"), []
+    multi_scale = eyes.encoder.multi_scale
+    monkeypatch.setattr(
+        eyes.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]
+    )
+    pixels = list(np.random.default_rng(0).normal(size=(7, 3 * 32 * 32)).astype(np.float32))
+    found = eyes.features([one.tobytes() for one in pixels])
+    assert read == [3, 3, 1]
+    whole = torch.cat(multi_scale(torch.tensor(np.stack(pixels)).view(7, 3, 32, 32)), dim=1)
+    torch.testing.assert_close(found, whole)
+
+
+def test_an_image_that_is_gone_is_named(folder: Path, vision: list[str]) -> None:
+    streamed = pictures(folder, vision, "mode=streamed")
+    (folder / "ramp.png").unlink()
+    with pytest.raises(ValueError, match=r"ramp\.png: cannot be decoded"):
+        streamed.read(0, 0, None)
+    features = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)
+    write_parquet(folder / part_name(0), pa.table({"row": [1], "features": features}))
+    stored = StoredFeatures(folders={0: folder}, lists=folder / "images.json")
+    assert np.frombuffer(stored.read(0, 1, None), np.float32).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"ramp\.png: could be read when"):
+        stored.read(0, 0, None)

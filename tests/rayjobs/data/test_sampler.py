@@ -1,0 +1,175 @@
+"""The order of training, without Ray: every record once, even steps, nothing that knows the number of workers."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayjobs.data.sampler import Order, deal, window_micro_batches
+from rayjobs.data.token_store import ROWS_PER_SOURCE, TOKENS, TokenStore
+from rayjobs.storage.files import write_parquet
+
+PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TokenStore:
+    draw, parts, id = np.random.default_rng(3), [], 0
+    for rows in PARTS:
+        listed = []
+        for _ in range(rows):
+            length = int(draw.integers(2, 40))
+            listed.append({"id": id, "tokens": [id] * length, "label_start": int(draw.integers(1, length))})
+            id += 1
+        name = f"train-{listed[0]['id']:014x}.parquet"
+        write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+        parts.append((name, rows))
+    return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
+
+
+def walk(order: Order, world: int, steps: range) -> list[list[dict]]:
+    """Every worker's micro-batches."""
+    windows = {
+        (step // order.steps_per_epoch, step % order.steps_per_epoch // order.steps_per_window) for step in steps
+    }
+    return [
+        [
+            micro
+            for epoch, window in sorted(windows)
+            for table in window_micro_batches({"epoch": [epoch], "window": [window]}, order, steps, rank, world)
+            for micro in table.to_pylist()
+        ]
+        for rank in range(world)
+    ]
+
+
+def order_of(store: TokenStore, **changes: object) -> Order:
+    settings = {"global_batch": 7, "token_budget": 64, "shuffle_records": 20, "seed": 5, **changes}
+    return Order(store=store, split="train", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("shuffle_records", [1, 20, 1000])
+def test_every_record_once_per_epoch_in_even_steps(store: TokenStore, world: int, shuffle_records: int) -> None:
+    order = order_of(store, shuffle_records=shuffle_records)
+    assert order.steps_per_epoch == 15
+    for epoch in range(2):
+        workers = walk(order, world, range(epoch * 15, epoch * 15 + 15))
+        seen = Counter(row["id"] for worker in workers for micro in worker for row in micro["rows"])
+        assert seen == Counter(range(101))
+        shapes = [[(micro["step"], micro["last"]) for micro in worker] for worker in workers]
+        assert all(shape == shapes[0] for shape in shapes)
+        assert [step for step, last in shapes[0] if last] == list(range(epoch * 15, epoch * 15 + 15))
+
+
+def test_a_step_is_the_same_for_any_number_of_workers(store: TokenStore) -> None:
+    order = order_of(store)
+
+    def steps(world: int) -> dict[int, tuple[list[int], int]]:
+        found: dict[int, tuple[list[int], int]] = {}
+        for worker in walk(order, world, range(30)):
+            for micro in worker:
+                ids, _ = found.get(micro["step"], ([], 0))
+                found[micro["step"]] = (sorted(ids + [row["id"] for row in micro["rows"]]), micro["step_labels"])
+        return found
+
+    assert steps(1) == steps(2) == steps(4)
+
+
+def test_resuming_in_the_middle_gives_the_rest(store: TokenStore) -> None:
+    order = order_of(store)
+    whole, rest = walk(order, 2, range(30)), walk(order, 2, range(11, 30))
+    for rank in range(2):
+        assert rest[rank] == [micro for micro in whole[rank] if micro["step"] >= 11]
+
+
+def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> None:
+    for step in range(15):
+        workers = walk(order_of(store), 2, range(step, step + 1))
+        rows = [row for worker in workers for micro in worker for row in micro["rows"]]
+        labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
+        assert {micro["step_labels"] for worker in workers for micro in worker} == {labels}
+
+
+def test_epochs_and_seeds_differ_and_repeat(store: TokenStore) -> None:
+    def ids(seed: int | None, epoch: int) -> list[int]:
+        order = order_of(store, seed=seed, shuffle_records=1000)
+        return order.rows(epoch, 0)["id"].to_pylist()
+
+    assert ids(5, 0) == ids(5, 0)
+    assert ids(5, 0) != ids(5, 1)
+    assert ids(5, 0) != ids(6, 0)
+    assert ids(None, 0) == ids(None, 1) == list(range(101))
+
+
+def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
+    parts, per_source = [], {0: (10, 7), 1: (6,), 2: (4,)}
+    for source, sizes in per_source.items():
+        first = source * ROWS_PER_SOURCE
+        for rows in sizes:
+            listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1} for i in range(rows)]
+            name = f"train-{first:014x}.parquet"
+            write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+            parts.append((name, rows))
+            first += rows
+    store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
+    order = order_of(store, weights=(1.0, 2.5, 0.5))
+    assert order.steps_per_epoch == -(-(17 + 15 + 2) // 7)
+    seen: Counter[int] = Counter()
+    for epoch in range(4):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        epoch_ids = [row["id"] for worker in walk(order, 2, steps) for micro in worker for row in micro["rows"]]
+        assert Counter(id // ROWS_PER_SOURCE for id in epoch_ids) == {0: 17, 1: 15, 2: 2}
+        seen += Counter(epoch_ids)
+        for source, total in ((0, 17), (1, 6), (2, 4)):
+            counts = [seen[source * ROWS_PER_SOURCE + row] for row in range(total)]
+            assert max(counts) - min(counts) <= 1, "nothing is seen twice more than its neighbours"
+    assert all(count == 4 for id, count in seen.items() if id < ROWS_PER_SOURCE)
+
+
+class Places:
+    """Pictures that tell what was asked of them."""
+
+    def read(self, source: int, place: int, epoch: int | None) -> bytes:
+        return f"{source} {place} {epoch}".encode()
+
+
+def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> None:
+    first = 3 * ROWS_PER_SOURCE
+    listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1, "image": i if i % 2 else None} for i in range(9)]
+    write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKENS))
+    parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
+    order = order_of(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), pictures=Places())
+    for epoch in (0, 1):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        for worker in walk(order, 2, steps):
+            for micro in worker:
+                for row in micro["rows"]:
+                    place = row["id"] - first
+                    assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
+    plain = order_of(order.store, seed=None, pictures=Places())
+    (rows,) = [row for row in walk(plain, 1, range(1))[0][0]["rows"] if row["id"] == first + 1]
+    assert rows["image"] == b"3 1 None", "without a seed an image is shown as it is"
+
+
+def test_micro_batches_keep_to_the_budget() -> None:
+    lengths = [3, 50, 9, 9, 31, 8, 2]
+    for world in (1, 2, 3):
+        dealt = deal(lengths, 64, world)
+        assert len({len(worker) for worker in dealt}) == 1
+        micros = [micro for worker in dealt for micro in worker]
+        assert sorted(i for micro in micros for i in micro) == list(range(7))
+        assert all(len(micro) * max(lengths[i] for i in micro) <= 64 for micro in micros if micro)
+
+
+@pytest.mark.parametrize("world", [1, 2, 7, 16, 53, 64, 90])
+def test_no_worker_is_idle_while_another_has_a_full_budget(world: int) -> None:
+    lengths = np.random.default_rng(1).integers(30, 300, 64).tolist()
+    dealt = deal(lengths, 4096, world)
+    assert sorted(row for micros in dealt for micro in micros for row in micro) == list(range(64))
+    assert len({len(micros) for micros in dealt}) == 1
+    work = [sum(len(micro) * max((lengths[row] for row in micro), default=0) for micro in micros) for micros in dealt]
+    assert max(work) <= max(1.35 * sum(lengths) / world, max(lengths))
+    assert all(len(micro) * max(lengths[row] for row in micro) <= 4096 for micros in dealt for micro in micros if micro)

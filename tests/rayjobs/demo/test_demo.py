@@ -1,0 +1,150 @@
+"""The demo's world: seeded, held out by content, and a base that is what the cache says."""
+
+import re
+from contextlib import redirect_stdout
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+
+from adapter import Base
+from rayjobs.config import flat, load
+from rayjobs.demo import notes
+from rayjobs.demo.cafo_settings import BASELINES, CASCADE
+from rayjobs.demo.llama import LlamaStandIn, train_llama
+from rayjobs.demo.world import Training, trained
+from rayjobs.jobs import demo
+from rayjobs.storage.files import read_json
+from tests.conftest import ROOT
+
+
+def test_test_notes_are_in_nothing_that_is_trained_on() -> None:
+    tested = {
+        record["input"] for task in (notes.COPY, notes.SPELL) for record in notes.records(task, 300, 0, test=True)
+    }
+    trained = {
+        record["input"] for task in (notes.COPY, notes.SPELL) for record in notes.records(task, 300, 0, test=False)
+    }
+    read = " | ".join(part for document in notes.documents(0, 2000) for part, _ in document)
+    assert tested
+    assert not tested & trained
+    assert not [note for note in tested if f" {note} " in read or f" {notes.words(note)} " in read]
+
+
+def test_records_are_seeded_and_right() -> None:
+    first = notes.records(notes.SPELL, 50, 3, test=False)
+    assert first == notes.records(notes.SPELL, 50, 3, test=False)
+    assert first != notes.records(notes.SPELL, 50, 4, test=False)
+    assert notes.SPELL.answer("0 7 3") == "zero seven three"
+    assert notes.COPY.answer("0 7 3") == "0 7 3"
+    assert all(record["output"] == notes.words(record["input"]) for record in first)
+
+
+def test_a_tenth_or_more_of_all_notes_is_held_out() -> None:
+    found = set(islice(notes.notes(Random(0), test=True), 5000))
+    assert 100 < len(found) < 300
+
+
+FEW = [
+    "world.digits.train=60",
+    "world.digits.val=30",
+    "world.digits.test=40",
+    "world.clip.steps=2",
+    "world.clip.batch=4",
+    "world.clip.width=8",
+    "world.dino.steps=2",
+    "world.dino.batch=4",
+    "world.drawings=2",
+    "world.notes.steps=3",
+    "world.questions={reads: questions, vocab_size: 384, steps: 6}",
+    "cafo.shots=[0,1]",
+    "cafo.seeds=[1]",
+    "cafo.generated=[1]",
+    "cafo.epochs=[1]",
+    "adapters.records=40",
+    "adapters.held_out=10",
+    "adapters.workers=1",
+    "adapters.epochs=1",
+    "adapters.question_epochs=0.3",
+]
+
+
+@pytest.fixture(scope="module")
+def storage(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a demo that was run, and `told.txt`, what its terminal showed."""
+    storage = tmp_path_factory.mktemp("storage")
+    with (storage / "told.txt").open("w") as told, redirect_stdout(told):
+        demo.run(load(demo.Config, None, [*FEW, f"run.storage={storage}"]))
+    return storage
+
+
+@pytest.mark.ray
+def test_the_demo_is_a_chain_of_ordinary_jobs(storage: Path) -> None:
+    folder = storage / "demo"
+    result = read_json(folder / "result.json")
+    rows = result["CaFo without pre-training: accuracy on test scans, %"] + result["CaFo: accuracy on test scans, %"]
+    table = {row["method"]: row for row in rows}
+    assert [name for name in table if not name.startswith("CLIP zero-shot")] == [*BASELINES, *CASCADE]
+    assert table["CLIP cache"]["0 shots"] == "", "no cache without images"
+    assert all(table[name]["0 shots"] for name in ("… + generated", "all of CaFo"))
+    asked = result["LLaMA-Adapter: right answers of four options, %"]
+    assert [row[""] for row in asked] == list(demo.ADAPTERS)
+    shipped = yaml.safe_load((ROOT / "configs" / "cafo" / "digits.yaml").read_text())
+    named = [place for place in flat(shipped).values() if place.startswith("runs/")]
+    assert len(named) == 6
+    assert not [place for place in named if not (storage / place.removeprefix("runs/")).exists()]
+
+
+@pytest.mark.ray
+def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Path) -> None:
+    folder = storage / "demo"
+    report, result = (folder / "report.html").read_text(), read_json(folder / "result.json")
+    assert "30 validation scans; only then were the 40 test scans opened, once" in report
+    shown = ["training loss of the two adapters", "accuracy over shots, digits", "data:image/jpeg"]
+    shown += ["accuracy on val over α and β", "confusion on test", "accuracy of each class on test"]
+    for told in (*(name for name in result if name not in ("headline", "about")), *shown):
+        assert told in report
+    linked = [row["report"] for row in result["reports of the steps"]]
+    assert len(linked) == 7
+    assert all(f'<a href="{page}">' in report and (folder / page).is_file() for page in linked)
+
+
+@pytest.mark.ray
+def test_a_second_run_trains_nothing_and_says_when_it_was_done(
+    storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [*(storage / "cache").rglob("*"), *(storage / "demo").glob("*/trials/*/*"), *storage.rglob("*.safetensors")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert len([path for path in before if path.suffix == ".safetensors"]) > 10
+    first = read_json(storage / "demo" / "result.json")
+    second = demo.run(load(demo.Config, None, [*FEW, f"run.storage={storage}"]))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    told = capsys.readouterr().out
+    for number in range(1, 5):
+        assert re.search(rf"^{number}/4  .*\(from the cache\)$", told, re.M)
+    cached = [{**row, "made": "before, from the cache"} for row in first["seconds"]]
+    assert all(int(row["seconds"]) for row in cached[:1])
+    assert second == {**first, "seconds": cached}
+
+
+@pytest.mark.ray
+def test_the_terminal_shows_stages_time_left_answers_and_where_the_report_is(storage: Path) -> None:
+    told, result = (storage / "told.txt").read_text(), read_json(storage / "demo" / "result.json")
+    for number in range(1, 5):
+        assert re.search(rf"^{number}/4  .*\(about \d+ s left in all\)$", told, re.M)
+    assert len(result["answers about scans"]) == 3
+    for row in result["answers about scans"]:
+        assert all(row[name] in told for name in demo.ADAPTERS)
+    assert f"To show: {storage / 'demo' / 'report.html'}" in told
+
+
+def test_a_stand_in_is_a_base_like_any_other_and_the_same_in_every_run(tmp_path: Path) -> None:
+    settings = LlamaStandIn(steps=3, batch=64, dim=16)
+    losses = [list(trained(Training(tmp_path / name, settings.steps, partial(train_llama, settings)))) for name in "ab"]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+    assert len(Base.load(tmp_path / "a").generate(["Note"], max_new_tokens=3, temperature=0)) == 1
+    assert Base.load(tmp_path / "a").fingerprint == Base.load(tmp_path / "b").fingerprint

@@ -1,0 +1,65 @@
+"""What answers came from is known by content: moved, it is the same; changed where it lies, it is another."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter import Base
+from adapter.adaption import AdaptionConfig
+from rayjobs.config import load
+from rayjobs.inference.identity import answered_by, asked_with
+from rayjobs.jobs import adapter_generate
+from rayjobs.models.base_model import BaseConfig
+from rayjobs.runs.provenance import claim_source
+from rayjobs.storage.files import read_json
+from tests.rayjobs.colour_questions import write_base, write_questions
+
+
+def adapter(base: Path, file: Path, seed: int) -> str:
+    loaded = Base.load(base)
+    loaded.attach(AdaptionConfig(n_layers=2, prompt_length=3), seed=seed)
+    loaded.save_adapter(file)
+    return str(file)
+
+
+def test_answers_are_told_apart_by_what_made_them_and_not_by_where_it_lies(tiny_base: Path, tmp_path: Path) -> None:
+    file = adapter(tiny_base, tmp_path / "a.safetensors", seed=0)
+    shutil.copytree(tiny_base, tmp_path / "moved")
+    write_base(tmp_path / "other")
+    base = BaseConfig(path=str(tiny_base))
+    one = answered_by(base, file, None)
+    moved = shutil.copy(file, tmp_path / "b.safetensors")
+    assert answered_by(BaseConfig(path=str(tmp_path / "moved")), str(moved), None) == one
+    assert answered_by(base, None, None)["adapter"] == "none"
+    for changed, name in [
+        (answered_by(BaseConfig(path=str(tmp_path / "other")), file, None), "tokenizer"),
+        (answered_by(BaseConfig(path=str(tiny_base), dtype="bf16"), file, None), "base"),
+        (answered_by(base, adapter(tiny_base, Path(file), seed=1), None), "adapter"),
+    ]:
+        assert changed[name] != one[name]
+
+    images = write_questions(tmp_path / "questions", {"test": 3})
+    records: list[dict[str, Any]] = [{"instruction": "i", "image": f"images/test/test{i}/image.png"} for i in range(3)]
+    asked = asked_with(records, str(images), seen=True)
+    assert asked_with(records, str(shutil.copytree(images, tmp_path / "copy")), seen=True) == asked
+    assert asked_with(records[:2], str(images), seen=True)["records"] != asked["records"]
+    shutil.copy(images / records[0]["image"], images / records[1]["image"])
+    assert asked_with(records, str(images), seen=True)["images"] != asked["images"]
+    (images / records[2]["image"]).unlink()
+    assert len({asked_with(records, str(images), seen=seen)["images"] for seen in (True, False)}) == 2
+
+
+def test_a_file_is_gone_on_with_only_by_whoever_began_it(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    """Another adapter in the old one's place is named, and nothing of what is there is touched."""
+    file = adapter(tiny_base, tmp_path / "a.safetensors", seed=0)
+    run = {"name": "asked", "storage": str(tmp_path)}
+    given = {"base": {"path": str(tiny_base)}, "adapter": file, "file": str(records), "run": run}
+    identity = tmp_path / "asked" / "parts" / "settings.json"
+    claim_source(identity, answered_by(BaseConfig(path=str(tiny_base)), file, None))
+    before = read_json(identity)
+    adapter(tiny_base, tmp_path / "a.safetensors", seed=1)
+    with pytest.raises(ValueError, match=r"asked/parts holds answers .*\(adapter was [0-9a-f]{16}, now "):
+        adapter_generate.run(load(adapter_generate.Config, given))
+    assert read_json(identity) == before

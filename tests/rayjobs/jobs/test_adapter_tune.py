@@ -1,0 +1,139 @@
+"""adapter-tune: ordinary training runs side by side, taken up again, and tabled by setting."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayjobs.config import ConfigError, load
+from rayjobs.jobs import adapter_tune
+from tests.conftest import ROOT
+from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.colour_questions import write_base, write_questions
+
+
+def settings(tiny_base: Path, records: Path, storage: Path, **sweep: object) -> adapter_tune.Config:
+    return load(
+        adapter_tune.Config,
+        {
+            "base": {"path": str(tiny_base)},
+            "data": {"path": [str(records)], "max_length": 200, "val_fraction": 0.2},
+            "adapter": {"n_layers": 2, "prompt_length": 3},
+            "train": {"epochs": 1, "warmup_epochs": 0, "global_batch": 16},
+            "optimizer": {"base_lr": 1.0},
+            "sweep": {"axes": {"adapter.attention": ["zero-init", "prefix"]}, **sweep},
+            "run": {"name": "sweep", "storage": str(storage)},
+        },
+    )
+
+
+def test_grids_and_single_axes(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    axes = {"adapter.n_layers": [1, 2], "optimizer.base_lr": [0.1, 1.0, 2.0]}
+    assert len(adapter_tune.check(settings(tiny_base, records, tmp_path, axes=axes, seeds=[0, 1]))) == 12
+    each = settings(tiny_base, records, tmp_path, axes=axes, method="each")
+    assert adapter_tune.points(each.sweep)[2:] == [{"optimizer.base_lr": rate} for rate in (0.1, 1.0, 2.0)]
+    assert adapter_tune.training(each, ({"adapter.n_layers": 1}, 7)).train.seed == 7
+    with pytest.raises(ConfigError, match=r"adapter.layers: unknown key; did you mean adapter.n_layers"):
+        adapter_tune.check(settings(tiny_base, records, tmp_path, axes={"adapter.layers": [1]}))
+
+
+def test_trials_that_come_to_the_same_are_one(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    axes = {"adapter.n_layers": [1, 2], "adapter.attention": ["zero-init", "prefix"], "train.epochs": [1, 2, 3]}
+    each = settings(tiny_base, records, tmp_path, axes=axes, method="each")
+    trials = adapter_tune.check(each)
+    names = [adapter_tune.training(each, trial).run.name for trial in trials]
+    assert names[1] == names[2] == names[4], "the config's own values"
+    assert (len(trials), len(set(names))) == (7, 5)
+
+
+def test_what_cannot_be_swept_is_told_before_anything_starts(
+    tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = str(write_questions(tmp_path / "questions", {"val": 3, "test": 3}))
+    test = {"path": questions, "split": "test"}
+    for sweep, message in [
+        ({"axes": {"adapter.n_layers": [2, 3, 4]}}, r"adapter\.n_layers is 4, but .* has 3 layers"),
+        ({"axes": {"train.seed": [0, 1]}}, r"sweep\.axes cannot hold train\.seed: seeds are given as sweep\.seeds"),
+        ({"axes": {"run.name": ["a"]}}, r"sweep\.axes cannot hold run\.name"),
+        ({"scienceqa": {"path": str(tmp_path / "nowhere")}}, r"nowhere/problems\.json: no such file"),
+        ({"scienceqa": test}, "test is not for choosing"),
+        ({"axes": {"data.val_path": [[{**test, "format": "scienceqa"}]]}}, "test is not for choosing"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            adapter_tune.run(settings(tiny_base, records, tmp_path, **sweep))
+    assert not (tmp_path / "sweep").exists()
+    adapter_tune.plan(settings(tiny_base, records, tmp_path, scienceqa={"path": questions}, seeds=[0, 1]))
+    assert "4 trials, 4 of them different" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_other_problems(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped config as it is, but for what makes it small; trials run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    write_base(tmp_path / "weights" / "llama-7b")
+    write_questions(tmp_path / "data" / "scienceqa", {"train": 12, "val": 8})
+    towers(tmp_path / "towers")
+    small = [
+        "base.dtype=fp32",
+        "adapter.n_layers=2",
+        "adapter.prompt_length=3",
+        "vision.tower.name=tiny",
+        "vision.tower.weights=towers/clip",
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+        "scale.workers=1",
+        "sweep.axes={adapter.n_layers: [1, 2], adapter.attention: [zero-init]}",
+    ]
+    config = load(adapter_tune.Config, ROOT / "configs" / "adapter" / "scienceqa_ablations.yaml", small)
+    result = adapter_tune.run(config)
+    folder = tmp_path / "runs" / "scienceqa_ablations"
+    assert [row["setting"] for row in result["settings"]] == ["n_layers 1", "n_layers 2", "attention zero-init"]
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert rows[1] == {**rows[2], "setting": "n_layers 2"}
+    assert all(0 <= row["accuracy"] <= 100 and row["val_loss"] > 0 for row in rows)
+    trained = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/adapter.safetensors")}
+    assert len(trained) == 2
+    assert len(list(folder.glob("trials/*/eval-*/predictions.parquet"))) == 2
+    assert adapter_tune.run(config) == result
+    assert len(list(folder.glob("trials/*/eval-*/predictions.parquet"))) == 2
+
+    write_questions(tmp_path / "other", {"val": 3})
+    relative = [*small, "sweep.scienceqa.path=other"]
+    again = load(adapter_tune.Config, ROOT / "configs" / "adapter" / "scienceqa_ablations.yaml", relative)
+    adapter_tune.run(again)
+    counted = [len(pq.read_table(path)) for path in folder.glob("trials/*/eval-*/predictions.parquet")]
+    assert sorted(counted) == [3, 3, 8, 8]
+    assert trained == {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/adapter.safetensors")}
+
+
+@pytest.mark.ray
+def test_trials_run_side_by_side_and_are_not_run_again(
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, terminal: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tiny_base, records, tmp_path, at_once=2)
+    result = adapter_tune.run(config)
+    assert [row["setting"] for row in result["settings"]] == ["attention zero-init", "attention prefix"]
+    rows = pq.read_table(config.run.folder / "results.parquet").to_pylist()
+    assert [row["trainable_parameters"] for row in rows] == [2 * (3 * 24 + 6), 2 * 3 * 24]
+    for row in rows:
+        trial = config.run.folder / "trials" / row["run"]
+        losses = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in losses if "loss" in line]
+        assert (row["first_loss"], row["peak_loss"]) == (losses[0], max(losses))
+        assert (trial / "adapter.safetensors").exists()
+    assert rows[0]["first_loss"] != rows[1]["first_loss"], "a prefix changes the base from the first step"
+    assert {"first_steps.png", "table.md", "report.html"} <= {path.name for path in config.run.folder.iterdir()}
+    report = (config.run.folder / "report.html").read_text()
+    assert "<h2>training loss of the first 50 steps</h2>" in report
+    for setting in ("zero-init", "prefix"):
+        assert f"attention {setting}, seed 0 loss on validation" in report, "the trials' curves over one another"
+    best = min(rows, key=lambda row: row["val_loss"])
+    told = f"best: {best['setting']}, val loss {best['val_loss']:.4f}"
+    assert result["headline"] == told
+    assert told in terminal.readouterr().err, "the progress display tells the best so far"
+    shutil.rmtree(config.run.folder / "trials" / rows[0]["run"] / "train")  # it would have to be trained again
+    assert adapter_tune.run(config) == result

@@ -1,0 +1,198 @@
+"""cafo-eval and the chain: test opened once, for the choice that val made; tables that the run folder proves."""
+
+from html import escape
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cafo import paper_results
+from cafo.cache import load_cache
+from rayjobs.config import load
+from rayjobs.jobs import cafo, cafo_eval, cafo_tune
+from rayjobs.models.encoder import EncoderConfig
+from rayjobs.reporting.accuracy_tables import published_rows, summary, table
+from rayjobs.runs.record import read_record
+from rayjobs.storage.files import read_json, write_json
+from rayjobs.tune.selection import shown
+from tests.cafo.server import serve
+from tests.rayjobs.cafo_dataset import images, world
+
+FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
+
+
+def test_the_table_has_the_papers_shape() -> None:
+    rows = [
+        {"method": "CLIP zero-shot", "shots": None, "accuracy": 0.5},
+        *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((0, 0.55), (0, 0.55), (1, 0.6), (1, 0.62))],
+        {"method": "CaFo", "shots": 16, "accuracy": 0.7},
+    ]
+    columns, lines = table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
+    assert columns == ["method", "0 shots", "1 shot", "16 shots"]
+    assert lines == [
+        ["CLIP zero-shot", "50.00", "50.00", "50.00"],
+        ["CaFo", "55.00", "61.00 ± 1.41", "70.00"],  # without shots nothing varies
+        ["CaFo, published", "", "91.85", ""],
+    ]
+    assert summary([0.25]) == "25.00"
+
+
+def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> None:
+    clip = EncoderConfig(kind="clip", name="RN50-quickgelu", weights="openai")
+    dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    pair = {"clip": clip, "dino": dino}
+    dtd = dict(zip(paper_results.SHOTS, paper_results.RN50["dtd"], strict=True))
+    assert published_rows("dtd", "dtd", pair, []) == {"CaFo, published": dtd}
+    vit = EncoderConfig(kind="clip", name="ViT-B-16", weights="openai")
+    assert published_rows("imagenet", "imagenet", {"clip": vit, "dino": dino}, []) == {"CaFo, published": {16: 74.48}}
+    for data_set, target, encoders in (
+        ("dtd", "dtd", {"clip": vit, "dino": dino}),
+        ("dtd", "dtd", {"clip": clip}),
+        ("dtd", "imagenet_v2", pair),
+        ("my own", "my own", pair),
+        ("imagenet", "imagenet_v2", {"clip": vit, "dino": dino}),
+    ):
+        assert published_rows(data_set, target, encoders, []) == {}
+    assert published_rows("imagenet", "imagenet_v2", pair, []) == {"CaFo, published": {16: 57.99}}
+
+
+def test_every_clip_of_a_sweep_over_encoders_has_its_own_row() -> None:
+    names = {"RN50": "RN50-quickgelu", "ViT": "ViT-B-16"}
+    encoders = {name: EncoderConfig(kind="clip", name=known, weights="openai") for name, known in names.items()}
+    encoders["dino"] = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    settings = [{"encoders": [name, "dino"]} for name in names]
+    rows = published_rows("imagenet", "imagenet", encoders, settings)
+    assert {name: row[16] for name, row in rows.items()} == {
+        "RN50 + dino, published": 68.79,
+        "ViT + dino, published": 74.48,
+    }
+
+
+def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
+    clip = EncoderConfig(kind="clip", name="RN50", weights="openai")
+    dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    given = [
+        ("clip only", 0, "templates"),
+        ("dino alone", 0, "templates"),
+        ("dino only", 0, "templates"),  # the paper has no such row
+        ("dino alone", 8, "templates"),
+        ("average", 0, "templates"),
+        ("baseline clip", 8, "file"),
+        ("baseline zero-shot", 0, "templates"),
+        ("baseline zero-shot", 8, "templates"),
+        ("baseline zero-shot", 0, "file"),
+        ("baseline zero-shot", 8, "file"),
+    ]
+    settings = [{"encoders": ["clip", "dino"], "ensemble": e, "generated": g, "sentences": s} for e, g, s in given]
+    rows = published_rows("imagenet", "imagenet", {"clip": clip, "dino": dino}, settings)
+    assert {name.removesuffix(", published"): row[16] for name, row in rows.items()} == {
+        "CLIP cache": 65.51,
+        "DINO cache": 53.27,
+        "CLIP + DINO": 68.08,
+        "CLIP + DINO + DALL-E": 68.42,
+        "CLIP + DINO + GPT-3": 68.51,
+        "CaFo": 68.79,
+    }
+    assert rows["CaFo, published"][0] == 62.99
+
+
+def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no run of cafo-tune"):
+        cafo_eval.run(cafo_eval.Config(sweep=str(tmp_path)))
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(ValueError, match="has not chosen yet"):
+        cafo_eval.run(cafo_eval.Config(sweep=str(tmp_path)))
+
+
+def chain(folder: Path, *more: str) -> cafo.Config:
+    """All steps: sentences asked for, images taken from a folder, a sweep, and a second test set."""
+    given = [one for one in world(folder) if not one.startswith(("data.prompts", "data.generated"))]
+    shifted = images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
+    steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable=''"]
+    steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
+    steps += ["generate.source=folder", f"generate.folder={folder / 'drawn' / 'train'}"]
+    steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]
+    return load(cafo.Config, None, [*given, *FEW, *steps, "data.name=colours", "run.name=chain", *more])
+
+
+def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path) -> None:
+    for more, match in (
+        (["data.prompts=p.json"], "data.prompts already names"),
+        (["data.generated=dalle"], "data.generated already names"),
+        (["space.ensemble=[median]"], "median unknown"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cafo.run(chain(tmp_path / match[:6], *more))
+        assert not (tmp_path / match[:6] / "runs").exists()
+
+
+def test_the_best_choice_is_shown_first_then_each_methods_at_its_most_shots() -> None:
+    cells = [("a", 1, 0.9), ("b", 1, 0.1), ("a", 16, 0.8), ("c", 16, 0.2), ("b", 4, 0.3)]
+    chosen = [{"method": m, "shots": k, "val_accuracy": v} for m, k, v in cells]
+    assert [(cell["method"], cell["shots"]) for cell in shown(chosen)] == [("a", 1), ("c", 16), ("b", 4)]
+
+
+@pytest.mark.ray
+def test_the_chain_opens_test_once_for_its_choice(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    with serve() as (url, requests):
+        config = chain(tmp_path, f"prompt.endpoint.base_url={url}", f"run.track.mlflow=file:{tmp_path}/mlflow")
+        result = cafo.run(config)["eval"]
+        assert len(requests) == 4 * 2
+        kept = {path: path.stat().st_mtime_ns for path in config.run.folder.glob("*/*/*.safetensors")}
+        cafo.run(config)  # as a whole again: nothing is asked, drawn, encoded or trained twice
+        assert len(requests) == 4 * 2
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    cache = load_cache(next(iter(kept)))
+    assert len(cache.labels) in (4 * (1 + 2), 4 * (3 + 2))
+    assert result["test_images"] == {"colours": 28, "shift": 16}
+    test = config.run.folder / "test"
+    rows = pq.read_table(test / "accuracy.parquet").to_pylist()
+    assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(list(test.glob("landscape-*.png"))) == len(list(test.glob("sources-*.png"))) == 1
+    sources = pq.read_table(test / "sources.parquet").to_pylist()
+    assert sum(row["images"] for row in sources) == sum(row["images"] for row in rows if row["shots"] is not None)
+    for name in ("per_class", "confusion"):
+        whole = pq.read_table(test / f"{name}.parquet").to_pylist()
+        assert sum(row["images"] for row in whole) == sum(row["images"] for row in rows)
+    assert "| method | 1 shot | 3 shots |" in (test / "table.md").read_text()
+    suffixes = {path.suffix for path in test.iterdir() if path.is_file()}
+    assert suffixes == {".json", ".jsonl", ".parquet", ".md", ".csv", ".png", ".svg"}
+    assert (test.parent / "report.html").read_text().count("<svg") == len(list(test.glob("*.svg")))
+
+    record = read_record(config.run.folder)
+    assert (record.job, record.state) == ("cafo", "done")
+    assert load(cafo.Config, config.run.folder / "config.yaml") == config, "of what was typed, not of its parts"
+    (told, *_) = read_json(config.run.folder / "prompt" / "prompts.json")["red_thing"]
+    assert escape(told) in (config.run.folder / "prompt" / "report.html").read_text()
+    assert (config.run.folder / "generate" / "report.html").read_text().count("<img") == 4 * 2
+    client = mlflow.MlflowClient(tracking_uri=config.run.track.mlflow)
+    (tracked,) = client.search_runs([client.get_experiment_by_name("rayjobs").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["result/eval/test_accuracy"] == result["test_accuracy"]
+    assert tracked.data.metrics["result/tune/val_accuracy"] > 0
+
+    evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
+    assert evaluation.run == config.run
+    opened = read_json(test / "opened.json")
+    accuracies = [row["accuracy"] for row in rows if row["target"] == "colours"]
+    cafo_eval.run(evaluation)  # the same choice, the same answer
+    again = pq.read_table(test / "accuracy.parquet").to_pylist()
+    assert [row["accuracy"] for row in again] == accuracies
+    assert read_json(test / "opened.json") == opened
+    other = tmp_path / "towers" / "dino.pth"
+    weights = torch.load(other)
+    torch.save({"teacher": {name: 1.5 * tensor for name, tensor in weights["teacher"].items()}}, other)
+    with pytest.raises(ValueError, match=r"encoders.dino: the sweep's caches are of .*, the weights are now"):
+        cafo_eval.run(evaluation)
+    with pytest.raises(ValueError, match="holds trials of other images or encoders than there are now"):
+        cafo_tune.run(cafo.tuning(config))
+    chosen = read_json(config.run.folder / "chosen.json")
+    chosen["chosen"][0]["seeds"].pop()
+    write_json(config.run.folder / "chosen.json", chosen)
+    with pytest.raises(ValueError, match=r"opened on .* for another choice"):
+        cafo_eval.run(evaluation)

@@ -1,0 +1,72 @@
+"""The progress display: a live bar with its table on a terminal, plain lines elsewhere."""
+
+import pytest
+
+from rayjobs import console
+from rayjobs.console import Progress
+
+TABLE = [["K", "best on val"], ["1", "90.1%"], ["16", "93.4%"]]
+
+
+def test_a_terminal_shows_the_table_beneath_the_bar(terminal: pytest.CaptureFixture[str]) -> None:
+    with Progress("tune", unit="trials", total=4) as bar:
+        bar.update(3, "best on val: K=16 93.4%", TABLE)
+    shown = terminal.readouterr().err
+    assert "3/4" in shown
+    assert all(cell in shown for row in TABLE[1:] for cell in row)
+
+
+def test_a_long_note_is_cut_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, terminal: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with Progress("tiny models", unit="steps", total=1800) as bar:
+        bar.update(1690, "DINO loss 4.33, CLIP loss 1.97, LLaMA for questions loss 0.05, LLaMA for notes loss 0.19")
+    shown = terminal.readouterr().err
+    assert "1690/1800" in shown
+    assert "…" in shown
+
+
+def test_elsewhere_it_is_lines_with_the_note(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("tune", unit="trials", total=4) as bar:
+        bar.update(3, "best on val: K=16 93.4%", TABLE)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tune: 3/4 trials in 0 s")
+    assert line.endswith("best on val: K=16 93.4%")
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_pace_counts_neither_the_start_nor_what_was_there_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    with Progress("answer", unit="answers", total=9000, done=600) as bar:
+        for seconds, done in ((20, 700), (10.5, 721), (10.5, 742), (9, 9000)):
+            clock.now += seconds
+            bar.update(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "answer: 700/9000 answers in 20 s",  # no pace can be told of a single update
+        "answer: 721/9000 answers in 30 s  2 answers/s, 4140 s left",
+        "answer: 742/9000 answers in 41 s  2 answers/s, 4129 s left",
+        "answer: 9000/9000 answers in 50 s  277 answers/s",
+    ]
+
+
+def test_a_terminal_shows_the_pace(monkeypatch: pytest.MonkeyPatch, terminal: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress("train", unit="steps", total=100) as bar:
+        monkeypatch.setattr(console, "time", clock)
+        for seconds, done in ((9, 20), (10, 40)):
+            clock.now += seconds
+            bar.update(done)
+    assert "2 steps/s, 30 s left" in terminal.readouterr().err

@@ -1,0 +1,119 @@
+"""The engine under real DeepSpeed and two real processes: stages agree, a state moves between them, and nothing that is
+frozen moves by a bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.rayjobs.cafo_dataset import towers
+
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+from adapter.adaption import AdaptionConfig
+from adapter.base_checkpoint import open_checkpoint
+from rayjobs.config import load
+from rayjobs.models.base_model import DTYPES
+from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.models.image_conditioning import Eyes, VisionConfig
+
+base, out, dtype, offload = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload"
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+sight = load(VisionConfig, {"tower": {"kind": "clip", "weights": sys.argv[5]}, "bottleneck": 7}).open()
+eyes = Eyes(sight.tower, "cpu")
+tower = {name: tensor.clone() for name, tensor in eyes.encoder.model.state_dict().items()}
+
+def engine(stage):
+    zero = ZeroConfig(stage=stage, offload_optimizer={"device": "cpu"} if offload else None)
+    adaption = AdaptionConfig(n_layers=2, prompt_length=5, vision=sight.projection)
+    model = adapted_model(base, adaption, dtype=dtype, zero=zero, seed=1, device=torch.device("cpu"))
+    if stage == 3:
+        assert all(parameter.numel() == 0 for parameter in model.parameters() if not parameter.requires_grad)
+        local = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
+        assert local < 0.6 * sum(parameter.ds_numel for parameter in model.parameters())
+    return Engine(model, zero, OptimizerConfig(clip_norm=0.05))
+
+def picture(row):
+    return torch.sin(row[:1] * torch.arange(3.0 * 32 * 32)).numpy().tobytes()
+
+def whole(engine, frozen):  # its parameters, those that are cut put together
+    import deepspeed
+    found = {n: p for n, p in engine.engine.module.named_parameters() if p.requires_grad != frozen}
+    with deepspeed.zero.GatheredParameters(list(found.values())):
+        return {name: parameter.detach().clone() for name, parameter in found.items()}
+
+def frozen_to_the_bit(engine):  # base and tower, after training
+    kept, now = whole(engine, True), eyes.encoder.model.state_dict()
+    there = {name: tensor.to(DTYPES[dtype]) for name, tensor in open_checkpoint(base).tensors()}
+    same = all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+    return kept.keys() == there.keys() and same and all(torch.equal(now[name], tower[name]) for name in tower)
+
+def train(engine, steps):
+    losses = []
+    for step in steps:
+        tokens = torch.randint(3, 97, (6, 17), generator=torch.Generator().manual_seed(step))
+        total = torch.zeros(())
+        for part in tokens[rank::world].chunk(1 + step % 3):  # as many micro-batches as it happens to be
+            labels = part.clone()
+            labels[:, :5] = -100
+            # every other row has an image, so that some batches of some workers have none at all
+            images = eyes.images([picture(row) if row[0] % 2 else None for row in part])
+            loss = engine.loss(part, labels, images) / 72
+            engine.backward(loss)
+            total += loss.detach()
+        engine.step(0.03)
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+found = {}
+first = engine(0)
+start = whole(first, False)
+before = train(first, range(3))
+state = first.state()
+after = train(first, range(3, 6))
+for stage in (0, 1, 2, 3):
+    one = engine(stage)
+    assert train(one, range(3)), "a fresh engine trains"
+    one.load_state(state)
+    saved = one.state()
+    exact = all(torch.equal(saved[name], state[name]) for name in state)
+    fresh, resumed = train(engine(stage), range(3)), train(one, range(3, 6))
+    moved = [name for name, tensor in whole(one, False).items() if (tensor != start[name]).any()]
+    found[stage] = {"fresh": fresh, "resumed": resumed, "exact": exact, "frozen": frozen_to_the_bit(one)}
+    found[stage]["moved"] = sorted(moved) == sorted(start)
+if rank == 0:
+    with open(out, "w") as file:
+        json.dump({"before": before, "after": after, "stages": found}, file)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("dtype", "offload"), [("fp32", ""), ("fp32", "offload"), ("bf16", "")])
+def test_stages_give_the_same_losses_and_take_up_each_others_state(
+    tiny_base: Path, tmp_path: Path, dtype: str, offload: str
+) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "out.json"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
+    done = subprocess.run(
+        [*command, tiny_base, out, dtype, offload or "stay", towers(tmp_path / "towers")["clip"]["weights"]],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["before"] != found["after"]
+    for stage, losses in found["stages"].items():
+        assert losses["fresh"] == pytest.approx(found["before"], abs=2e-6), f"stage {stage}"
+        assert losses["resumed"] == pytest.approx(found["after"], abs=2e-6), f"stage {stage}"
+        assert losses["exact"], f"stage {stage}"
+        assert losses["frozen"], f"stage {stage}: base or tower moved"
+        assert losses["moved"], f"stage {stage}: something that should learn did not"

@@ -18,8 +18,8 @@ adapted layer up: frozen weights have no gradient of their own. The head is used
 
 `--measure` runs `rayjobs.train.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the
 speed from one process under ZeRO-2, the host's work for a gathered matrix from what ZeRO-3 adds to that, the link from
-bare collectives between two, a step's number of them in a row with the copies that go with them, predicts two processes'
-step, and measures it.
+bare collectives between two, a step's number of them in a row with the copies that go with them, predicts two
+processes' step, and measures it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LLaMA-Adapter: a frozen LLaMA and the few parameters that teach it (arXiv 2303.16199). Pure PyTorch.
 
-    from adapter import AdaptionConfig, Base
+    from adapter import AdaptionConfig, AdaptedModel
 
-    base = Base.load("llama-7b")                      # Meta's or Hugging Face's folder
-    base.attach(AdaptionConfig(n_layers=30, prompt_length=10))   # a fresh adapter, or
+    base = AdaptedModel.from_pretrained("llama-7b")                      # Meta's or Hugging Face's folder
+    base.add_adapter(AdaptionConfig(n_layers=30, prompt_length=10))   # a fresh adapter, or
     base.load_adapter("adapter.safetensors")          # ours, official v1, litgpt, PEFT
     base.ask("Give three tips for staying healthy.")  # in the template that adapters are trained on
     base.generate(["Once upon a time"], max_new_tokens=64)
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from adapter.adaption import AdaptionConfig
     from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
     from adapter.decoder import Llama, LlamaConfig
-    from adapter.image_projection import VisionConfig
+    from adapter.image_projection import ImageProjectionConfig
     from adapter.instruct import PromptTemplate
-    from adapter.model import Base
+    from adapter.model import AdaptedModel
     from adapter.tensor_files import CheckpointError
     from adapter.tokenizer import Tokenizer, TokenizerError
 
 __all__ = [
+    "AdaptedModel",
     "AdapterFile",
     "AdaptionConfig",
-    "Base",
     "CheckpointError",
+    "ImageProjectionConfig",
     "Llama",
     "LlamaConfig",
     "PromptTemplate",
     "Tokenizer",
     "TokenizerError",
-    "VisionConfig",
     "adapter_from",
     "attach_file",
     "export_v1",

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.checkpoint_config import Settings
+from adapter.checkpoint_config import DecoderSettings
 from adapter.decoder import Llama, LlamaConfig
-from adapter.image_projection import Projection, VisionConfig
+from adapter.image_projection import ImageProjectionConfig, Projection
 from adapter.tensor_files import CheckpointError, atomic, open_tensors, read_metadata
 
 FORMAT = "llama-adapter"
@@ -54,7 +54,7 @@ class AdapterFile:
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; foreign files have none."""
     tokenizer_sha256: str | None = None
-    vision: VisionConfig | None = None
+    vision: ImageProjectionConfig | None = None
     """How it reads images, and of which tower; None for text alone."""
     projection: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of `adapter.vision.Projection`, by name."""
@@ -271,17 +271,17 @@ def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
     )
 
 
-def _read_vision(header: str) -> VisionConfig:
+def _read_vision(header: str) -> ImageProjectionConfig:
     fields = json.loads(header)
     if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
         raise ValueError(f"vision {header}")
     try:
-        return VisionConfig(**{**fields, "widths": tuple(fields["widths"])})
+        return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
     except TypeError as error:
         raise ValueError(f"vision {header}: {error}") from error
 
 
-def _projection_shapes(vision: VisionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
+def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
     if vision is None:
         return {}
     with torch.device("meta"):
@@ -358,10 +358,10 @@ def _stack(path: Path, layers: dict[int, Tensor], what: str) -> Tensor:
     return torch.stack([layers[i] for i in order])
 
 
-def _peft_weights(folder: Path) -> tuple[Path, Settings]:
+def _peft_weights(folder: Path) -> tuple[Path, DecoderSettings]:
     if not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder}: a folder without PEFT's adapter_config.json; give an adapter's file")
-    settings = Settings(folder / "adapter_config.json")
+    settings = DecoderSettings(folder / "adapter_config.json")
     if settings.get("peft_type") != "ADAPTION_PROMPT":
         raise settings.error("peft_type", "must be 'ADAPTION_PROMPT'")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):

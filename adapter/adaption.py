@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter.image_projection import Images, VisionConfig
+from adapter.image_projection import ImageProjectionConfig, Images
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
 
@@ -41,7 +41,7 @@ class AdaptionConfig:
     gate: Gate = "tanh"
     """What is done to g: tanh (the official training code) or nothing (official v1 inference, litgpt, PEFT); `one` and
     `prefix` have no trainable g."""
-    vision: VisionConfig | None = None
+    vision: ImageProjectionConfig | None = None
     """How images are read; None for text alone."""
 
     def __post_init__(self) -> None:

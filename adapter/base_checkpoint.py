@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from adapter.checkpoint_config import Settings, hf_settings, read_hf_config, read_meta_config
+from adapter.checkpoint_config import DecoderSettings, hf_settings, read_hf_config, read_meta_config
 from adapter.decoder import Llama, LlamaConfig
 from adapter.tensor_files import CheckpointError, atomic, drop_pages, open_tensors
 
@@ -204,7 +204,7 @@ def save_llama(model: Llama, folder: str | Path) -> None:
 
 
 def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
-    params = Settings(path / "params.json")
+    params = DecoderSettings(path / "params.json")
     files = sorted(path.glob("consolidated.*.pth"))
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
         names = ", ".join(file.name for file in files) or "none"
@@ -247,12 +247,12 @@ def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
 
 
 def _open_hf(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
-    config = read_hf_config(Settings(path / "config.json"))
+    config = read_hf_config(DecoderSettings(path / "config.json"))
     found: dict[str, _Source] = {}
     promised: dict[str, str] = {}
     for weights in ("model.safetensors", "pytorch_model.bin"):
         if (index := path / f"{weights}.index.json").is_file():
-            promised = Settings(index).get("weight_map")
+            promised = DecoderSettings(index).get("weight_map")
             if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
                 raise CheckpointError(f"{index}: weight_map is missing or does not map keys to file names")
             if outside := next((name for name in promised.values() if Path(name).name != name), None):

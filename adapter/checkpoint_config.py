@@ -11,7 +11,7 @@ from adapter.decoder import LlamaConfig, RopeScaling
 from adapter.tensor_files import CheckpointError
 
 
-class Settings:
+class DecoderSettings:
     """A JSON object in a file; every complaint names the file and the key."""
 
     def __init__(self, file: Path) -> None:
@@ -53,7 +53,7 @@ class Settings:
             raise CheckpointError(f"{self.file}: {error}") from error
 
 
-def read_meta_config(params: Settings, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> LlamaConfig:
+def read_meta_config(params: DecoderSettings, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> LlamaConfig:
     """The shape of Meta's checkpoint.
 
     The tensors settle what `params.json` leaves open: `vocab_size` -1, and the hidden width, of which `multiple_of` and
@@ -78,7 +78,7 @@ def read_meta_config(params: Settings, *, hidden_dim: int, vocab_rows: int, tied
     )
 
 
-def read_hf_config(settings: Settings) -> LlamaConfig:
+def read_hf_config(settings: DecoderSettings) -> LlamaConfig:
     """The shape of Hugging Face's checkpoint; raises CheckpointError for whatever this decoder does not compute."""
     if settings.get("model_type") != "llama":
         raise settings.error("model_type", "must be 'llama'")
@@ -106,7 +106,7 @@ def read_hf_config(settings: Settings) -> LlamaConfig:
     )
 
 
-def _rope(settings: Settings) -> tuple[float, RopeScaling | None]:
+def _rope(settings: DecoderSettings) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
     key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     rope = settings.get(key, {})

@@ -26,7 +26,7 @@ Images = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class ImageProjectionConfig:
     """The trainable projection, and whose features it reads."""
 
     widths: tuple[int, ...]
@@ -46,7 +46,7 @@ class VisionConfig:
 class Projection(nn.Module):
     """Features (n, F) → tokens (n, C), float32."""
 
-    def __init__(self, config: VisionConfig, dim: int) -> None:
+    def __init__(self, config: ImageProjectionConfig, dim: int) -> None:
         super().__init__()
         self.widths = list(config.widths)
         self.down = nn.Linear(sum(config.widths), config.bottleneck)

@@ -1,6 +1,6 @@
 """The short public face: a frozen base, its tokenizer, and at most one adapter at a time.
 
-base = Base.load("llama-7b")
+base = AdaptedModel.from_pretrained("llama-7b")
 base.load_adapter("adapter.safetensors")
 print(base.ask("Give three tips for staying healthy."))
 """
@@ -22,7 +22,7 @@ from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 
 
-class Base:
+class AdaptedModel:
     """A frozen decoder that can be adapted, asked, and told apart from others by its fingerprint."""
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
@@ -33,14 +33,14 @@ class Base:
         self.fingerprint = fingerprint
 
     @classmethod
-    def load(
+    def from_pretrained(
         cls,
         path: str | Path,
         *,
         tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> "Base":
+    ) -> "AdaptedModel":
         """Loads a folder in Meta's or Hugging Face's format; its `tokenizer.model` unless another is given.
 
         Raises CheckpointError or TokenizerError, both ValueErrors, before any weight is read.
@@ -51,7 +51,7 @@ class Base:
         model = load_llama(checkpoint, dtype=dtype, device=device)
         return cls(model, words, fingerprint=checkpoint.fingerprint)
 
-    def attach(self, config: AdaptionConfig, *, seed: int = 0) -> None:
+    def add_adapter(self, config: AdaptionConfig, *, seed: int = 0) -> None:
         """Puts a fresh adapter on the base; with its gates at zero it changes nothing until it is trained."""
         device = self.model.tok_embeddings.weight.device
         self.model.attach(config, torch.Generator(device).manual_seed(seed))

@@ -25,15 +25,15 @@ from pathlib import Path
 import numpy as np
 
 from rayjobs.cluster.ray_init import connect
-from rayjobs.tune.search_space import SearchConfig, SpaceConfig, settings_of, trials_of
+from rayjobs.tune.search_space import SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials
 from rayjobs.tune.sweep import run_sweep
-from rayjobs.tune.trial import Shared
+from rayjobs.tune.trial import SharedInputs
 
 CLASSES, KEYS_PER_CLASS, VIEWS, IMAGES = 100, 17, 10, 1649
 WIDTHS = {"clip": 1024, "dino": 2048}
 
 
-def make(seed: int) -> Shared:
+def make(seed: int) -> SharedInputs:
     """Noisy copies of one random direction per class, as unit features."""
     draw = np.random.default_rng(seed)
     labels, val_labels = np.arange(CLASSES).repeat(KEYS_PER_CLASS), draw.integers(CLASSES, size=IMAGES)
@@ -48,7 +48,7 @@ def make(seed: int) -> Shared:
         views[name] = unit(centres[labels], 7.0, (VIEWS, len(labels)))
         val[name] = unit(centres[val_labels], 7.0, (IMAGES,))
         classifiers[name, "templates"] = np.ascontiguousarray(unit(centres, 18.0, (CLASSES,)).T)
-    return Shared(
+    return SharedInputs(
         views=views,
         labels=labels,
         few_shot={(16, 0): np.arange(len(labels))},
@@ -65,8 +65,8 @@ def measure(trials: int, epochs: int, at_once: int) -> dict[str, float | int]:
     shared = make(seed=0)
     space = SpaceConfig(shots=[16], seeds=[0], lr=np.geomspace(1e-4, 1e-2, trials).tolist(), epochs=[epochs])
     how = SearchConfig()
-    settings = settings_of(space, how, list(WIDTHS), VIEWS, file=False)
-    assert len(trials_of(space, settings)) == trials
+    settings = enumerate_settings(space, how, list(WIDTHS), VIEWS, file=False)
+    assert len(enumerate_trials(space, settings)) == trials
     connect()
     with tempfile.TemporaryDirectory() as folder:
         called, driver = time.time(), time.process_time()

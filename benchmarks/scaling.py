@@ -45,7 +45,7 @@ from adapter.base_checkpoint import save_llama
 from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.instruct import encode_record, read_records
 from adapter.tokenizer import Tokenizer
-from rayjobs.data.sampler import deal
+from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
 LLAMA_7B = LlamaConfig(
@@ -189,7 +189,7 @@ def step_time(
         gather += 2 * read / device.memory_bytes_per_s * (workers > 1)
         host = work.gathers * device.gather_s
     slowest = [0.0, 0.0]
-    for micros in deal(lengths, budget, workers):
+    for micros in assign_micro_batches(lengths, budget, workers):
         busy = waited = 0.0
         for micro in micros:
             longest = max((lengths[row] for row in micro), default=1)

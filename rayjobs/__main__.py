@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rayjobs.cluster.job_submission import job_command, reach, submit, typed
-from rayjobs.cluster.ray_init import end_on_sigterm, environment
+from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
+from rayjobs.cluster.ray_init import environment, interrupt_on_sigterm
 from rayjobs.config import describe, load
 from rayjobs.runs.record import find_runs
-from rayjobs.storage.paths import place
+from rayjobs.storage.paths import resolve_path
 
 JOBS = {
     "adapter-train": "train an adapter on instruction records",
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["RAYJOBS_VERBOSE"] = "1"
     os.environ.update(environment())  # before Ray and DeepSpeed are imported, which read some of it at import
     if args.submit:
-        os.environ["RAY_AUTH_MODE"] = reach()["RAY_AUTH_MODE"]
-    end_on_sigterm()
+        os.environ["RAY_AUTH_MODE"] = cluster_environment()["RAY_AUTH_MODE"]
+    interrupt_on_sigterm()
     try:
         job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
         if args.help:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             job.plan(settings)
             try:
-                told = typed(job_command(*given, verbose=args.verbose))
+                told = ray_submit_command(job_command(*given, verbose=args.verbose))
             except ValueError as error:  # nothing that keeps it from running here
                 told = str(error)
             print(f"on a cluster: {told}")
@@ -103,10 +103,10 @@ def _look(args: argparse.Namespace) -> int:
 
     try:
         if args.job == "report":
-            shown = [place(run) for run in args.run]
+            shown = [resolve_path(run) for run in args.run]
             print(write_report(*shown) if len(shown) == 1 else compare(shown, args.out))
             return 0
-        storage = place(args.storage)
+        storage = resolve_path(args.storage)
         folders = find_runs(storage)
         names = [str(folder.relative_to(storage)) for folder in folders]
         rows = [[name, *row] for name, row in zip(names, run_rows(folders), strict=True)]

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
-from rayjobs.storage.paths import place
+from rayjobs.storage.paths import resolve_path
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def given_values(
     if given is not None and not isinstance(given, Mapping):
         path = given
         try:
-            values = yaml.safe_load(place(path).read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(resolve_path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
         except yaml.YAMLError as error:
@@ -120,16 +120,16 @@ def _explain(cls: Any, item: Any) -> str:
     return f"{key}: {message}, got {item['input']!r}" if key else message
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested values as {"section.key": text}."""
     found: dict[str, str] = {}
     for name, value in values.items():
         nested = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: as_text(value)}
+        found |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: format_value(value)}
     return found
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a reader likes it: nothing for None, thousands apart, six digits of a fraction."""
     if isinstance(value, float):
         return f"{value:.6g}"

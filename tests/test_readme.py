@@ -12,7 +12,7 @@ from PIL import Image
 
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_json
-from rayjobs.storage.fingerprint import sha256_file
+from rayjobs.storage.fingerprint import hash_file
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import towers
 
@@ -153,7 +153,7 @@ def test_commands_and_code_work_as_written(
     cluster: None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed, told = Typed(folder), [words for words in commands() if words[:3] == OURS]
-    weights = sha256_file(folder / "weights" / "stories260K" / "consolidated.00.pth")
+    weights = hash_file(folder / "weights" / "stories260K" / "consolidated.00.pth")
     assert len(told) > 10
     for words in told:
         typed(words)
@@ -162,7 +162,7 @@ def test_commands_and_code_work_as_written(
     assert "ray job submit --working-dir . -- python -m rayjobs adapter-train" in capsys.readouterr().out
     learned = read_json("runs/alpaca_tiny/result.json")
     assert learned["val_loss"] < learned["base_val_loss"] - 0.3, "a really trained LLaMA learns from real instructions"
-    assert sha256_file(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
+    assert hash_file(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
     cascaded = read_json("runs/cafo_debug/test/result.json")
     assert cascaded["test_images"] == {"caltech101": 337}
     assert read_json("runs/cafo_debug/result.json")["truncated_sentences"] > 0

@@ -45,7 +45,7 @@ class Capacity:
         return sorted(values, reverse=True)[: self.at_most]
 
 
-def capacity() -> Capacity:
+def cluster_capacity() -> Capacity:
     """Of the cluster that this process is connected to."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     heads = [node for node in alive if "node:__internal_head__" in node["Resources"]]
@@ -56,14 +56,14 @@ def capacity() -> Capacity:
         owned = min(config["max_workers"], len(config["provider"].get("worker_ips", [])))
         return replace(everything, known=len(alive) > owned)
     if config is not None:
-        return planned(config, [node["Resources"] for node in heads])
+        return autoscaler_capacity(config, [node["Resources"] for node in heads])
     # An autoscaler's plans lie on the head; on Kubernetes they are known to Ray's operator alone.
     beside_head = any(node["NodeID"] == context.get_node_id() for node in heads)
     elsewhere = "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
     return everything if beside_head and not elsewhere else replace(everything, known=False)
 
 
-def planned(config: Mapping[str, Any], head: Iterable[Resources]) -> Capacity:
+def autoscaler_capacity(config: Mapping[str, Any], head: Iterable[Resources]) -> Capacity:
     """What a cluster file, as `ray up` completes it, lets the autoscaler start beside the head."""
     most = config["max_workers"]
     kinds = [kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]]

@@ -6,12 +6,12 @@ from typing import Any
 
 
 @contextmanager
-def unwrapped() -> Iterator[None]:
+def reraise_user_errors() -> Iterator[None]:
     """Lets a ValueError or OSError raised in a Ray task through as itself, without Ray's wrapping."""
     try:
         yield
     except Exception as error:
-        for cause in causes(error):
+        for cause in iterate_causes(error):
             if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, ValueError | OSError):
                 message, ray_added, _ = str(cause).partition("\nFailed to apply UDF transform")
                 if ray_added:
@@ -20,7 +20,7 @@ def unwrapped() -> Iterator[None]:
         raise
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def iterate_causes(error: BaseException) -> Iterator[BaseException]:
     """An error and all that it was raised from, outermost first."""
     seen: list[BaseException] = []
     pending: list[Any] = [error]

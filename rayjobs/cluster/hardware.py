@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-HARDWARE = "hardware.json"
+HARDWARE_FILE = "hardware.json"
 
 
-def hardware() -> dict[str, str]:
+def describe_hardware() -> dict[str, str]:
     """Names and counts of CPUs and GPUs, the memory, and the cluster's nodes."""
     found = {
         "CPU": f"{os.cpu_count()} × {_cpu()}",

@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rayjobs.config import flat, given_values
+from rayjobs.config import flatten, given_values
 from rayjobs.console import verbose
 from rayjobs.storage.paths import is_url
 
-STOPPED = 143
+STOPPED_EXIT_CODE = 143
 """The exit code of a job that `ray job stop` ended: that of a process ended by SIGTERM."""
 
 
-def reach() -> dict[str, str]:
+def cluster_environment() -> dict[str, str]:
     """Environment variables that lead to the cluster: to the one that they name already, or else to one whose dashboard
     is tunnelled to this machine; its key is shown where there is one in ~/.ray/auth_token.
 
@@ -38,7 +38,7 @@ def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbo
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
     given = given_values(config, overrides)[0]
-    told = {"run.storage": "runs", **flat(given)}
+    told = {"run.storage": "runs", **flatten(given)}
     kept = ["run.storage", "run.cache"] if job == "demo" or told.get("run.name") else []  # one answer leaves nothing
     for name in [*kept, "out"]:
         path = told.get(name) or "/"
@@ -85,9 +85,9 @@ def _check_uploaded(told: Iterable[tuple[str, Any]]) -> None:
                 )
 
 
-def typed(command: Sequence[str]) -> str:
+def ray_submit_command(command: Sequence[str]) -> str:
     """The same through Ray's own command line."""
-    known = [f"{name}={value}" for name, value in reach().items()]
+    known = [f"{name}={value}" for name, value in cluster_environment().items()]
     return shlex.join([*known, "ray", "job", "submit", "--working-dir", ".", "--", *command])
 
 
@@ -102,10 +102,10 @@ def submit(command: Sequence[str]) -> int:
 
     for told_by in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(told_by).setLevel(logging.INFO if verbose() else logging.ERROR)
-    print(typed(command), flush=True)
+    print(ray_submit_command(command), flush=True)
     entrypoint, name = shlex.join(command), f"raysubmit_{uuid.uuid4().hex[:16]}"
     try:
-        client = JobSubmissionClient(reach()["RAY_ADDRESS"])
+        client = JobSubmissionClient(cluster_environment()["RAY_ADDRESS"])
         same = [job for job in client.list_jobs() if job.submission_id and job.entrypoint == entrypoint]
         there = [job.submission_id for job in same if not job.status.is_terminal()]
         name = next(iter(there), name)
@@ -121,7 +121,7 @@ def submit(command: Sequence[str]) -> int:
     except (RuntimeError, RayError) as error:
         raise ConnectionError(str(error)) from error
     if job.status == JobStatus.STOPPED:
-        return STOPPED
+        return STOPPED_EXIT_CODE
     if job.driver_exit_code is None:  # it never came to run, or its node is gone
         print(job.message or job.status)
         return int(job.status != JobStatus.SUCCEEDED)

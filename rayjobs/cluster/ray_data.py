@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def data_context(*, preserve_order: bool, patience_s: float = 3600) -> Iterator[None]:
+def ray_data_context(*, preserve_order: bool, patience_s: float = 3600) -> Iterator[None]:
     """Ray Data with small blocks, so that rows flow as soon as they are made, and quiet.
 
     patience_s: without a block moving for so long, as while machines are on their way, it errs; -1 is for ever.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from rayjobs.cluster.shared_storage import _is_seen
+from rayjobs.cluster.shared_storage import check_every_node_sees
 from rayjobs.console import verbose
 from rayjobs.storage.paths import is_url
 
@@ -64,7 +64,7 @@ def connect(*shared: Path) -> None:
         _join()
     for folder in dict.fromkeys(shared):
         if not is_url(folder):
-            _is_seen(folder)
+            check_every_node_sees(folder)
 
 
 def _join() -> None:
@@ -81,10 +81,10 @@ def _join() -> None:
             log_to_driver=verbose(),
             runtime_env={"env_vars": environment()},
         )
-    end_on_sigterm()  # Ray has made it an exit of its own
+    interrupt_on_sigterm()  # Ray has made it an exit of its own
 
 
-def end_on_sigterm() -> None:
+def interrupt_on_sigterm() -> None:
     """Lets SIGTERM, which `ray job stop` sends, end this process as Ctrl-C does: a run that is left can be resumed."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)

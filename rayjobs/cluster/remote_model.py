@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
 
 Model = TypeVar("Model")
@@ -23,22 +23,22 @@ def on_gpu(make: Callable[[str], Model]) -> Model:
     connect()
     import ray
 
-    from rayjobs.cluster.capacity import capacity
+    from rayjobs.cluster.capacity import cluster_capacity
 
-    have = capacity()
+    have = cluster_capacity()
     if not have.total("GPU"):
         if not have.known:
             told = "no GPU is there, and what may come cannot be seen: the model runs on this machine's CPU"
             print(f"{told}; to have it on a GPU, bring a machine with one up first", file=sys.stderr, flush=True)
         return make(_device())
-    holder = ray.remote(Holder).options(num_cpus=1, num_gpus=1).remote()
-    with unwrapped():
+    holder = ray.remote(ModelActor).options(num_cpus=1, num_gpus=1).remote()
+    with reraise_user_errors():
         ray.get(holder.hold.remote(make))
-    elsewhere: Any = Elsewhere(holder)
+    elsewhere: Any = RemoteModel(holder)
     return elsewhere
 
 
-class Holder:
+class ModelActor:
     """An actor that holds the model."""
 
     def hold(self, make: Callable[[str], Any]) -> None:
@@ -49,7 +49,7 @@ class Holder:
         return list(found) if isinstance(found, Iterator) else found
 
 
-class Elsewhere:
+class RemoteModel:
     """Has the methods of the model that its actor holds."""
 
     def __init__(self, holder: Any) -> None:
@@ -59,7 +59,7 @@ class Elsewhere:
         import ray
 
         def called(*given: Any, **named: Any) -> Any:
-            with unwrapped():
+            with reraise_user_errors():
                 return ray.get(self._holder.call.remote(method, given, named))
 
         return called
@@ -69,6 +69,6 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device() -> str:
+def default_device() -> str:
     """Where this process alone would put a model."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,14 +10,14 @@ from tempfile import NamedTemporaryFile
 from rayjobs.storage.paths import is_url
 
 
-def check_seen(*folders: str | Path) -> None:
+def assert_shared_storage(*folders: str | Path) -> None:
     """For a worker: that it sees folders that the driver has made, before it works for nothing. Raises ValueError."""
     for folder in folders:
         if not is_url(folder) and not Path(folder).is_dir():
-            raise ValueError(not_the_same(folder, [platform.node()]))
+            raise ValueError(not_shared_message(folder, [platform.node()]))
 
 
-def not_the_same(folder: str | Path, hosts: Iterable[str]) -> str:
+def not_shared_message(folder: str | Path, hosts: Iterable[str]) -> str:
     """What a user is told of a folder that some machines do not see."""
     return (
         f"{folder} is not the same folder on {', '.join(sorted(hosts))}: on several machines, run.storage and "
@@ -25,7 +25,7 @@ def not_the_same(folder: str | Path, hosts: Iterable[str]) -> str:
     )
 
 
-def _is_seen(folder: Path) -> None:
+def check_every_node_sees(folder: Path) -> None:
     """Asks every other node for a file in the folder; those that come later ask themselves (`check_seen`). Raises
     ValueError naming those that do not see it."""
     import ray
@@ -48,4 +48,4 @@ def _is_seen(folder: Path) -> None:
                 if not ray.get(answer, timeout=60):
                     blind.append(name)
     if blind:
-        raise ValueError(not_the_same(folder, blind))
+        raise ValueError(not_shared_message(folder, blind))

@@ -4,15 +4,15 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from rayjobs.cluster.capacity import Capacity, capacity
+from rayjobs.cluster.capacity import Capacity, cluster_capacity
 from rayjobs.config import config
 
-DATA_CPUS = 0.5
+RAY_DATA_CPUS = 0.5
 """Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
 
 
 @config
-class Workers:
+class WorkerRange:
     """Processes that hold the model, each on its own device: as many as there is room for, within bounds."""
 
     min: int = Field(default=1, ge=1)
@@ -30,28 +30,28 @@ class Workers:
 
 def _both(workers: Any) -> Any:
     if isinstance(workers, int):
-        return Workers(min=workers, max=workers)
-    if not isinstance(workers, Workers | dict):
+        return WorkerRange(min=workers, max=workers)
+    if not isinstance(workers, WorkerRange | dict):
         raise ValueError("must be a number, or bounds such as {min: 2, max: 8}")
     return workers
 
 
 @config
-class PoolConfig:
+class WorkerPoolConfig:
     """How many workers, and what each may use."""
 
-    workers: Annotated[Workers, BeforeValidator(_both)] = Workers()
+    workers: Annotated[WorkerRange, BeforeValidator(_both)] = WorkerRange()
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPUs that a worker reserves; null leaves a share for Ray Data."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs that a worker reserves; null is 1 where the cluster has any, else 0."""
 
-    def resources(self, *, beside: float = DATA_CPUS) -> dict[str, float]:
+    def resources(self, *, beside: float = RAY_DATA_CPUS) -> dict[str, float]:
         """Per worker, on the cluster as it is or may grow. Raises ValueError at once for what can never fit.
 
         beside: CPUs of each node that no worker takes.
         """
-        return self.fit(capacity(), beside)
+        return self.fit(cluster_capacity(), beside)
 
     def fit(self, have: Capacity, beside: float) -> dict[str, float]:
         """`resources` of a cluster that has so much."""

@@ -9,11 +9,11 @@ from cafo.datasets import PHOTO
 from cafo.openai_client import Endpoint, Line
 from cafo.prompt import spoken
 from rayjobs.config import config
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.image_dataset import ImageDatasetConfig
 
 
 
-class Classes(NamedTuple):
+class ClassNames(NamedTuple):
     """What is described and drawn."""
 
     names: tuple[str, ...]
@@ -26,24 +26,24 @@ class Classes(NamedTuple):
         return [name for name in dict.fromkeys(self.names) if spoken(name) not in answered]
 
 
-def open_classes(data: ImagesConfig | None, class_names: list[str] | None) -> Classes:
+def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | None) -> ClassNames:
     """A data set's classes, or a plain list. Raises ValueError unless there is exactly one of them."""
     if (data is None) == (class_names is None):
         raise ValueError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
     if data is not None:
         dataset = data.open()
-        classes = Classes(dataset.class_names, dataset.templates)
+        classes = ClassNames(dataset.class_names, dataset.templates)
     else:
         assert class_names is not None
         if blank := [name for name in class_names if not name.strip()]:
             raise ValueError(f"class_names holds a blank name: {blank[0]!r}")
-        classes = Classes(tuple(class_names), PHOTO)
+        classes = ClassNames(tuple(class_names), PHOTO)
     for template in classes.templates:
-        check_sentence("template", template)
+        check_template("template", template)
     return classes
 
 
-def check_sentence(what: str, sentence: str) -> None:
+def check_template(what: str, sentence: str) -> None:
     """Raises ValueError unless the sentence has one {} for the class name, and no other braces."""
     try:
         fits = sentence.count("{}") == 1 and bool(sentence.format(""))

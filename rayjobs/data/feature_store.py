@@ -28,16 +28,16 @@ from cafo.images import ImageError, Preprocess, load_image
 from cafo.prompt import zero_shot_classifier
 from cafo.encoder_spec import EncoderSpec
 from rayjobs.config import config
-from rayjobs.models.encoder import EncoderConfig, Tower, load_tower
+from rayjobs.models.encoder import VisionEncoderConfig, EncoderInfo, load_vision_encoder
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.image_source import STORE_IMAGES, part_name
-from rayjobs.cluster.shared_storage import check_seen
-from rayjobs.storage.paths import local_copy, place
+from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.storage.paths import cached_path, resolve_path
 from rayjobs.console import Progress
-from rayjobs.cluster.ray_data import data_context
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.storage.files import atomic_path, read_parquet, write_parquet
-from rayjobs.storage.fingerprint import contents
+from rayjobs.storage.fingerprint import content_hashes
 
 
 VIEWS_PER_PART = STORE_IMAGES
@@ -83,20 +83,20 @@ class Features:
     """encoder → the name of its store, which stands for all that the features depend on"""
 
 
-def open_towers(encoders: Mapping[str, EncoderConfig]) -> dict[str, Tower]:
+def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
     """Every encoder's identity and preprocessing. Raises ValueError for one that does not load."""
     from cafo.encoders import ClipEncoder  # seconds, which tasks that hold no tower can spare
 
     towers = {}
     for name, encoder in encoders.items():
-        loaded = load_tower(encoder.spec())
-        towers[name] = Tower(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
+        loaded = load_vision_encoder(encoder.spec())
+        towers[name] = EncoderInfo(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
     return towers
 
 
 def prepare_features(
     lists: Sequence[ImageList],
-    towers: Mapping[str, Tower],
+    towers: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
     *,
@@ -121,7 +121,7 @@ def prepare_features(
 
 def fill_store(
     lists: Sequence[ImageList],
-    towers: Mapping[str, Tower],
+    towers: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
     *,
@@ -129,7 +129,7 @@ def fill_store(
     resources: Mapping[str, float],
 ) -> dict[str, dict[str, Path]]:
     """{role: {encoder: its folder}}, whole: what the stores lack is encoded by a pool of actors."""
-    content = {root: contents(root) for root in {images.root for images in lists}}
+    content = {root: content_hashes(root) for root in {images.root for images in lists}}
     folders = {images.role: _folders(images, content[images.root], towers, settings, cache) for images in lists}
     chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
     if chunks:
@@ -150,7 +150,7 @@ def _digest(identity: Any) -> str:
 def _folders(
     images: ImageList,
     content: Callable[[str], str | None],
-    towers: Mapping[str, Tower],
+    towers: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
 ) -> dict[str, Path]:
@@ -179,7 +179,7 @@ def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesC
         lacking = {name: str(folder / part) for name, folder in folders.items() if part not in made[name]}
         if lacking:
             chunk = {
-                "root": str(place(images.root)),
+                "root": str(resolve_path(images.root)),
                 "role": images.role,
                 "first": first,
                 "paths": [item.path for item in images.items[first:stop]],
@@ -194,7 +194,7 @@ def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesC
 
 def _encode(
     chunks: list[dict[str, str]],
-    towers: Mapping[str, Tower],
+    towers: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     workers: int,
     resources: dict[str, float],
@@ -202,7 +202,7 @@ def _encode(
     total = sum(len(json.loads(chunk["chunk"])["paths"]) for chunk in chunks)
     spare = ray.cluster_resources().get("CPU", 0) - workers * resources["CPU"]
     roomy = spare >= 0.9 * len(ray.nodes())  # then some node has so much to spare, wherever the workers are
-    with data_context(preserve_order=False), unwrapped(), Progress("encode", unit="images", total=total) as bar:
+    with ray_data_context(preserve_order=False), reraise_user_errors(), Progress("encode", unit="images", total=total) as bar:
         decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             decode_chunk,
             batch_size=1,
@@ -233,7 +233,7 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
     kinds = list(dict.fromkeys(wanted.values()))
     pixels: list[list[np.ndarray]] = [[] for _ in kinds]
     chunk |= {"columns": {name: kinds.index(kind) for name, kind in wanted.items()}, "rows": [], "rejected": []}
-    root = place(chunk["root"])
+    root = resolve_path(chunk["root"])
     for row, path in enumerate(chunk["paths"], chunk["first"]):
         try:
             image = load_image(root / path, name=path)
@@ -259,13 +259,13 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
 class ChunkEncoder:
     """An actor that holds the towers, and writes the parts."""
 
-    def __init__(self, towers: Mapping[str, Tower], batch: int, device: str) -> None:
+    def __init__(self, towers: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
         self.towers, self.batch = towers, batch
-        self.encoders = {name: load_tower(tower.spec, device) for name, tower in towers.items()}
+        self.encoders = {name: load_vision_encoder(tower.spec, device) for name, tower in towers.items()}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = json.loads(table["chunk"][0].as_py())
-        check_seen(*(place(part).parent for part in chunk["parts"].values()))
+        assert_shared_storage(*(resolve_path(part).parent for part in chunk["parts"].values()))
         n = len(chunk["rows"])
         for name, part in chunk["parts"].items():
             encoder = self.encoders[name]

@@ -20,15 +20,15 @@ from cafo.fewshot import FewShot
 from cafo.generate import best_of
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
-from rayjobs.models.encoder import EncoderConfig
-from rayjobs.storage.paths import AnyPath, place
+from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.storage.paths import AnyPath, resolve_path
 
 
 Sentences = Literal["file", "templates"]
 
 
 @config
-class ImagesConfig:
+class ImageDatasetConfig:
     """One data set: images, labels, sentences."""
 
     name: str = ""
@@ -61,14 +61,14 @@ class ImagesConfig:
         if self.split and self.tree:
             raise ValueError("data.split and data.tree exclude each other")
         if self.split:
-            split = place(self.split)
-            dataset = load_split(split, place(self.images) if self.images else split.parent, name=self.name)
+            split = resolve_path(self.split)
+            dataset = load_split(split, resolve_path(self.images) if self.images else split.parent, name=self.name)
         elif self.tree:
-            dataset = load_tree(place(self.tree), name=self.name, seed=self.seed, shares=self.tree_shares)
+            dataset = load_tree(resolve_path(self.tree), name=self.name, seed=self.seed, shares=self.tree_shares)
         elif not self.name:
             raise ValueError(f"data: give a name ({', '.join(LAYOUTS)}), or data.split, or data.tree")
         else:
-            dataset = load_dataset(self.name, place(self.root), val_share=self.val_share, seed=self.seed)
+            dataset = load_dataset(self.name, resolve_path(self.root), val_share=self.val_share, seed=self.seed)
         if self.templates:
             dataset = replace(dataset, templates=tuple(self.templates))
         if not dataset.val and self.name not in TEST_ONLY:
@@ -82,9 +82,9 @@ class ImagesConfig:
         if not self.generated:
             raise ValueError("generated images are asked for: data.generated says where they are, and it is not set")
         if self.generated in ("dalle", "sd"):
-            root, items = load_generated(dataset, place(self.root), self.generated)
+            root, items = load_generated(dataset, resolve_path(self.root), self.generated)
         else:
-            path = place(self.generated)
+            path = resolve_path(self.generated)
             root, items = path.parent, load_generated_list(path, dataset.class_names)
         return root, best_of(items, keep)
 
@@ -94,4 +94,4 @@ class ImagesConfig:
             return template_prompts(dataset.templates, dataset.class_names)
         if self.prompts is None:
             raise ValueError("sentences from a file are asked for, and data.prompts names none")
-        return read_prompts(place(self.prompts), dataset.class_names)
+        return read_prompts(resolve_path(self.prompts), dataset.class_names)

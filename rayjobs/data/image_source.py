@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
-from rayjobs.storage.paths import place as place_of
+from rayjobs.storage.paths import resolve_path as place_of
 from rayjobs.storage.files import read_parquet
 
 
@@ -23,7 +23,7 @@ STORE_IMAGES = 64
 """Images in one part of a feature store of plain views."""
 
 
-class Pictures(Protocol):
+class ImageSource(Protocol):
     """Where a stream of records takes its images from."""
 
     def read(self, source: int, place: int, epoch: int | None) -> bytes:

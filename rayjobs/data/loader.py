@@ -8,8 +8,8 @@ import torch
 from ray.data import TaskPoolStrategy
 from torch import Tensor
 from adapter.loss import IGNORE
-from rayjobs.data.sampler import Order, window_micro_batches
-from rayjobs.cluster.ray_data import data_context
+from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
+from rayjobs.cluster.ray_data import ray_data_context
 
 
 
@@ -35,7 +35,7 @@ class MicroBatch:
     """Each record's image as `rayjobs.pictures` reads it."""
 
 
-def stream(order: Order, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
+def load_micro_batches(order: ElasticBatchSampler, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
     """Worker `rank`'s micro-batches of the given steps, in order."""
     epochs = range(steps.start // order.steps_per_epoch, -(-steps.stop // order.steps_per_epoch))
     windows = [
@@ -46,7 +46,7 @@ def stream(order: Order, rank: int, world: int, steps: range) -> Iterator[MicroB
     ]
     if not windows:
         return
-    with data_context(preserve_order=True, patience_s=-1):  # a step, or a validation between two, may take its time
+    with ray_data_context(preserve_order=True, patience_s=-1):  # a step, or a validation between two, may take its time
         rows = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             window_micro_batches,
             batch_size=1,

@@ -9,8 +9,8 @@ from adapter import scienceqa
 from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
-from rayjobs.storage.paths import AnyPath, FileOrName, local_copy, place
-from rayjobs.storage.fingerprint import sha256_file
+from rayjobs.storage.paths import AnyPath, FileOrName, cached_path, resolve_path
+from rayjobs.storage.fingerprint import hash_file
 
 
 Format = Literal["alpaca", "scienceqa", "llava"]
@@ -50,8 +50,8 @@ class Source:
         Raises RecordError naming what is malformed.
         """
         if self.format == "scienceqa":
-            return (problem.record() for problem in scienceqa.read_problems(place(self.path), self.split))
-        path = local_copy(self.path)
+            return (problem.record() for problem in scienceqa.read_problems(resolve_path(self.path), self.split))
+        path = cached_path(self.path)
         return read_conversations(path) if self.format == "llava" else read_records(path)
 
     def image_paths(self) -> list[str]:
@@ -62,11 +62,11 @@ class Source:
     def files(self) -> list[Path]:
         """What its records depend on besides the split."""
         names = ("problems.json", "pid_splits.json")
-        return [place(self.path) / name for name in names] if self.format == "scienceqa" else [place(self.path)]
+        return [resolve_path(self.path) / name for name in names] if self.format == "scienceqa" else [resolve_path(self.path)]
 
     def digests(self) -> list[str]:
         """SHA-256 of its files."""
-        return [sha256_file(local_copy(file)) for file in self.files]
+        return [hash_file(cached_path(file)) for file in self.files]
 
 
 @config
@@ -94,13 +94,13 @@ class RecordsConfig:
     def source(self, given: str | SourceConfig, split: str) -> Source:
         one = SourceConfig(path=given) if isinstance(given, str) else given
         kind = one.format or self.format
-        path = place(one.path)
+        path = resolve_path(one.path)
         folder = path if kind == "scienceqa" else path.parent
         return Source(
             path=str(path),
             format=kind,
             split=(one.split or split) if kind == "scienceqa" else "",
-            images=str(place(one.images or folder)),
+            images=str(resolve_path(one.images or folder)),
             weight=one.weight,
             template=prompt_template(self.template, kind),
         )
@@ -123,4 +123,4 @@ class DataConfig(RecordsConfig):
 def prompt_template(name: str | None, kind: Format = "alpaca") -> PromptTemplate:
     """A template by name or file; null is the format's own. Raises ValueError for a file that is none."""
     known = TEMPLATES.get(name or kind)
-    return known or PromptTemplate.read(local_copy(str(name)))
+    return known or PromptTemplate.read(cached_path(str(name)))

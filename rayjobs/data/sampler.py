@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from adapter.batching import micro_batches
-from rayjobs.data.image_source import Pictures
+from rayjobs.data.image_source import ImageSource
 from rayjobs.data.token_store import TOKENS
 from rayjobs.storage.files import read_parquet
 from rayjobs.data.token_store import Split, TokenStore, part_source, source_of
@@ -39,7 +39,7 @@ MICRO_BATCH = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ElasticBatchSampler:
     """How a split is walked."""
 
     store: TokenStore
@@ -52,7 +52,7 @@ class Order:
     """None keeps the order of the source."""
     weights: tuple[float, ...] = ()
     """How often the records of each source are seen in an epoch; sources past the end are seen once."""
-    pictures: Pictures | None = None
+    pictures: ImageSource | None = None
     """Where images come from; None leaves them out."""
 
     @property
@@ -135,7 +135,7 @@ class Order:
         return self.pictures.read(source_of(row["id"]), row["image"], None if self.seed is None else epoch)
 
 
-def deal(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
+def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
     """Rows of one step → for each worker as many micro-batches of row indices; some workers' last may be empty.
 
     They are cut as small as that number allows, so that no worker is idle while another one has a full budget.
@@ -154,7 +154,7 @@ def deal(lengths: Sequence[int], token_budget: int, world: int) -> list[list[lis
 
 
 def window_micro_batches(
-    batch: dict[str, Any], order: Order, steps: range, rank: int, world: int
+    batch: dict[str, Any], order: ElasticBatchSampler, steps: range, rank: int, world: int
 ) -> Iterator[pa.Table]:
     """A Ray Data row {epoch, window} → one worker's micro-batches of those of its steps that are in `steps`."""
     epoch, window = int(batch["epoch"][0]), int(batch["window"][0])
@@ -165,7 +165,7 @@ def window_micro_batches(
         rows = table.slice((step - held.start) * order.global_batch, order.global_batch).to_pylist()
         lengths = [len(row["tokens"]) for row in rows]
         labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
-        mine = deal(lengths, order.token_budget, world)[rank]
+        mine = assign_micro_batches(lengths, order.token_budget, world)[rank]
         for row in {row for micro in mine for row in micro}:
             rows[row]["image"] = order.picture(rows[row], epoch)
         micros = [

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rayjobs.storage.paths import is_url, place, send
+from rayjobs.storage.paths import is_url, resolve_path, upload_file
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,12 +26,12 @@ import ray.data
 from adapter.instruct import RecordError, encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.data.image_source import read_image
-from rayjobs.storage.paths import local_copy, place
+from rayjobs.storage.paths import cached_path, resolve_path
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.console import Progress
-from rayjobs.cluster.ray_data import data_context
-from rayjobs.cluster.errors import unwrapped
-from rayjobs.storage.fingerprint import contents, sha256_file
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.storage.fingerprint import content_hashes, hash_file
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
 from rayjobs.storage.files import write_json
 from rayjobs.storage.files import read_json
@@ -39,8 +39,8 @@ from rayjobs.storage.files import write_jsonl
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.files import write_parquet
 from rayjobs.storage.files import read_parquet
-from rayjobs.storage.fingerprint import sha256_file
-from rayjobs.storage.fingerprint import contents
+from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import content_hashes
 
 
 TOKENS = pa.schema(
@@ -137,20 +137,20 @@ def prepare_tokens(
     lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if images else {}
     identity = {
         **asdict(encoding),
-        "tokenizer": sha256_file(local_copy(tokenizer)),
+        "tokenizer": hash_file(cached_path(tokenizer)),
         "sources": [
             [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": [
             [path, content(path)]
             for i, paths in lists.items()
-            for content in ([contents(sources[i][0].images)] if paths else [])
+            for content in ([content_hashes(sources[i][0].images)] if paths else [])
             for path in paths
         ],
         "format": 3,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-    folder = place(cache) / "tokens" / key
+    folder = resolve_path(cache) / "tokens" / key
     try:
         if not (folder / "index.json").exists():
             write_json(folder / IMAGE_LISTS, lists)
@@ -165,7 +165,7 @@ def _write_store(
     folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any, max_rejected: float
 ) -> None:
     items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
-    with data_context(preserve_order=True):
+    with ray_data_context(preserve_order=True):
         listed_files = ray.data.from_items(items, override_num_blocks=len(items))
         # Other resources than the next stage's, or Ray would fuse the two and encode a file in a single task.
         chunks = listed_files.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
@@ -174,7 +174,7 @@ def _write_store(
         parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
         left_out = 0
         rejected: list[dict[str, Any]] = []
-        with unwrapped(), Progress("tokenize", unit="records") as progress:
+        with reraise_user_errors(), Progress("tokenize", unit="records") as progress:
             for row in written.iter_rows():
                 for split in parts:
                     if row[split]:
@@ -263,4 +263,4 @@ def _held_out(record: dict[str, str], fraction: float) -> bool:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(local_copy(path))
+    return Tokenizer(cached_path(path))

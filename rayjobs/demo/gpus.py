@@ -1,13 +1,13 @@
 """What the demo's parts are given of a cluster's GPUs; where there is none, each computes on CPUs."""
 
-from rayjobs.cluster.capacity import capacity
+from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.ray_init import connect
 
 
 def gpus() -> int:
     """As many as the cluster has."""
     connect()
-    return int(capacity().total("GPU"))
+    return int(cluster_capacity().total("GPU"))
 
 
 def share(gpus: int, tasks: int) -> float:

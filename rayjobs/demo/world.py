@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.config import config, to_dict
 from rayjobs.console import Progress
 from rayjobs.demo.cache_dir import kept, threads, unfinished
@@ -107,7 +107,10 @@ def train_all(models: Mapping[str, Training]) -> None:
     task = ray.remote(num_cpus=1, num_gpus=gpu, num_returns="streaming")(trained)
     running = {task.remote(model, "cuda" if gpu else "cpu"): name for name, model in wanted.items()}
     losses: dict[str, list[float]] = {name: [] for name in wanted}
-    with unwrapped(), Progress("tiny models", unit="steps", total=sum(model.steps for model in wanted.values())) as bar:
+    with (
+        reraise_user_errors(),
+        Progress("tiny models", unit="steps", total=sum(model.steps for model in wanted.values())) as bar,
+    ):
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             name = running[ready]

@@ -16,18 +16,18 @@ import ray.data
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
-from adapter.model import Base
-from rayjobs.cluster.errors import unwrapped
-from rayjobs.cluster.ray_data import data_context
+from adapter.model import AdaptedModel
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.shared_storage import check_seen
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.console import Progress
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.models.image_conditioning import Eyes, Sight
-from rayjobs.runs.provenance import claim_source
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
+from rayjobs.runs.provenance import lock_provenance
 from rayjobs.storage.files import read_parquet, write_parquet
-from rayjobs.storage.paths import place
+from rayjobs.storage.paths import resolve_path
 
 Record = dict[str, Any]
 Answer = Callable[[list[Record], list[Tensor | None]], list[Record]]
@@ -35,25 +35,25 @@ IDENTITY = "settings.json"
 """Among the parts: what they were made from."""
 
 
-class Answerer:
+class GenerationWorker:
     """An actor that holds the base, its adapter and the tower, and writes the answers of one chunk per call."""
 
     def __init__(
         self,
-        make: Callable[[Base], Answer],
+        make: Callable[[AdaptedModel], Answer],
         schema: pa.Schema,
-        base: BaseConfig,
+        base: BaseModelConfig,
         adapter: str | None,
-        sight: Sight | None,
+        sight: ImageConditioning | None,
         device: str,
     ) -> None:
         self.schema = schema
-        self.eyes = None if sight is None else Eyes(sight.tower, device)
+        self.eyes = None if sight is None else ImageFeaturizer(sight.tower, device)
         self.answer = make(base.load(adapter, device, tower=sight and sight.tower.identity))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
-        check_seen(place(row["part"]).parent)
+        assert_shared_storage(resolve_path(row["part"]).parent)
         records = json.loads(row["records"])
         rows = self.answer(records, self.see(row.get("images") or [None] * len(records)))
         write_parquet(row["part"], pa.Table.from_pylist(rows, self.schema))
@@ -66,20 +66,20 @@ class Answerer:
         return [None if one is None else next(found) for one in pixels]
 
 
-def decode(table: pa.Table, root: str, sight: Sight) -> pa.Table:
+def decode_images(table: pa.Table, root: str, sight: ImageConditioning) -> pa.Table:
     """A chunk's images as pixels."""
     (row,) = table.to_pylist()
-    records, pixels, folder = json.loads(row["records"]), [], place(root)
+    records, pixels, folder = json.loads(row["records"]), [], resolve_path(root)
     for record in records:
         seen = None
         if record.get("image"):
-            seen, record["image_error"] = look(folder / record["image"], sight)
+            seen, record["image_error"] = read_pixels(folder / record["image"], sight)
         pixels.append(seen)
     images = pa.array([pixels], pa.list_(pa.large_binary()))
     return pa.table({"part": [row["part"]], "records": [json.dumps(records)], "images": images})
 
 
-def look(path: Path, sight: Sight) -> tuple[bytes | None, str]:
+def read_pixels(path: Path, sight: ImageConditioning) -> tuple[bytes | None, str]:
     """An image's pixels as the tower reads them, or why there are none."""
     from cafo.images import ImageError, load_image
 
@@ -89,19 +89,19 @@ def look(path: Path, sight: Sight) -> tuple[bytes | None, str]:
         return None, str(error)
 
 
-def answer_all(
+def generate_all(
     records: Iterable[Record],
-    make: Callable[[Base], Answer],
+    make: Callable[[AdaptedModel], Answer],
     schema: pa.Schema,
     parts: Path,
     identity: Mapping[str, str],
     *,
     batch: int,
-    base: BaseConfig,
+    base: BaseModelConfig,
     adapter: str | None,
-    sight: Sight | None,
+    sight: ImageConditioning | None,
     images: str,
-    scale: PoolConfig,
+    scale: WorkerPoolConfig,
 ) -> pa.Table:
     """All answers, in the order of the records; those that `parts` holds already are not made again.
 
@@ -109,7 +109,7 @@ def answer_all(
     images: the folder that the records' images start from. Raises ValueError if `parts` was made with another identity,
     or there is no record.
     """
-    claim_source(parts / IDENTITY, identity, way_out="remove it, or write somewhere else")
+    lock_provenance(parts / IDENTITY, identity, way_out="remove it, or write somewhere else")
     files: list[Path] = []
     todo, total, done, rest = [], 0, 0, iter(records)
     while chunk := list(islice(rest, batch)):
@@ -125,11 +125,11 @@ def answer_all(
         connect(parts)
         resources = scale.resources()
         progress = Progress("answer", unit="answers", total=total, done=done)
-        with data_context(preserve_order=False), unwrapped(), progress as bar:
+        with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
             chunks = ray.data.from_items(todo, override_num_blocks=len(todo))
             if sight is not None:
                 chunks = chunks.map_batches(
-                    decode,
+                    decode_images,
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=0.01,  # other than the workers', or Ray would fuse the two
@@ -137,7 +137,7 @@ def answer_all(
                     fn_kwargs={"root": images, "sight": sight},
                 )
             answered = chunks.map_batches(
-                Answerer,
+                GenerationWorker,
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(size=min(scale.workers.max, len(todo))),

@@ -7,22 +7,22 @@ from pydantic import Field
 
 from adapter.adapter_checkpoint import read_adapter
 from adapter.instruct import ALPACA, PromptTemplate
-from adapter.model import Base
+from adapter.model import AdaptedModel
 from cafo.prompt import (
     Sampling,
     spoken,
 )
 from rayjobs.config import config
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.storage.fingerprint import sha256_file
-from rayjobs.storage.paths import AnyPath, FileOrName, local_copy
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.paths import AnyPath, FileOrName, cached_path
 
 
 @config
 class LlamaConfig:
     """A LLaMA on this machine."""
 
-    base: BaseConfig
+    base: BaseModelConfig
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
     template: FileOrName = "alpaca"
@@ -35,19 +35,19 @@ class LlamaConfig:
     """Answers decoded together; all commands of a class share its batches."""
 
     def prompt_template(self) -> PromptTemplate:
-        return ALPACA if self.template == "alpaca" else PromptTemplate.read(local_copy(self.template))
+        return ALPACA if self.template == "alpaca" else PromptTemplate.read(cached_path(self.template))
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on. Raises ValueError for a base, adapter or template that cannot be read."""
         checkpoint, tokenizer = self.base.open()
         if self.adapter is not None:
-            read_adapter(local_copy(self.adapter))
+            read_adapter(cached_path(self.adapter))
         template = self.prompt_template()
         return {
             "base": checkpoint.fingerprint,
-            "tokenizer": sha256_file(tokenizer),
+            "tokenizer": hash_file(tokenizer),
             "dtype": self.base.dtype,
-            "adapter": sha256_file(local_copy(self.adapter)) if self.adapter is not None else None,
+            "adapter": hash_file(cached_path(self.adapter)) if self.adapter is not None else None,
             "template": [template.with_input, template.without_input],
             "top_p": self.top_p,
             "seed": self.seed,
@@ -70,7 +70,9 @@ class SamplingConfig:
 class LlamaModel:
     """A `LanguageModel` on this machine: the first command about a class decodes its answers to all of them."""
 
-    def __init__(self, base: Base, settings: LlamaConfig, sampling: SamplingConfig, commands: Sequence[str]) -> None:
+    def __init__(
+        self, base: AdaptedModel, settings: LlamaConfig, sampling: SamplingConfig, commands: Sequence[str]
+    ) -> None:
         self._base, self._settings, self._sampling = base, settings, sampling
         self._commands, self._template = list(dict.fromkeys(commands)), settings.prompt_template()
         self._decoded: tuple[tuple[str, int] | None, dict[str, list[str]]] = (None, {})

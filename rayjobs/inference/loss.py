@@ -4,8 +4,8 @@ import pyarrow as pa
 import torch
 
 from rayjobs.data.loader import collate
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.models.image_conditioning import Eyes, Sight
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 
 LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.int64())])
 
@@ -13,9 +13,11 @@ LOSSES = pa.schema([("id", pa.int64()), ("loss", pa.float64()), ("labels", pa.in
 class Scorer:
     """An actor that holds the model and sums each record's loss over its labels."""
 
-    def __init__(self, base: BaseConfig, adapter: str | None, sight: Sight | None, stored: bool, device: str) -> None:
+    def __init__(
+        self, base: BaseModelConfig, adapter: str | None, sight: ImageConditioning | None, stored: bool, device: str
+    ) -> None:
         self.model = base.load(adapter, device, tower=sight and sight.tower.identity).model
-        self.eyes = Eyes(None if sight is None or stored else sight.tower, device)
+        self.eyes = ImageFeaturizer(None if sight is None or stored else sight.tower, device)
         self.device = device
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from adapter.instruct import Example, PromptTemplate, RecordError, encode_record
-from adapter.model import Base
+from adapter.model import AdaptedModel
 from adapter.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from rayjobs.inference.batch import Record
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
@@ -19,7 +19,7 @@ from rayjobs.storage.files import write_text
 
 Reading = Literal["generate", "likelihood"]
 
-ROOM = 32
+MAX_ANSWER_TOKENS = 32
 """Tokens of an answer; `The answer is (A).` has about eight."""
 
 PREDICTIONS = pa.schema(
@@ -43,10 +43,10 @@ class AnswerProblems:
     def __init__(self, template: PromptTemplate, reading: Reading, max_length: int) -> None:
         self.template, self.reading, self.max_length = template, reading, max_length
 
-    def __call__(self, base: Base) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
+    def __call__(self, base: AdaptedModel) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
         return lambda records, images: list(self.answered(base, records, images))
 
-    def answered(self, base: Base, records: list[Record], images: list[Tensor | None]) -> Iterator[Record]:
+    def answered(self, base: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> Iterator[Record]:
         """A row of `PREDICTIONS` for each problem."""
         window = min(base.model.config.max_seq_len, self.max_length)
         generating = self.reading == "generate"
@@ -54,7 +54,7 @@ class AnswerProblems:
         for record in records:
             outputs = [record["output"]] if generating else record["outputs"]
             try:
-                asked.append([self._example(record, o, base, window - ROOM * generating) for o in outputs])
+                asked.append([self._example(record, o, base, window - MAX_ANSWER_TOKENS * generating) for o in outputs])
             except RecordError as error:
                 asked.append([])
                 record["error"] = str(error)
@@ -62,7 +62,7 @@ class AnswerProblems:
         seen = [image for image, mine in zip(images, asked, strict=True) for _ in mine]
         if generating:
             prompts = [example.ids[: example.label_start] for example in examples]
-            texts = iter(base.continue_ids(prompts, images=seen, max_new_tokens=ROOM, temperature=0))
+            texts = iter(base.continue_ids(prompts, images=seen, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0))
         else:
             losses = iter(base.losses(examples, images=seen))
         for record, mine in zip(records, asked, strict=True):
@@ -86,7 +86,7 @@ class AnswerProblems:
                 "image_error": record.get("image_error", ""),
             }
 
-    def _example(self, record: Record, output: str, base: Base, length: int) -> Example:
+    def _example(self, record: Record, output: str, base: AdaptedModel, length: int) -> Example:
         example = encode_record({**record, "output": output}, base.tokenizer, self.template, max_length=length)
         pieces = base.tokenizer.encode(record["options"], bos=False, eos=False)
         if example.input != record["input"] and not example.input.endswith(base.tokenizer.decode(pieces)):

@@ -15,34 +15,34 @@ from pydantic import Field
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from adapter.scienceqa import read_problems
-from rayjobs.cluster.errors import unwrapped
-from rayjobs.cluster.ray_data import data_context
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import Progress, show_table
-from rayjobs.data.image_features import prepare_pictures
+from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import StoredFeatures
 from rayjobs.data.records import RecordsConfig, Source
-from rayjobs.data.sampler import Order, window_micro_batches
+from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
 from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
-from rayjobs.inference.batch import IDENTITY, answer_all
-from rayjobs.inference.identity import answered_by, asked_with
+from rayjobs.inference.batch import IDENTITY, generate_all
+from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.inference.loss import LOSSES, Scorer
 from rayjobs.inference.scienceqa import PREDICTIONS, AnswerProblems, Reading, asked, examples, summarise
-from rayjobs.lifecycle import recorded
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.models.image_conditioning import Sight, VisionConfig, open_sight
+from rayjobs.lifecycle import job
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
 from rayjobs.reporting.example_gallery import write_examples
-from rayjobs.runs.provenance import check_source
+from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
-from rayjobs.storage.paths import AnyPath, place
+from rayjobs.storage.paths import AnyPath, resolve_path
 
 
 @config
 class Config:
-    base: BaseConfig
+    base: BaseModelConfig
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null measures the bare base."""
     vision: VisionConfig | None = None
@@ -58,11 +58,11 @@ class Config:
     data: RecordsConfig
     token_budget: int = Field(default=8192, ge=1)
     """Tokens per batch and worker, padding included, for task loss."""
-    scale: PoolConfig = PoolConfig()
+    scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig
 
 
-def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
+def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | None]:
     """Everything that can be told before a worker starts: the tokenizer's path, records, tower. Raises ValueError."""
     _, tokenizer = settings.base.open()
     sources = settings.data.sources()
@@ -72,7 +72,7 @@ def check(settings: Config) -> tuple[Path, list[Source], Sight | None]:
         sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
     for source in sources:
         next(iter(source.read()), None)
-    return tokenizer, sources, open_sight(settings.adapter, settings.vision, settings.blind)
+    return tokenizer, sources, open_image_conditioning(settings.adapter, settings.vision, settings.blind)
 
 
 def plan(settings: Config) -> None:
@@ -88,7 +88,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], [*rows, ["workers", str(settings.scale.workers)]])
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, with every record's loss or prediction beside it as Parquet."""
     tokenizer, sources, sight = check(settings)
@@ -101,9 +101,11 @@ def run(settings: Config) -> dict[str, Any]:
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess, run=folder)
     pictures = None
     if settings.vision and sight:
-        lists, cache = place(store.folder) / IMAGE_LISTS, settings.run.cache_folder
-        pictures = prepare_pictures(settings.vision, sight, settings.data.sources(), lists, cache, settings.scale, 0)
-    order = Order(
+        lists, cache = resolve_path(store.folder) / IMAGE_LISTS, settings.run.cache_folder
+        pictures = prepare_image_source(
+            settings.vision, sight, settings.data.sources(), lists, cache, settings.scale, 0
+        )
+    order = ElasticBatchSampler(
         store=store,
         split="train",
         global_batch=512,
@@ -115,8 +117,8 @@ def run(settings: Config) -> dict[str, Any]:
     windows = [{"epoch": 0, "window": window} for window in range(order.windows_per_epoch)]
     tables = []
     with (
-        data_context(preserve_order=True),
-        unwrapped(),
+        ray_data_context(preserve_order=True),
+        reraise_user_errors(),
         Progress("eval", unit="records", total=store.rows("train")) as bar,
     ):
         batches = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
@@ -163,19 +165,21 @@ def run(settings: Config) -> dict[str, Any]:
 def questions(settings: Config, source: Source, *, seen: bool) -> dict[str, str]:
     """What is asked of scienceqa, and how, by content; images too where they are seen."""
     how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
-    problems = [asked(problem) for problem in read_problems(place(source.path), source.split)]
-    return {**asked_with(problems, source.images, seen), "how": repr(how)}
+    problems = [asked(problem) for problem in read_problems(resolve_path(source.path), source.split)]
+    return {**data_identity(problems, source.images, seen), "how": repr(how)}
 
 
-def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[str, Any]:
-    problems = read_problems(place(source.path), source.split)
+def _scienceqa(settings: Config, source: Source, sight: ImageConditioning | None) -> dict[str, Any]:
+    problems = read_problems(resolve_path(source.path), source.split)
     identity = {
-        **answered_by(settings.base, settings.adapter, sight),
+        **model_identity(settings.base, settings.adapter, sight),
         **questions(settings, source, seen=sight is not None),
     }
-    check_source(settings.run.folder / "parts" / IDENTITY, identity)  # before anything is written over a finished run
+    check_provenance(
+        settings.run.folder / "parts" / IDENTITY, identity
+    )  # before anything is written over a finished run
     folder = open_run(settings.run, settings)
-    predictions = answer_all(
+    predictions = generate_all(
         map(asked, problems),
         AnswerProblems(source.template, settings.reading, settings.data.max_length),
         PREDICTIONS,
@@ -191,7 +195,7 @@ def _scienceqa(settings: Config, source: Source, sight: Sight | None) -> dict[st
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
     told = [{"pid": row["pid"], "reason": row["error"] or row["image_error"]} for row in predictions.to_pylist()]
     write_jsonl(folder / REJECTED, (row for row in told if row["reason"]))
-    write_examples(folder, *examples(problems, predictions.to_pylist(), place(source.images)))
+    write_examples(folder, *examples(problems, predictions.to_pylist(), resolve_path(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
     result["images_left_out"] = result["with_image"] if sight is None else 0
     across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow

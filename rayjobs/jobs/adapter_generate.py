@@ -14,22 +14,22 @@ from pydantic import Field
 from torch import Tensor
 
 from adapter.instruct import read_records
-from adapter.model import Base
-from rayjobs.cluster.remote_model import device, on_gpu
-from rayjobs.cluster.worker_pool import PoolConfig
+from adapter.model import AdaptedModel
+from rayjobs.cluster.remote_model import default_device, on_gpu
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_table
 from rayjobs.data.records import prompt_template
-from rayjobs.inference.batch import IDENTITY, Record, answer_all, look
-from rayjobs.inference.identity import answered_by, asked_with
-from rayjobs.lifecycle import recorded
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.models.image_conditioning import Eyes, Sight, VisionConfig, open_sight
+from rayjobs.inference.batch import IDENTITY, Record, generate_all, read_pixels
+from rayjobs.inference.identity import data_identity, model_identity
+from rayjobs.lifecycle import job
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer, VisionConfig, open_image_conditioning
 from rayjobs.reporting.example_gallery import write_examples
-from rayjobs.runs.provenance import check_source
+from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
-from rayjobs.storage.paths import AnyPath, FileOrName, local_copy, place
+from rayjobs.storage.paths import AnyPath, FileOrName, cached_path, resolve_path
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 
@@ -50,7 +50,7 @@ class Decoding:
 
 @config
 class Config:
-    base: BaseConfig
+    base: BaseModelConfig
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
     vision: VisionConfig | None = None
@@ -74,12 +74,12 @@ class Config:
     decoding: Decoding = Decoding()
     batch_size: int = Field(default=16, ge=1)
     """Prompts decoded together by one worker."""
-    scale: PoolConfig = PoolConfig()
+    scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig | None = None
     """Of a file's answers."""
 
 
-def answer(base: Base, prompts: list[str], images: list[Tensor | None], decoding: Decoding) -> list[str]:
+def answer(base: AdaptedModel, prompts: list[str], images: list[Tensor | None], decoding: Decoding) -> list[str]:
     """The base's answers, without the space that the tokenizer puts before the first word."""
     answers = base.generate(
         prompts,
@@ -98,7 +98,7 @@ class Ask:
     def __init__(self, settings: Config) -> None:
         self.settings, self.template = settings, prompt_template(settings.template)
 
-    def __call__(self, base: Base) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
+    def __call__(self, base: AdaptedModel) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
         def answered(records: list[Record], images: list[Tensor | None]) -> list[Record]:
             prompts = [self.template.render(record["instruction"], record["input"]) for record in records]
             answers = answer(base, prompts, images, self.settings.decoding)
@@ -110,14 +110,14 @@ class Ask:
         return answered
 
 
-def check(settings: Config) -> Sight | None:
+def check(settings: Config) -> ImageConditioning | None:
     """Everything that can be told before a model is loaded. Raises ValueError."""
     if settings.instruction is not None and settings.file is not None:
         raise ValueError("give either instruction or file, not both")
     settings.base.open()
     prompt_template(settings.template)
     no_image = settings.file is None and settings.vision is None  # then there is none to leave out
-    sight = open_sight(settings.adapter, settings.vision, settings.blind or no_image)
+    sight = open_image_conditioning(settings.adapter, settings.vision, settings.blind or no_image)
     if settings.image is not None and (sight is None or settings.instruction is None):
         raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
@@ -125,7 +125,7 @@ def check(settings: Config) -> Sight | None:
             raise ValueError("run.name: required for a file's answers, but not given")
         if settings.out is not None and Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
-        next(read_records(local_copy(settings.file), answered=False), None)
+        next(read_records(cached_path(settings.file), answered=False), None)
     return sight
 
 
@@ -143,13 +143,13 @@ def run(settings: Config) -> dict[str, Any]:
         return answer_file(settings)
     sight = check(settings)
     tower = sight and sight.tower.identity
-    base = on_gpu(lambda device: settings.base.load(settings.adapter, device, tower=tower))
+    base = on_gpu(lambda default_device: settings.base.load(settings.adapter, default_device, tower=tower))
     template, seen = prompt_template(settings.template), None
     if sight is not None and settings.image is not None:
-        pixels, wrong = look(place(settings.image), sight)
+        pixels, wrong = read_pixels(resolve_path(settings.image), sight)
         if pixels is None:
             raise ValueError(wrong)
-        seen = Eyes(sight.tower, device()).features([pixels])[0]
+        seen = ImageFeaturizer(sight.tower, default_device()).features([pixels])[0]
     answers = []
     for instruction, input in _asked(settings):
         answers += answer(base, [template.render(instruction, input)], [seen], settings.decoding)
@@ -171,23 +171,23 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
             yield line.strip(), ""
 
 
-@recorded
+@job
 def answer_file(settings: Config) -> dict[str, Any]:
     """Writes all answers and `result.json`, with some of them for the report."""
     sight = check(settings)
     assert settings.run is not None
     assert settings.file is not None
-    file, out, parts = place(settings.file), _out(settings), settings.run.folder / "parts"
-    images, template = str(place(settings.images or file.parent)), prompt_template(settings.template)
-    records = list(read_records(local_copy(file), answered=False))
+    file, out, parts = resolve_path(settings.file), _out(settings), settings.run.folder / "parts"
+    images, template = str(resolve_path(settings.images or file.parent)), prompt_template(settings.template)
+    records = list(read_records(cached_path(file), answered=False))
     identity = {
-        **answered_by(settings.base, settings.adapter, sight),
-        **asked_with(records, images, seen=sight is not None),
+        **model_identity(settings.base, settings.adapter, sight),
+        **data_identity(records, images, seen=sight is not None),
         "how": repr((template, settings.decoding, settings.batch_size)),
     }
-    check_source(parts / IDENTITY, identity)  # before anything is written over a finished run
+    check_provenance(parts / IDENTITY, identity)  # before anything is written over a finished run
     folder = open_run(settings.run, settings)
-    table = answer_all(
+    table = generate_all(
         records,
         Ask(settings),
         ANSWERS,
@@ -211,7 +211,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
     told = [{"image": row["image"], "reason": row["image_error"]} for row in unread]
     write_jsonl(folder / "rejected.jsonl", told)
     seen = [row for row in rows if row.get("image") and not row["image_error"]]
-    shown = [(place(images) / row["image"], f"{row['instruction']} {row['answer']}") for row in _some(seen)]
+    shown = [(resolve_path(images) / row["image"], f"{row['instruction']} {row['answer']}") for row in _some(seen)]
     write_examples(folder, shown, "Some of the records with an image: what was asked and answered.")
     left_out = 0 if sight else sum(bool(record.get("image")) for record in records)
     blind = left_out + len(unread)
@@ -231,7 +231,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
 def _out(settings: Config) -> Path:
     """Where a file's answers go."""
     assert settings.run is not None
-    return place(settings.out) if settings.out else settings.run.folder / "answers.jsonl"
+    return resolve_path(settings.out) if settings.out else settings.run.folder / "answers.jsonl"
 
 
 def _some(rows: list[Record], count: int = 12) -> list[Record]:

@@ -16,22 +16,22 @@ from pydantic import Field
 from adapter.adapter_checkpoint import adapter_from
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import Checkpoint, skeleton
-from adapter.image_projection import VisionConfig as Projected
+from adapter.image_projection import ImageProjectionConfig as Projected
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.image_features import prepare_pictures
-from rayjobs.data.image_source import Pictures, StreamedImages
+from rayjobs.data.image_features import prepare_image_source
+from rayjobs.data.image_source import ImageSource, StreamedImages
 from rayjobs.data.records import DataConfig
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
-from rayjobs.lifecycle import recorded
-from rayjobs.models.base_model import BaseConfig
-from rayjobs.models.image_conditioning import Sight, VisionConfig
-from rayjobs.runs.provenance import lasting
+from rayjobs.lifecycle import job
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
+from rayjobs.runs.provenance import normalize_paths
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
-from rayjobs.storage.paths import local_copy, place
+from rayjobs.storage.paths import cached_path, resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 from rayjobs.train.trainer import fit
@@ -58,7 +58,7 @@ class AdapterConfig:
 
 @config
 class Config:
-    base: BaseConfig
+    base: BaseModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     vision: VisionConfig | None = None
@@ -74,7 +74,7 @@ FREE_TO_CHANGE = ("run", "scale", "zero")
 """Sections that do not change the result, so that a run may resume under others."""
 
 
-def check(settings: Config) -> tuple[Checkpoint, Path, Sight | None]:
+def check(settings: Config) -> tuple[Checkpoint, Path, ImageConditioning | None]:
     """Everything that can be told before a worker starts. Raises ValueError."""
     checkpoint, tokenizer = settings.base.open()
     check_fit(settings, checkpoint)
@@ -92,7 +92,7 @@ def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
         )
     saved = settings.run.folder / "config.yaml"
     if saved.exists():
-        before, now = lasting(yaml.safe_load(saved.read_text())), lasting(to_dict(settings))
+        before, now = normalize_paths(yaml.safe_load(saved.read_text())), normalize_paths(to_dict(settings))
         changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
         if changed:
             raise ValueError(
@@ -132,7 +132,7 @@ def plan(settings: Config) -> None:
     )
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Trains or resumes; returns and writes `result.json`, beside `adapter.safetensors` and `metrics.jsonl`."""
     checkpoint, tokenizer, sight = check(settings)
@@ -152,8 +152,8 @@ def prepare(settings: Config) -> None:
 
 
 def _prepare(
-    settings: Config, tokenizer: Path, sight: Sight | None, run: Path | None = None
-) -> tuple[TokenStore, Pictures | None]:
+    settings: Config, tokenizer: Path, sight: ImageConditioning | None, run: Path | None = None
+) -> tuple[TokenStore, ImageSource | None]:
     data = settings.data
     store = prepare_tokens(
         data,
@@ -170,11 +170,11 @@ def _prepare(
         raise ValueError("no record is left to train on: lower data.val_fraction, or give more records")
     pictures = None
     if settings.vision and sight:
-        pictures = prepare_pictures(
+        pictures = prepare_image_source(
             settings.vision,
             sight,
             [*data.sources(), *data.val_sources()],
-            place(store.folder) / IMAGE_LISTS,
+            resolve_path(store.folder) / IMAGE_LISTS,
             settings.run.cache_folder,
             settings.scale,
             settings.train.seed,
@@ -186,14 +186,14 @@ def _left_out(images: int) -> str:
     return f"left out, of {images:,} records: there is no vision section" if images else "none"
 
 
-def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sight | None) -> None:
+def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: ImageConditioning | None) -> None:
     folder = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # what can never fit is told before there is any work
     store, pictures = _prepare(settings, tokenizer, sight, folder)
     adaption = settings.adapter.adaption(sight and sight.projection)
     job = TrainJob(
-        base=str(place(settings.base.path)),
+        base=str(resolve_path(settings.base.path)),
         dtype=settings.base.dtype,
         adaption=adaption,
         store=store,
@@ -213,7 +213,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Sig
             if parameter.requires_grad:
                 parameter.copy_(state[name])
     file = adapter_from(
-        model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(local_copy(tokenizer)).sha256
+        model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(cached_path(tokenizer)).sha256
     )
     with atomic_path(folder / "adapter.safetensors") as temporary:
         file.save(temporary)

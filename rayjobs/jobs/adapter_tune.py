@@ -22,14 +22,14 @@ from pydantic import Field
 from ray import tune
 
 from adapter.base_checkpoint import Checkpoint
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import Workers
+from rayjobs.cluster.worker_pool import WorkerRange
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import Progress, show_table
 from rayjobs.data.records import SourceConfig
 from rayjobs.jobs import adapter_eval, adapter_train
-from rayjobs.lifecycle import recorded
+from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.run_dir import open_run
@@ -159,7 +159,7 @@ def plan(settings: Config) -> None:
     show_table(title, ["setting", "seeds"], rows)
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, beside `results.parquet` with a row per trial, `table.md` and a plot."""
     trials = check(settings)
@@ -171,7 +171,7 @@ def run(settings: Config) -> dict[str, Any]:
     if left:
         connect(folder, settings.run.cache_folder)
         together = settings.scale.workers.max * settings.sweep.at_once
-        worker = replace(settings.scale, workers=Workers(min=together, max=together)).resources()
+        worker = replace(settings.scale, workers=WorkerRange(min=together, max=together)).resources()
         adapter_train.prepare(training(settings, left[0]))  # once, and not by all of them at the same time
         _run_trials(settings, list(folders.values()), left, worker)
     rows = _over(settings, trials)
@@ -217,7 +217,7 @@ def _run_trials(settings: Config, all_trials: list[Trial], left: list[Trial], wo
             tell()
 
     done = len(all_trials) - len(left)
-    with Progress("tune", unit="trials", total=len(all_trials), done=done) as bar, unwrapped():
+    with Progress("tune", unit="trials", total=len(all_trials), done=done) as bar, reraise_user_errors():
         tell()
         results = tune.Tuner(
             # its workers reserve their own; itself, and Train's controller with it, it stays as safe as this job
@@ -302,7 +302,7 @@ def _plot(settings: Config, trials: list[Trial], folder: Path) -> None:
         for i, seed in enumerate(settings.sweep.seeds):
             rows = read_jsonl(_folder(settings, (point, seed)) / "metrics.jsonl")
             losses = [row["loss"] for row in rows if "loss" in row][:FIRST_STEPS]
-            label = "_" if i else plots.plain(told(point))
+            label = "_" if i else plots.plain_text(told(point))
             axes.plot(range(1, len(losses) + 1), losses, color=f"C{number}", label=label, linewidth=1)
-    plots.beside(figure)
+    plots.legend_outside(figure)
     save_plot(folder / "first_steps.png", f"training loss of the first {FIRST_STEPS} steps", figure)

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from rayjobs.config import config
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
-from rayjobs.lifecycle import recorded
-from rayjobs.models.encoder import EncoderConfig
+from rayjobs.lifecycle import job
+from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.run_dir import RunConfig, open_run
 
 
@@ -18,7 +18,7 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 class GenerateStep(cafo_generate.Step):
     """Images of the classes, drawn and chosen by CLIP."""
 
-    clip: EncoderConfig | None = None
+    clip: VisionEncoderConfig | None = None
     """The CLIP that ranks what is drawn; by default the first of the encoders."""
 
 
@@ -28,7 +28,7 @@ class Config(cafo_tune.Config):
     """Have the classes described first, in the folder `prompt` of the run; null takes data.prompts as it is."""
     generate: GenerateStep | None = None
     """Have images drawn next, in the folder `generate` of the run; null takes data.generated as it is."""
-    targets: dict[str, ImagesConfig] = Field(default_factory=dict)
+    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name: the distribution shift."""
     plots: bool = True
     """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
@@ -83,7 +83,7 @@ def plan(settings: Config) -> None:
         cafo_tune.plan(tuned)
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Returns all steps' results."""
     asked, drawn, tuned = prompting(settings), generating(settings), tuning(settings)

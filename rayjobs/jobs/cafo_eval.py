@@ -13,21 +13,21 @@ from pydantic import Field
 
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import open_towers, prepare_features
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.feature_store import open_encoders, prepare_features
+from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import plain_list
 from rayjobs.jobs import cafo_tune
-from rayjobs.lifecycle import recorded
+from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
-from rayjobs.reporting.accuracy_tables import by_method, published_rows, summary, table, write_tables
+from rayjobs.reporting.accuracy_tables import accuracy_table, by_method, published_rows, summary, write_tables
 from rayjobs.reporting.figures import save_plot
-from rayjobs.runs.record import begin
+from rayjobs.runs.record import start_run
 from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
-from rayjobs.storage.paths import AnyPath, place
+from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.tune.evaluation import same_encoders, score, write_rows
 from rayjobs.tune.figures import draw, keep_examples
 from rayjobs.tune.selection import best_on_val
@@ -37,17 +37,17 @@ from rayjobs.tune.selection import best_on_val
 class Config:
     sweep: AnyPath
     """The folder of a run of cafo-tune; what is found goes into its `test`."""
-    targets: dict[str, ImagesConfig] = Field(default_factory=dict)
+    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name: the distribution shift."""
     plots: bool = True
     """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
-    scale: PoolConfig = PoolConfig()
+    scale: WorkerPoolConfig = WorkerPoolConfig()
     """The encoders' pool."""
 
     @property
     def run(self) -> RunConfig:
         """The sweep's."""
-        folder = place(self.sweep)
+        folder = resolve_path(self.sweep)
         saved = folder / "config.yaml"
         known = yaml.safe_load(saved.read_text(encoding="utf-8")).get("run", {}) if saved.is_file() else {}
         return RunConfig(**{**known, "name": folder.name, "storage": str(folder.parent)})
@@ -72,7 +72,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(swept.encoders)]])
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
     swept, chosen = check(settings)
@@ -87,10 +87,10 @@ def run(settings: Config) -> dict[str, Any]:
     connect(settings.run.folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     record_opening(folder, chosen, sets)
-    begin(settings.run.folder, settings)
+    start_run(settings.run.folder, settings)
     lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
     used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
-    towers = open_towers({name: swept.encoders[name] for name in used})
+    towers = open_encoders({name: swept.encoders[name] for name in used})
     same_encoders(chosen, trials, {name: tower.identity for name, tower in towers.items()})
     features = prepare_features(
         lists,
@@ -112,7 +112,7 @@ def run(settings: Config) -> dict[str, Any]:
     of = {name: [row for row in rows if row["target"] == name] for name in sets}
     cells = [cell["setting"] for cell in chosen]
     paper = {name: published_rows(dataset.name, name, swept.encoders, cells) for name in sets}
-    tables = {name: table(of[name], paper[name]) for name in sets}
+    tables = {name: accuracy_table(of[name], paper[name]) for name in sets}
     write_tables(folder, tables)
     if settings.plots:
         for name in sets:

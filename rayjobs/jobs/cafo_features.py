@@ -8,22 +8,22 @@ from pydantic import Field
 from cafo import fewshot
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import FeaturesConfig, open_towers, prepare_features
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.feature_store import FeaturesConfig, open_encoders, prepare_features
+from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
-from rayjobs.lifecycle import recorded
-from rayjobs.models.encoder import EncoderConfig
+from rayjobs.lifecycle import job
+from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl
 
 
 @config
 class Config:
-    data: ImagesConfig
-    encoders: dict[str, EncoderConfig] = Field(min_length=1)
+    data: ImageDatasetConfig
+    encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
     """The towers, by the names that a sweep calls them."""
     features: FeaturesConfig = FeaturesConfig()
     shots: int = Field(default=16, ge=0)
@@ -34,7 +34,7 @@ class Config:
     """K': generated images of each class."""
     test: bool = False
     """Encode the test images too; without it nothing looks at them."""
-    scale: PoolConfig = PoolConfig()
+    scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig
 
 
@@ -67,7 +67,7 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Fills the feature store; returns and writes `result.json`, with `rejected.jsonl` beside it."""
     dataset, lists = check(settings)
@@ -76,7 +76,7 @@ def run(settings: Config) -> dict[str, Any]:
     resources = settings.scale.resources()
     found = prepare_features(
         lists,
-        open_towers(settings.encoders),
+        open_encoders(settings.encoders),
         settings.features,
         settings.run.cache_folder,
         workers=settings.scale.workers.max,

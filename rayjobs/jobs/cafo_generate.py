@@ -17,18 +17,18 @@ from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.cluster.remote_model import on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress, show_table
-from rayjobs.data.class_names import Classes, check_sentence, open_classes
-from rayjobs.data.image_dataset import ImagesConfig
-from rayjobs.lifecycle import recorded
-from rayjobs.models.encoder import EncoderConfig, load_tower
-from rayjobs.models.endpoint import EndpointConfig, asking
+from rayjobs.data.class_names import ClassNames, check_template, open_class_names
+from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.lifecycle import job
+from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
+from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.reporting.example_gallery import write_examples
-from rayjobs.runs.provenance import check_source, claim_source
+from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl, write_json, write_jsonl
-from rayjobs.storage.fingerprint import sha256_file
-from rayjobs.storage.paths import AnyPath, local_copy, place
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.paths import AnyPath, cached_path, resolve_path
+from rayjobs.storage.sync import SyncedFolder
 
 EXAMPLES = 24
 """Images that the report shows."""
@@ -72,10 +72,10 @@ class Step:
 
 @config
 class Config(Step):
-    data: ImagesConfig | None = None
+    data: ImageDatasetConfig | None = None
     class_names: list[str] | None = Field(default=None, min_length=1)
     """The classes as a plain list, instead of a data set."""
-    clip: EncoderConfig
+    clip: VisionEncoderConfig
     run: RunConfig
 
     @property
@@ -86,14 +86,14 @@ class Config(Step):
     def sentence_file(self) -> str | None:
         return self.prompts or (self.data.prompts if self.data is not None else None)
 
-    def sentences(self, classes: Classes) -> dict[str, list[str]]:
+    def sentences(self, classes: ClassNames) -> dict[str, list[str]]:
         """What each class's candidates are scored against. Raises ValueError naming the classes without a sentence."""
         if self.sentence_file is not None:
-            return read_prompts(place(self.sentence_file), classes.names)
+            return read_prompts(resolve_path(self.sentence_file), classes.names)
         return template_prompts(classes.templates, classes.names)
 
 
-def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
+def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
     """Everything that can be told before CLIP is loaded and anything drawn: the classes, and what the images depend
     on. Raises ValueError.
     """
@@ -106,14 +106,14 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
         raise ValueError(
             f"clip.kind must be clip: only CLIP can score an image against a text; got {settings.clip.kind}"
         )
-    classes = open_classes(settings.data, settings.class_names)
+    classes = open_class_names(settings.data, settings.class_names)
     template = settings.template or classes.templates[0]
-    check_sentence("template", template)
+    check_template("template", template)
     settings.sentences(classes)
     source: dict[str, Any]
     if settings.source == "folder":
         source = {"folder": settings.folder}
-        _check_folders(FolderGenerator(place(str(settings.folder))), classes)
+        _check_folders(FolderGenerator(resolve_path(str(settings.folder))), classes)
     elif settings.source == "endpoint":
         assert settings.endpoint is not None
         settings.endpoint.open()
@@ -126,7 +126,7 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
                 "source"
             )
         source = {"model": settings.diffusers.model, "steps": settings.diffusers.steps}
-    scored = sha256_file(settings.sentence_file) if settings.sentence_file else list(classes.templates)
+    scored = hash_file(settings.sentence_file) if settings.sentence_file else list(classes.templates)
     identity = {
         "source": settings.source,
         **source,
@@ -138,7 +138,7 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
         "seed": settings.seed,
         "list_name": settings.list_name,
     }
-    check_source(settings.run.folder / "source.json", identity)
+    check_provenance(settings.run.folder / "source.json", identity)
     return classes, identity
 
 
@@ -160,22 +160,22 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Writes the images and their list, and why others were rejected; returns and writes `result.json`."""
     from cafo.encoders import ClipEncoder  # seconds
 
     classes, identity = check(settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_tower(settings.clip.spec(), device)
+    encoder = load_vision_encoder(settings.clip.spec(), device)
     assert isinstance(encoder, ClipEncoder)
     folder = open_run(settings.run, settings)
-    claim_source(folder / "source.json", identity)
+    lock_provenance(folder / "source.json", identity)
     classifier = zero_shot_classifier(encoder, settings.sentences(classes), classes.names)
     before, log = len(_drawn(settings.list_path)), folder / "rejected.jsonl"
     with (
-        asking(settings.endpoint),
-        Growing(settings.list_path.parent) as drawn,
+        endpoint_errors(settings.endpoint),
+        SyncedFolder(settings.list_path.parent) as drawn,
         Progress("generate", unit="classes", total=len(classes.names), done=before) as bar,
     ):
         drawn.fetch(settings.list_name)
@@ -234,16 +234,16 @@ def keep_examples(folder: Path, images: Path, content: dict[str, Any]) -> None:
 
 def _generator(settings: Config) -> ImageGenerator:
     if settings.source == "folder":
-        return FolderGenerator(place(str(settings.folder)))
+        return FolderGenerator(resolve_path(str(settings.folder)))
     if settings.source == "endpoint":
         assert settings.endpoint is not None
         return EndpointGenerator(settings.endpoint.open(), settings.size)
     assert settings.diffusers is not None
     drawn_by = settings.diffusers
-    return on_gpu(lambda device: DiffusersGenerator(str(local_copy(drawn_by.model)), device, drawn_by.steps))
+    return on_gpu(lambda device: DiffusersGenerator(str(cached_path(drawn_by.model)), device, drawn_by.steps))
 
 
-def _check_folders(generator: FolderGenerator, classes: Classes) -> None:
+def _check_folders(generator: FolderGenerator, classes: ClassNames) -> None:
     problems = []
     for name in dict.fromkeys(classes.names):
         try:

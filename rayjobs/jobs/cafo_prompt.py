@@ -23,16 +23,16 @@ from cafo.prompt import (
 from rayjobs.cluster.remote_model import on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress, show_table
-from rayjobs.data.class_names import Classes, check_sentence, open_classes
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.class_names import ClassNames, check_template, open_class_names
+from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.inference.class_descriptions import LlamaConfig, LlamaModel, SamplingConfig
-from rayjobs.lifecycle import recorded
-from rayjobs.models.endpoint import EndpointConfig, asking
-from rayjobs.runs.provenance import check_source, claim_source
+from rayjobs.lifecycle import job
+from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
+from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json
-from rayjobs.storage.paths import AnyPath, place
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.sync import SyncedFolder
 
 PROMPTS = "prompts.json"
 
@@ -56,13 +56,13 @@ class Step:
 
 @config
 class Config(Step):
-    data: ImagesConfig | None = None
+    data: ImageDatasetConfig | None = None
     class_names: list[str] | None = Field(default=None, min_length=1)
     """The classes as a plain list, instead of a data set."""
     run: RunConfig
 
 
-def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
+def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
     """Everything that can be told before a model is loaded or asked: the classes, and what the answers depend on.
 
     Raises ValueError.
@@ -70,13 +70,13 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
     if settings.source != "templates" and getattr(settings, settings.source) is None:
         needed = {"file": "file", "endpoint": "endpoint.model", "llama": "llama.base.path"}[settings.source]
         raise ValueError(f"source is {settings.source}, so {needed} is required, but not given")
-    classes = open_classes(settings.data, settings.class_names)
+    classes = open_class_names(settings.data, settings.class_names)
     identity: dict[str, Any] = {"source": settings.source}
     if settings.source == "file":
-        read_prompts(place(str(settings.file)), classes.names)
+        read_prompts(resolve_path(str(settings.file)), classes.names)
     elif settings.source != "templates":
         for command in settings.commands:
-            check_sentence("command", command)
+            check_template("command", command)
         sampling = settings.sampling
         identity |= {"commands": settings.commands, "answers": settings.answers}
         identity |= {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
@@ -87,7 +87,7 @@ def check(settings: Config) -> tuple[Classes, dict[str, Any]]:
         else:
             assert settings.llama is not None
             identity |= settings.llama.identity()
-    check_source(settings.run.folder / "source.json", identity)
+    check_provenance(settings.run.folder / "source.json", identity)
     return classes, identity
 
 
@@ -102,16 +102,16 @@ def plan(settings: Config) -> None:
     show_table("plan", ["", ""], rows)
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Writes `prompts.json`; returns and writes `result.json`."""
     classes, identity = check(settings)
     folder = open_run(settings.run, settings)
-    claim_source(folder / "source.json", identity)
+    lock_provenance(folder / "source.json", identity)
     path = folder / PROMPTS
     asked = 0
     if settings.source == "file":
-        prompts = read_prompts(place(str(settings.file)), classes.names)
+        prompts = read_prompts(resolve_path(str(settings.file)), classes.names)
         write_json(path, prompts)
     elif settings.source == "templates":
         prompts = template_prompts(classes.templates, classes.names)
@@ -132,13 +132,13 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def _asked(settings: Config, classes: Classes, path: Path) -> dict[str, list[str]]:
+def _asked(settings: Config, classes: ClassNames, path: Path) -> dict[str, list[str]]:
     names = list(dict.fromkeys(classes.names))
     model = _model(settings)
     described = len(names) - len(classes.missing(_known(path)))
     with (
-        asking(settings.endpoint),
-        Growing(path.parent) as grown,
+        endpoint_errors(settings.endpoint),
+        SyncedFolder(path.parent) as grown,
         Progress("prompt", unit="classes", total=len(names), done=described) as bar,
     ):
 

@@ -12,25 +12,25 @@ from cafo import fewshot
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import PoolConfig, Workers
+from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import Features, FeaturesConfig, open_towers, prepare_features
-from rayjobs.data.image_dataset import ImagesConfig
+from rayjobs.data.feature_store import Features, FeaturesConfig, open_encoders, prepare_features
+from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.data.text_classifier import prepare_classifier
-from rayjobs.lifecycle import recorded
-from rayjobs.models.encoder import EncoderConfig
-from rayjobs.reporting.accuracy_tables import table
-from rayjobs.runs.provenance import lasting
+from rayjobs.lifecycle import job
+from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.reporting.accuracy_tables import accuracy_table
+from rayjobs.runs.provenance import normalize_paths
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import atomic_path, read_json, write_json, write_jsonl, write_parquet
-from rayjobs.tune.figures import draw_surfaces
-from rayjobs.tune.inputs import same_inputs
-from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, settings_of, trials_of
-from rayjobs.tune.selection import best_on_val, choose, keep_chosen
+from rayjobs.tune.figures import plot_search_surfaces
+from rayjobs.tune.inputs import check_same_inputs
+from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
+from rayjobs.tune.selection import best_on_val, choose_settings, keep_chosen
 from rayjobs.tune.sweep import run_sweep
-from rayjobs.tune.trial import Shared
+from rayjobs.tune.trial import SharedInputs
 
 SWEEP = "sweep.json"
 """All settings of a sweep but where it runs: config.yaml is that of whatever job was typed."""
@@ -38,22 +38,22 @@ SWEEP = "sweep.json"
 
 @config
 class Config:
-    data: ImagesConfig
-    encoders: dict[str, EncoderConfig] = Field(min_length=1)
+    data: ImageDatasetConfig
+    encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
     """The towers, by the names that `space` calls them; the first is the CLIP that gives p_ZS."""
     features: FeaturesConfig = FeaturesConfig()
     space: SpaceConfig = SpaceConfig()
     search: SearchConfig = SearchConfig()
-    trials: PoolConfig = PoolConfig(workers=Workers(min=2, max=2), gpus_per_worker=0)
+    trials: WorkerPoolConfig = WorkerPoolConfig(workers=WorkerRange(min=2, max=2), gpus_per_worker=0)
     """Trials at once, and what each may use."""
-    scale: PoolConfig = PoolConfig()
+    scale: WorkerPoolConfig = WorkerPoolConfig()
     """The encoders' pool."""
     run: RunConfig
 
 
 def tried_settings(settings: Config) -> list[Setting]:
     """What the space holds. Raises ValueError if it cannot be searched."""
-    tried = settings_of(
+    tried = enumerate_settings(
         settings.space,
         settings.search,
         list(settings.encoders),
@@ -61,7 +61,7 @@ def tried_settings(settings: Config) -> list[Setting]:
         file=settings.data.prompts is not None,
     )
     settings.search.grid()
-    if not trials_of(settings.space, tried):
+    if not enumerate_trials(settings.space, tried):
         raise ValueError("the space holds no trial: K = K' = 0 leaves nothing to cache")
     return tried
 
@@ -90,7 +90,7 @@ def plan(settings: Config) -> None:
 
 def searching(settings: Config, tried: list[Setting]) -> str:
     """How many trials, found how."""
-    how, trials = settings.search, len(trials_of(settings.space, tried))
+    how, trials = settings.search, len(enumerate_trials(settings.space, tried))
     if how.method == "optuna":
         return f"optuna: {how.samples} suggestions for every K, of {len(tried)} settings, each over all seeds"
     return f"{how.method}: {trials} trials" + (", fewer where stopped" if how.method == "asha" else "")
@@ -111,7 +111,7 @@ def few_shot_choices(settings: Config, dataset: Dataset, folder: Path) -> dict[t
     return choices
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`; beside it `results.parquet` with a row per trial, `chosen.json`, and under
     `trials` the caches of the chosen ones."""
@@ -121,7 +121,7 @@ def run(settings: Config) -> dict[str, Any]:
     connect(folder, settings.run.cache_folder)
     resources, of_trials = settings.scale.resources(), settings.trials.resources(beside=0)
     choices = few_shot_choices(settings, dataset, folder)
-    towers = open_towers({name: settings.encoders[name] for name in _used(tried)})
+    towers = open_encoders({name: settings.encoders[name] for name in _used(tried)})
     root, drawn = settings.data.drawn(dataset, max(setting.generated for setting in tried))
     lists = [
         training_list(dataset, choices.values(), settings.features.views),
@@ -145,9 +145,9 @@ def run(settings: Config) -> dict[str, Any]:
         )
         for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}
     }
-    same_inputs(folder, lists, features, choices, classifiers)
+    check_same_inputs(folder, lists, features, choices, classifiers)
     keeps = {setting.generated for setting in tried}
-    shared = Shared(
+    shared = SharedInputs(
         **share(settings, dataset, {images.role: images for images in lists}, features, choices, keeps),
         classifiers={key: made.weights.numpy() for key, made in classifiers.items()},
         class_names=dataset.class_names,
@@ -167,13 +167,13 @@ def run(settings: Config) -> dict[str, Any]:
     names = dict.fromkeys(name for row in rows for name in row)
     every = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     write_parquet(folder / "results.parquet", every)
-    chosen = choose(over, settings.search.compare)
+    chosen = choose_settings(over, settings.search.compare)
     keep_chosen(folder, chosen)
-    draw_surfaces(folder, chosen, shared, settings.search)
+    plot_search_surfaces(folder, chosen, shared, settings.search)
     write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": len(shared.val_labels), "chosen": chosen})
     finished = [row for row in rows if row["status"] == "finished"]
     best = best_on_val(chosen)
-    columns, lines = table([{**cell, "accuracy": cell["val_accuracy"]} for cell in chosen], {})
+    columns, lines = accuracy_table([{**cell, "accuracy": cell["val_accuracy"]} for cell in chosen], {})
     result = {
         "headline": f"{best['val_accuracy']:.2%} on val with {best['method']} at {best['shots']} shots",
         "data_set": dataset.name,
@@ -195,8 +195,8 @@ def same_sweep(settings: Config) -> None:
     """A sweep's folder belongs to its settings. Raises ValueError if others are found there."""
     path = settings.run.folder / SWEEP
     now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
-    if path.exists() and (before := lasting(read_json(path))) != lasting(now):
-        changed = [name for name, value in lasting(now).items() if before.get(name) != value]
+    if path.exists() and (before := normalize_paths(read_json(path))) != normalize_paths(now):
+        changed = [name for name, value in normalize_paths(now).items() if before.get(name) != value]
         raise ValueError(
             f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
         )

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import Field
 
-from adapter.model import Base
+from adapter.model import AdaptedModel
 from adapter.scienceqa import LETTERS, Problem, read_problems
-from rayjobs.cluster.remote_model import device
+from rayjobs.cluster.remote_model import default_device
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
 from rayjobs.demo import notes
@@ -30,11 +30,11 @@ from rayjobs.demo.stages import Stage, Stages
 from rayjobs.demo.world import World, WorldConfig, make_world, world_in
 from rayjobs.inference.scienceqa import examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
-from rayjobs.lifecycle import recorded
+from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import save_plot
-from rayjobs.runs.record import REPORT
+from rayjobs.runs.record import REPORT_FILE
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl, write_json, write_text
 from rayjobs.storage.paths import LocalPath
@@ -101,7 +101,7 @@ def check() -> None:
         raise ValueError(f"the demo needs {' and '.join(lacking)}; install the `demo` extra")
 
 
-@recorded
+@job
 def run(settings: Config) -> dict[str, Any]:
     """Runs the chain and prints what came of it; returns and writes `result.json`."""
     check()
@@ -143,13 +143,13 @@ def run(settings: Config) -> dict[str, Any]:
         "about": ABOUT.format(val=settings.world.digits.val, test=settings.world.digits.test),
         **tables,
         "reports of the steps": [
-            {"step": name, "report": f"{run}/{REPORT}"}
+            {"step": name, "report": f"{run}/{REPORT_FILE}"}
             for name, run in names.items()
-            if (folder / run / REPORT).exists()
+            if (folder / run / REPORT_FILE).exists()
         ],
     }
     write_json(folder / "result.json", result)
-    print(f"To show: {folder / REPORT}")
+    print(f"To show: {folder / REPORT_FILE}")
     return result
 
 
@@ -225,7 +225,7 @@ def teach(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Tab
     write_records(adapters, folder)
     values = spelling(adapters, world.notes, folder, within(settings, names["instruction"]), gpus())
     trained = quietly(adapter_train.run, load(adapter_train.Config, values))
-    base = Base.load(world.notes, device=device())
+    base = AdaptedModel.from_pretrained(world.notes, device=default_device())
     asked = {
         task.name: notes.records(task, adapters.held_out, adapters.seed, test=True)
         for task in (notes.SPELL, notes.COPY)

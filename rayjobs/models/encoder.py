@@ -13,7 +13,7 @@ from torch import Tensor
 from cafo.encoder_spec import EncoderSpec
 from cafo.images import Preprocess
 from rayjobs.config import config
-from rayjobs.storage.paths import is_url, local_copy, place
+from rayjobs.storage.paths import cached_path, is_url, resolve_path
 
 if TYPE_CHECKING:
     from cafo.encoders import ImageEncoder
@@ -29,7 +29,7 @@ PathOrName = Annotated[str, AfterValidator(_if_there)]
 
 
 @config
-class EncoderConfig:
+class VisionEncoderConfig:
     """One frozen tower."""
 
     kind: Literal["clip", "dino", "timm", "pixels"]
@@ -57,7 +57,7 @@ class EncoderConfig:
         )
 
 
-class Tower(NamedTuple):
+class EncoderInfo(NamedTuple):
     """What is to be known of an encoder without holding it."""
 
     spec: EncoderSpec
@@ -79,13 +79,13 @@ class Tower(NamedTuple):
         return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)
 
 
-def load_tower(spec: EncoderSpec, device: torch.device | str = "cpu") -> ImageEncoder:
+def load_vision_encoder(spec: EncoderSpec, device: torch.device | str = "cpu") -> ImageEncoder:
     """`cafo.encoders.load_encoder`, with this machine's copies of what lies at URLs."""
     from cafo.encoder_weights import config_beside
     from cafo.encoders import load_encoder
 
-    if is_url(spec.weights) and not spec.config and (file := place(spec.weights)).is_file():
+    if is_url(spec.weights) and not spec.config and (file := resolve_path(spec.weights)).is_file():
         spec = replace(spec, config=str(config_beside(file) or ""))  # a copy of the file alone has none beside it
     texts = {name: getattr(spec, name) for name in ("name", "weights", "config")}
-    copies: Any = {name: str(local_copy(text)) for name, text in texts.items() if is_url(text)}
+    copies: Any = {name: str(cached_path(text)) for name, text in texts.items() if is_url(text)}
     return load_encoder(replace(spec, **copies), device)

@@ -45,7 +45,7 @@ class EndpointConfig:
 
 
 @contextmanager
-def asking(endpoint: EndpointConfig | None) -> Iterator[None]:
+def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
     """Turns the client's errors into OSErrors that say which endpoint refused and that what is done is kept."""
     if endpoint is None:
         yield

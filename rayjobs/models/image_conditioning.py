@@ -10,18 +10,18 @@ from pydantic import Field
 from torch import Tensor
 
 from adapter.adapter_checkpoint import read_adapter
+from adapter.image_projection import ImageProjectionConfig as Projected
 from adapter.image_projection import Images
-from adapter.image_projection import VisionConfig as Projected
 from rayjobs.config import config
-from rayjobs.models.encoder import EncoderConfig, Tower, load_tower
-from rayjobs.storage.paths import local_copy
+from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
+from rayjobs.storage.paths import cached_path
 
 
 @config
 class VisionConfig:
     """How images are read; without this section, training leaves them out."""
 
-    tower: EncoderConfig
+    tower: VisionEncoderConfig
     """The frozen tower; the adapter keeps its identity, and is refused with another."""
     scales: int = Field(default=4, ge=1)
     """Of a ViT: its class token after so many evenly spaced blocks. Of other towers: all stages and the embedding."""
@@ -39,28 +39,28 @@ class VisionConfig:
     batch: int = Field(default=64, ge=1)
     """Images that the tower reads at once."""
 
-    def open(self) -> Sight:
+    def open(self) -> ImageConditioning:
         """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
         if self.augment and self.mode == "stored":
             raise ValueError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
-        held = load_tower(self.tower.spec())
+        held = load_vision_encoder(self.tower.spec())
         side = held.preprocess.size
         widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
         identity = f"{held.identity}-{len(widths)}scales"
-        tower = Tower(self.tower.spec(), identity, held.preprocess, False, self.scales, self.batch)
+        tower = EncoderInfo(self.tower.spec(), identity, held.preprocess, False, self.scales, self.batch)
         projected = Projected(
             widths=widths, bottleneck=self.bottleneck, tower=tower.identity, preprocess=repr(held.preprocess)
         )
-        return Sight(tower, projected)
+        return ImageConditioning(tower, projected)
 
 
-def open_sight(adapter: str | None, vision: VisionConfig | None, blind: bool) -> Sight | None:
+def open_image_conditioning(adapter: str | None, vision: VisionConfig | None, blind: bool) -> ImageConditioning | None:
     """The tower of an adapter that reads images, proven to be its own; None where images are left out.
 
     Raises ValueError for an adapter that cannot be read, for a tower that is not its own or that it has no use for, and
     for an adapter that reads images and is given no tower, unless it is to be `blind`.
     """
-    reads = None if adapter is None else read_adapter(local_copy(adapter)).vision
+    reads = None if adapter is None else read_adapter(cached_path(adapter)).vision
     if blind:
         return None
     if vision is None:
@@ -81,20 +81,20 @@ def open_sight(adapter: str | None, vision: VisionConfig | None, blind: bool) ->
     return sight
 
 
-class Sight(NamedTuple):
+class ImageConditioning(NamedTuple):
     """An adapter's tower: how to load it, and what the adapter has to know."""
 
-    tower: Tower
+    tower: EncoderInfo
     projection: Projected
 
 
-class Eyes:
+class ImageFeaturizer:
     """What a worker sees with: the tower itself where images come as pixels, nothing where they come as features."""
 
-    def __init__(self, tower: Tower | None, device: torch.device | str) -> None:
+    def __init__(self, tower: EncoderInfo | None, device: torch.device | str) -> None:
         self.tower = tower
         if tower is not None:
-            self.encoder = load_tower(tower.spec, device)
+            self.encoder = load_vision_encoder(tower.spec, device)
 
     def features(self, payloads: list[bytes]) -> Tensor:
         """What `Pictures` read of n images → features (n, F)."""

@@ -11,7 +11,7 @@ from typing import Any
 from cafo import paper_results
 from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
-from rayjobs.models.encoder import EncoderConfig
+from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.storage.files import write_text
 
 ZERO_SHOT = "CLIP zero-shot"
@@ -24,7 +24,7 @@ def summary(accuracies: Sequence[float]) -> str:
 
 
 def published_rows(
-    data_set: str, target: str, encoders: Mapping[str, EncoderConfig], settings: Sequence[Mapping[str, Any]]
+    data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[int, float]]:
     """{row: {shots: the paper's accuracy in percent}} where data sets and encoders are the paper's; else nothing.
 
@@ -59,7 +59,7 @@ def published_rows(
     return {**cascade, "CaFo, published": {0: paper_results.IMAGENET_ZERO_SHOT, **row}}
 
 
-def _papers_clip(encoders: Mapping[str, EncoderConfig]) -> str:
+def _papers_clip(encoders: Mapping[str, VisionEncoderConfig]) -> str:
     """The CLIP of a pair of OpenAI's CLIP and DINO's ResNet-50; empty for anything else."""
     clips = {e.name.removesuffix("-quickgelu") for e in encoders.values() if e.kind == "clip" and e.weights == "openai"}
     dinos = [
@@ -68,7 +68,7 @@ def _papers_clip(encoders: Mapping[str, EncoderConfig]) -> str:
     return clips.pop() if dinos and len(clips) == 1 and len(encoders) == 2 else ""
 
 
-def _cascade_row(encoders: Mapping[str, EncoderConfig], setting: Mapping[str, Any]) -> str:
+def _cascade_row(encoders: Mapping[str, VisionEncoderConfig], setting: Mapping[str, Any]) -> str:
     rule = table5(tuple(setting["encoders"]))[setting["ensemble"]]
     kinds = {encoders[name].kind for name in rule.sources or setting["encoders"]}
     # the paper's DINO cache knows no text; all other rows stand on p_ZS
@@ -95,7 +95,7 @@ def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, li
     return methods, level
 
 
-def table(
+def accuracy_table(
     rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]
 ) -> tuple[list[str], list[list[str]]]:
     """Shots across, methods down: (columns, lines) from rows {method, shots, accuracy} of one target.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rayjobs.reporting import plots
-from rayjobs.reporting.figures import svg
+from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Plot, Section, Table, write_page
 from rayjobs.reporting.report import RUN_COLUMNS, figures, metrics, run_rows, settings, tables
 from rayjobs.storage.files import read_parquet
@@ -27,7 +27,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     for title, file in (("test", "test/result.json"), ("result", "result.json")):
         sections += _side_by_side(title, {name: figures(folder / file) for name, folder in runs.items()})
     curves = {name: rows for name, folder in runs.items() if (rows := metrics(folder))}
-    sections += [Plot(title, svg(figure)) for title, figure in plots.training_curves(curves)]
+    sections += [Plot(title, figure_svg(figure)) for title, figure in plots.training_curves(curves)]
     given = {name: settings(folder) for name, folder in runs.items()}
     sections += _side_by_side("settings that differ", given, differing=True)
     return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
@@ -94,4 +94,4 @@ def _shots(runs: Mapping[str, Path]) -> Iterator[Plot]:
         methods, levels = {}, {}
         for name, rows in of_runs.items():
             methods[name], levels[name] = by_method(rows)
-        yield Plot(f"accuracy over shots, {target}'s test", svg(plots.accuracy_over_shots(methods, levels)))
+        yield Plot(f"accuracy over shots, {target}'s test", figure_svg(plots.accuracy_over_shots(methods, levels)))

@@ -19,15 +19,15 @@ def save_plot(path: Path, title: str, figure: "Figure") -> None:
     A name that ends in a number, as `classes-03.png`, is of one of several things of a kind; the report folds all but
     the first, 00, under what their titles have before the last colon.
     """
-    drawn = svg(figure)
+    drawn = figure_svg(figure)
     start = drawn.index(">") + 1
     write_text(path.with_suffix(".svg"), f"{drawn[:start]}<title>{html.escape(title)}</title>{drawn[start:]}")
-    figure.suptitle(plots.plain(title))
+    figure.suptitle(plots.plain_text(title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def svg(figure: "Figure") -> str:
+def figure_svg(figure: "Figure") -> str:
     """A matplotlib figure as SVG that takes on the page's own colours for text, lines and ground."""
     import matplotlib
 

@@ -41,11 +41,11 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator
                         linewidth=1.2,
                         linestyle="--" if validation else "-",
                         marker="o" if validation else None,
-                        label=plain(" ".join(part for part in (name if len(runs) > 1 else "", told) if part)),
+                        label=plain_text(" ".join(part for part in (name if len(runs) > 1 else "", told) if part)),
                     )
         if axes.has_data():
             if len(runs) > 1:
-                beside(figure)
+                legend_outside(figure)
             elif any(not label.startswith("_") for label in axes.get_legend_handles_labels()[1]):
                 axes.legend(frameon=False)
             yield title, figure
@@ -69,14 +69,14 @@ def accuracy_over_shots(
     place = {k: i for i, k in enumerate(shots)}  # 1, 2, 4, 8, 16 stand evenly
 
     def told(method: str, run: str) -> str:
-        return plain(f"{method}, {run}" if len(runs) > 1 else method)
+        return plain_text(f"{method}, {run}" if len(runs) > 1 else method)
 
     across: dict[tuple[str, float], list[str]] = {}
     for run, level in levels.items():
         for method, accuracy in level.items():
             across.setdefault((method, accuracy), []).append(run)
     for dash, ((method, accuracy), of) in zip(itertools.cycle(DASHES), across.items(), strict=False):
-        name = plain(method) if len(of) == len(runs) else told(method, ", ".join(of))
+        name = plain_text(method) if len(of) == len(runs) else told(method, ", ".join(of))
         axes.axhline(accuracy, label=name, linestyle=(0, dash), color="grey")
     order = list(dict.fromkeys(method for methods in runs.values() for method in methods))
     for number, (run, methods) in enumerate(runs.items()):
@@ -94,9 +94,11 @@ def accuracy_over_shots(
             )
     for name, row in (published or {}).items():
         if known := [k for k in shots if k in row]:
-            axes.plot([place[k] for k in known], [row[k] for k in known], label=plain(name), marker="x", linestyle=":")
+            axes.plot(
+                [place[k] for k in known], [row[k] for k in known], label=plain_text(name), marker="x", linestyle=":"
+            )
     axes.set_xticks(range(len(shots)), [str(k) for k in shots])
-    beside(figure)
+    legend_outside(figure)
     return figure
 
 
@@ -127,7 +129,7 @@ def winning_sources(classes: Sequence[str], wins: Mapping[str, Sequence[float]])
     below = [0.0] * len(order)
     for name, shares in wins.items():
         heights = [shares[i] for i in order]
-        axes.bar(range(len(order)), heights, bottom=below, width=1.0, label=plain(name))
+        axes.bar(range(len(order)), heights, bottom=below, width=1.0, label=plain_text(name))
         below = [low + high for low, high in zip(below, heights, strict=True)]
     _name_classes(axes, [classes[i] for i in order])
     axes.set_xlim(-0.5, len(order) - 0.5)
@@ -154,22 +156,22 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure
     figure.colorbar(colours, label="of the true class, %")
     _name_classes(axes, classes)
     if len(classes) <= NAMED_CLASSES:
-        axes.set_yticks(range(len(classes)), [plain(name) for name in classes])
+        axes.set_yticks(range(len(classes)), [plain_text(name) for name in classes])
     return figure
 
 
 def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
     """Under their places, where there is room for names."""
-    named = [plain(name) for name in classes] if len(classes) <= NAMED_CLASSES else []
+    named = [plain_text(name) for name in classes] if len(classes) <= NAMED_CLASSES else []
     axes.set_xticks(range(len(named)), named, rotation=90)
 
 
-def plain(name: str) -> str:
+def plain_text(name: str) -> str:
     """A name as it is: matplotlib reads what stands between dollar signs as a formula."""
     return name.replace("$", r"\$")
 
 
-def beside(figure: Figure) -> None:
+def legend_outside(figure: Figure) -> None:
     """The legend right of the axes, where many lines leave it no room inside, and as high as it needs."""
     lines = sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes)
     figure.set_figheight(max(figure.get_figheight(), 0.4 + 0.2 * lines))

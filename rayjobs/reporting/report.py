@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rayjobs.cluster.hardware import HARDWARE
-from rayjobs.config import as_text, flat
+from rayjobs.cluster.hardware import HARDWARE_FILE
+from rayjobs.config import flatten, format_value
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
-from rayjobs.reporting.figures import svg
+from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
-from rayjobs.runs.record import REPORT, Record, outcome, read_record
+from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
 from rayjobs.storage.files import read_json, read_jsonl
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ def write_report(folder: Path) -> Path:
     record = _record(folder)
     sections = [section for reader in READERS for section in reader(folder)]
     facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
-    facts += [value for value in _json(folder / HARDWARE).values() if value != "none"]
+    facts += [value for value in _json(folder / HARDWARE_FILE).values() if value != "none"]
     told = {"command": record.command, "about": str(_json(folder / "result.json").get("about", ""))}
-    return write_page(folder / REPORT, folder.name, outcome(folder, record), facts, sections, **told)
+    return write_page(folder / REPORT_FILE, folder.name, headline(folder, record), facts, sections, **told)
 
 
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
     """What `RUN_COLUMNS` names after the run itself, for each folder. Raises ValueError for one that holds no run."""
     records = [_record(folder) for folder in folders]
-    return [[r.job, r.state, _time(r.started), outcome(f, r)] for r, f in zip(records, folders, strict=True)]
+    return [[r.job, r.state, _time(r.started), headline(f, r)] for r, f in zip(records, folders, strict=True)]
 
 
 def figures(path: Path) -> dict[str, str]:
@@ -55,7 +55,7 @@ def figures(path: Path) -> dict[str, str]:
         for name, value in _json(path).items()
         if name not in ("headline", "about", "tables") and value is not None and not _rows(value)
     }
-    return {_spoken(name).replace(".", ": "): text for name, text in flat(told).items()}
+    return {_spoken(name).replace(".", ": "): text for name, text in flatten(told).items()}
 
 
 def tables(folder: Path) -> Iterator[Table]:
@@ -67,7 +67,7 @@ def tables(folder: Path) -> Iterator[Table]:
     for name, value in _json(folder / "result.json").items():
         if _rows(value):
             columns = list(dict.fromkeys(column for row in value for column in row))
-            rows = [[as_text(row.get(column)) for column in columns] for row in value]
+            rows = [[format_value(row.get(column)) for column in columns] for row in value]
             yield Table(_spoken(name), [_spoken(column) for column in columns], rows, linked="report")
 
 
@@ -79,10 +79,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def settings(folder: Path) -> dict[str, str]:
     """{"section.key": text}"""
     path = folder / "config.yaml"
-    return flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _record(folder: Path) -> Record:
+def _record(folder: Path) -> RunRecord:
     record = read_record(folder)
     if record is None:
         raise ValueError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists those there are")
@@ -106,7 +106,7 @@ def _curves(folder: Path) -> Iterator[Section]:
         trial = read_json(path)
         runs[f"{trial['setting']}, seed {trial['seed']}"] = metrics(path.parent)
     for title, figure in plots.training_curves({name: rows for name, rows in runs.items() if rows}):
-        yield Plot(title, svg(figure))
+        yield Plot(title, figure_svg(figure))
 
 
 def _plots(folder: Path) -> Iterator[Section]:
@@ -150,7 +150,7 @@ def _rejected(folder: Path) -> Iterator[Section]:
     for title, path in (("rejected", folder / "rejected.jsonl"), ("rejected on test", folder / "test/rejected.jsonl")):
         if rows := read_jsonl(path) if path.is_file() else []:
             columns = list(dict.fromkeys(column for row in rows for column in row if row[column] not in (None, "")))
-            lines = [[as_text(row.get(column)) for column in columns] for row in rows]
+            lines = [[format_value(row.get(column)) for column in columns] for row in rows]
             yield _first(Table(title, [_spoken(column) for column in columns], lines), path.name)
 
 

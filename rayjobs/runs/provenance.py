@@ -11,23 +11,23 @@ from rayjobs.storage.files import read_json, write_json
 _UPLOADED = re.compile(r'/[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/')
 
 
-def lasting(settings: Any) -> Any:
+def normalize_paths(settings: Any) -> Any:
     """Settings, to be compared with those of another start: what a submitted job's folder holds lies, each time that
     it is uploaded, somewhere else, and goes by its name within that folder."""
     return json.loads(_UPLOADED.sub("", json.dumps(settings)))
 
 
-def check_source(path: Path, identity: Mapping[str, Any], *, way_out: str = "choose another run.name") -> None:
+def check_provenance(path: Path, identity: Mapping[str, Any], *, way_out: str = "choose another run.name") -> None:
     """Raises ValueError if the folder's answers came from other settings, naming those that differ."""
     if not path.exists():
         return
-    before, identity = lasting(read_json(path)), lasting(dict(identity))
+    before, identity = normalize_paths(read_json(path)), normalize_paths(dict(identity))
     if differing := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
         told = "; ".join(f"{name} was {before.get(name)!s:.60}, now {identity.get(name)!s:.60}" for name in differing)
         raise ValueError(f"{path.parent} holds answers from other settings ({told}): {way_out}")
 
 
-def claim_source(path: Path, identity: Mapping[str, Any], **told: str) -> None:
+def lock_provenance(path: Path, identity: Mapping[str, Any], **told: str) -> None:
     """Notes where the folder's answers come from, before the first of them is written."""
-    check_source(path, identity, **told)
+    check_provenance(path, identity, **told)
     write_json(path, dict(identity))

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Literal
 import psutil
 from pydantic import TypeAdapter, ValidationError
-from rayjobs.cluster.hardware import HARDWARE, hardware
+from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.runs.trackers import log_end
+from rayjobs.runs.trackers import log_outcome
 
 
-RECORD = "run.json"
-REPORT = "report.html"
+RECORD_FILE = "run.json"
+REPORT_FILE = "report.html"
 State = Literal["running", "done", "failed", "interrupted", "cut off"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class RunRecord:
     """One run's record."""
 
     job: str
@@ -43,7 +43,7 @@ class Record:
     pid_since: float = 0.0
     """When that process began, in seconds since 1970: a pid is given again to others."""
 
-    def now(self) -> "Record":
+    def now(self) -> "RunRecord":
         """The record as of now: a driver that is gone without a word was cut off."""
         gone = self.host == socket.gethostname() and not self._alive()
         return replace(self, state="cut off") if self.state == "running" and gone else self
@@ -56,10 +56,10 @@ class Record:
         return not self.pid_since or abs(began - self.pid_since) < 5  # a clock that is set moves it a little
 
 
-_RECORDS = TypeAdapter(Record)
+_RECORDS = TypeAdapter(RunRecord)
 
 
-def begin(folder: Path, settings: Any) -> bool:
+def start_run(folder: Path, settings: Any) -> bool:
     """Notes that the job that `settings` belongs to runs in `folder`. False, and nothing noted, where another job of
     this process is at work there, which this one is then a part of. Raises ValueError if another process of this
     machine is at it."""
@@ -71,7 +71,7 @@ def begin(folder: Path, settings: Any) -> bool:
             f"{folder} is being run by process {before.pid} of {before.host}: let it end, stop it, or choose another "
             "run.name"
         )
-    record = Record(
+    record = RunRecord(
         job=_job(settings),
         state="running",
         started=_utc().isoformat(timespec="seconds"),
@@ -81,22 +81,22 @@ def begin(folder: Path, settings: Any) -> bool:
         pid=os.getpid(),
         pid_since=psutil.Process().create_time(),
     )
-    write_json(folder / RECORD, asdict(record))
-    (folder / REPORT).unlink(missing_ok=True)  # of an earlier start; it would tell another state
+    write_json(folder / RECORD_FILE, asdict(record))
+    (folder / REPORT_FILE).unlink(missing_ok=True)  # of an earlier start; it would tell another state
     return True
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> RunRecord | None:
     """The record of the run in `folder`, if it is one. Raises ValueError for a file that is no record."""
-    path = folder / RECORD
+    path = folder / RECORD_FILE
     if not path.is_file():
         return None
     try:
         return _RECORDS.validate_python(read_json(path))
     except ValidationError as error:
         wrong = error.errors()[0]
-        place = ".".join(map(str, wrong["loc"]))
-        raise ValueError(f"{path} is no run's record: {place}: {wrong['msg']}".replace(": :", ":")) from error
+        field = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"{path} is no run's record: {field}: {wrong['msg']}".replace(": :", ":")) from error
 
 
 def find_runs(storage: Path) -> list[Path]:
@@ -107,7 +107,7 @@ def find_runs(storage: Path) -> list[Path]:
     if not storage.is_dir():
         raise FileNotFoundError(f"{storage} is no folder; give the folder of all runs")
     found = []
-    for path in storage.rglob(RECORD):
+    for path in storage.rglob(RECORD_FILE):
         try:
             if record := read_record(path.parent):
                 found.append((record.started, path.parent))
@@ -116,7 +116,7 @@ def find_runs(storage: Path) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def outcome(folder: Path, record: Record) -> str:
+def headline(folder: Path, record: RunRecord) -> str:
     """The one line that tells how a run came out: its error, or the figure that heads its result, if there is one."""
     if record.error:
         return record.error
@@ -129,7 +129,7 @@ def outcome(folder: Path, record: Record) -> str:
     return ""
 
 
-def _end(settings: Any, state: State, error: str = "") -> bool:
+def finish_run(settings: Any, state: State, error: str = "") -> bool:
     """Whether a run had begun: settings that were refused before leave no trace, nor does a run that is shown again,
     nor one that is a part of another."""
     folder: Path = settings.run.folder
@@ -138,11 +138,11 @@ def _end(settings: Any, state: State, error: str = "") -> bool:
         return False
     seconds = record.seconds + (_utc() - datetime.fromisoformat(record.started)).total_seconds()
     told = error.splitlines()[0] if state == "failed" else ""
-    write_json(folder / RECORD, asdict(replace(record, state=state, error=told, seconds=seconds)))
+    write_json(folder / RECORD_FILE, asdict(replace(record, state=state, error=told, seconds=seconds)))
     return True
 
 
-def _ours(record: Record) -> bool:
+def _ours(record: RunRecord) -> bool:
     """Whether this process is at work on it."""
     return record.now().state == "running" and (record.host, record.pid) == (socket.gethostname(), os.getpid())
 

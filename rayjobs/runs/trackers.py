@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 import yaml
 from rayjobs.config import config
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.sync import SyncedFolder
 from rayjobs.storage.paths import is_url
-from rayjobs.config import flat
+from rayjobs.config import flatten
 from rayjobs.storage.files import read_json, write_json
 
 
@@ -40,7 +40,7 @@ Row = tuple[int, Mapping[str, float]]
 
 
 class Tracker(Protocol):
-    """A place that figures are sent to."""
+    """An experiment tracker that metrics are sent to."""
 
     def log(self, rows: Sequence[Row]) -> None: ...
 
@@ -153,14 +153,14 @@ def log_all(trackers: list[Tracker], rows: Sequence[Row]) -> None:
             trackers.remove(tracker)
 
 
-def log_end(folder: Path, track: TrackConfig, state: str, result: Mapping[str, Any] | None = None) -> None:
+def log_outcome(folder: Path, track: TrackConfig, state: str, result: Mapping[str, Any] | None = None) -> None:
     """Tells all how a run ended, with its figures if it came to any. What cannot be reached is told, and is no error:
     the run is over."""
     if result is None:  # a run that failed before it was known to a tracker need not be known to it now
         mlflow, wandb = ((folder / f"{name}.json").exists() for name in ("mlflow", "wandb"))
         track = replace(track, mlflow=track.mlflow if mlflow else None, wandb=track.wandb if wandb else None)
     try:
-        with Growing(folder) as grown:
+        with SyncedFolder(folder) as grown:
             trackers = open_trackers(folder, track)
             if result is not None:
                 step = result.get("steps", 0)
@@ -185,4 +185,4 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _settings(folder: Path) -> dict[str, str]:
     """The run's settings as {"section.key": text}."""
-    return flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayjobs.storage.paths import is_url, place, send
+from rayjobs.storage.paths import is_url, resolve_path, upload_file
 
 
 @contextmanager
@@ -21,11 +21,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     For a URL it is a local path, and the file is put there at once.
     """
-    path = place(path)
+    path = resolve_path(path)
     if is_url(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
-            send(Path(folder) / path.name, path)
+            upload_file(Path(folder) / path.name, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -47,7 +47,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Raises ValueError naming the file if it is no JSON."""
-    return _parsed(place(path).read_bytes(), path)
+    return _parsed(resolve_path(path).read_bytes(), path)
 
 
 def _parsed(text: bytes, path: str | Path) -> Any:
@@ -66,7 +66,7 @@ def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[
 
     Raises ValueError naming the file if another line is no JSON.
     """
-    with place(path).open("rb") as file:
+    with resolve_path(path).open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
@@ -80,7 +80,7 @@ def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = 
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    found: Any = place(path)
+    found: Any = resolve_path(path)
     if is_url(found):
         return pq.read_table(found.path, filesystem=found.fs, columns=columns)
     return pq.read_table(found, columns=columns)

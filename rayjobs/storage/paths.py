@@ -20,7 +20,7 @@ BACKENDS = {"s3": "s3fs", "gs": "gcsfs"}
 _REACHED: set[str] = set()
 
 
-def place(path: str | Path) -> Path:
+def resolve_path(path: str | Path) -> Path:
     """An absolute local path, or for a URL an object with a path's methods (a UPath, by type no Path).
 
     Raises ValueError for a URL of another kind, OSError if what it names cannot be reached.
@@ -48,7 +48,7 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def local_copy(path: str | Path) -> Path:
+def cached_path(path: str | Path) -> Path:
     """A local path as it is; of a URL's file or folder a copy on this machine, made once for each content of it.
 
     Copies are kept in `$XDG_CACHE_HOME/rayjobs`, by default `~/.cache/rayjobs`. Raises FileNotFoundError.
@@ -57,7 +57,7 @@ def local_copy(path: str | Path) -> Path:
         return Path(path)
     from filelock import FileLock
 
-    there: Any = place(path)
+    there: Any = resolve_path(path)
     files = there.fs.find(there.path)
     if not files:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
@@ -76,7 +76,7 @@ def local_copy(path: str | Path) -> Path:
     return copy
 
 
-def send(file: Path, to: Path) -> None:
+def upload_file(file: Path, to: Path) -> None:
     """Puts a local file where a URL says, whole or not at all."""
     there: Any = to
     with _told(to, "written"):

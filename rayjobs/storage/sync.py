@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from rayjobs.storage.paths import is_url, send
+from rayjobs.storage.paths import is_url, upload_file
 
 
-class Growing:
+class SyncedFolder:
     """A folder for files that grow: the folder itself if it is local, else one here whose files are sent on, whole,
     every `SEND_EVERY_S` at most and at the end."""
 
@@ -34,11 +34,11 @@ class Growing:
         for file in sorted(self.local.rglob("*"), key=lambda file: -len(file.parts)):
             if file.is_file() and self.sent.get(file) != file.stat().st_size:
                 size = file.stat().st_size
-                send(file, self.folder / file.relative_to(self.local).as_posix())
+                upload_file(file, self.folder / file.relative_to(self.local).as_posix())
                 self.sent[file] = size
         self.sent_at = time.monotonic()
 
-    def __enter__(self) -> "Growing":
+    def __enter__(self) -> "SyncedFolder":
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -9,13 +9,13 @@ import ray.train
 
 from rayjobs.runs.trackers import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
 from rayjobs.storage.files import read_jsonl, write_jsonl
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.sync import SyncedFolder
 
 
 class MetricsLog(ray.train.UserCallback):
     """Writes rank 0's rows to `metrics.jsonl` and to trackers, from the controller, which sits beside the driver."""
 
-    def __init__(self, grown: Growing, track: TrackConfig) -> None:
+    def __init__(self, grown: SyncedFolder, track: TrackConfig) -> None:
         self.grown, self.track = grown, track
         self.last_step = math.inf
         self.trackers: list[Tracker] = []

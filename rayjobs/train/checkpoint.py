@@ -19,7 +19,7 @@ from torch import Tensor
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
 
-class Kept(NamedTuple):
+class TrainingCheckpoint(NamedTuple):
     """A training state, and the steps that led to it."""
 
     state: dict[str, Tensor]
@@ -28,26 +28,26 @@ class Kept(NamedTuple):
     """Metrics that are reported together with this checkpoint: who dies in between does not take them along."""
 
 
-def write_checkpoint(folder: str | Path, kept: Kept) -> None:
+def write_checkpoint(folder: str | Path, kept: TrainingCheckpoint) -> None:
     save_file(kept.state, Path(folder) / STATE_FILE)
     (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": kept.step, "rows": kept.rows}))
 
 
-def newest_whole(checkpoints: Iterable[Checkpoint]) -> Kept | None:
+def newest_readable(checkpoints: Iterable[Checkpoint]) -> TrainingCheckpoint | None:
     """The first that is whole; those before it are named on stderr. Raises OSError if a storage does not answer: what
     cannot be read now may be whole."""
     for checkpoint in checkpoints:
         try:
             state = load(_read(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
             position = json.loads(_read(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
-            return Kept(state, position["step"], position["rows"])
+            return TrainingCheckpoint(state, position["step"], position["rows"])
         except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
             told = f"{checkpoint.path} is damaged ({error}); going on from the checkpoint before it"
             print(told, file=sys.stderr, flush=True)
     return None
 
 
-def resumed(storage: str) -> Kept | None:
+def find_resumable(storage: str) -> TrainingCheckpoint | None:
     """Where this run goes on: from the newest whole checkpoint that its workers have reported. For a worker to ask.
 
     storage: Train's folder, a path or URI; its listing stands in where Ray's note was lost. Raises ValueError if all
@@ -55,7 +55,7 @@ def resumed(storage: str) -> Kept | None:
     """
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
     known = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
-    kept = newest_whole(known[::-1] or listed(storage))
+    kept = newest_readable(known[::-1] or list_checkpoints(storage))
     if known and kept is None:
         raise ValueError(
             f"{storage}: none of the {len(known)} checkpoints that are kept can be read; the same command begins anew "
@@ -64,7 +64,7 @@ def resumed(storage: str) -> Kept | None:
     return kept
 
 
-def listed(storage: str) -> list[Checkpoint]:
+def list_checkpoints(storage: str) -> list[Checkpoint]:
     """All checkpoints in Train's folder, the newest first: they are named after the time."""
     files, path = FileSystem.from_uri(storage)
     found = files.get_file_info(FileSelector(path, allow_not_found=True))

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from adapter.adaption import AdaptionConfig
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
-from rayjobs.data.image_source import Pictures
-from rayjobs.data.sampler import Order
+from rayjobs.data.image_source import ImageSource
+from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import TokenStore
 from rayjobs.models.base_model import Dtype
-from rayjobs.models.encoder import Tower
+from rayjobs.models.encoder import EncoderInfo
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 
 
@@ -51,7 +51,7 @@ class TrainConfig:
 
 
 @config
-class ScaleConfig(PoolConfig):
+class ScaleConfig(WorkerPoolConfig):
     """How many Ray Train workers, one DeepSpeed rank each, and what each may use."""
 
     max_failures: int = Field(default=3, ge=-1)
@@ -74,16 +74,16 @@ class TrainJob:
     store: TokenStore
     weights: tuple[float, ...]
     """How often each source's records are trained on in an epoch."""
-    pictures: Pictures | None
+    pictures: ImageSource | None
     """Where images come from; None for text alone."""
-    tower: Tower | None
+    tower: EncoderInfo | None
     """What workers encode images with, if they come as pixels."""
     train: TrainConfig
     optimizer: OptimizerConfig
     zero: ZeroConfig
 
-    def order(self, split: str) -> Order:
-        return Order(
+    def order(self, split: str) -> ElasticBatchSampler:
+        return ElasticBatchSampler(
             store=self.store,
             split="train" if split == "train" else "val",
             global_batch=self.train.global_batch,

@@ -20,11 +20,11 @@ from adapter.base_checkpoint import open_checkpoint, skeleton
 from adapter.decoder import Llama
 from adapter.image_projection import Images
 from rayjobs.config import config
-from rayjobs.models.base_model import DTYPES, Dtype
-from rayjobs.storage.paths import local_copy
+from rayjobs.models.base_model import TORCH_DTYPES, Dtype
+from rayjobs.storage.paths import cached_path
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "optimizer.step"
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_STEP_KEY = "optimizer.step"
 
 
 @config
@@ -92,7 +92,7 @@ def adapted_model(
 
     Weights are placed one tensor at a time; under stage 3 each is cut at once and a worker keeps only its shard.
     """
-    checkpoint = open_checkpoint(local_copy(path))
+    checkpoint = open_checkpoint(cached_path(path))
     model = skeleton(checkpoint.config)
     with torch.device("meta"):
         model.attach(adaption)
@@ -110,7 +110,7 @@ def adapted_model(
             if zero.stage == 3:
                 _partition(parameter, zero, to)
 
-    place(checkpoint.tensors(), DTYPES[dtype])
+    place(checkpoint.tensors(), TORCH_DTYPES[dtype])
     model.draw_adapter(generator, "cpu")
     place([(name, tensor.detach()) for name, tensor in model.adapter_parameters()], torch.float32)
     model.tie()
@@ -173,26 +173,28 @@ class Engine:
         for name, parameter in self.trainable.items():
             full = safe_get_full_fp32_param(parameter) if self.partitioned else parameter
             state[name] = full.detach().cpu().clone()
-            for moment in MOMENTS:
+            for moment in ADAM_MOMENTS:
                 if self.partitioned:
                     value = safe_get_full_optimizer_state(parameter, moment)
                 else:
                     value = self.optimizer.state[parameter][moment]
                 state[f"{name}.{moment}"] = value.cpu().clone()
-        state[STEP] = torch.tensor(float(self._steps()[0]))
+        state[OPTIMIZER_STEP_KEY] = torch.tensor(float(self._steps()[0]))
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts a state back, whatever stage and number of workers it came from. All workers must call it."""
-        expected = {STEP} | {f"{name}{end}" for name in self.names for end in ("", *(f".{m}" for m in MOMENTS))}
+        expected = {OPTIMIZER_STEP_KEY} | {
+            f"{name}{end}" for name in self.names for end in ("", *(f".{m}" for m in ADAM_MOMENTS))
+        }
         if expected != set(state):
             raise ValueError(f"the training state does not fit the adapter: {sorted(expected ^ set(state))[:4]} differ")
         for name, parameter in self.trainable.items():
             self._put(parameter, state[name].to(self.device))
-            for moment in MOMENTS:
+            for moment in ADAM_MOMENTS:
                 self._put(parameter, state[f"{name}.{moment}"].to(self.device), moment)
         for step in self._steps():
-            step.fill_(state[STEP].item())
+            step.fill_(state[OPTIMIZER_STEP_KEY].item())
         self._publish(state)
 
     def _put(self, parameter: Tensor, whole: Tensor, *moment: str) -> None:

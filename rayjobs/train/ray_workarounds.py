@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from rayjobs.train.checkpoint import _read
 
 
-def mend(storage: str) -> None:
+def delete_truncated_snapshot(storage: str) -> None:
     """Removes Ray's note of the checkpoints where a full disk has cut it off: Ray would refuse to start."""
     files, path = FileSystem.from_uri(storage)
     note = f"{path}/{CHECKPOINT_MANAGER_SNAPSHOT_FILENAME}"
@@ -30,7 +30,7 @@ def mend(storage: str) -> None:
         files.delete_file(note)
 
 
-class Recount(ControllerCallback):
+class RefreshClusterResources(ControllerCallback):
     """Has Ray count what the cluster has at once when something failed: its own count (2.60) is up to 20 s old, and
     until the next one an elastic run would wait for workers on a machine that is lost."""
 

@@ -12,17 +12,17 @@ from typing import Any
 import ray.train
 import torch
 
-from rayjobs.cluster.capacity import capacity
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.capacity import cluster_capacity
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import environment
 from rayjobs.console import Progress, verbose
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train.callbacks import MetricsLog
-from rayjobs.train.checkpoint import listed, newest_whole
+from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig, TrainJob
-from rayjobs.train.ray_workarounds import Network, Recount, Trainer, mend
+from rayjobs.train.ray_workarounds import Network, RefreshClusterResources, Trainer, delete_truncated_snapshot
 from rayjobs.train.worker import train_worker
 
 SILENT_S = 30.0
@@ -34,10 +34,10 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
 
     Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
     """
-    resources, grown = scale.resources(), Growing(folder)
+    resources, grown = scale.resources(), SyncedFolder(folder)
     fewest, most = scale.workers.min, scale.workers.max
     storage = f"{folder}/train"
-    mend(storage)
+    delete_truncated_snapshot(storage)
     trainer = Trainer(
         train_worker,
         train_loop_config={"job": job, "storage": storage, "threads": scale.threads_per_worker},
@@ -53,7 +53,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[MetricsLog(grown, track), Recount()],
+            callbacks=[MetricsLog(grown, track), RefreshClusterResources()],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),
@@ -79,9 +79,9 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
                 progress.update(*now)
                 shown, stepped = now, time.monotonic()
             elif silent > SILENT_S and thread.is_alive():
-                told = f"no step for {silent:.0f} s: {scale.workers} workers are wanted, there are {capacity()}"
+                told = f"no step for {silent:.0f} s: {scale.workers} workers are wanted, there are {cluster_capacity()}"
                 progress.update(now[0], told)
-    with unwrapped():
+    with reraise_user_errors():
         if "error" in outcome:
             raise outcome["error"]
         result = outcome["result"]
@@ -92,7 +92,7 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
         raise ValueError(refused)
     if stopped := returned.get("stopped"):
         raise FloatingPointError(stopped)
-    final = newest_whole([result.checkpoint] if result.checkpoint else listed(storage))
+    final = newest_readable([result.checkpoint] if result.checkpoint else list_checkpoints(storage))
     if final is None or final.step < job.total_steps:
         raise OSError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
     return final.state

@@ -11,10 +11,10 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from rayjobs.cluster.shared_storage import check_seen
-from rayjobs.data.loader import stream
-from rayjobs.models.image_conditioning import Eyes
-from rayjobs.train.checkpoint import Kept, resumed, write_checkpoint
+from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.data.loader import load_micro_batches
+from rayjobs.models.image_conditioning import ImageFeaturizer
+from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, write_checkpoint
 from rayjobs.train.config import TrainJob
 from rayjobs.train.engine import Engine, adapted_model
 
@@ -35,16 +35,16 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(loop["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
     model.checkpoint_activations = job.train.checkpoint_activations
-    engine, eyes = Engine(model, job.zero, job.optimizer), Eyes(job.tower, device)
+    engine, eyes = Engine(model, job.zero, job.optimizer), ImageFeaturizer(job.tower, device)
     step = 0
     try:
-        begun: list[Any] = [resumed(loop["storage"]) if rank == 0 else None]
+        begun: list[Any] = [find_resumable(loop["storage"]) if rank == 0 else None]
     except ValueError as error:
         begun = [{"refused": str(error)}]
     dist.broadcast_object_list(begun, device=device)  # one worker reads, so that all of them go on from the same step
     if isinstance(begun[0], dict):
         return begun[0]
-    kept: Kept | None = begun[0]
+    kept: TrainingCheckpoint | None = begun[0]
     if kept:
         engine.load_state(kept.state)
         step = kept.step
@@ -54,7 +54,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     if step == 0 and job.validates_after(0):
         rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
     began = reported = time.monotonic()
-    for micros in _by_step(stream(order, rank, world, range(step, job.total_steps))):
+    for micros in _by_step(load_micro_batches(order, rank, world, range(step, job.total_steps))):
         waited = time.monotonic() - began
         lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
         losses = []
@@ -102,13 +102,13 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     return {"steps": step}
 
 
-def validate(engine: Engine, eyes: Eyes, job: TrainJob, rank: int, world: int) -> float:
+def validate(engine: Engine, eyes: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
     """The mean loss per labelled token of the whole validation split."""
     order = job.order("val")
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.engine.eval()
     with torch.no_grad():
-        for micro in stream(order, rank, world, range(order.steps_per_epoch)):
+        for micro in load_micro_batches(order, rank, world, range(order.steps_per_epoch)):
             total[0] += engine.loss(micro.tokens, micro.labels, eyes.images(micro.images))
             total[1] += micro.step_labels if micro.last and rank == 0 else 0
     engine.engine.train()
@@ -133,14 +133,14 @@ def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) ->
         ray.train.report({"rows": rows})
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, Kept(state, step, rows))
+        write_checkpoint(folder, TrainingCheckpoint(state, step, rows))
         ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _unseen(*folders: str) -> str | None:
     """Why this worker cannot work with the driver's folders, if it cannot."""
     try:
-        check_seen(*folders)
+        assert_shared_storage(*folders)
     except ValueError as error:
         return str(error)
     return None

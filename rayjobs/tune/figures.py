@@ -16,10 +16,10 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.search_space import SearchConfig
 from rayjobs.tune.selection import best_on_val, shown
-from rayjobs.tune.trial import Shared, open_cache
+from rayjobs.tune.trial import SharedInputs, open_cache
 
 
-def draw_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: Shared, how: SearchConfig) -> None:
+def plot_search_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: SharedInputs, how: SearchConfig) -> None:
     """`surface.json`, val accuracy over α and β, in the folder of the first trial of each choice that is plotted."""
     labels = torch.tensor(shared.val_labels)
     for cell in shown(chosen):

@@ -12,7 +12,7 @@ from rayjobs.data.text_classifier import ClassifierFile
 from rayjobs.storage.files import read_json, write_json
 
 
-def same_inputs(
+def check_same_inputs(
     folder: Path,
     lists: list[ImageList],
     features: Mapping[str, Features],

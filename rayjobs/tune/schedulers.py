@@ -13,7 +13,7 @@ from rayjobs.tune.search_space import (
 )
 
 
-class _Halving(FIFOScheduler):
+class GroupedASHAScheduler(FIFOScheduler):
     """ASHA within each K and compared group: a trial with one image of each class is no rival of one with sixteen."""
 
     def __init__(self, how: SearchConfig, trials: Sequence[Trial], over: Mapping[str, dict[str, Any]]) -> None:
@@ -52,7 +52,7 @@ class _Halving(FIFOScheduler):
         return self._of(trial).on_trial_result(tune_controller, trial, result)
 
 
-class _InBatches(Searcher):
+class BatchedSearcher(Searcher):
     """A searcher asked for whole batches and told their results in the order it was asked, so that what it suggests
     does not depend on which trial happens to end first, and a sweep can be gone through again."""
 

@@ -130,7 +130,7 @@ class Trial:
         return f"shots{self.shots}-seed{self.seed}-{digest[:10]}"
 
 
-def settings_of(
+def enumerate_settings(
     space: SpaceConfig, how: SearchConfig, encoders: Sequence[str], views: int, file: bool
 ) -> list[Setting]:
     """All settings to try, in order; for optuna all that it may suggest, a range's lr being NaN.
@@ -138,11 +138,11 @@ def settings_of(
     Raises ValueError for names that do not exist, or a range in a grid.
     """
     if space.methods:
-        narrowed = {name: space_of(space, name) for name in space.methods}
+        narrowed = {name: method_space(space, name) for name in space.methods}
         return [
             setting._replace(method=name)
             for name, own in narrowed.items()
-            for setting in settings_of(own, how, encoders, views, file)
+            for setting in enumerate_settings(own, how, encoders, views, file)
         ]
     sets = [tuple(names) for names in space.encoders or [list(encoders)]]
     known = {label for names in sets for label in table5(names)}
@@ -175,7 +175,7 @@ def settings_of(
     if how.method in ("grid", "optuna"):
         return every
     drawn = []
-    for within in groups(every, how.compare):
+    for within in group_settings(every, how.compare):
         if isinstance(space.lr, Range):
             low, high = math.log(space.lr.low), math.log(space.lr.high)
             drawn += [draw.choice(within)._replace(lr=math.exp(draw.uniform(low, high))) for _ in range(how.samples)]
@@ -184,7 +184,7 @@ def settings_of(
     return drawn
 
 
-def groups(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Setting]]:
+def group_settings(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Setting]]:
     """The settings apart by their values of the compared axes: rivals are within a group."""
     found: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -192,7 +192,7 @@ def groups(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Se
     return list(found.values())
 
 
-def space_of(space: SpaceConfig, method: str) -> SpaceConfig:
+def method_space(space: SpaceConfig, method: str) -> SpaceConfig:
     """The space of one of its methods. Raises ValueError for values that no axis takes."""
     try:
         return replace(space, methods={}, **space.methods[method])
@@ -203,7 +203,7 @@ def space_of(space: SpaceConfig, method: str) -> SpaceConfig:
         ) from error
 
 
-def trials_of(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
+def enumerate_trials(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
     """Every setting at every K and seed; K = K' = 0 leaves no cache, hence no trial."""
     return [
         trial

@@ -8,7 +8,7 @@ from rayjobs.tune.search_space import Axis, Setting, Trial
 from rayjobs.tune.trial import CACHE
 
 
-def choose(over: Sequence[tuple[Trial, dict[str, Any]]], compare: Sequence[Axis]) -> list[dict[str, Any]]:
+def choose_settings(over: Sequence[tuple[Trial, dict[str, Any]]], compare: Sequence[Axis]) -> list[dict[str, Any]]:
     """For every K and value of the compared axes, the setting of the best mean over seeds; the earliest on ties.
 
     Only settings that finished at every seed are compared; a trial that was stopped early has no accuracy to compare.

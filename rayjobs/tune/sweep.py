@@ -18,22 +18,22 @@ import torch
 from ray import tune
 from ray.exceptions import RayActorError
 
-from rayjobs.cluster.errors import unwrapped
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress
 from rayjobs.storage.paths import remove_folder
-from rayjobs.tune.schedulers import _Halving, _InBatches
+from rayjobs.tune.schedulers import BatchedSearcher, GroupedASHAScheduler
 from rayjobs.tune.search_space import (
     SearchConfig,
     Setting,
     SpaceConfig,
     Trial,
-    groups,
+    enumerate_trials,
+    group_settings,
+    method_space,
     over_seeds,
-    space_of,
     suggest,
-    trials_of,
 )
-from rayjobs.tune.trial import RESULT, Shared, result_of, run_trial, stop_trial
+from rayjobs.tune.trial import RESULT, SharedInputs, read_result, run_trial, stop_trial
 
 _ATTEMPTS = 3
 
@@ -41,7 +41,7 @@ _ATTEMPTS = 3
 def run_sweep(
     space: SpaceConfig,
     settings: Sequence[Setting],
-    shared: Shared,
+    shared: SharedInputs,
     how: SearchConfig,
     folder: Path,
     *,
@@ -56,19 +56,19 @@ def run_sweep(
         at_once: trials that run side by side.
         resources: CPU and GPU of each.
     """
-    trials = trials_of(space, settings)
+    trials = enumerate_trials(space, settings)
     if how.method == "optuna":
         total = how.samples * len({(t.shots, repr(t.setting.group(how.compare))) for t in trials}) * len(space.seeds)
     else:
         total = len(trials)
-    earlier = sum(result_of(trial, folder) is not None for trial in trials)
-    with Progress("tune", unit="trials", total=total, done=earlier) as bar, unwrapped():
+    earlier = sum(read_result(trial, folder) is not None for trial in trials)
+    with Progress("tune", unit="trials", total=total, done=earlier) as bar, reraise_user_errors():
         tuning = _Tuning(shared, how, folder, at_once, resources, bar)
         if how.method == "optuna":
             return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]
         if how.method == "asha":
             racing = [trial for trial in trials if trial.seed == space.seeds[0]]
-            over = tuning.run(racing, lambda: _Halving(how, racing, tuning.watch.over))
+            over = tuning.run(racing, lambda: GroupedASHAScheduler(how, racing, tuning.watch.over))
             through = {(trial.shots, trial.setting) for trial, row in over if row["status"] == "finished"}
             later = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in through]
             return over + tuning.run(later)
@@ -85,8 +85,8 @@ def _by_suggestions(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     how = tuning.how
     found: dict[str, Trial] = {}
-    for within in groups((s for s in settings if shots or s.generated), how.compare):
-        own = space_of(space, within[0].method) if space.methods else space
+    for within in group_settings((s for s in settings if shots or s.generated), how.compare):
+        own = method_space(space, within[0].method) if space.methods else space
         asked: list[Trial] = []
 
         def suggested(
@@ -99,7 +99,7 @@ def _by_suggestions(
         def study(asked: list[Trial] = asked, suggested: Callable = suggested) -> dict[str, Any]:
             asked.clear()
             searcher = OptunaSearch(space=suggested, metric="objective", mode="max", seed=how.seed)
-            return {"search_alg": _InBatches(searcher, how.suggested_at_once), "num_samples": how.samples}
+            return {"search_alg": BatchedSearcher(searcher, how.suggested_at_once), "num_samples": how.samples}
 
         tuning.fit(study)
         found |= {trial.name: trial for trial in asked}
@@ -111,7 +111,7 @@ class _Tuning:
 
     def __init__(
         self,
-        shared: Shared,
+        shared: SharedInputs,
         how: SearchConfig,
         folder: Path,
         at_once: int,
@@ -126,7 +126,7 @@ class _Tuning:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job, not only Tune's part of it
 
     def run(
-        self, trials: Sequence[Trial], scheduler: "Callable[[], _Halving] | None" = None
+        self, trials: Sequence[Trial], scheduler: "Callable[[], GroupedASHAScheduler] | None" = None
     ) -> list[tuple[Trial, dict[str, Any]]]:
         """The given trials, those that are over already apart."""
 
@@ -159,7 +159,7 @@ class _Tuning:
         threads, device = max(1, int(self.wanted["cpu"])), "cuda" if self.wanted["gpu"] else "cpu"
         search, folder, halving = self.how, self.folder, how.get("scheduler") is not None
 
-        def trainable(point: dict[str, Any], *, shared: Shared) -> None:
+        def trainable(point: dict[str, Any], *, shared: SharedInputs) -> None:
             torch.set_num_threads(threads)
             rows = []
 
@@ -168,7 +168,7 @@ class _Tuning:
                     tune.report({"epoch": len(curve) - 1, "now": curve[-1], "curve": list(curve)})
 
             for trial in point["trials"]:
-                rows.append(result_of(trial, folder) or run_trial(trial, shared, search, folder, device, report))
+                rows.append(read_result(trial, folder) or run_trial(trial, shared, search, folder, device, report))
             tune.report({"objective": sum(row["val_accuracy"] for row in rows) / len(rows)})
 
         experiment = self.folder.parent / "tune" / uuid.uuid4().hex[:8]
@@ -223,7 +223,7 @@ class _Watch(tune.Callback):
 
     def count(self, trials: Sequence[Trial]) -> bool:
         """Takes notice of the trials that are over; whether all of them are."""
-        rows = [self.over.get(trial.name) or result_of(trial, self.folder) for trial in trials]
+        rows = [self.over.get(trial.name) or read_result(trial, self.folder) for trial in trials]
         for row in rows:
             if row and row["trial"] not in self.over:
                 self.over[row["trial"]] = row

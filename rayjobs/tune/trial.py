@@ -35,14 +35,14 @@ from cafo.cache import (
 from cafo.ensemble import table5
 from cafo.search import search, weight_grid
 from rayjobs.storage.files import atomic_path, read_json, write_json
-from rayjobs.storage.paths import local_copy
+from rayjobs.storage.paths import cached_path
 from rayjobs.tune.search_space import SearchConfig, Trial
 
 CACHE, RESULT = "cache.safetensors", "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class SharedInputs:
     """What all trials read: numpy arrays, which Ray maps into every process without a copy."""
 
     views: Mapping[str, np.ndarray]
@@ -63,7 +63,7 @@ class Shared:
     identities: Mapping[str, str]
 
 
-class Rows:
+class SharedRows:
     """Some rows of shared views, indexed like a (V, M, C) tensor: gathered batch by batch, never copied as a whole."""
 
     def __init__(self, features: Tensor, views: int, rows: Tensor) -> None:
@@ -74,9 +74,11 @@ class Rows:
         view, rows = at
         return self.features[view, self.rows[rows]]
 
-    def moved(self, device: str) -> "Rows":
+    def moved(self, device: str) -> "SharedRows":
         """The same rows, alone, in a device's memory."""
-        return Rows(self.features[:, self.rows].to(device), self.shape[0], torch.arange(len(self.rows), device=device))
+        return SharedRows(
+            self.features[:, self.rows].to(device), self.shape[0], torch.arange(len(self.rows), device=device)
+        )
 
     def keys(self) -> Tensor:
         """(M, C): the mean over views, as `mean_key` takes it."""
@@ -93,7 +95,7 @@ def shared_tensor(array: np.ndarray) -> Tensor:
 
 def run_trial(
     trial: Trial,
-    shared: Shared,
+    shared: SharedInputs,
     how: SearchConfig,
     folder: Path,
     device: str = "cpu",
@@ -108,7 +110,7 @@ def run_trial(
     setting = trial.setting
     rows = np.concatenate([shared.few_shot[trial.shots, trial.seed], shared.generated[setting.generated]])
     taken = torch.from_numpy(rows)
-    views = {name: Rows(shared_tensor(shared.views[name]), setting.views, taken) for name in setting.encoders}
+    views = {name: SharedRows(shared_tensor(shared.views[name]), setting.views, taken) for name in setting.encoders}
     if device != "cpu":
         views = {name: v.moved(device) for name, v in views.items()}
     val = {name: shared_tensor(shared.val[name]).to(device) for name in setting.encoders}
@@ -171,7 +173,7 @@ def stop_trial(trial: Trial, curve: list[float], folder: Path) -> dict[str, Any]
     return row
 
 
-def result_of(trial: Trial, folder: Path) -> dict[str, Any] | None:
+def read_result(trial: Trial, folder: Path) -> dict[str, Any] | None:
     """The row of a trial that is over, finished or stopped."""
     path = folder / trial.name / RESULT
     return read_json(path) if path.exists() else None
@@ -179,7 +181,7 @@ def result_of(trial: Trial, folder: Path) -> dict[str, Any] | None:
 
 def open_cache(folder: Path, trial: str) -> Cache:
     """The cache that a trial has left."""
-    return load_cache(local_copy(folder / trial / CACHE))
+    return load_cache(cached_path(folder / trial / CACHE))
 
 
 def _row(trial: Trial, status: str, curve: list[float]) -> dict[str, Any]:

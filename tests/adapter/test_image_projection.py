@@ -9,13 +9,13 @@ from adapter.adapter_checkpoint import adapter_from, attach_file, export_v1, rea
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Llama, LlamaConfig
 from adapter.generate import generate
-from adapter.image_projection import VisionConfig
+from adapter.image_projection import ImageProjectionConfig
 from adapter.tensor_files import CheckpointError
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
 WIDTHS = (5, 11, 3)
-VISION = VisionConfig(widths=WIDTHS, bottleneck=13, tower="tower-1", preprocess="32 pixels")
+VISION = ImageProjectionConfig(widths=WIDTHS, bottleneck=13, tower="tower-1", preprocess="32 pixels")
 shapes = pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
 
 
@@ -114,7 +114,7 @@ def test_the_7b_adapter_with_images_has_1_8_million_parameters(tower):
         model = Llama(
             LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
-        model.attach(AdaptionConfig(vision=VisionConfig(widths=tower)))
+        model.attach(AdaptionConfig(vision=ImageProjectionConfig(widths=tower)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     F = sum(tower)
     assert trainable == 1_229_760 + 72 * (F + 1) + 4096 * (72 + 1)
@@ -148,7 +148,7 @@ def test_images_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match="text alone"):
         llama(MHA, config(vision=None)).images([torch.zeros(19)])
     with pytest.raises(ValueError, match="bottleneck"):
-        VisionConfig(widths=())
+        ImageProjectionConfig(widths=())
 
 
 @pytest.mark.parametrize("gate", ["tanh", "one", "prefix"])

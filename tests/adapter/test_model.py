@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adapter
-from adapter import AdaptionConfig, Base, CheckpointError, PromptTemplate, TokenizerError
+from adapter import AdaptedModel, AdaptionConfig, CheckpointError, PromptTemplate, TokenizerError
 from adapter.base_checkpoint import save_llama
 from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.instruct import ALPACA
@@ -37,14 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_gates(base: Base) -> None:
+def open_gates(base: AdaptedModel) -> None:
     with torch.no_grad():
         for adaption in base.model.adaptions:
             adaption.gate.fill_(0.7)
 
 
 def test_ask_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
-    base = Base.load(tiny_base)
+    base = AdaptedModel.from_pretrained(tiny_base)
     greedy = {"max_new_tokens": 9, "temperature": 0.0}
     (told,) = base.generate([ALPACA.render("Say it", "again")], **greedy)
     assert base.ask("Say it", "again", **greedy) == told.strip() != ""
@@ -54,21 +54,21 @@ def test_ask_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
 
 
 def test_load_adapt_ask_save(folder: Path, tmp_path: Path) -> None:
-    base = Base.load(folder)
+    base = AdaptedModel.from_pretrained(folder)
     bare = base.logits(TEXTS)
     assert [row.shape for row in bare] == [(len(base.tokenizer.encode(t, bos=True, eos=False)), 67) for t in TEXTS]
     for text, row in zip(TEXTS, bare, strict=True):  # a batch is its texts
         torch.testing.assert_close(base.logits([text])[0], row, rtol=0, atol=1e-5)
     assert base.logits([]) == []
 
-    base.attach(AdaptionConfig(n_layers=2, prompt_length=5), seed=3)
+    base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=3)
     assert all(torch.equal(row, was) for row, was in zip(base.logits(TEXTS), bare, strict=True))
     open_gates(base)
     adapted = base.logits(TEXTS)
     assert not torch.equal(adapted[0], bare[0])
     base.save_adapter(tmp_path / "adapter.safetensors", extra={"note": "made in a test"})
 
-    again = Base.load(folder)
+    again = AdaptedModel.from_pretrained(folder)
     again.load_adapter(tmp_path / "adapter.safetensors")
     assert all(torch.equal(row, was) for row, was in zip(again.logits(TEXTS), adapted, strict=True))
     assert adapter.read_adapter(tmp_path / "adapter.safetensors").extra == {"note": "made in a test"}
@@ -77,44 +77,44 @@ def test_load_adapt_ask_save(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_the_prompts(folder: Path) -> None:
-    base = Base.load(folder)
+    base = AdaptedModel.from_pretrained(folder)
     prompts = []
     for seed in (3, 3, 4):
-        base.attach(AdaptionConfig(n_layers=2, prompt_length=5), seed=seed)
+        base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=seed)
         prompts.append(base.model.adaptions[0].prompt.clone())
     assert torch.equal(prompts[0], prompts[1])
     assert not torch.equal(prompts[0], prompts[2])
 
 
 def test_generation_is_text_without_the_prompt(folder: Path) -> None:
-    base = Base.load(folder, dtype=torch.bfloat16)
+    base = AdaptedModel.from_pretrained(folder, dtype=torch.bfloat16)
     answers = base.generate(TEXTS, max_new_tokens=4, temperature=0.0)
     assert len(answers) == len(TEXTS)
     assert all(isinstance(answer, str) for answer in answers)
 
 
 def test_errors(folder: Path, tmp_path: Path) -> None:
-    base = Base.load(folder)
+    base = AdaptedModel.from_pretrained(folder)
     with pytest.raises(ValueError, match="window of 32"):
         base.logits(["cat dog " * 40])
     with pytest.raises(ValueError, match="holds no adapter"):
         base.save_adapter(tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match="has 3"):
-        base.attach(AdaptionConfig(n_layers=4))
-    base.attach(AdaptionConfig(n_layers=1, prompt_length=5))
+        base.add_adapter(AdaptionConfig(n_layers=4))
+    base.add_adapter(AdaptionConfig(n_layers=1, prompt_length=5))
     base.save_adapter(tmp_path / "adapter.safetensors")
 
     torch.manual_seed(1)
     save_llama(fresh(**SIZES), tmp_path)
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: no tokenizer"):
-        Base.load(tmp_path)
-    other = Base.load(tmp_path, tokenizer=folder / "tokenizer.model")
+        AdaptedModel.from_pretrained(tmp_path)
+    other = AdaptedModel.from_pretrained(tmp_path, tokenizer=folder / "tokenizer.model")
     with pytest.raises(CheckpointError, match="other weights"):
         other.load_adapter(tmp_path / "adapter.safetensors")
     small = fresh(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=7, vocab_size=11)
     save_llama(small, tmp_path / "small")
     with pytest.raises(TokenizerError, match="only 11"):
-        Base.load(tmp_path / "small", tokenizer=folder)
+        AdaptedModel.from_pretrained(tmp_path / "small", tokenizer=folder)
 
 
 def test_every_public_name_is_there_and_importing_costs_nothing() -> None:

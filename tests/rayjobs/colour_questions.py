@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from adapter import Base
+from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from adapter.instruct import encode_record
 from adapter.scienceqa import TEMPLATE, read_problems
-from rayjobs.inference.batch import look
-from rayjobs.models.image_conditioning import Eyes, VisionConfig
+from rayjobs.inference.batch import read_pixels
+from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 from rayjobs.storage.files import write_json
 from tests.conftest import WORDS, make_base
 
@@ -66,11 +66,11 @@ def shuffle(questions: Path, shuffled: Path) -> dict[str, int]:
 
 def train_adapter(base_path: Path, vision: VisionConfig, questions: Path, file: Path) -> None:
     """An adapter that tells the letter from the colour, by a plain loop of a second or two."""
-    base, sight = Base.load(base_path), vision.open()
-    base.attach(AdaptionConfig(n_layers=3, prompt_length=5, vision=sight.projection))
+    base, sight = AdaptedModel.from_pretrained(base_path), vision.open()
+    base.add_adapter(AdaptionConfig(n_layers=3, prompt_length=5, vision=sight.projection))
     asked = [problem for problem in read_problems(questions, "train") if problem.image]
-    pixels = [look(questions / problem.image, sight)[0] for problem in asked]
-    features = Eyes(sight.tower, "cpu").features([one for one in pixels if one is not None])
+    pixels = [read_pixels(questions / problem.image, sight)[0] for problem in asked]
+    features = ImageFeaturizer(sight.tower, "cpu").features([one for one in pixels if one is not None])
     tokens = torch.tensor([encode_record(problem.record(), base.tokenizer, TEMPLATE).ids for problem in asked])
     labels = torch.where((tokens == tokens[0]).all(dim=0), -100, tokens)  # the letter: all else is the same
     optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad], lr=0.03)

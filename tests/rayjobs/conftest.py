@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rayjobs.storage.files import read_jsonl, write_jsonl
-from rayjobs.storage.paths import place
+from rayjobs.storage.paths import resolve_path
 from tests.cafo.test_images import bomb
 from tests.rayjobs.cafo_dataset import towers
 
@@ -31,7 +31,7 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 def upload(folder: Path, url: str) -> None:
     """Everything in a folder, to a URL."""
-    there: Any = place(url)
+    there: Any = resolve_path(url)
     there.fs.put(f"{folder}/", f"{there.path}/", recursive=True)
 
 

@@ -10,8 +10,8 @@ import ray
 import yaml
 
 from rayjobs.__main__ import main
-from rayjobs.cluster.capacity import Capacity, capacity, planned
-from rayjobs.cluster.worker_pool import DATA_CPUS, PoolConfig
+from rayjobs.cluster.capacity import Capacity, autoscaler_capacity, cluster_capacity
+from rayjobs.cluster.worker_pool import RAY_DATA_CPUS, WorkerPoolConfig
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import world
 
@@ -46,28 +46,28 @@ def test_three_nodes_of_three_cpus_hold_three_workers_of_two() -> None:
 
 def test_a_cluster_scaled_to_zero_has_what_its_file_may_bring() -> None:
     given = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    have = planned(given, [{"CPU": 4.0}])
-    assert have.room({"CPU": 1, "GPU": 1}, DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
+    have = autoscaler_capacity(given, [{"CPU": 4.0}])
+    assert have.room({"CPU": 1, "GPU": 1}, RAY_DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
     assert str(have) == "1 node and up to 8 more, 68 CPU and 8 GPU in all"
 
 
 def test_workers_take_gpus_where_there_are_any_and_never_fall_back_to_cpus_in_silence() -> None:
     four = Capacity(nodes=({"CPU": 8.0, "GPU": 4.0},))
-    assert PoolConfig(workers=4).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 1.0}
+    assert WorkerPoolConfig(workers=4).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0, "GPU": 1.0}
     with pytest.raises(ValueError, match=r"5 workers of 1 CPU and 1 GPU each .* room for 4.*; gpus_per_worker=0 runs"):
-        PoolConfig(workers=5).fit(four, DATA_CPUS)
-    assert PoolConfig(workers=5, gpus_per_worker=0.5).fit(four, DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
-    assert PoolConfig(workers=5, gpus_per_worker=0).fit(four, DATA_CPUS) == {"CPU": 1.0}
+        WorkerPoolConfig(workers=5).fit(four, RAY_DATA_CPUS)
+    assert WorkerPoolConfig(workers=5, gpus_per_worker=0.5).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
+    assert WorkerPoolConfig(workers=5, gpus_per_worker=0).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0}
     with pytest.raises(ValueError, match="no GPU is there yet, and what may come cannot be seen: set gpus_per"):
-        PoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), known=False), DATA_CPUS)
+        WorkerPoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), known=False), RAY_DATA_CPUS)
 
 
 def test_bounds_fit_where_the_fewest_do() -> None:
     nodes = Capacity(nodes=({"CPU": 2.0},) * 3)
-    assert PoolConfig(workers={"min": 1, "max": 30}).fit(nodes, DATA_CPUS) == {"CPU": 1.0}
-    assert PoolConfig(workers=6).fit(nodes, DATA_CPUS) == {"CPU": 0.5}
+    assert WorkerPoolConfig(workers={"min": 1, "max": 30}).fit(nodes, RAY_DATA_CPUS) == {"CPU": 1.0}
+    assert WorkerPoolConfig(workers=6).fit(nodes, RAY_DATA_CPUS) == {"CPU": 0.5}
     with pytest.raises(ValueError, match=r"4 workers of 1\.5 CPU each can never run: there is room for 3"):
-        PoolConfig(workers={"min": 4, "max": 30}, cpus_per_worker=1.5).fit(nodes, DATA_CPUS)
+        WorkerPoolConfig(workers={"min": 4, "max": 30}, cpus_per_worker=1.5).fit(nodes, RAY_DATA_CPUS)
 
 
 @pytest.mark.ray
@@ -100,14 +100,16 @@ def test_a_machine_of_ones_own_that_is_off_may_still_come(cluster: None, monkeyp
     for workers, known in (([], True), (["10.0.0.2"], False)):
         file = {"provider": {"type": "local", "worker_ips": workers}, "max_workers": len(workers)}
         monkeypatch.setattr("rayjobs.cluster.capacity._autoscaler_config", lambda _, file=file: file)
-        assert capacity().known == known
-    assert PoolConfig(workers=99, gpus_per_worker=0).resources() == {"CPU": 1.0}, "it waits"
+        assert cluster_capacity().known == known
+    assert WorkerPoolConfig(workers=99, gpus_per_worker=0).resources() == {"CPU": 1.0}, "it waits"
 
 
 @pytest.mark.ray
 def test_ray_data_keeps_a_share_of_every_node(cluster: None) -> None:
     cpus = ray.cluster_resources()["CPU"]
-    assert PoolConfig(workers=1, cpus_per_worker=cpus - DATA_CPUS).resources() == {"CPU": cpus - DATA_CPUS}
+    assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus - RAY_DATA_CPUS).resources() == {
+        "CPU": cpus - RAY_DATA_CPUS
+    }
     with pytest.raises(ValueError, match=r"every node keeps 0\.5 CPU for Ray Data"):
-        PoolConfig(workers=1, cpus_per_worker=cpus).resources()
-    assert PoolConfig(workers=1, cpus_per_worker=cpus).resources(beside=0) == {"CPU": cpus}
+        WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources()
+    assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources(beside=0) == {"CPU": cpus}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayjobs.cluster.job_submission import job_command, typed
+from rayjobs.cluster.job_submission import job_command, ray_submit_command
 from rayjobs.config import load
 from rayjobs.jobs import adapter_train
 from tests.conftest import ROOT
@@ -240,11 +240,11 @@ def test_the_command_for_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "base.path=s3://bucket/llama", "data.path=[/mnt/alpaca.json]", "run.storage=/mnt/runs", "--verbose",
     ]  # fmt: skip
     same = "ray job submit --working-dir . -- python -m rayjobs adapter-train"
-    assert typed(command).startswith(f"RAY_AUTH_MODE=disabled RAY_ADDRESS=http://127.0.0.1:8265 {same}")
+    assert ray_submit_command(command).startswith(f"RAY_AUTH_MODE=disabled RAY_ADDRESS=http://127.0.0.1:8265 {same}")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").touch()
     monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
-    assert typed(command).startswith(f"RAY_AUTH_MODE=token RAY_ADDRESS=http://10.0.0.1:8265 {same}")
+    assert ray_submit_command(command).startswith(f"RAY_AUTH_MODE=token RAY_ADDRESS=http://10.0.0.1:8265 {same}")
 
 
 @pytest.mark.parametrize("given", ["run.storage=runs", "", "run.storage=s3://bucket/runs run.cache=cache"])

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rayjobs.cluster.worker_pool import PoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import load
-from rayjobs.data.image_features import prepare_pictures
-from rayjobs.data.image_source import Pictures, StoredFeatures, part_name
+from rayjobs.data.image_features import prepare_image_source
+from rayjobs.data.image_source import ImageSource, StoredFeatures, part_name
 from rayjobs.data.records import RecordsConfig
 from rayjobs.jobs import adapter_train
-from rayjobs.models.image_conditioning import Eyes, VisionConfig
+from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 
 
@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pictures(folder: Path, vision: list[str], *more: str) -> Pictures:
+def pictures(folder: Path, vision: list[str], *more: str) -> ImageSource:
     how = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, *more)])
     sources = RecordsConfig(path=[str(folder / "r.jsonl")]).sources()
-    return prepare_pictures(how, how.open(), sources, folder / "images.json", folder, PoolConfig(), 5)
+    return prepare_image_source(how, how.open(), sources, folder / "images.json", folder, WorkerPoolConfig(), 5)
 
 
-def seen(found: Pictures, epoch: int | None) -> np.ndarray:
+def seen(found: ImageSource, epoch: int | None) -> np.ndarray:
     return np.frombuffer(found.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
 
 
@@ -71,7 +71,7 @@ def test_a_tower_reads_no_more_images_at_once_than_it_is_told(
     vision: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sight = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
-    eyes, read = Eyes(sight.tower, "cpu"), []
+    eyes, read = ImageFeaturizer(sight.tower, "cpu"), []
     multi_scale = eyes.encoder.multi_scale
     monkeypatch.setattr(
         eyes.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayjobs.data.sampler import Order, deal, window_micro_batches
+from rayjobs.data.sampler import ElasticBatchSampler, assign_micro_batches, window_micro_batches
 from rayjobs.data.token_store import ROWS_PER_SOURCE, TOKENS, TokenStore
 from rayjobs.storage.files import write_parquet
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
 
 
-def walk(order: Order, world: int, steps: range) -> list[list[dict]]:
+def walk(order: ElasticBatchSampler, world: int, steps: range) -> list[list[dict]]:
     """Every worker's micro-batches."""
     windows = {
         (step // order.steps_per_epoch, step % order.steps_per_epoch // order.steps_per_window) for step in steps
@@ -45,9 +45,9 @@ def walk(order: Order, world: int, steps: range) -> list[list[dict]]:
     ]
 
 
-def order_of(store: TokenStore, **changes: object) -> Order:
+def order_of(store: TokenStore, **changes: object) -> ElasticBatchSampler:
     settings = {"global_batch": 7, "token_budget": 64, "shuffle_records": 20, "seed": 5, **changes}
-    return Order(store=store, split="train", **settings)  # type: ignore[arg-type]
+    return ElasticBatchSampler(store=store, split="train", **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -157,7 +157,7 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
 def test_micro_batches_keep_to_the_budget() -> None:
     lengths = [3, 50, 9, 9, 31, 8, 2]
     for world in (1, 2, 3):
-        dealt = deal(lengths, 64, world)
+        dealt = assign_micro_batches(lengths, 64, world)
         assert len({len(worker) for worker in dealt}) == 1
         micros = [micro for worker in dealt for micro in worker]
         assert sorted(i for micro in micros for i in micro) == list(range(7))
@@ -167,7 +167,7 @@ def test_micro_batches_keep_to_the_budget() -> None:
 @pytest.mark.parametrize("world", [1, 2, 7, 16, 53, 64, 90])
 def test_no_worker_is_idle_while_another_has_a_full_budget(world: int) -> None:
     lengths = np.random.default_rng(1).integers(30, 300, 64).tolist()
-    dealt = deal(lengths, 4096, world)
+    dealt = assign_micro_batches(lengths, 4096, world)
     assert sorted(row for micros in dealt for micro in micros for row in micro) == list(range(64))
     assert len({len(micros) for micros in dealt}) == 1
     work = [sum(len(micro) * max((lengths[row] for row in micro), default=0) for micro in micros) for micros in dealt]

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 import yaml
 
-from adapter import Base
-from rayjobs.config import flat, load
+from adapter import AdaptedModel
+from rayjobs.config import flatten, load
 from rayjobs.demo import notes
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE
 from rayjobs.demo.llama import LlamaStandIn, train_llama
@@ -93,7 +93,7 @@ def test_the_demo_is_a_chain_of_ordinary_jobs(storage: Path) -> None:
     asked = result["LLaMA-Adapter: right answers of four options, %"]
     assert [row[""] for row in asked] == list(demo.ADAPTERS)
     shipped = yaml.safe_load((ROOT / "configs" / "cafo" / "digits.yaml").read_text())
-    named = [place for place in flat(shipped).values() if place.startswith("runs/")]
+    named = [place for place in flatten(shipped).values() if place.startswith("runs/")]
     assert len(named) == 6
     assert not [place for place in named if not (storage / place.removeprefix("runs/")).exists()]
 
@@ -146,5 +146,8 @@ def test_a_stand_in_is_a_base_like_any_other_and_the_same_in_every_run(tmp_path:
     losses = [list(trained(Training(tmp_path / name, settings.steps, partial(train_llama, settings)))) for name in "ab"]
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
-    assert len(Base.load(tmp_path / "a").generate(["Note"], max_new_tokens=3, temperature=0)) == 1
-    assert Base.load(tmp_path / "a").fingerprint == Base.load(tmp_path / "b").fingerprint
+    assert len(AdaptedModel.from_pretrained(tmp_path / "a").generate(["Note"], max_new_tokens=3, temperature=0)) == 1
+    assert (
+        AdaptedModel.from_pretrained(tmp_path / "a").fingerprint
+        == AdaptedModel.from_pretrained(tmp_path / "b").fingerprint
+    )

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from adapter import Base
+from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from adapter.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.config import load, to_dict
-from rayjobs.inference.batch import Answerer, look
+from rayjobs.inference.batch import GenerationWorker, read_pixels
 from rayjobs.inference.scienceqa import AnswerProblems, Reading, asked
 from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs.record import read_record
@@ -26,7 +26,7 @@ from tests.rayjobs.cafo_dataset import towers
 def settings(shared: Path, tmp_path: Path) -> adapter_eval.Config:
     """A random adapter that reads images, on stories260K."""
     tower = towers(tmp_path / "towers")["clip"]
-    base = Base.load(shared / "llama" / "stories260K")
+    base = AdaptedModel.from_pretrained(shared / "llama" / "stories260K")
     given = {
         "base": {"path": str(shared / "llama" / "stories260K")},
         "adapter": str(tmp_path / "adapter.safetensors"),
@@ -38,7 +38,7 @@ def settings(shared: Path, tmp_path: Path) -> adapter_eval.Config:
     }
     built = load(adapter_eval.Config, given)
     assert built.vision is not None
-    base.attach(AdaptionConfig(n_layers=4, prompt_length=3, vision=built.vision.open().projection))
+    base.add_adapter(AdaptionConfig(n_layers=4, prompt_length=3, vision=built.vision.open().projection))
     for adaption in base.model.adaptions:
         torch.nn.init.constant_(adaption.gate, 1.0)
     base.save_adapter(tmp_path / "adapter.safetensors")
@@ -112,8 +112,8 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
     of_file = {**given, "file": str(tmp_path / "file.jsonl"), "run": {"name": "asked"}}
     dino = {**given["vision"], "tower": towers(tmp_path / "others")["dino"]}
     text_only = str(tmp_path / "text.safetensors")
-    base = Base.load(settings.base.path)
-    base.attach(AdaptionConfig(n_layers=2, prompt_length=3))
+    base = AdaptedModel.from_pretrained(settings.base.path)
+    base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
     base.save_adapter(text_only)
     for changes, message in [
         ({"vision": None}, r"adapter\.safetensors reads images, through the tower CLIP-.*, or set blind=true"),
@@ -141,11 +141,13 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
 def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, shared: Path) -> None:
     sight = settings.vision.open()
     problems = [problem for problem in read_problems(shared / "scienceqa", "test") if problem.image][:3]
-    pixels = [look(shared / "scienceqa" / problem.image, sight)[0] for problem in problems]
-    worker = Answerer(AnswerProblems(TEMPLATE, "likelihood", 512), None, settings.base, settings.adapter, sight, "cpu")
+    pixels = [read_pixels(shared / "scienceqa" / problem.image, sight)[0] for problem in problems]
+    worker = GenerationWorker(
+        AnswerProblems(TEMPLATE, "likelihood", 512), None, settings.base, settings.adapter, sight, "cpu"
+    )
     rows = worker.answer([asked(problem) for problem in problems], worker.see(pixels))
     blind = worker.answer([asked(problem) for problem in problems], [None] * 3)
-    base = Base.load(settings.base.path)
+    base = AdaptedModel.from_pretrained(settings.base.path)
     base.load_adapter(settings.adapter)
     for problem, row, unseen, image in zip(problems, rows, blind, worker.see(pixels), strict=True):
         assert len(row["log_likelihoods"]) == len(problem.choices)
@@ -167,7 +169,7 @@ def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter
 @pytest.mark.parametrize("reading", ["generate", "likelihood"])
 def test_context_gives_way_and_options_never(shared: Path, reading: Reading) -> None:
     """A problem that is too long for question and options to fit is told, and counts as unanswered: never as an A."""
-    base = Base.load(shared / "llama" / "stories260K")
+    base = AdaptedModel.from_pretrained(shared / "llama" / "stories260K")
     problem = next(problem for problem in read_problems(shared / "scienceqa", "test") if not problem.hint)
     asked_as_is = asked(problem)
     no_room = {**asked_as_is, "instruction": "why " * 600}
@@ -185,7 +187,7 @@ def test_context_gives_way_and_options_never(shared: Path, reading: Reading) -> 
 
 
 def test_equally_likely_options_are_no_answer(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = Base.load(tiny_base)
+    base = AdaptedModel.from_pretrained(tiny_base)
     monkeypatch.setattr(base, "losses", lambda examples, images: [2.0, 1.0, 1.0, 1.0, 2.0, 3.0])
     problem = Problem(
         pid="1", question="the", choices=("a", "b", "c"), answer=0, hint="", image="", subject="social science", grade=1

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapter import Base
+from adapter import AdaptedModel
 from adapter.adapter_checkpoint import read_adapter
 from adapter.adaption import AdaptionConfig
 from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image
 from rayjobs.config import load
-from rayjobs.data.loader import collate, stream
+from rayjobs.data.loader import collate, load_micro_batches
 from rayjobs.data.records import RecordsConfig, prompt_template
-from rayjobs.data.sampler import Order
+from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
@@ -74,7 +74,7 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
 
     store = TokenStore.read(folder)
     assert index["parts"]["val"]
-    order = Order(
+    order = ElasticBatchSampler(
         store=store,
         split="train",
         global_batch=8,
@@ -82,8 +82,8 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         shuffle_records=config.train.shuffle_records,
         seed=0,
     )
-    base = Base.load(config.base.path)
-    base.attach(config.adapter.adaption(config.vision.open().projection), seed=0)
+    base = AdaptedModel.from_pretrained(config.base.path)
+    base.add_adapter(config.adapter.adaption(config.vision.open().projection), seed=0)
     trainable = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=0.02)
     per_epoch, losses = order.steps_per_epoch, []
@@ -211,7 +211,7 @@ def test_eval_agrees_with_training_and_with_the_model(
     )
     result = adapter_eval.run(config)
     assert result["records"] == 101
-    base = Base.load(tiny_base)
+    base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     total = labels = 0.0
     from adapter.instruct import encode_record, read_records
@@ -252,7 +252,7 @@ def test_generate_answers_a_file_as_the_library_does(
     assert adapter_generate.run(config)["answers"] == 104
     folder = tmp_path / "answers"
     rows = read_jsonl(folder / "answers.jsonl")
-    base = Base.load(tiny_base)
+    base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     prompts = [prompt_template(config.template).render(row["instruction"], row["input"]) for row in rows[:9]]
     images = [features(pictured, trained, row["image"]) for row in rows[:9]]
@@ -281,9 +281,11 @@ def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, reco
     store = prepare_tokens(
         RecordsConfig(path=[str(records)]), tiny_base / "tokenizer.model", tmp_path, val_fraction=0.1
     )
-    order = Order(store=store, split="train", global_batch=8, token_budget=600, shuffle_records=30, seed=1)
+    order = ElasticBatchSampler(
+        store=store, split="train", global_batch=8, token_budget=600, shuffle_records=30, seed=1
+    )
     steps = range(3, 2 * order.steps_per_epoch)
-    dealt = [list(stream(order, rank, 2, steps)) for rank in range(2)]
+    dealt = [list(load_micro_batches(order, rank, 2, steps)) for rank in range(2)]
     assert [[(micro.step, micro.last) for micro in part] for part in dealt[:1]] == [
         [(micro.step, micro.last) for micro in part] for part in dealt[1:]
     ]

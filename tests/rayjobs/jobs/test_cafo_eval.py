@@ -11,8 +11,8 @@ from cafo import paper_results
 from cafo.cache import load_cache
 from rayjobs.config import load
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
-from rayjobs.models.encoder import EncoderConfig
-from rayjobs.reporting.accuracy_tables import published_rows, summary, table
+from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.reporting.accuracy_tables import accuracy_table, published_rows, summary
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.selection import shown
@@ -28,7 +28,7 @@ def test_the_table_has_the_papers_shape() -> None:
         *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((0, 0.55), (0, 0.55), (1, 0.6), (1, 0.62))],
         {"method": "CaFo", "shots": 16, "accuracy": 0.7},
     ]
-    columns, lines = table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
+    columns, lines = accuracy_table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
     assert columns == ["method", "0 shots", "1 shot", "16 shots"]
     assert lines == [
         ["CLIP zero-shot", "50.00", "50.00", "50.00"],
@@ -39,12 +39,12 @@ def test_the_table_has_the_papers_shape() -> None:
 
 
 def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> None:
-    clip = EncoderConfig(kind="clip", name="RN50-quickgelu", weights="openai")
-    dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    clip = VisionEncoderConfig(kind="clip", name="RN50-quickgelu", weights="openai")
+    dino = VisionEncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
     pair = {"clip": clip, "dino": dino}
     dtd = dict(zip(paper_results.SHOTS, paper_results.RN50["dtd"], strict=True))
     assert published_rows("dtd", "dtd", pair, []) == {"CaFo, published": dtd}
-    vit = EncoderConfig(kind="clip", name="ViT-B-16", weights="openai")
+    vit = VisionEncoderConfig(kind="clip", name="ViT-B-16", weights="openai")
     assert published_rows("imagenet", "imagenet", {"clip": vit, "dino": dino}, []) == {"CaFo, published": {16: 74.48}}
     for data_set, target, encoders in (
         ("dtd", "dtd", {"clip": vit, "dino": dino}),
@@ -59,8 +59,8 @@ def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> Non
 
 def test_every_clip_of_a_sweep_over_encoders_has_its_own_row() -> None:
     names = {"RN50": "RN50-quickgelu", "ViT": "ViT-B-16"}
-    encoders = {name: EncoderConfig(kind="clip", name=known, weights="openai") for name, known in names.items()}
-    encoders["dino"] = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    encoders = {name: VisionEncoderConfig(kind="clip", name=known, weights="openai") for name, known in names.items()}
+    encoders["dino"] = VisionEncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
     settings = [{"encoders": [name, "dino"]} for name in names]
     rows = published_rows("imagenet", "imagenet", encoders, settings)
     assert {name: row[16] for name, row in rows.items()} == {
@@ -70,8 +70,8 @@ def test_every_clip_of_a_sweep_over_encoders_has_its_own_row() -> None:
 
 
 def test_the_cascades_rows_stand_beside_the_settings_that_are_theirs() -> None:
-    clip = EncoderConfig(kind="clip", name="RN50", weights="openai")
-    dino = EncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
+    clip = VisionEncoderConfig(kind="clip", name="RN50", weights="openai")
+    dino = VisionEncoderConfig(kind="dino", weights="dino_resnet50_pretrain.pth")
     given = [
         ("clip only", 0, "templates"),
         ("dino alone", 0, "templates"),

@@ -14,7 +14,7 @@ from cafo import fewshot
 from cafo.encoders import load_encoder
 from cafo.images import load_image
 from rayjobs.config import load
-from rayjobs.data.feature_store import open_towers, prepare_features
+from rayjobs.data.feature_store import open_encoders, prepare_features
 from rayjobs.jobs import cafo_features
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
@@ -33,7 +33,7 @@ def features(config: cafo_features.Config):
     _, lists = cafo_features.check(config)
     return prepare_features(
         lists,
-        open_towers(config.encoders),
+        open_encoders(config.encoders),
         config.features,
         config.run.cache_folder,
         workers=1,

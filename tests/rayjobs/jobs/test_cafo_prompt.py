@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter import Base
+from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from cafo.prompt import COMMANDS, read_prompts
 from rayjobs.__main__ import main
@@ -129,8 +129,8 @@ def test_a_llama_answers_all_commands_and_a_stop_changes_nothing(
 
 
 def test_a_llama_is_asked_through_the_alpaca_template_with_its_adapter(tmp_path: Path, tiny_base: Path) -> None:
-    base = Base.load(tiny_base)
-    base.attach(AdaptionConfig(n_layers=2, prompt_length=5))
+    base = AdaptedModel.from_pretrained(tiny_base)
+    base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5))
     draw = torch.Generator().manual_seed(3)
     for parameter in base.model.parameters():
         if parameter.requires_grad:

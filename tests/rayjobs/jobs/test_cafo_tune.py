@@ -15,9 +15,9 @@ from cafo.cache import load_cache, mean_key
 from rayjobs.config import load
 from rayjobs.jobs import cafo_tune
 from rayjobs.storage.files import read_json
-from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, settings_of, suggest, trials_of
-from rayjobs.tune.selection import choose
-from rayjobs.tune.trial import Rows, Shared, run_trial, shared_tensor
+from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials, suggest
+from rayjobs.tune.selection import choose_settings
+from rayjobs.tune.trial import SharedInputs, SharedRows, run_trial, shared_tensor
 from tests.rayjobs.cafo_dataset import world
 
 
@@ -40,13 +40,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_settings_of_a_space() -> None:
     space = SpaceConfig(ensemble=["baseline zero-shot", "dino only"], encoders=[["clip"], ["clip", "dino"]], lr=[1, 2])
-    grid = settings_of(space, SearchConfig(), ["clip", "dino"], 4, file=False)
+    grid = enumerate_settings(space, SearchConfig(), ["clip", "dino"], 4, file=False)
     assert len(grid) == 6  # `dino only` has no meaning without dino
-    assert len(trials_of(space, grid)) == 6 * 5 * 3
+    assert len(enumerate_trials(space, grid)) == 6 * 5 * 3
     drawn = SearchConfig(method="random", samples=5, compare=["ensemble"])
     ranged = SpaceConfig(ensemble=["average", "maximum"], lr=Range(low=1e-4, high=1e-2))
-    points = settings_of(ranged, drawn, ["clip", "dino"], 4, file=True)
-    assert points == settings_of(ranged, drawn, ["clip", "dino"], 4, file=True)
+    points = enumerate_settings(ranged, drawn, ["clip", "dino"], 4, file=True)
+    assert points == enumerate_settings(ranged, drawn, ["clip", "dino"], 4, file=True)
     assert len(points) == 10
     assert all(1e-4 <= point.lr <= 1e-2 and point.sentences == "file" for point in points)
     for wrong, match in (
@@ -56,7 +56,7 @@ def test_settings_of_a_space() -> None:
         (ranged, "a range can be drawn"),
     ):
         with pytest.raises(ValueError, match=match):
-            settings_of(wrong, SearchConfig(), ["clip", "dino"], 4, file=False)
+            enumerate_settings(wrong, SearchConfig(), ["clip", "dino"], 4, file=False)
 
 
 def test_methods_narrow_the_space_by_name() -> None:
@@ -69,14 +69,14 @@ def test_methods_narrow_the_space_by_name() -> None:
             "all": {},
         },
     )
-    points = settings_of(space, SearchConfig(), ["clip", "dino"], 4, file=True)
+    points = enumerate_settings(space, SearchConfig(), ["clip", "dino"], 4, file=True)
     assert [(p.method, p.generated, len(p.encoders)) for p in points[::2]] == [
         ("CLIP cache", 0, 1),
         ("DINO cache", 0, 2),
         ("all", 0, 2),
         ("all", 2, 2),
     ]
-    names = {trial.name for trial in trials_of(space, points)}
+    names = {trial.name for trial in enumerate_trials(space, points)}
     assert len(names) == 8 * 5 * 3, "equal settings of two methods are two trials"
     for wrong, match in (
         ({"generated": ["many"]}, "methods.all: generated"),
@@ -84,7 +84,7 @@ def test_methods_narrow_the_space_by_name() -> None:
     ):
         narrowed = SpaceConfig(methods={"all": wrong})
         with pytest.raises(ValueError, match=match):
-            settings_of(narrowed, SearchConfig(), ["clip", "dino"], 4, file=True)
+            enumerate_settings(narrowed, SearchConfig(), ["clip", "dino"], 4, file=True)
 
 
 def test_shared_rows_behave_as_the_tensor_they_stand_for() -> None:
@@ -93,7 +93,7 @@ def test_shared_rows_behave_as_the_tensor_they_stand_for() -> None:
     rows = torch.randperm(301)[:283]
     shared = shared_tensor(features)
     assert shared.data_ptr() == features.ctypes.data
-    stand_in, real = Rows(shared, 3, rows), torch.tensor(features)[:3, rows]
+    stand_in, real = SharedRows(shared, 3, rows), torch.tensor(features)[:3, rows]
     assert stand_in.shape == real.shape
     at = torch.tensor([0, 5, 282])
     assert torch.equal(stand_in[2, at], real[2, at])
@@ -102,7 +102,7 @@ def test_shared_rows_behave_as_the_tensor_they_stand_for() -> None:
 
 def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> None:
     space = SpaceConfig(shots=[1], seeds=[1, 2], lr=[1.0, 2.0, 3.0])
-    trials = trials_of(space, settings_of(space, SearchConfig(), ["clip"], 4, file=False))
+    trials = enumerate_trials(space, enumerate_settings(space, SearchConfig(), ["clip"], 4, file=False))
     correct = [9, 1, 5, 7, 6, 6]
     rows = [
         {"trial": t.name, "status": "finished", "seed": t.seed, "val_correct": c, "val_accuracy": c / 10}
@@ -110,15 +110,15 @@ def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> No
         for t, c in zip(trials, correct, strict=True)
     ]
     over = list(zip(trials, rows, strict=True))
-    (chosen,) = choose(over, [])
+    (chosen,) = choose_settings(over, [])
     assert (chosen["setting"]["lr"], chosen["val_accuracy"]) == (2.0, 0.6)
-    assert [cell["method"] for cell in choose(over, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
+    assert [cell["method"] for cell in choose_settings(over, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
 
     # the best was stopped at one seed, another never came to its second: neither is compared
     rows[3] = {"trial": trials[3].name, "status": "stopped", "seed": 2}
-    (chosen,) = choose([*over[:3], (trials[3], rows[3]), *over[4:]], [])
+    (chosen,) = choose_settings([*over[:3], (trials[3], rows[3]), *over[4:]], [])
     assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (3.0, 2, 1)
-    (chosen,) = choose([*over[:2], over[4]], [])
+    (chosen,) = choose_settings([*over[:2], over[4]], [])
     assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (1.0, 1, 0)
 
 
@@ -126,7 +126,7 @@ def test_optuna_suggests_only_what_has_a_meaning() -> None:
     space = SpaceConfig(
         ensemble=["clip only", "dino only", "average"], encoders=[["clip"], ["clip", "dino"]], lr=Range(low=1, high=2)
     )
-    every = settings_of(space, SearchConfig(method="optuna"), ["clip", "dino"], 4, file=False)
+    every = enumerate_settings(space, SearchConfig(method="optuna"), ["clip", "dino"], 4, file=False)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     points = [suggest(study.ask(), every, space.lr) for _ in range(60)]
     assert {(p.encoders, p.ensemble) for p in points} == {(p.encoders, p.ensemble) for p in every}
@@ -244,7 +244,7 @@ def private_bytes() -> int:
 def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) -> None:
     draw = np.random.default_rng(0)
     views = {"clip": draw.standard_normal((60, 1600, 1024), np.float32)}  # 393 MB, of which a trial takes half
-    shared = Shared(
+    shared = SharedInputs(
         views=views,
         labels=np.arange(1600) % 5,
         few_shot={(16, 0): np.arange(800), (16, 1): np.arange(800, 1600)},
@@ -257,11 +257,11 @@ def test_a_trial_holds_no_copy_of_the_features(tmp_path: Path, cluster: None) ->
     )
     space = SpaceConfig(shots=[16], seeds=[0, 1], epochs=[5])
     how = SearchConfig(beta_steps=5)
-    trials = trials_of(space, settings_of(space, how, ["clip"], 60, file=False))
+    trials = enumerate_trials(space, enumerate_settings(space, how, ["clip"], 60, file=False))
 
     # what is freed is given back at once, so that what is held can be told from what the allocator keeps
     @ray.remote(runtime_env={"env_vars": {"MALLOC_MMAP_THRESHOLD_": "65536"}})
-    def measured(shared: Shared) -> list[int]:
+    def measured(shared: SharedInputs) -> list[int]:
         torch.set_num_threads(1)
         held: list[int] = []
         for trial in trials:  # the first one brings PyTorch's own buffers

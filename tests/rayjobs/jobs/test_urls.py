@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adapter import Base
+from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from cafo.cache import load_cache
 from cafo.datasets import load_generated_list
@@ -20,12 +20,12 @@ from cafo.generate import FolderGenerator
 from cafo.images import ImageError, load_image
 from rayjobs.config import load, to_dict
 from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tune
-from rayjobs.models.encoder import EncoderConfig, load_tower
+from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.storage.files import read_json, read_parquet, write_json
-from rayjobs.storage.fingerprint import contents
-from rayjobs.storage.paths import local_copy, place
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.fingerprint import content_hashes
+from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, towers, world
 from tests.rayjobs.conftest import upload
 
@@ -49,7 +49,7 @@ def made(config: cafo.Config) -> dict[str, Any]:
         "rows": [row | {"seconds": 0} for row in read_parquet(folder / "results.parquet").to_pylist()],
         "chosen": chosen,
         "encoders": [
-            load_cache(local_copy(folder / "trials" / seed["trial"] / "cache.safetensors")).encoders
+            load_cache(cached_path(folder / "trials" / seed["trial"] / "cache.safetensors")).encoders
             for cell in chosen
             for seed in cell["seeds"]
         ],
@@ -95,7 +95,7 @@ def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, t
     before = stamps(there)
     lost = [next(path for path in before if name in path) for name in ("part-", "/result.json")]
     for path in lost:
-        place(path).unlink()
+        resolve_path(path).unlink()
     cafo_tune.run(cafo.tuning(there))
     assert made(there) == made(local)
     now = stamps(there)
@@ -111,9 +111,9 @@ def test_scienceqa_on_a_bucket_is_answered_and_scored_the_same(
     scienceqa(here / "qa")
     tower = towers(here / "towers")["clip"]
     shutil.copytree(tiny_base, here / "base")
-    base = Base.load(tiny_base)
-    projection = VisionConfig(tower=EncoderConfig(**tower), bottleneck=5).open().projection
-    base.attach(AdaptionConfig(n_layers=2, prompt_length=3, vision=projection))
+    base = AdaptedModel.from_pretrained(tiny_base)
+    projection = VisionConfig(tower=VisionEncoderConfig(**tower), bottleneck=5).open().projection
+    base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3, vision=projection))
     for adaption in base.model.adaptions:
         torch.nn.init.constant_(adaption.gate, 1.0)
     base.save_adapter(here / "adapter.safetensors")
@@ -171,38 +171,38 @@ def test_a_tower_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: 
     upload(clip.parent, f"{bucket}/towers")
     for kind, name, file in (("clip", "", "clip/lone.safetensors"), ("timm", "test_resnet", "dino.pth")):
         local = load_encoder(EncoderSpec(kind=kind, name=name, weights=str(clip.parent / file)))  # type: ignore[arg-type]
-        there = EncoderConfig(kind=kind, name=name, weights=f"{bucket}/towers/{file}").spec()  # type: ignore[arg-type]
+        there = VisionEncoderConfig(kind=kind, name=name, weights=f"{bucket}/towers/{file}").spec()  # type: ignore[arg-type]
         assert there.weights == f"{bucket}/towers/{file}", "other machines make copies of their own"
-        assert load_tower(there).identity == local.identity
+        assert load_vision_encoder(there).identity == local.identity
     assert dino.exists()
     identities = []
     for config in (f"{tmp_path}/model.json", f"{bucket}/model.json"):
         write_json(config, {"model_cfg": CLIP})
         given = EncoderSpec(kind="clip", name="tiny", weights="random:0", config=config)
-        identities.append(load_tower(given).identity)
+        identities.append(load_vision_encoder(given).identity)
     assert identities[0] == identities[1]
 
 
 def test_an_image_that_is_not_there_is_no_image_and_a_store_out_of_reach_is_an_error(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place(bucket) / "a" / "b.png").write_bytes(b"123")
+    (resolve_path(bucket) / "a" / "b.png").write_bytes(b"123")
     with pytest.raises(ImageError, match=r"b\.png: cannot be decoded"):
-        load_image(place(bucket) / "a" / "b.png")
+        load_image(resolve_path(bucket) / "a" / "b.png")
     with pytest.raises(ImageError, match=r"c\.png: no such file"):
-        load_image(place(bucket) / "a" / "c.png")
-    told = contents(bucket)
+        load_image(resolve_path(bucket) / "a" / "c.png")
+    told = content_hashes(bucket)
     assert told("a/c.png") is None
     first = told("a/b.png")
-    (place(bucket) / "a" / "b.png").write_bytes(b"124")
-    assert contents(bucket)("a/b.png") not in (None, first)
+    (resolve_path(bucket) / "a" / "b.png").write_bytes(b"124")
+    assert content_hashes(bucket)("a/b.png") not in (None, first)
 
     def unreachable(self: Any) -> bytes:
         raise ConnectionError("the network is down")
 
-    monkeypatch.setattr(type(place(bucket)), "read_bytes", unreachable)
+    monkeypatch.setattr(type(resolve_path(bucket)), "read_bytes", unreachable)
     with pytest.raises(ConnectionError):
-        load_image(place(bucket) / "a" / "b.png")
+        load_image(resolve_path(bucket) / "a" / "b.png")
 
 
 def test_prompts_and_drawn_images_go_on_where_they_were_killed(
@@ -229,14 +229,14 @@ def test_prompts_and_drawn_images_go_on_where_they_were_killed(
         job.run(whole[letter])
         config = load(job.Config, None, [*common, *more, f"run.name={letter}"])
         with monkeypatch.context() as patch:
-            patch.setattr(Growing, "__exit__", lambda *_: None)
+            patch.setattr(SyncedFolder, "__exit__", lambda *_: None)
             for maker, method in ((cafo_prompt.LlamaModel, "describe"), (FolderGenerator, "draw")):
                 stop_at(patch, maker, method, NAMES[2])
             with pytest.raises(KeyboardInterrupt):
                 job.run(config)
         again = job.run(config)
         assert again["classes_asked_now" if job is cafo_prompt else "classes_drawn_now"] == 2
-    runs = place(bucket) / "runs"
+    runs = resolve_path(bucket) / "runs"
     assert read_json(runs / "p" / "prompts.json") == read_json(runs / "whole-p" / "prompts.json")
     drawn = [runs / name / "generated" for name in ("g", "whole-g")]
     found = [read_json(folder / "dalle_generated.json") for folder in drawn]

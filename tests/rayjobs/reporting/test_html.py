@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from rayjobs.reporting import plots
-from rayjobs.reporting.figures import svg
+from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -56,9 +56,9 @@ def test_on_a_phone(tmp_path: Path) -> None:
     table = Table("wide", [f"{k} shots" for k in range(12)], [["93.86 ± 1.68"] * 12], "A note of some words.")
     sections: list[Section] = [
         table,
-        Plot("shots", svg(shots)),
+        Plot("shots", figure_svg(shots)),
         Gallery("examples", [((tmp_path / "red.png").read_bytes(), "caption" * 20)] * 5),
-        Fold(word, [table, Plot("classes", svg(plots.class_accuracy(["a", "b"], [1.0, 2.0]))), table]),
+        Fold(word, [table, Plot("classes", figure_svg(plots.class_accuracy(["a", "b"], [1.0, 2.0]))), table]),
     ]
     page = write_page(
         tmp_path / "page.html", word, f"{word} ± 1", [word, "done"], sections, command=f"rayjobs data={word}"

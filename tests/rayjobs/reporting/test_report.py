@@ -14,13 +14,13 @@ import pytest
 
 from rayjobs.__main__ import main
 from rayjobs.config import config
-from rayjobs.lifecycle import recorded
+from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.comparison import compare
 from rayjobs.reporting.example_gallery import write_examples
-from rayjobs.reporting.figures import save_plot, svg
+from rayjobs.reporting.figures import figure_svg, save_plot
 from rayjobs.reporting.report import write_report
-from rayjobs.runs.record import RECORD, find_runs, read_record
+from rayjobs.runs.record import RECORD_FILE, find_runs, read_record
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_json, write_json, write_jsonl, write_parquet
 
@@ -174,7 +174,7 @@ def test_plots_of_the_best_choice_stand_open_and_the_others_are_folded(tmp_path:
 
 def test_zero_shot_lines_can_be_told_apart() -> None:
     levels = {"": {"templates": 50.0, "file": 51.0}}
-    drawn = svg(plots.accuracy_over_shots({"": {"CaFo": {1: [60.0]}}}, levels))
+    drawn = figure_svg(plots.accuracy_over_shots({"": {"CaFo": {1: [60.0]}}}, levels))
     assert len({line for line in drawn.split('"') if "stroke-dasharray" in line and "#808080" in line}) == 2
 
 
@@ -198,7 +198,7 @@ def test_sentences_and_rejected_test_images_are_shown(tmp_path: Path) -> None:
     ("error", "state"), [(None, "done"), (ValueError("no\nway"), "failed"), (KeyboardInterrupt(), "interrupted")]
 )
 def test_a_run_records_how_it_ended(tmp_path: Path, error: BaseException | None, state: str) -> None:
-    @recorded
+    @job
     def run(settings: Config) -> dict:
         open_run(settings.run, settings)
         assert read_record(settings.run.folder).now().state == "running"
@@ -232,10 +232,10 @@ def test_an_old_result_does_not_stand_for_a_run_that_failed_since(
         raise ValueError("no memory")
 
     settings = Config(run=RunConfig(name="r", storage=str(tmp_path)))
-    recorded(begun)(settings)
+    job(begun)(settings)
     monkeypatch.setattr("rayjobs.reporting.report.READERS", [None])  # a report that cannot be made hides no error
     with pytest.raises(ValueError, match="no memory"):
-        recorded(fails)(settings)
+        job(fails)(settings)
     assert not (tmp_path / "r" / "report.html").exists()
     assert main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[0].split("\t")[4] == "no memory"
@@ -251,13 +251,13 @@ def test_a_job_within_anothers_run_is_a_part_of_it(tmp_path: Path) -> None:
     Inner.__module__ = "rayjobs.jobs.inner"
     seen: list[Any] = []
 
-    @recorded
+    @job
     def inner(settings: Inner) -> dict:
         folder = open_run(settings.run, settings)
         seen.append((folder / "config.yaml").read_text())
         return {}
 
-    @recorded
+    @job
     def outer(settings: Config) -> dict:
         open_run(settings.run, settings)
         inner(Inner(run=ours))
@@ -273,7 +273,7 @@ def test_a_job_within_anothers_run_is_a_part_of_it(tmp_path: Path) -> None:
 
 
 def test_settings_refused_before_a_run_began_leave_no_trace(tmp_path: Path) -> None:
-    @recorded
+    @job
     def run(settings: Config) -> dict:
         raise ValueError("refused")
 
@@ -286,27 +286,27 @@ def test_a_driver_that_is_gone_was_cut_off(tmp_path: Path) -> None:
     folder = a_run(tmp_path, "one")
     gone = subprocess.Popen(["true"])
     gone.wait()
-    record = json.loads((folder / RECORD).read_text())
-    write_json(folder / RECORD, {**record, "pid": gone.pid})
+    record = json.loads((folder / RECORD_FILE).read_text())
+    write_json(folder / RECORD_FILE, {**record, "pid": gone.pid})
     assert read_record(folder).now().state == "cut off"
-    write_json(folder / RECORD, {**record, "pid_since": record["pid_since"] - 60})
+    write_json(folder / RECORD_FILE, {**record, "pid_since": record["pid_since"] - 60})
     assert read_record(folder).now().state == "cut off", "another process has its pid by now"
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD_FILE, record)
     assert read_record(folder).now().state == "running"
 
 
 def test_a_run_has_one_driver_at_a_time(tmp_path: Path) -> None:
     folder = a_run(tmp_path, "one")
-    record = json.loads((folder / RECORD).read_text())
+    record = json.loads((folder / RECORD_FILE).read_text())
     with subprocess.Popen(["sleep", "60"]) as other:
         its = {**record, "pid": other.pid, "pid_since": psutil.Process(other.pid).create_time()}
-        write_json(folder / RECORD, its)
+        write_json(folder / RECORD_FILE, its)
         with pytest.raises(ValueError, match=f"one is being run by process {other.pid} of "):
             a_run(tmp_path, "one")
         for harmless in ({"state": "interrupted"}, {"host": "elsewhere"}, {"pid_since": 1.0}):
-            write_json(folder / RECORD, its | harmless)
+            write_json(folder / RECORD_FILE, its | harmless)
             a_run(tmp_path, "one")
-        write_json(folder / RECORD, its)
+        write_json(folder / RECORD_FILE, its)
         other.kill()
     a_run(tmp_path, "one")
 
@@ -331,11 +331,11 @@ def test_one_odd_record_does_not_end_the_listing(tmp_path: Path, capsys: pytest.
     a_run(tmp_path, "a" * 90)
     for name, text in {"cut": '{"job": "x"', "other": "[]", "older": '{"job": "x", "started": 3}'}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / RECORD).write_text(text)
+        (tmp_path / name / RECORD_FILE).write_text(text)
     assert main(["runs", str(tmp_path)]) == 0
     told = capsys.readouterr()
     assert told.out.startswith("a" * 90 + "\t")
     assert told.out.count("\n") == 1
-    assert all(str(tmp_path / name / RECORD) in told.err for name in ("cut", "other", "older"))
+    assert all(str(tmp_path / name / RECORD_FILE) in told.err for name in ("cut", "other", "older"))
     assert main(["report", str(tmp_path / "cut")]) == 2
-    assert f"{tmp_path / 'cut' / RECORD}: malformed JSON" in capsys.readouterr().err
+    assert f"{tmp_path / 'cut' / RECORD_FILE}: malformed JSON" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayjobs.config import config
-from rayjobs.lifecycle import recorded
+from rayjobs.lifecycle import job
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.runs.trackers import TensorBoard, TrackConfig, log_all, open_trackers
 from rayjobs.storage.files import read_json
@@ -21,7 +21,7 @@ class Config:
     run: RunConfig
 
 
-@recorded
+@job
 def train(settings: Config) -> dict:
     folder = open_run(settings.run, settings)
     trackers = [TensorBoard(folder, 1), *open_trackers(folder, settings.run.track)]
@@ -66,7 +66,7 @@ def test_mlflow_knows_a_run_as_running_until_it_ends(
 ) -> None:
     settings = Config(run=RunConfig(name="r", storage=str(tmp_path), track=replace(track, wandb=None)))
 
-    @recorded
+    @job
     def fails(settings: Config) -> dict:
         open_run(settings.run, settings)
         assert known(track)[1][0].info.status == "RUNNING"
@@ -98,7 +98,7 @@ def test_a_folder_made_anew_is_a_new_run(tmp_path: Path, track: TrackConfig) -> 
 def test_a_tracker_that_is_gone_at_the_end_does_not_undo_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @recorded
+    @job
     def run(settings: Config) -> dict:
         open_run(settings.run, settings)
         monkeypatch.setattr("rayjobs.runs.trackers.open_trackers", gone)

@@ -14,12 +14,12 @@ import s3fs
 
 from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main
-from rayjobs.cluster.shared_storage import check_seen
+from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
 from rayjobs.data.feature_store import ChunkEncoder
 from rayjobs.data.records import RecordsConfig
 from rayjobs.jobs import adapter_eval, adapter_train
-from rayjobs.models.base_model import BaseConfig
+from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.runs.record import find_runs
 from rayjobs.storage import sync
 from rayjobs.storage.files import (
@@ -31,28 +31,28 @@ from rayjobs.storage.files import (
     write_jsonl,
     write_parquet,
 )
-from rayjobs.storage.fingerprint import sha256_file
-from rayjobs.storage.paths import local_copy, place, remove_folder
-from rayjobs.storage.sync import Growing
+from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.paths import cached_path, remove_folder, resolve_path
+from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.conftest import upload
 from tests.rayjobs.jobs.test_adapter_train import settings
 
 
 def test_a_local_path_stays_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert place("a/b") == tmp_path / "a" / "b"
-    assert type(place("a/b")) is type(Path())
-    assert local_copy("a/b") == Path("a/b")
+    assert resolve_path("a/b") == tmp_path / "a" / "b"
+    assert type(resolve_path("a/b")) is type(Path())
+    assert cached_path("a/b") == Path("a/b")
 
 
 def test_what_is_written_is_read_and_is_there_whole_or_not_at_all(bucket: str) -> None:
     write_json(f"{bucket}/run/result.json", {"loss": 0.5})
-    assert read_json(place(bucket) / "run" / "result.json") == {"loss": 0.5}
+    assert read_json(resolve_path(bucket) / "run" / "result.json") == {"loss": 0.5}
     rows = [{"step": step, "loss": "ü" * step} for step in range(40)]
     write_jsonl(f"{bucket}/rows.jsonl", rows)
     assert read_jsonl(f"{bucket}/rows.jsonl") == rows
     last = read_jsonl(f"{bucket}/rows.jsonl", last_bytes=300)
-    assert last == read_jsonl(local_copy(f"{bucket}/rows.jsonl"), last_bytes=300) == rows[-len(last) :]
+    assert last == read_jsonl(cached_path(f"{bucket}/rows.jsonl"), last_bytes=300) == rows[-len(last) :]
     table = pa.table({"a": [1, 2, 3], "b": ["x", "y", "z"]})
     write_parquet(f"{bucket}/part.parquet", table)
     assert read_parquet(f"{bucket}/part.parquet", columns=["b"]) == table.select(["b"])
@@ -64,53 +64,53 @@ def test_what_is_written_is_read_and_is_there_whole_or_not_at_all(bucket: str) -
 
     with pytest.raises(RuntimeError, match="half way"):
         stop_half_way()
-    assert sorted(path.name for path in place(bucket).iterdir()) == ["part.parquet", "rows.jsonl", "run"]
-    remove_folder(place(bucket) / "run")
-    assert not (place(bucket) / "run" / "result.json").exists()
+    assert sorted(path.name for path in resolve_path(bucket).iterdir()) == ["part.parquet", "rows.jsonl", "run"]
+    remove_folder(resolve_path(bucket) / "run")
+    assert not (resolve_path(bucket) / "run" / "result.json").exists()
 
 
 def test_another_process_sees_what_was_written_since(bucket: str) -> None:
-    path = place(bucket) / "parts" / "00.parquet"
+    path = resolve_path(bucket) / "parts" / "00.parquet"
     assert not path.exists()
-    assert not list(place(bucket).glob("parts/*"))
+    assert not list(resolve_path(bucket).glob("parts/*"))
     write_json(f"{bucket}/parts/00.parquet", 1)
     assert path.exists()
-    assert [found.name for found in place(bucket).glob("parts/*")] == ["00.parquet"]
+    assert [found.name for found in resolve_path(bucket).glob("parts/*")] == ["00.parquet"]
 
 
 def test_a_copy_is_made_once_for_each_content(bucket: str, tiny_base: Path) -> None:
     upload(tiny_base, f"{bucket}/base")
-    copy = local_copy(f"{bucket}/base")
-    assert {path.name: sha256_file(path) for path in copy.iterdir()} == {
-        path.name: sha256_file(path) for path in tiny_base.iterdir()
+    copy = cached_path(f"{bucket}/base")
+    assert {path.name: hash_file(path) for path in copy.iterdir()} == {
+        path.name: hash_file(path) for path in tiny_base.iterdir()
     }
     made = (copy / "model.safetensors").stat().st_mtime_ns
-    assert (local_copy(f"{bucket}/base") / "model.safetensors").stat().st_mtime_ns == made
-    (place(bucket) / "base" / "config.json").write_text("{}")
-    assert (local_copy(f"{bucket}/base") / "config.json").read_text() == "{}"
+    assert (cached_path(f"{bucket}/base") / "model.safetensors").stat().st_mtime_ns == made
+    (resolve_path(bucket) / "base" / "config.json").write_text("{}")
+    assert (cached_path(f"{bucket}/base") / "config.json").read_text() == "{}"
     assert (copy / "config.json").read_text() != "{}", "whoever reads the old content goes on with it"
     with pytest.raises(FileNotFoundError, match=r"nowhere: there is no such file"):
-        local_copy(f"{bucket}/nowhere")
+        cached_path(f"{bucket}/nowhere")
 
 
 def test_a_copy_that_a_killed_process_left_half_made_goes(bucket: str, tmp_path: Path) -> None:
     write_json(f"{bucket}/base/config.json", {})
-    copy = local_copy(f"{bucket}/base")
+    copy = cached_path(f"{bucket}/base")
     assert [path.name for path in copy.iterdir()] == ["config.json"]
     half = copy.parent / "unfinished" / "base" / "model.safetensors"
     copy.rename(tmp_path / "away")
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
-    assert [path.name for path in local_copy(f"{bucket}/base").iterdir()] == ["config.json"]
+    assert [path.name for path in cached_path(f"{bucket}/base").iterdir()] == ["config.json"]
     assert not half.exists()
 
 
 def test_a_base_and_records_are_read_from_a_url(bucket: str, tiny_base: Path, records: Path) -> None:
     upload(tiny_base, f"{bucket}/base")
     upload(records.parent, f"{bucket}/data")
-    checkpoint, tokenizer = BaseConfig(path=f"{bucket}/base").open()
+    checkpoint, tokenizer = BaseModelConfig(path=f"{bucket}/base").open()
     assert str(tokenizer) == f"{bucket}/base/tokenizer.model"
-    assert Tokenizer(local_copy(tokenizer)).sha256 == Tokenizer(tiny_base / "tokenizer.model").sha256
+    assert Tokenizer(cached_path(tokenizer)).sha256 == Tokenizer(tiny_base / "tokenizer.model").sha256
     assert checkpoint.config.n_layers == 3
     (there,) = RecordsConfig(path=[f"{bucket}/data/records.jsonl"]).sources()
     (here,) = RecordsConfig(path=[str(records)]).sources()
@@ -119,12 +119,12 @@ def test_a_base_and_records_are_read_from_a_url(bucket: str, tiny_base: Path, re
 
 
 def test_what_grows_is_sent_whole_and_goes_on_from_what_was_sent(bucket: str, tmp_path: Path) -> None:
-    for folder in (tmp_path, place(bucket)):
-        with Growing(folder) as grown, grown.fetch("rows.jsonl").open("a") as file:
+    for folder in (tmp_path, resolve_path(bucket)):
+        with SyncedFolder(folder) as grown, grown.fetch("rows.jsonl").open("a") as file:
             file.write('{"step": 1}\n')
             (grown.local / "events").mkdir()
             (grown.local / "events" / "0").write_text("one")
-        with Growing(folder) as grown:
+        with SyncedFolder(folder) as grown:
             with grown.fetch("rows.jsonl").open("a") as file:
                 file.write('{"step": 2}\n')
             grown.send(now=True)
@@ -136,20 +136,20 @@ def test_what_could_not_be_sent_is_sent_again(bucket: str, monkeypatch: pytest.M
     def fail(file: Path, to: Path) -> None:
         raise OSError(f"{to} cannot be written")
 
-    with Growing(place(bucket)) as grown:
+    with SyncedFolder(resolve_path(bucket)) as grown:
         grown.fetch("rows.jsonl").write_text("one")
         with monkeypatch.context() as patch:
-            patch.setattr(sync, "send", fail)
+            patch.setattr(sync, "upload_file", fail)
             with pytest.raises(OSError, match="cannot be written"):
                 grown.send(now=True)
         grown.send(now=True)
-        assert (place(bucket) / "rows.jsonl").read_text() == "one"
+        assert (resolve_path(bucket) / "rows.jsonl").read_text() == "one"
 
 
 def test_a_worker_that_does_not_see_the_drivers_folder_says_so(tmp_path: Path) -> None:
-    check_seen(tmp_path, "s3://bucket/runs")
+    assert_shared_storage(tmp_path, "s3://bucket/runs")
     with pytest.raises(ValueError, match=rf"{tmp_path}/runs is not the same folder on {platform.node()}: .* or URLs"):
-        check_seen(tmp_path, tmp_path / "runs")
+        assert_shared_storage(tmp_path, tmp_path / "runs")
     chunk = pa.table({"chunk": [json.dumps({"rows": [], "parts": {"clip": f"{tmp_path}/runs/part-0"}})]})
     with pytest.raises(ValueError, match="is not the same folder"):
         ChunkEncoder({}, 1, "cpu")(chunk)
@@ -157,8 +157,8 @@ def test_a_worker_that_does_not_see_the_drivers_folder_says_so(tmp_path: Path) -
 
 def test_a_list_is_sent_after_the_images_that_it_names(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
-    monkeypatch.setattr(sync, "send", lambda file, to: sent.append(file.name))
-    with Growing(place(bucket)) as grown:
+    monkeypatch.setattr(sync, "upload_file", lambda file, to: sent.append(file.name))
+    with SyncedFolder(resolve_path(bucket)) as grown:
         for folder in ("zz", "aa"):
             for name in (f"{folder}.json", f"{folder}/1.png"):
                 (grown.local / name).parent.mkdir(exist_ok=True)
@@ -173,11 +173,11 @@ def test_runs_are_found(bucket: str, capsys: pytest.CaptureFixture[str]) -> None
         run = {"job": "adapter-train", "state": "done", "started": f"{started}T00:00:00+00:00"}
         write_json(f"{bucket}/{name}/run.json", run)
         write_json(f"{bucket}/{name}/result.json", {"headline": f"the {name} one"})
-    assert [path.name for path in find_runs(place(bucket))] == ["new", "old"]
+    assert [path.name for path in find_runs(resolve_path(bucket))] == ["new", "old"]
     assert main(["runs", bucket]) == 0
     assert main(["report", f"{bucket}/new"]) == 0
     assert "the new one" in capsys.readouterr().out
-    assert "the new one" in (place(bucket) / "new" / "report.html").read_text()
+    assert "the new one" in (resolve_path(bucket) / "new" / "report.html").read_text()
 
 
 def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayjobs.train.checkpoint import POSITION_FILE, STATE_FILE, Kept, listed, newest_whole, write_checkpoint
-from rayjobs.train.ray_workarounds import mend
+from rayjobs.train.checkpoint import (
+    POSITION_FILE,
+    STATE_FILE,
+    TrainingCheckpoint,
+    list_checkpoints,
+    newest_readable,
+    write_checkpoint,
+)
+from rayjobs.train.ray_workarounds import delete_truncated_snapshot
 
 
 @pytest.fixture
@@ -17,7 +24,9 @@ def storage(tmp_path: Path) -> Path:
     for step in (20, 10, 30):
         folder = tmp_path / f"checkpoint_2026-01-01_00-00-{step}.5"
         folder.mkdir()
-        write_checkpoint(folder, Kept({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}]))
+        write_checkpoint(
+            folder, TrainingCheckpoint({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}])
+        )
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     return tmp_path
 
@@ -26,12 +35,12 @@ def storage(tmp_path: Path) -> Path:
 def test_a_truncated_file_costs_one_checkpoint_and_is_told(
     storage: Path, capsys: pytest.CaptureFixture[str], name: str, size: int
 ) -> None:
-    whole = newest_whole(listed(str(storage)))
+    whole = newest_readable(list_checkpoints(str(storage)))
     assert whole is not None
     assert whole.step == 30
     newest = max(storage.glob("checkpoint_2*"))
     os.truncate(newest / name, size)
-    kept = newest_whole(listed(str(storage)))
+    kept = newest_readable(list_checkpoints(str(storage)))
     assert kept is not None
     assert kept.step == 20
     assert kept.rows == [{"step": 20}]
@@ -42,8 +51,8 @@ def test_a_truncated_file_costs_one_checkpoint_and_is_told(
 def test_a_missing_file_costs_one_checkpoint_and_nothing_left_is_a_fresh_start(storage: Path) -> None:
     for folder in storage.glob("checkpoint_2*"):
         (folder / STATE_FILE).unlink()
-    assert newest_whole(listed(str(storage))) is None
-    assert listed(str(storage / "not-there")) == []
+    assert newest_readable(list_checkpoints(str(storage))) is None
+    assert list_checkpoints(str(storage / "not-there")) == []
 
 
 def test_a_storage_that_does_not_answer_is_no_damage(storage: Path) -> None:
@@ -52,16 +61,16 @@ def test_a_storage_that_does_not_answer_is_no_damage(storage: Path) -> None:
     (newest / STATE_FILE).unlink()
     (newest / STATE_FILE).mkdir()  # there, and cannot be read
     with pytest.raises(OSError, match=STATE_FILE):
-        newest_whole(listed(str(storage)))
+        newest_readable(list_checkpoints(str(storage)))
 
 
 def test_a_note_that_ray_could_not_read_is_removed(storage: Path) -> None:
     note = storage / "checkpoint_manager_snapshot.json"
     note.write_text(json.dumps({"whole": True}))
-    mend(str(storage))
+    delete_truncated_snapshot(str(storage))
     assert note.exists()
     for cut in ("", '{"wh'):
         note.write_text(cut)
-        mend(str(storage))
+        delete_truncated_snapshot(str(storage))
         assert not note.exists()
-    mend(str(storage))
+    delete_truncated_snapshot(str(storage))

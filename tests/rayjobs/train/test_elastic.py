@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from rayjobs.cluster.worker_pool import PoolConfig, Workers
+from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import ConfigError, load
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
@@ -21,15 +21,17 @@ CPUS = 2
 
 
 def test_a_number_is_short_for_equal_bounds() -> None:
-    assert load(PoolConfig, {"workers": 3}).workers == Workers(min=3, max=3)
-    assert load(PoolConfig, {"workers": {"min": 1, "max": 3}}, ["workers.max=5"]).workers == Workers(min=1, max=5)
+    assert load(WorkerPoolConfig, {"workers": 3}).workers == WorkerRange(min=3, max=3)
+    assert load(WorkerPoolConfig, {"workers": {"min": 1, "max": 3}}, ["workers.max=5"]).workers == WorkerRange(
+        min=1, max=5
+    )
     for wrong, told in (
         (0, "workers.min: Input should be greater than or equal to 1, got 0"),
         ({"min": 3, "max": 2}, "workers: max is 2, below min, 3"),
         ("many", r"workers: must be a number, or bounds such as {min: 2, max: 8}, got 'many'"),
     ):
         with pytest.raises(ConfigError, match=told):
-            load(PoolConfig, {"workers": wrong})
+            load(WorkerPoolConfig, {"workers": wrong})
 
 
 @pytest.fixture

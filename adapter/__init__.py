@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from adapter.adaption import AdaptionConfig
     from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
     from adapter.decoder import Llama, LlamaConfig
+    from adapter.errors import CheckpointError, TokenizerError
     from adapter.image_projection import ImageProjectionConfig
     from adapter.instruct import PromptTemplate
     from adapter.model import AdaptedModel
-    from adapter.tensor_files import CheckpointError
-    from adapter.tokenizer import Tokenizer, TokenizerError
+    from adapter.tokenizer import Tokenizer
 
 __all__ = [
     "AdaptedModel",
@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 _MODULES = (
+    "errors",
     "adaption",
     "model",
     "adapter_checkpoint",
-    "tensor_files",
     "instruct",
     "decoder",
     "tokenizer",

@@ -25,8 +25,9 @@ from torch import Tensor
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.checkpoint_config import DecoderSettings
 from adapter.decoder import Llama, LlamaConfig
+from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjectionConfig, Projection
-from adapter.tensor_files import CheckpointError, atomic, open_tensors, read_metadata
+from adapter.tensor_files import atomic, open_tensors, read_metadata
 
 FORMAT = "llama-adapter"
 VERSION = 1
@@ -104,7 +105,7 @@ def adapter_from(
 ) -> AdapterFile:
     """The adaption that a model holds, copied. Raises ValueError if it holds none."""
     if model.adaption_config is None:
-        raise ValueError("the model holds no adapter to save; attach one first")
+        raise AdapterError("the model holds no adapter to save; attach one first")
     return AdapterFile(
         prompt=torch.stack([_float(adaption.prompt) for adaption in model.adaptions]),
         gate=torch.stack([_float(adaption.gate) for adaption in model.adaptions]),
@@ -173,7 +174,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
     """
     path = Path(path)
     if gate not in (None, *get_args(Gate)):
-        raise ValueError(f"gate must be 'tanh' or 'identity', got {gate!r}")
+        raise AdapterError(f"gate must be 'tanh' or 'identity', got {gate!r}")
     settings = None
     if path.is_dir():
         path, settings = _peft_weights(path)
@@ -212,14 +213,14 @@ def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -
     """
     if file.vision is not None or file.convention not in ("tanh", "identity"):
         what = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
-        raise ValueError(f"the official v1 form cannot hold an adapter that {what}; keep our own form")
+        raise AdapterError(f"the official v1 form cannot hold an adapter that {what}; keep our own form")
     missing = [key for key in ("n_layers", "n_heads") if key not in file.base_shape]
     if missing:
-        raise ValueError(f"the base's {' and '.join(missing)} must be known: attach the file, and use `adapter_from`")
+        raise AdapterError(f"the base's {' and '.join(missing)} must be known: attach the file, and use `adapter_from`")
     gates = file.gate.expand(-1, file.base_shape["n_heads"])
     if gate != file.convention:
         if gate == "tanh" and (gates.abs() >= 1).any():
-            raise ValueError("a gate of 1 or more has no counterpart under tanh; export for 'identity'")
+            raise AdapterError("a gate of 1 or more has no counterpart under tanh; export for 'identity'")
         gates = gates.tanh() if file.convention == "tanh" else gates.atanh()
     first = file.base_shape["n_layers"] - file.config.n_layers
     state = {"adapter_query.weight": file.prompt.flatten(0, 1).clone()}
@@ -239,9 +240,9 @@ def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
         stated = (int(header["n_layers"]), int(header["prompt_length"]))
         base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
         if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
-            raise ValueError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
+            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
         if unknown := base_shape.keys() - set(_SHAPE):
-            raise ValueError(f"base_shape holds {sorted(unknown)}")
+            raise AdapterError(f"base_shape holds {sorted(unknown)}")
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
     names = _OWN | {_PROJECTION + name for name in _projection_shapes(vision, 1)}
@@ -274,11 +275,11 @@ def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
 def _read_vision(header: str) -> ImageProjectionConfig:
     fields = json.loads(header)
     if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
-        raise ValueError(f"vision {header}")
+        raise AdapterError(f"vision {header}")
     try:
         return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
     except TypeError as error:
-        raise ValueError(f"vision {header}: {error}") from error
+        raise AdapterError(f"vision {header}: {error}") from error
 
 
 def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:

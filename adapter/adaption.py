@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjectionConfig, Images
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
@@ -46,9 +47,9 @@ class AdaptionConfig:
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.prompt_length < 1:
-            raise ValueError(f"an adapter needs n_layers >= 1 and prompt_length >= 1, got {self}")
+            raise AdapterError(f"an adapter needs n_layers >= 1 and prompt_length >= 1, got {self}")
         if self.gate not in get_args(Gate):
-            raise ValueError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}")
+            raise AdapterError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:

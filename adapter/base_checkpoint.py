@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from adapter.checkpoint_config import DecoderSettings, hf_settings, read_hf_config, read_meta_config
 from adapter.decoder import Llama, LlamaConfig
-from adapter.tensor_files import CheckpointError, atomic, drop_pages, open_tensors
+from adapter.errors import CheckpointError
+from adapter.tensor_files import atomic, drop_pages, open_tensors
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated

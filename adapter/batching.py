@@ -6,6 +6,8 @@ does not change its gradient: losses are sums over labels, divided by the label 
 
 from collections.abc import Sequence
 
+from adapter.errors import AdapterError
+
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Cuts examples of the given lengths into micro-batches of at most `token_budget` tokens, padding included.
@@ -17,7 +19,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     Raises ValueError for a budget below 1.
     """
     if token_budget < 1:
-        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+        raise AdapterError(f"token_budget must be at least 1, got {token_budget}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     cut: list[list[int]] = []
     while order:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adapter.decoder import LlamaConfig, RopeScaling
-from adapter.tensor_files import CheckpointError
+from adapter.errors import CheckpointError
 
 
 class DecoderSettings:

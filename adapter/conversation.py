@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapter.instruct import RecordError, read_rows
+from adapter.errors import RecordError
+from adapter.instruct import read_rows
 
 _SYSTEM, _HUMAN, _MODEL = ("system",), ("human", "user"), ("gpt", "assistant")
 _TAG = "<image>"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adapter.adaption import Adaption, AdaptionConfig, attend
+from adapter.errors import AdapterError
 from adapter.image_projection import Images, Projection, gather
 from adapter.loss import labelled_cross_entropy
 
@@ -51,9 +52,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise ValueError(f"dim {self.dim} must divide into {self.n_heads} heads of even width")
+            raise AdapterError(f"dim {self.dim} must divide into {self.n_heads} heads of even width")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+            raise AdapterError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
 
     @property
     def head_dim(self) -> int:
@@ -279,7 +280,7 @@ class Llama(nn.Module):
         Raises ValueError if the decoder has fewer than L layers.
         """
         if config.n_layers > self.config.n_layers:
-            raise ValueError(
+            raise AdapterError(
                 f"the adapter wants {config.n_layers} adapted layers, the base has {self.config.n_layers}: "
                 f"set n_layers to at most {self.config.n_layers}"
             )
@@ -307,7 +308,7 @@ class Llama(nn.Module):
         if not any(one is not None for one in features):
             return None
         if self.vision is None:
-            raise ValueError("there are images, but the adapter was made for text alone: train one with vision")
+            raise AdapterError("there are images, but the adapter was made for text alone: train one with vision")
         found, rows = gather(features, self.vision.down.in_features)
         device = self.tok_embeddings.weight.device
         return found.to(device), rows.to(device)

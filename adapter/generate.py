@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapter.decoder import KVCache, Llama
+from adapter.errors import AdapterError
 
 
 @torch.inference_mode()
@@ -117,17 +118,17 @@ def _check(
     model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
 ) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise AdapterError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+        raise AdapterError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        raise AdapterError(f"top_p must be in (0, 1], got {top_p}")
     window, vocabulary = model.config.max_seq_len, model.config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty: it needs at least a BOS token")
+            raise AdapterError(f"prompt {row} is empty: it needs at least a BOS token")
         if len(prompt) > window:
-            raise ValueError(f"prompt {row} has {len(prompt)} tokens, the window holds {window}: shorten it")
+            raise AdapterError(f"prompt {row} has {len(prompt)} tokens, the window holds {window}: shorten it")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-            raise ValueError(f"prompt {row} holds token {wrong}, the vocabulary has {vocabulary}: wrong tokenizer?")
+            raise AdapterError(f"prompt {row} holds token {wrong}, the vocabulary has {vocabulary}: wrong tokenizer?")

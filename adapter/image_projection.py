@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapter.errors import AdapterError
+
 Images = tuple[Tensor, Tensor]
 """Features (n, F), and the row of the batch that each belongs to, (n,) int64."""
 
@@ -40,7 +42,7 @@ class ImageProjectionConfig:
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or not self.widths or min(self.widths) < 2:
-            raise ValueError(f"an image needs features at least two channels wide and a bottleneck, got {self}")
+            raise AdapterError(f"an image needs features at least two channels wide and a bottleneck, got {self}")
 
 
 class Projection(nn.Module):
@@ -71,6 +73,6 @@ def gather(images: Sequence[Tensor | None], width: int) -> Images:
     rows = [row for row, features in enumerate(images) if features is not None]
     found = [features for features in images if features is not None]
     if wrong := [tuple(features.shape) for features in found if features.shape != (width,)]:
-        raise ValueError(f"the adapter reads {width} features of an image, got {wrong[0]}: another tower?")
+        raise AdapterError(f"the adapter reads {width} features of an image, got {wrong[0]}: another tower?")
     features = torch.stack(found).float() if found else torch.zeros(0, width)
     return features, torch.tensor(rows, dtype=torch.int64)

@@ -14,13 +14,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from adapter.errors import AdapterError, RecordError
 from adapter.tokenizer import Tokenizer
 
 READ_CHARS = 1 << 20
-
-
-class RecordError(ValueError):
-    """A file or record that cannot be used; the message names the file and the line or row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +31,7 @@ class PromptTemplate:
         for name, fields in (("with_input", ("{instruction}", "{input}")), ("without_input", ("{instruction}",))):
             for field in fields:
                 if field not in getattr(self, name):
-                    raise ValueError(f"prompt template {name!r} must contain {field}")
+                    raise AdapterError(f"prompt template {name!r} must contain {field}")
 
     def render(self, instruction: str, input: str = "") -> str:
         text = self.with_input if input else self.without_input
@@ -49,7 +46,7 @@ class PromptTemplate:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(with_input=fields["with_input"], without_input=fields["without_input"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise AdapterError(
                 f"{path}: a prompt template is a JSON object with 'with_input' and 'without_input': {error}"
             ) from error
 

@@ -16,6 +16,7 @@ from adapter.adapter_checkpoint import adapter_from, attach_file, read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama, open_checkpoint
 from adapter.decoder import Llama
+from adapter.errors import AdapterError
 from adapter.generate import generate
 from adapter.instruct import ALPACA, Example, PromptTemplate
 from adapter.loss import IGNORE
@@ -84,7 +85,7 @@ class AdaptedModel:
         width = max(map(len, rows))
         limit = self.model.config.max_seq_len
         if width > limit:
-            raise ValueError(f"a text of {width} tokens does not fit the base's window of {limit}")
+            raise AdapterError(f"a text of {width} tokens does not fit the base's window of {limit}")
         pad = self.tokenizer.pad_id  # on the right, where causal attention keeps it from every real token
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         seen = None if images is None else self.model.images(images)

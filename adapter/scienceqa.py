@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapter.instruct import PromptTemplate, RecordError
+from adapter.errors import AdapterError, RecordError
+from adapter.instruct import PromptTemplate
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -221,7 +222,7 @@ def tabulate(
     Raises ValueError for no problem at all.
     """
     if not problems:
-        raise ValueError("there is no problem to score")
+        raise AdapterError("there is no problem to score")
     counts = Counter(problem.answer for problem in problems)
     letter = max(sorted(counts), key=counts.__getitem__)
     right = {

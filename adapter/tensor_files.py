@@ -15,12 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adapter.errors import CheckpointError
+
 _PAGE = 4096
 _MADV_DONTNEED = 4
-
-
-class CheckpointError(ValueError):
-    """A file of weights that cannot be used; the message names the file and, where there is one, the key."""
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:

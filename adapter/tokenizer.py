@@ -7,11 +7,9 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from adapter.errors import TokenizerError
+
 _JSON_ONLY = "{}: a Hugging Face fast tokenizer; a SentencePiece tokenizer.model is needed, as in Meta's folders"
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be used, or does not fit the base."""
 
 
 class Tokenizer:

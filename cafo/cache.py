@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.ensemble import Combination, Ensemble, combine
+from cafo.errors import CafoError
 from cafo.files import whole_file
 
 FORMAT = "cafo-cache-1"
@@ -61,14 +62,14 @@ class Cache:
     def __post_init__(self) -> None:
         entries = len(self.labels)
         if wrong := {name: tuple(k.shape) for name, k in self.keys.items() if k.ndim != 2 or len(k) != entries}:
-            raise ValueError(f"{entries} labels need keys of shape ({entries}, C), got {wrong}")
+            raise CafoError(f"{entries} labels need keys of shape ({entries}, C), got {wrong}")
         if entries and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
-            raise ValueError(
+            raise CafoError(
                 f"labels run from {int(self.labels.min())} to {int(self.labels.max())}, "
                 f"but the class list has {len(self.class_names)} names"
             )
         if self.classifier.ndim != 2 or self.classifier.shape[1] != len(self.class_names):
-            raise ValueError(
+            raise CafoError(
                 f"a classifier for {len(self.class_names)} classes has shape (C, {len(self.class_names)}), "
                 f"got {tuple(self.classifier.shape)}"
             )
@@ -76,7 +77,7 @@ class Cache:
     def affinities(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F_s f_sᵀ for every source: {name: (M, B)} from {name: (B, C)}."""
         if missing := set(self.keys) - set(features):
-            raise ValueError(f"the cache needs features of {', '.join(sorted(missing))}, which were not given")
+            raise CafoError(f"the cache needs features of {', '.join(sorted(missing))}, which were not given")
         return {name: affinity(keys, features[name]) for name, keys in self.keys.items()}
 
     def zero_shot(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -192,7 +193,7 @@ def train_keys(
     """
     num_views, images = next(iter(views.values())).shape[:2]
     if not images or not num_views:
-        raise ValueError("training the keys needs at least one image and one view of it")
+        raise CafoError("training the keys needs at least one image and one view of it")
     keys = {name: k.detach().clone().requires_grad_() for name, k in cache.keys.items()}
     learner = replace(cache, keys=keys)
     optimizer = torch.optim.AdamW(keys.values(), lr=training.lr, eps=training.eps, weight_decay=training.weight_decay)
@@ -210,7 +211,7 @@ def train_keys(
             batch = {name: v[(epoch - 1) % num_views, rows] for name, v in views.items()}
             loss = F.cross_entropy(learner.combine(batch).logits(cache.alpha), labels[rows])
             if not torch.isfinite(loss):
-                raise ValueError(
+                raise CafoError(
                     f"the loss is {loss.item()} at epoch {epoch}, step {step + 1} (images {rows[:5].tolist()}…, "
                     f"learning rate {schedule.get_last_lr()[0]:.3g}); lower the learning rate or check the features"
                 )
@@ -252,11 +253,11 @@ def load_cache(path: str | Path) -> Cache:
         ValueError: the file is missing, or is not a cache of this format.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no cache at {path}; train one first")
+        raise CafoError(f"no cache at {path}; train one first")
     with safe_open(str(path), "pt") as file:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
+            raise CafoError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
         # copied, since a product's last bits may depend on where in memory its factors begin
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     ensemble = json.loads(header["ensemble"])

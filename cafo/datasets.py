@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cafo.errors import CafoError
 from cafo.files import as_path, read_json
 
 PHOTO = ("a photo of a {}.",)
@@ -144,7 +145,7 @@ def load_dataset(name: str, root: str | Path, *, val_share: float = 0.01, seed: 
     if name in TEST_ONLY:
         return _imagenet_target(name, root)
     if name not in LAYOUTS:
-        raise ValueError(f"no data set called {name!r}; there are {', '.join([*LAYOUTS, *TEST_ONLY])}")
+        raise CafoError(f"no data set called {name!r}; there are {', '.join([*LAYOUTS, *TEST_ONLY])}")
     layout = LAYOUTS[name]
     folder = _existing(root / layout.folder, f"put {name} in CoOp's layout under the data root, or give another root")
     if name == "imagenet":
@@ -179,13 +180,13 @@ def load_split(
     content = _splits(split)
     lists = {part: _items(content.get(part, []), f"{split}, {part}") for part in ("train", "val")}
     if not lists["train"] and not lists["val"]:
-        raise ValueError(f"{split} lists no train and no val image; a test-only set needs no split file of its own")
+        raise CafoError(f"{split} lists no train and no val image; a test-only set needs no split file of its own")
     names = tuple(class_names) if class_names is not None else _class_list([*lists["train"], *lists["val"]], split)
 
     def read_test() -> tuple[Item, ...]:
         now = _splits(split)
         if "test" not in now:
-            raise ValueError(f"{split} has no test list; an evaluation needs one")
+            raise CafoError(f"{split} has no test list; an evaluation needs one")
         return _fitting(_items(now["test"], f"{split}, test"), names, split)
 
     return Dataset(
@@ -220,10 +221,10 @@ def load_tree(
     """
     root = _existing(as_path(root), "give the folder that holds one folder per class")
     if min(shares) < 0 or sum(shares) > 1:
-        raise ValueError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
+        raise CafoError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
     names = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not names:
-        raise ValueError(f"{root} has no class folders; give the folder that holds one folder per class")
+        raise CafoError(f"{root} has no class folders; give the folder that holds one folder per class")
     ends = (shares[0], shares[0] + shares[1])
 
     def parts() -> list[tuple[Item, ...]]:
@@ -253,7 +254,7 @@ def load_generated(dataset: Dataset, root: str | Path, source: str = "dalle") ->
         ValueError: a missing folder, none or several lists, a class that the data set has not.
     """
     if dataset.name not in LAYOUTS:
-        raise ValueError(f"{dataset.name!r} is not one of the eleven sets; read its list with `load_generated_list`")
+        raise CafoError(f"{dataset.name!r} is not one of the eleven sets; read its list with `load_generated_list`")
     layout = LAYOUTS[dataset.name]
     named = layout.stable_diffusion if source == "sd" else ""
     way_out = "put the generated images there, or leave them out"
@@ -261,7 +262,7 @@ def load_generated(dataset: Dataset, root: str | Path, source: str = "dalle") ->
     lists = sorted(folder.glob(f"{source}_*.json"))
     if len(lists) != 1:
         found = ", ".join(path.name for path in lists) or "none"
-        raise ValueError(f"{folder} should hold one list {source}_*.json, found {found}")
+        raise CafoError(f"{folder} should hold one list {source}_*.json, found {found}")
     inner = folder / layout.images
     image_root = inner if inner.is_dir() else folder
     return image_root, load_generated_list(lists[0], dataset.class_names)
@@ -331,7 +332,7 @@ def _fgvc(folder: Path, layout: Layout) -> Dataset:
         for number, line in enumerate(_lines(path), start=1):
             image, _, variant = line.strip().partition(" ")
             if variant not in labels:
-                raise ValueError(f"{path}, line {number}: {variant!r} is not in {folder / 'variants.txt'}")
+                raise CafoError(f"{path}, line {number}: {variant!r} is not in {folder / 'variants.txt'}")
             items.append(Item(f"{image}.jpg", labels[variant], variant))
         return tuple(items)
 
@@ -348,13 +349,13 @@ def _fgvc(folder: Path, layout: Layout) -> Dataset:
 
 def _existing(path: Path, way_out: str) -> Path:
     if not path.is_dir():
-        raise ValueError(f"no folder {path}; {way_out}")
+        raise CafoError(f"no folder {path}; {way_out}")
     return path
 
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(f"no file {path}; it comes with the data set's download")
+        raise CafoError(f"no file {path}; it comes with the data set's download")
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -362,7 +363,7 @@ def _wnid_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """CoOp's `classnames.txt`: lines `<wnid> <name>`; the line number is the label."""
     pairs = [line.strip().partition(" ") for line in _lines(path)]
     if bad := [wnid for wnid, _, name in pairs if not name]:
-        raise ValueError(f"{path} needs lines of a wnid and a name; {bad[0]!r} stands alone")
+        raise CafoError(f"{path} needs lines of a wnid and a name; {bad[0]!r} stands alone")
     return tuple(wnid for wnid, _, _ in pairs), tuple(name.strip() for _, _, name in pairs)
 
 
@@ -381,7 +382,7 @@ def _listing(root: Path, folders: Mapping[str, str], names: Sequence[str]) -> li
 def _test_listing(root: Path, folders: Mapping[str, str], names: Sequence[str]) -> tuple[Item, ...]:
     items = _listing(root, folders, names)
     if not items:
-        raise ValueError(
+        raise CafoError(
             f"no test image under {root} in folders like {next(iter(folders))}; unpack the test images there"
         )
     return tuple(items)
@@ -390,20 +391,20 @@ def _test_listing(root: Path, folders: Mapping[str, str], names: Sequence[str]) 
 def _splits(path: Path) -> dict[str, Any]:
     content = read_json(path, "download CoOp's split file, or give a split JSON")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} should be an object with train, val and test, got a {type(content).__name__}")
+        raise CafoError(f"{path} should be an object with train, val and test, got a {type(content).__name__}")
     return content
 
 
 def _items(entries: Any, where: str) -> tuple[Item, ...]:
     if not isinstance(entries, list):
-        raise ValueError(f"{where} should be a list of [path, label, class name], got {type(entries).__name__}")
+        raise CafoError(f"{where} should be a list of [path, label, class name], got {type(entries).__name__}")
     items = []
     for number, entry in enumerate(entries):
         match entry:
             case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
                 items.append(Item(path, label, name))
             case _:
-                raise ValueError(f"{where}, entry {number}: {entry!r} is not [path, label, class name]")
+                raise CafoError(f"{where}, entry {number}: {entry!r} is not [path, label, class name]")
     return tuple(items)
 
 
@@ -411,12 +412,12 @@ def _class_list(items: Iterable[Item], where: Path) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for item in items:
         if names.setdefault(item.label, item.class_name) != item.class_name:
-            raise ValueError(
+            raise CafoError(
                 f"{where} gives label {item.label} two names: {names[item.label]!r} and {item.class_name!r} "
                 f"({item.path})"
             )
     if gaps := sorted(set(range(len(names))) - set(names)):
-        raise ValueError(f"{where} has no train or val image of label {gaps[0]}; give the class list as `class_names`")
+        raise CafoError(f"{where} has no train or val image of label {gaps[0]}; give the class list as `class_names`")
     return tuple(names[label] for label in range(len(names)))
 
 
@@ -424,7 +425,7 @@ def _fitting(items: tuple[Item, ...], names: Sequence[str], where: Path) -> tupl
     for item in items:
         if item.label >= len(names) or names[item.label] != item.class_name:
             known = repr(names[item.label]) if item.label < len(names) else f"beyond the {len(names)} classes"
-            raise ValueError(
+            raise CafoError(
                 f"{where}: {item.path} has label {item.label} and class {item.class_name!r}, "
                 f"but that label is {known} in the class list"
             )

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cafo.errors import CafoError
 from cafo.files import read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
 
@@ -53,15 +54,13 @@ def read_state(path: Path) -> State:
         ValueError: missing; a TorchScript archive; anything but tensors inside.
     """
     if not path.is_file():
-        raise ValueError(
-            f"no weight file {path}; give a local file, a folder, or a pretrained tag that open_clip knows"
-        )
+        raise CafoError(f"no weight file {path}; give a local file, a folder, or a pretrained tag that open_clip knows")
     if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any("/code/" in name for name in archive.namelist()):
-                raise ValueError(
+                raise CafoError(
                     f"{path} is a TorchScript archive: a program, not a state dict. If you trust it, convert it once "
                     "with `torch.save(torch.jit.load(path).state_dict(), new_path)`"
                 )
@@ -69,11 +68,11 @@ def read_state(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not load as plain tensors ({reason}); save its state dict alone") from error
+        raise CafoError(f"{path} does not load as plain tensors ({reason}); save its state dict alone") from error
     while isinstance(content, Mapping) and (key := next((k for k in _WRAPPERS if _is_state(content.get(k))), None)):
         content = content[key]
     if not _is_state(content):
-        raise ValueError(f"{path} holds no state dict of named tensors")
+        raise CafoError(f"{path} holds no state dict of named tensors")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
@@ -105,7 +104,7 @@ def fit(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> Non
     if missing or extra or shapes:
         parts = [("missing", missing), ("not expected", extra), ("shape", shapes)]
         told = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
-        raise ValueError(f"{path} does not fit {type(module).__name__} ({told}); check the architecture's name")
+        raise CafoError(f"{path} does not fit {type(module).__name__} ({told}); check the architecture's name")
     module.load_state_dict(dict(state), strict=False)  # the counters; all else was just proven
 
 
@@ -126,7 +125,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
     else:
         model_config, preprocess_config = open_clip.get_model_config(name), {}
         if model_config is None:
-            raise ValueError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them")
+            raise CafoError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them")
     if weights.startswith("random:"):
         return _assemble(name, model_config, preprocess_config, own is None, None, path, int(weights[7:]))
 
@@ -135,7 +134,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
         file = Path(open_clip.download_pretrained(tag))
     elif not local:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"{weights!r} is neither a file, nor a folder, nor a tag of {name} (its tags: {tags})")
+        raise CafoError(f"{weights!r} is neither a file, nor a folder, nor a tag of {name} (its tags: {tags})")
     state = clean_state(read_state(file))
     if own is None:
         tag = tag or _published(file)
@@ -145,7 +144,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
             trained = True
         _match_activation(name, bool(model_config.get("quick_gelu", False)), trained, quick_gelu, weights)
     elif quick_gelu is not None and quick_gelu != bool(model_config.get("quick_gelu", False)):
-        raise ValueError(f"the model JSON of {weights} says quick_gelu={not quick_gelu}, the config {quick_gelu}")
+        raise CafoError(f"the model JSON of {weights} says quick_gelu={not quick_gelu}, the config {quick_gelu}")
     for scalar in _OPENAI_SCALARS:
         state.pop(scalar, None)
     return _assemble(name, model_config, preprocess_config, own is None, state, file, 0)
@@ -157,7 +156,7 @@ def _assemble(
     architecture, config = json.dumps(config, sort_keys=True), copy.deepcopy(config)
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "multimodal_cfg" in config:
-        raise ValueError(f"{name} is a captioner (CoCa); CaFo needs a plain CLIP")
+        raise CafoError(f"{name} is a captioner (CoCa); CaFo needs a plain CLIP")
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -174,7 +173,7 @@ def _assemble(
     tokenizer = open_clip.get_tokenizer(name) if built_in else open_clip.SimpleTokenizer(context_length=window)
     vocabulary = config["text_cfg"].get("vocab_size", 49408)
     if isinstance(tokenizer, open_clip.SimpleTokenizer) and vocabulary < tokenizer.vocab_size:
-        raise ValueError(f"{name} has room for {vocabulary} tokens; CLIP's tokenizer has {tokenizer.vocab_size}")
+        raise CafoError(f"{name} has room for {vocabulary} tokens; CLIP's tokenizer has {tokenizer.vocab_size}")
     return BuiltClip(model, tokenizer, name, architecture, _clip_preprocess(name, model, preprocess))
 
 
@@ -183,7 +182,7 @@ def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> P
     side = size if isinstance(size, int) else size[0]
     mode = given.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash") or (not isinstance(size, int) and len({*size}) > 1):
-        raise ValueError(
+        raise CafoError(
             f"{name} wants images of {size}, resize mode {mode!r}; only squares, shortest or squash, are known"
         )
     return Preprocess(
@@ -208,7 +207,7 @@ def weight_file(path: Path) -> Path:
     found = found[:1] or sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
     if len(found) != 1:
         listed = ", ".join(p.name for p in found) or "none"
-        raise ValueError(
+        raise CafoError(
             f"{path} should hold one weight file ({', '.join(_WEIGHT_SUFFIXES)}), found {listed}; give the file"
         )
     return found[0]
@@ -228,7 +227,7 @@ def _own_config(weights: Path, config: str) -> tuple[dict, dict] | None:
     content = read_json(path, "give an open_clip model JSON")
     model = content.get("model_cfg", content) if isinstance(content, dict) else {}
     if lacking := {"embed_dim", "vision_cfg", "text_cfg"} - set(model):
-        raise ValueError(f"{path} is no open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
+        raise CafoError(f"{path} is no open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
     return model, content.get("preprocess_cfg", {})
 
 
@@ -253,15 +252,15 @@ def _match_activation(name: str, built: bool, trained: bool | None, stated: bool
     if trained is None:
         if built or len(variants) < 2:
             return  # the name says QuickGELU in so many words, or there is nothing to confuse
-        raise ValueError(
+        raise CafoError(
             f"{weights} does not tell whether it was trained with QuickGELU, and {name} means GELU; state quick_gelu: "
             f"true (then name {plain}-quickgelu) or false, or put the model's JSON beside the file"
         )
     if stated is not None and stated != trained:
-        raise ValueError(
+        raise CafoError(
             f"{weights} is known to be trained with quick_gelu={trained}, but quick_gelu={stated} is stated"
         )
     if trained != built:
         right = f"{plain}-quickgelu" if trained else plain
         words = ("QuickGELU", "GELU") if trained else ("GELU", "QuickGELU")
-        raise ValueError(f"{weights} was trained with {words[0]}, but {name} computes {words[1]}; use {right}")
+        raise CafoError(f"{weights} was trained with {words[0]}, but {name} computes {words[1]}; use {right}")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from cafo.encoder_spec import EncoderSpec, Precision
 from cafo.encoder_weights import build_clip, clean_state, fit, read_state, weight_file
+from cafo.errors import CafoError
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
@@ -66,11 +67,11 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
         ValueError: unknown names, missing files, keys that do not fit, an activation that does not match the weights.
     """
     if spec.precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision {spec.precision!r} is not fp32 or bf16")
+        raise CafoError(f"precision {spec.precision!r} is not fp32 or bf16")
     if spec.kind == "pixels":
         return _pixels(spec.name, spec.precision, device)
     if not spec.weights and spec.kind in ("clip", "dino", "timm"):
-        raise ValueError(f"an encoder of kind {spec.kind} needs weights: a file, a folder, or random:SEED")
+        raise CafoError(f"an encoder of kind {spec.kind} needs weights: a file, a folder, or random:SEED")
     if spec.kind == "clip":
         built = build_clip(spec.name, spec.weights, spec.config, spec.quick_gelu)
         return ClipEncoder(
@@ -83,7 +84,7 @@ def load_encoder(spec: EncoderSpec, device: str | torch.device = "cpu") -> ClipE
             device=device,
         )
     if spec.kind not in ("dino", "timm"):
-        raise ValueError(f"encoder kind {spec.kind!r} is not clip, dino, timm or pixels")
+        raise CafoError(f"encoder kind {spec.kind!r} is not clip, dino, timm or pixels")
     folder = next((path for path in (spec.weights, spec.name) if path and (Path(path) / "config.json").is_file()), "")
     name = architecture = spec.name or ("resnet50" if spec.kind == "dino" and not folder else "")
     tower = _build_timm(f"local-dir:{folder}" if folder else name, spec.weights)
@@ -160,7 +161,7 @@ class ImageEncoder:
     def _check(self, features: Tensor) -> None:
         if not (finite := features.isfinite().all(dim=-1)).all():
             bad = (~finite).nonzero()[:, 0].tolist()
-            raise ValueError(f"{self.name} gives features that are not finite for images {bad[:10]} of the batch")
+            raise CafoError(f"{self.name} gives features that are not finite for images {bad[:10]} of the batch")
 
 
 class ClipEncoder(ImageEncoder):
@@ -241,7 +242,7 @@ def _scales(tower: Any, batch: Tensor, blocks: int) -> list[Tensor]:
         )
         return [prefix[:, 0] if tower.num_prefix_tokens else patches.mean(dim=1) for patches, prefix in pairs]
     if not hasattr(tower, "forward_intermediates"):
-        raise ValueError(f"{type(tower).__name__} has no `forward_intermediates`, so no features at several scales")
+        raise CafoError(f"{type(tower).__name__} has no `forward_intermediates`, so no features at several scales")
     final, maps = tower.forward_intermediates(batch, output_fmt="NCHW")
     stages = maps[1:] if isinstance(tower, timm.models.ResNet) else maps  # a ResNet's first map is its stem
     return [m.mean(dim=(2, 3)) for m in stages] + [tower.forward_head(final).flatten(1)]
@@ -250,27 +251,27 @@ def _scales(tower: Any, batch: Tensor, blocks: int) -> list[Tensor]:
 def _evenly(blocks: int, depth: int) -> list[int]:
     """Block numbers, the last included: 4 of 12 → 2, 5, 8, 11."""
     if not 1 <= blocks <= depth:
-        raise ValueError(f"cannot take {blocks} blocks of a tower with {depth}")
+        raise CafoError(f"cannot take {blocks} blocks of a tower with {depth}")
     return [round((i + 1) * depth / blocks) - 1 for i in range(blocks)]
 
 
 def _pixels(side: str, precision: Precision, device: str | torch.device) -> ImageEncoder:
     if not side.isdecimal() or not int(side):
-        raise ValueError(f"an encoder of kind pixels has its side for a name, such as 8, got {side!r}")
+        raise CafoError(f"an encoder of kind pixels has its side for a name, such as 8, got {side!r}")
     plain = Preprocess(size=int(side), resize=int(side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return ImageEncoder(nn.Flatten(), name=f"pixels-{side}", preprocess=plain, precision=precision, device=device)
 
 
 def _build_timm(name: str, weights: str) -> nn.Module:
     if not name.startswith("local-dir:") and not timm.is_model(name):
-        raise ValueError(f"timm has no architecture {name!r}; `timm.list_models()` lists them")
+        raise CafoError(f"timm has no architecture {name!r}; `timm.list_models()` lists them")
     seed = weights.removeprefix("random:") if weights.startswith("random:") else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))
         try:
             tower = timm.create_model(name, pretrained=False, num_classes=0)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"timm cannot build {name} ({str(error).splitlines()[0]})") from error
+            raise CafoError(f"timm cannot build {name} ({str(error).splitlines()[0]})") from error
     if seed:
         return tower
     path = weight_file(Path(weights))

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from cafo.errors import CafoError
+
 ZERO_SHOT = "zero_shot"
 NOTHING = "nothing"
 
@@ -55,13 +57,13 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
-            raise ValueError(f"ensemble rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
+            raise CafoError(f"ensemble rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
         if not self.temperature > 0:
-            raise ValueError(f"ensemble temperature must be positive, got {self.temperature}")
+            raise CafoError(f"ensemble temperature must be positive, got {self.temperature}")
         if bad := {name: scale for name, scale in self.scales.items() if not scale > 0}:
-            raise ValueError(f"ensemble scales must be positive (leave a source out through `sources`), got {bad}")
+            raise CafoError(f"ensemble scales must be positive (leave a source out through `sources`), got {bad}")
         if self.baseline != ZERO_SHOT and self.rule != "adaptive":
-            raise ValueError(f"only the adaptive rule has a baseline; {self.rule!r} was given {self.baseline!r}")
+            raise CafoError(f"only the adaptive rule has a baseline; {self.rule!r} was given {self.baseline!r}")
 
 
 class Combination(NamedTuple):
@@ -107,11 +109,11 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
         ValueError: fewer than two classes, an unknown source, or none left to add.
     """
     if zero_shot.shape[-1] < 2:
-        raise ValueError("an ensemble over classes needs at least two classes")
+        raise CafoError("an ensemble over classes needs at least two classes")
     names = tuple(caches) if ensemble.sources is None else ensemble.sources
     wanted = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT, NOTHING})
     if unknown := wanted - set(caches):
-        raise ValueError(f"no cache named {', '.join(sorted(unknown))}; there are {', '.join(caches) or 'none'}")
+        raise CafoError(f"no cache named {', '.join(sorted(unknown))}; there are {', '.join(caches) or 'none'}")
     base, predictions = zero_shot, {name: caches[name] for name in names}
     if ensemble.baseline == NOTHING:
         base = torch.zeros_like(zero_shot)
@@ -121,7 +123,7 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
         base = standardise(caches[ensemble.baseline])
         predictions = {ZERO_SHOT: zero_shot} | {n: p for n, p in predictions.items() if n != ensemble.baseline}
     if not predictions:
-        raise ValueError("an ensemble needs at least one source")
+        raise CafoError("an ensemble needs at least one source")
     z = [standardise(p) for p in predictions.values()]
     scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
     if ensemble.rule == "adaptive":

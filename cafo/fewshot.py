@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cafo.datasets import Item, draw
+from cafo.errors import CafoError
 from cafo.files import read_json, write_json
 
 
@@ -45,14 +46,14 @@ def choose(
         ValueError: a negative K, or a class with too few images under `error`.
     """
     if shots < 0:
-        raise ValueError(f"shots must be at least 0, got {shots}")
+        raise CafoError(f"shots must be at least 0, got {shots}")
     ranked: list[list[Item]] = [[] for _ in class_names]
     for item in sorted(set(items), key=lambda item: (draw(seed, item.path), item.path)):
         ranked[item.label].append(item)
     lacking = {name: len(found) for name, found in zip(class_names, ranked, strict=True) if len(found) < shots}
     if lacking and short == "error":
         listed = ", ".join(f"{name} ({count})" for name, count in list(lacking.items())[:10])
-        raise ValueError(
+        raise CafoError(
             f"{len(lacking)} of {len(class_names)} classes have fewer than {shots} training images: {listed}; "
             "take fewer shots, or allow short classes"
         )
@@ -78,4 +79,4 @@ def load(path: str | Path) -> FewShot:
             shots=int(content["shots"]), seed=int(content["seed"]), items=items, short=dict(content["short"])
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a few-shot choice ({error!r}); write one with `fewshot.save`") from error
+        raise CafoError(f"{path} is not a few-shot choice ({error!r}); write one with `fewshot.save`") from error

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cafo.errors import CafoError
+
 
 def as_path(path: str | Path) -> Path:
     """Text as a path; what has a path's methods already, such as an object in a bucket, as it is."""
@@ -45,6 +47,6 @@ def read_json(path: str | Path, way_out: str) -> Any:
     try:
         return json.loads(as_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise ValueError(f"no file {path}; {way_out}") from error
+        raise CafoError(f"no file {path}; {way_out}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; {way_out}") from error
+        raise CafoError(f"{path} is not JSON: {error}; {way_out}") from error

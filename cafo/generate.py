@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from cafo.datasets import IMAGE_SUFFIXES, Item
+from cafo.errors import CafoError, ImageError
 from cafo.files import as_path, read_json, whole_file, write_json
-from cafo.images import ImageError, load_image
+from cafo.images import load_image
 from cafo.openai_client import Endpoint, Line
 from cafo.prompt import spoken
 
@@ -54,14 +55,14 @@ class FolderGenerator:
     def __init__(self, root: str | Path) -> None:
         self._root = as_path(root)
         if not self._root.is_dir():
-            raise ValueError(f"no folder {root}; give the folder that holds one folder of drawn images per class")
+            raise CafoError(f"no folder {root}; give the folder that holds one folder of drawn images per class")
 
     def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
         """The first `n` images of the class's folder."""
         names = dict.fromkeys((class_name, spoken(class_name), class_name.replace(" ", "_")))
         folder = next((self._root / name for name in names if (self._root / name).is_dir()), None)
         if folder is None:
-            raise ValueError(f"{self._root} has no folder {class_name!r}; there should be one per class")
+            raise CafoError(f"{self._root} has no folder {class_name!r}; there should be one per class")
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:n]:
             yield _decoded(path, str(path))
 
@@ -99,7 +100,7 @@ class DiffusersGenerator:
         try:
             import diffusers
         except ImportError as error:
-            raise ValueError(
+            raise CafoError(
                 "drawing locally needs the optional `diffusers` package; install the `diffusers` extra"
             ) from error
         # safetensors only: the older pickled weights could run code
@@ -146,7 +147,7 @@ def generate(
         ValueError: keep > candidates, or an existing list of other settings.
     """
     if not 1 <= keep <= candidates:
-        raise ValueError(f"keep must be from 1 to the {candidates} candidates, got {keep}")
+        raise CafoError(f"keep must be from 1 to the {candidates} candidates, got {keep}")
     folder, path = Path(folder), Path(folder) / list_name
     settings = {
         "encoder": encoder.identity,
@@ -158,7 +159,7 @@ def generate(
     empty: dict[str, Any] = {"train": [], "scores": {}, "prompts": {}, "settings": settings}
     known = read_json(path, "") if path.exists() else empty
     if known.get("settings") != settings:
-        raise ValueError(
+        raise CafoError(
             f"{list_name} was made with other settings ({known.get('settings')}, now {settings}); name another"
         )
     drawn = {entry[1] for entry in known["train"]}

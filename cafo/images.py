@@ -22,6 +22,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cafo.errors import ImageError
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,10 +32,6 @@ THIN = 32
 """Of an image whose sides differ by more than this factor only the middle is resized."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-class ImageError(ValueError):
-    """An image that cannot be used; the message names it and says why."""
 
 
 def load_image(source: str | Path | bytes, *, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -31,6 +31,7 @@ from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, tra
 from cafo.datasets import Dataset, Item, load_tree
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
+from cafo.errors import CafoError
 from cafo.images import load_image
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
@@ -85,12 +86,12 @@ class CaFo:
         """
         dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
         if not dataset.val:
-            raise ValueError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
+            raise CafoError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
         towers = _load(encoders, device)
         zero_shot_source = next(iter(towers))
         clip = towers[zero_shot_source]
         if not isinstance(clip, ClipEncoder):
-            raise ValueError(f"the first encoder reads the sentences, so it must be a CLIP; {zero_shot_source} is not")
+            raise CafoError(f"the first encoder reads the sentences, so it must be a CLIP; {zero_shot_source} is not")
         if prompts is None:
             sentences: Mapping[str, Sequence[str]] = template_prompts(dataset.templates, dataset.class_names)
         else:
@@ -125,11 +126,11 @@ class CaFo:
         """
         cache = load_cache(path)
         if missing := {*cache.keys, cache.zero_shot_source} - set(encoders):
-            raise ValueError(f"{path} needs encoders called {', '.join(sorted(missing))}, which were not given")
+            raise CafoError(f"{path} needs encoders called {', '.join(sorted(missing))}, which were not given")
         towers = _load({name: spec for name, spec in encoders.items() if name in cache.encoders}, device)
         for name, tower in towers.items():
             if tower.identity != cache.encoders[name]:
-                raise ValueError(f"{path}: keys of {name} were made by {cache.encoders[name]}, not by {tower.identity}")
+                raise CafoError(f"{path}: keys of {name} were made by {cache.encoders[name]}, not by {tower.identity}")
         return cls(cache, towers)
 
     def save(self, path: str | Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cafo.errors import CafoError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
@@ -50,13 +52,13 @@ class Line:
         try:
             import openai
         except ImportError as error:
-            raise ValueError(
+            raise CafoError(
                 "asking an endpoint needs the optional `openai` package; install the `openai` extra"
             ) from error
         variable = self.endpoint.key_variable
         key = os.environ.get(variable, "") if variable else "none"
         if not key:
-            raise ValueError(f"no key for {self.endpoint.model}: set the environment variable {variable}")
+            raise CafoError(f"no key for {self.endpoint.model}: set the environment variable {variable}")
         return openai.OpenAI(
             api_key=key,
             base_url=self.endpoint.base_url or None,

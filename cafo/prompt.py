@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cafo.errors import CafoError
 from cafo.files import as_path, read_json, write_json
 from cafo.openai_client import Endpoint, Line
 
@@ -106,7 +107,7 @@ def describe_classes(
         ValueError: a command without `{}`, or a class to which the model answers nothing.
     """
     if wrong := [command for command in commands if command.count("{}") != 1]:
-        raise ValueError(f"a command needs one {{}} for the class name: {wrong[0]!r}")
+        raise CafoError(f"a command needs one {{}} for the class name: {wrong[0]!r}")
     path = Path(path)
     known = _read(path) if path.exists() else {}
     for name in class_names:
@@ -115,7 +116,7 @@ def describe_classes(
         replies = [model.describe(name, command, answers) for command in commands]
         sentences = [" ".join(text.split()) for texts in replies for text in texts if text.strip()]
         if not sentences:
-            raise ValueError(f"the language model says nothing about {name!r}; what it said of others is kept")
+            raise CafoError(f"the language model says nothing about {name!r}; what it said of others is kept")
         known[name] = sentences
         write_json(path, known)
         report(name, len(sentences))
@@ -132,7 +133,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
     prompts = {name: _find(known, name) for name in class_names}
     if without := [name for name, sentences in prompts.items() if not sentences]:
         listed = ", ".join(without[:20]) + (" …" if len(without) > 20 else "")
-        raise ValueError(
+        raise CafoError(
             f"{path} has no sentence for {len(without)} of {len(class_names)} classes: {listed}; "
             "run the prompt step again (it asks for these only), or use templates"
         )
@@ -169,7 +170,7 @@ def zero_shot_classifier(
         ValueError: classes without a sentence, all named.
     """
     if without := [name for name in class_names if not prompts.get(name)]:
-        raise ValueError(f"no sentence for {len(without)} of {len(class_names)} classes: {', '.join(without[:20])}")
+        raise CafoError(f"no sentence for {len(without)} of {len(class_names)} classes: {', '.join(without[:20])}")
     texts = [text for name in class_names for text in prompts[name]]
     counts = [len(prompts[name]) for name in class_names]
     batches = [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)]
@@ -182,10 +183,10 @@ def zero_shot_classifier(
 def _read(path: Path) -> dict[str, list[str]]:
     content = read_json(path, "run the prompt step, or use templates")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} should be an object of class names and sentences, got a {type(content).__name__}")
+        raise CafoError(f"{path} should be an object of class names and sentences, got a {type(content).__name__}")
     for name, sentences in content.items():
         if not isinstance(sentences, list) or not all(isinstance(s, str) and s.strip() for s in sentences):
-            raise ValueError(f"{path}: {name!r} should have a list of sentences, got {str(sentences)[:80]}")
+            raise CafoError(f"{path}: {name!r} should have a list of sentences, got {str(sentences)[:80]}")
     return content
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cafo.cache import Cache, class_logits
 from cafo.ensemble import Ensemble, combine
+from cafo.errors import CafoError
 
 # φ and its step, of all sources, for a block of images stay near this many floats so that the walk along β runs in
 # cache.
@@ -53,7 +54,7 @@ class BetaGrid:
 
     def __post_init__(self) -> None:
         if not (0 < self.low <= self.high and self.steps >= 1 and self.refinements >= 0 and self.refined_steps >= 2):
-            raise ValueError(
+            raise CafoError(
                 f"a β grid needs 0 < low <= high, steps >= 1 and refined_steps >= 2, got low={self.low}, "
                 f"high={self.high}, steps={self.steps}, refined_steps={self.refined_steps}"
             )
@@ -245,12 +246,12 @@ def _even(low: float, high: float, steps: int) -> list[float]:
 def _check(zero_shot: Tensor, affinities: Mapping[str, Tensor], key_labels: Tensor, labels: Tensor) -> None:
     images, classes = zero_shot.shape
     if not images or len(labels) != images:
-        raise ValueError(f"the search needs one label per image and at least one image, got {len(labels)} and {images}")
+        raise CafoError(f"the search needs one label per image and at least one image, got {len(labels)} and {images}")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())} with {classes} classes")
+        raise CafoError(f"labels run from {int(labels.min())} to {int(labels.max())} with {classes} classes")
     wanted = (len(key_labels), images)
     if wrong := {name: tuple(a.shape) for name, a in affinities.items() if tuple(a.shape) != wanted}:
-        raise ValueError(f"{wanted[0]} keys and {images} images need affinities of shape {wanted}, got {wrong}")
+        raise CafoError(f"{wanted[0]} keys and {images} images need affinities of shape {wanted}, got {wrong}")
 
 
 def _claims(

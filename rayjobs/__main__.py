@@ -12,6 +12,7 @@ from types import ModuleType
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
 from rayjobs.cluster.ray_init import environment, interrupt_on_sigterm
 from rayjobs.config import describe, load
+from rayjobs.errors import USER_ERRORS, UserError
 from rayjobs.runs.record import find_runs
 from rayjobs.storage.paths import resolve_path
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             job.plan(settings)
             try:
                 told = ray_submit_command(job_command(*given, verbose=args.verbose))
-            except ValueError as error:  # nothing that keeps it from running here
+            except UserError as error:  # nothing that keeps it from running here
                 told = str(error)
             print(f"on a cluster: {told}")
         else:
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nrayjobs {args.job}: interrupted; the same command resumes it", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except USER_ERRORS as error:
         if args.verbose:
             traceback.print_exc()
         print("\n".join(f"rayjobs {args.job}: error: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -115,7 +116,7 @@ def _look(args: argparse.Namespace) -> int:
         else:  # a line for each, whole, for grep and cut
             print("\n".join("\t".join(row) for row in rows))
         return 0
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"rayjobs {args.job}: error: {error}", file=sys.stderr)
         return 2
 

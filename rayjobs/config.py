@@ -14,13 +14,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from rayjobs.errors import ConfigError
 from rayjobs.storage.paths import resolve_path
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line each."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))

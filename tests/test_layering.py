@@ -1,4 +1,4 @@
-"""Imports point down: the models work without a cluster, and neither model knows the other."""
+"""Imports point down: the models work without a cluster, neither knows the other, and rayjobs is built in floors."""
 
 import ast
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.import_graph import by_package, circles, package_of, read_graph
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
@@ -44,6 +46,49 @@ def test_no_file_imports_upwards_or_sideways(room):
     assert files
     found = {str(file.relative_to(ROOT)): names for file in files if (names := imported(file) & FORBIDDEN[room])}
     assert not found
+
+
+ORDER = [
+    "__main__",
+    "jobs",
+    "demo",
+    "tune",
+    "inference",
+    "train",
+    "lifecycle",
+    "reporting",
+    "data",
+    "runs",
+    "models",
+    "cluster",
+    "config",
+    "console",
+    "storage",
+    "errors",
+]
+"""The packages of rayjobs, from the top down: each may import only those that stand behind it."""
+
+
+def test_rayjobs_imports_only_downwards():
+    graph = read_graph(ROOT)
+    place = {f"rayjobs.{name}": floor for floor, name in enumerate(ORDER)}
+    inside = {
+        name: imported for name, imported in graph.items() if package_of(name) != "rayjobs" and "rayjobs." in name
+    }
+    assert {package_of(name) for name in inside} == set(place), "every package of rayjobs has its place in ORDER"
+    upward = [
+        f"{name} -> {one}"
+        for name, imported in inside.items()
+        for one in imported
+        if place.get(package_of(one), len(place)) < place[package_of(name)]
+    ]
+    assert not upward
+
+
+def test_nothing_imports_in_a_circle():
+    graph = read_graph(ROOT)
+    assert not circles(graph)
+    assert not circles(by_package(graph))
 
 
 @pytest.mark.parametrize("room", SPARED)

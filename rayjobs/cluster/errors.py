@@ -4,15 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rayjobs.errors import USER_ERRORS
+
 
 @contextmanager
 def reraise_user_errors() -> Iterator[None]:
-    """Lets a ValueError or OSError raised in a Ray task through as itself, without Ray's wrapping."""
+    """Let a user error that was raised in a Ray task through as itself, without Ray's wrapping."""
     try:
         yield
     except Exception as error:
         for cause in iterate_causes(error):
-            if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, ValueError | OSError):
+            if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, USER_ERRORS):
                 message, ray_added, _ = str(cause).partition("\nFailed to apply UDF transform")
                 if ray_added:
                     cause.args = (message,)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rayjobs.config import flatten, given_values
 from rayjobs.console import verbose
+from rayjobs.errors import UserError
 from rayjobs.storage.paths import is_url
 
 STOPPED_EXIT_CODE = 143
@@ -36,14 +37,14 @@ def cluster_environment() -> dict[str, str]:
 def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbose: bool = False) -> list[str]:
     """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
-        raise ValueError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
+        raise UserError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
     given = given_values(config, overrides)[0]
     told = {"run.storage": "runs", **flatten(given)}
     kept = ["run.storage", "run.cache"] if job == "demo" or told.get("run.name") else []  # one answer leaves nothing
     for name in [*kept, "out"]:
         path = told.get(name) or "/"
         if not is_url(path) and not os.path.isabs(path):
-            raise ValueError(
+            raise UserError(
                 f"{name} is {path}, which on a cluster is a folder that goes when the job ends: give a URL, or an "
                 "absolute path that every node sees"
             )
@@ -79,7 +80,7 @@ def _check_uploaded(told: Iterable[tuple[str, Any]]) -> None:
         ignored = answer.stdout.split("\0")
         for name, path in paths:
             if path in ignored or (path.startswith("..") and os.path.exists(path)):
-                raise ValueError(
+                raise UserError(
                     f"{name} is {path}, which git ignores or which is not below {Path.cwd()}, so that it is not "
                     "uploaded: give a URL, or an absolute path that every node sees"
                 )

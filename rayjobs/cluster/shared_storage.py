@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from rayjobs.errors import UserError
 from rayjobs.storage.paths import is_url
 
 
@@ -14,7 +15,7 @@ def assert_shared_storage(*folders: str | Path) -> None:
     """For a worker: that it sees folders that the driver has made, before it works for nothing. Raises ValueError."""
     for folder in folders:
         if not is_url(folder) and not Path(folder).is_dir():
-            raise ValueError(not_shared_message(folder, [platform.node()]))
+            raise UserError(not_shared_message(folder, [platform.node()]))
 
 
 def not_shared_message(folder: str | Path, hosts: Iterable[str]) -> str:
@@ -48,4 +49,4 @@ def check_every_node_sees(folder: Path) -> None:
                 if not ray.get(answer, timeout=60):
                     blind.append(name)
     if blind:
-        raise ValueError(not_shared_message(folder, blind))
+        raise UserError(not_shared_message(folder, blind))

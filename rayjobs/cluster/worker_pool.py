@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from rayjobs.cluster.capacity import Capacity, cluster_capacity
 from rayjobs.config import config
+from rayjobs.errors import UserError
 
 RAY_DATA_CPUS = 0.5
 """Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
@@ -22,7 +23,7 @@ class WorkerRange:
 
     def __post_init__(self) -> None:
         if self.max < self.min:
-            raise ValueError(f"max is {self.max}, below min, {self.min}")
+            raise UserError(f"max is {self.max}, below min, {self.min}")
 
     def __str__(self) -> str:
         return str(self.max) if self.min == self.max else f"{self.min} to {self.max}"
@@ -32,7 +33,7 @@ def _both(workers: Any) -> Any:
     if isinstance(workers, int):
         return WorkerRange(min=workers, max=workers)
     if not isinstance(workers, WorkerRange | dict):
-        raise ValueError("must be a number, or bounds such as {min: 2, max: 8}")
+        raise UserError("must be a number, or bounds such as {min: 2, max: 8}")
     return workers
 
 
@@ -58,7 +59,7 @@ class WorkerPoolConfig:
         fewest, gpus = self.workers.min, self.gpus_per_worker
         if gpus is None:
             if not have.known and not have.total("GPU"):
-                raise ValueError(
+                raise UserError(
                     "no GPU is there yet, and what may come cannot be seen: set gpus_per_worker, 0 for none"
                 )
             gpus = 1.0 if have.total("GPU") else 0.0
@@ -69,7 +70,7 @@ class WorkerPoolConfig:
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in tried[0].items())
         kept = f", of which every node keeps {beside:g} CPU for Ray Data" if beside else ""
         without = "; gpus_per_worker=0 runs them on CPUs" if gpus and self.gpus_per_worker is None else ""
-        raise ValueError(
+        raise UserError(
             f"{fewest} worker{'s' * (fewest > 1)} of {wanted} each can never run: there is room for "
             f"{have.room(tried[0], beside)}; the cluster has {have}{kept}{without}"
         )

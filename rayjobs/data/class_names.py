@@ -1,6 +1,7 @@
 """What the first two steps of CaFo ask and of whom: the classes, a served model, and one source per folder of
 answers."""
 
+from rayjobs.errors import UserError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,14 +30,14 @@ class ClassNames(NamedTuple):
 def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | None) -> ClassNames:
     """A data set's classes, or a plain list. Raises ValueError unless there is exactly one of them."""
     if (data is None) == (class_names is None):
-        raise ValueError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
+        raise UserError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
     if data is not None:
         dataset = data.open()
         classes = ClassNames(dataset.class_names, dataset.templates)
     else:
         assert class_names is not None
         if blank := [name for name in class_names if not name.strip()]:
-            raise ValueError(f"class_names holds a blank name: {blank[0]!r}")
+            raise UserError(f"class_names holds a blank name: {blank[0]!r}")
         classes = ClassNames(tuple(class_names), PHOTO)
     for template in classes.templates:
         check_template("template", template)
@@ -50,4 +51,4 @@ def check_template(what: str, sentence: str) -> None:
     except (ValueError, LookupError):
         fits = False
     if not fits:
-        raise ValueError(f"a {what} needs one {{}} for the class name and no other braces, got {sentence!r}")
+        raise UserError(f"a {what} needs one {{}} for the class name and no other braces, got {sentence!r}")

@@ -8,6 +8,7 @@ two runs at once on one store write the same bytes.
 Legend: n images, V views, C width of an encoder's features, S side of its images.
 """
 
+from rayjobs.errors import UserError
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from ray.data import ActorPoolStrategy
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from cafo.images import ImageError, Preprocess, load_image
+from cafo.images import Preprocess, load_image
+from cafo.errors import ImageError
 from cafo.prompt import zero_shot_classifier
 from cafo.encoder_spec import EncoderSpec
 from rayjobs.config import config
@@ -112,7 +114,7 @@ def prepare_features(
     for images in lists:
         rejected = found[images.role].rejected
         if len(rejected) > settings.max_rejected_fraction * len(images.items):
-            raise ValueError(
+            raise UserError(
                 f"{len(rejected)} of {len(images.items)} {images.role} images cannot be read, over "
                 f"features.max_rejected_fraction={settings.max_rejected_fraction}; the first: {rejected[0].reason}"
             )

@@ -1,5 +1,6 @@
 """The images and sentences that a CaFo job names, and the lists of images it has to encode."""
 
+from rayjobs.errors import UserError
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,20 +60,20 @@ class ImageDatasetConfig:
     def open(self) -> Dataset:
         """The data set with its test list still closed. Raises ValueError."""
         if self.split and self.tree:
-            raise ValueError("data.split and data.tree exclude each other")
+            raise UserError("data.split and data.tree exclude each other")
         if self.split:
             split = resolve_path(self.split)
             dataset = load_split(split, resolve_path(self.images) if self.images else split.parent, name=self.name)
         elif self.tree:
             dataset = load_tree(resolve_path(self.tree), name=self.name, seed=self.seed, shares=self.tree_shares)
         elif not self.name:
-            raise ValueError(f"data: give a name ({', '.join(LAYOUTS)}), or data.split, or data.tree")
+            raise UserError(f"data: give a name ({', '.join(LAYOUTS)}), or data.split, or data.tree")
         else:
             dataset = load_dataset(self.name, resolve_path(self.root), val_share=self.val_share, seed=self.seed)
         if self.templates:
             dataset = replace(dataset, templates=tuple(self.templates))
         if not dataset.val and self.name not in TEST_ONLY:
-            raise ValueError(f"{dataset.name} has no validation image, and nothing is ever chosen on test")
+            raise UserError(f"{dataset.name} has no validation image, and nothing is ever chosen on test")
         return dataset
 
     def drawn(self, dataset: Dataset, keep: int) -> tuple[Path, tuple[Item, ...]]:
@@ -80,7 +81,7 @@ class ImageDatasetConfig:
         if not keep:
             return dataset.image_root, ()
         if not self.generated:
-            raise ValueError("generated images are asked for: data.generated says where they are, and it is not set")
+            raise UserError("generated images are asked for: data.generated says where they are, and it is not set")
         if self.generated in ("dalle", "sd"):
             root, items = load_generated(dataset, resolve_path(self.root), self.generated)
         else:
@@ -93,5 +94,5 @@ class ImageDatasetConfig:
         if kind == "templates":
             return template_prompts(dataset.templates, dataset.class_names)
         if self.prompts is None:
-            raise ValueError("sentences from a file are asked for, and data.prompts names none")
+            raise UserError("sentences from a file are asked for, and data.prompts names none")
         return read_prompts(resolve_path(self.prompts), dataset.class_names)

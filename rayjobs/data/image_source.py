@@ -8,6 +8,7 @@ Runs in Ray Data's tasks, so what takes seconds to import is imported where it i
 F features of an image, S side of the tower's images.
 """
 
+from rayjobs.errors import UserError
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class StoredFeatures:
         rows, features = _part(self.folders[source] / part_name(place - place % STORE_IMAGES))
         if place not in rows:
             path = _lists(self.lists)[str(source)][place]
-            raise ValueError(f"{path}: could be read when records became tokens, and cannot be any more")
+            raise UserError(f"{path}: could be read when records became tokens, and cannot be any more")
         return features[rows[place]].tobytes()
 
 

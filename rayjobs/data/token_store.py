@@ -23,7 +23,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
 import ray.data
-from adapter.instruct import RecordError, encode_record
+from adapter.instruct import encode_record
+from adapter.errors import RecordError
 from adapter.tokenizer import Tokenizer
 from rayjobs.data.image_source import read_image
 from rayjobs.storage.paths import cached_path, resolve_path

@@ -12,6 +12,7 @@ from rayjobs.config import config
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.font_digits import pictures
 from rayjobs.demo.notes import NAMES
+from rayjobs.errors import UserError
 from rayjobs.storage.files import write_json
 
 
@@ -42,7 +43,7 @@ def divided(settings: DigitsConfig) -> dict[str, list[tuple[str, Tensor, int]]]:
         found[split] = [(f"{i:04d}", drawn[i], int(scans.target[i])) for i in order[start:stop]]
         start = stop
     if start > len(drawn):
-        raise ValueError(f"digits: train, val and test add up to {start}, and there are {len(drawn)} scans")
+        raise UserError(f"digits: train, val and test add up to {start}, and there are {len(drawn)} scans")
     return found
 
 

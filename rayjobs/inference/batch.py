@@ -23,6 +23,7 @@ from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.console import Progress
+from rayjobs.errors import UserError
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.runs.provenance import lock_provenance
@@ -81,7 +82,8 @@ def decode_images(table: pa.Table, root: str, sight: ImageConditioning) -> pa.Ta
 
 def read_pixels(path: Path, sight: ImageConditioning) -> tuple[bytes | None, str]:
     """An image's pixels as the tower reads them, or why there are none."""
-    from cafo.images import ImageError, load_image
+    from cafo.errors import ImageError
+    from cafo.images import load_image
 
     try:
         return sight.tower.preprocess(load_image(path)).numpy().tobytes(), ""
@@ -120,7 +122,7 @@ def generate_all(
         else:
             todo.append({"part": str(files[-1]), "records": json.dumps(chunk)})
     if not files:
-        raise ValueError("there is not one record to answer")
+        raise UserError("there is not one record to answer")
     if todo:
         connect(parts)
         resources = scale.resources()

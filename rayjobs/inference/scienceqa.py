@@ -10,7 +10,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from torch import Tensor
 
-from adapter.instruct import Example, PromptTemplate, RecordError, encode_record
+from adapter.errors import RecordError
+from adapter.instruct import Example, PromptTemplate, encode_record
 from adapter.model import AdaptedModel
 from adapter.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from rayjobs.inference.batch import Record

@@ -26,6 +26,7 @@ from rayjobs.data.image_source import StoredFeatures
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
 from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
+from rayjobs.errors import UserError
 from rayjobs.inference.batch import IDENTITY, generate_all
 from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.inference.loss import LOSSES, Scorer
@@ -68,7 +69,7 @@ def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | Non
     sources = settings.data.sources()
     if settings.task == "scienceqa":
         if len(sources) != 1:
-            raise ValueError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
+            raise UserError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
         sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
     for source in sources:
         next(iter(source.read()), None)

@@ -20,6 +20,7 @@ from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_table
 from rayjobs.data.records import prompt_template
+from rayjobs.errors import UserError
 from rayjobs.inference.batch import IDENTITY, Record, generate_all, read_pixels
 from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.lifecycle import job
@@ -113,18 +114,18 @@ class Ask:
 def check(settings: Config) -> ImageConditioning | None:
     """Everything that can be told before a model is loaded. Raises ValueError."""
     if settings.instruction is not None and settings.file is not None:
-        raise ValueError("give either instruction or file, not both")
+        raise UserError("give either instruction or file, not both")
     settings.base.open()
     prompt_template(settings.template)
     no_image = settings.file is None and settings.vision is None  # then there is none to leave out
     sight = open_image_conditioning(settings.adapter, settings.vision, settings.blind or no_image)
     if settings.image is not None and (sight is None or settings.instruction is None):
-        raise ValueError("image belongs to an instruction, and needs the vision section of its adapter")
+        raise UserError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
         if settings.run is None:
-            raise ValueError("run.name: required for a file's answers, but not given")
+            raise UserError("run.name: required for a file's answers, but not given")
         if settings.out is not None and Path(settings.out).suffix not in (".jsonl", ".parquet"):
-            raise ValueError(f"out must end in .jsonl or .parquet, got {settings.out}")
+            raise UserError(f"out must end in .jsonl or .parquet, got {settings.out}")
         next(read_records(cached_path(settings.file), answered=False), None)
     return sight
 
@@ -148,7 +149,7 @@ def run(settings: Config) -> dict[str, Any]:
     if sight is not None and settings.image is not None:
         pixels, wrong = read_pixels(resolve_path(settings.image), sight)
         if pixels is None:
-            raise ValueError(wrong)
+            raise UserError(wrong)
         seen = ImageFeaturizer(sight.tower, default_device()).features([pixels])[0]
     answers = []
     for instruction, input in _asked(settings):

@@ -25,6 +25,7 @@ from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
 from rayjobs.data.records import DataConfig
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
+from rayjobs.errors import UserError
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
@@ -86,7 +87,7 @@ def check(settings: Config) -> tuple[Checkpoint, Path, ImageConditioning | None]
 def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
     """That the adapter fits the base, and the run its folder. Raises ValueError."""
     if settings.adapter.n_layers > checkpoint.config.n_layers:
-        raise ValueError(
+        raise UserError(
             f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has "
             f"{checkpoint.config.n_layers} layers"
         )
@@ -95,7 +96,7 @@ def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
         before, now = normalize_paths(yaml.safe_load(saved.read_text())), normalize_paths(to_dict(settings))
         changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{saved.parent} holds a run with other settings in {', '.join(changed)}: "
                 "give this one another run.name, or remove that folder"
             )
@@ -167,7 +168,7 @@ def _prepare(
     if store.images_left_out:
         print(f"images: {_left_out(store.images_left_out)}", flush=True)
     if not store.rows("train"):
-        raise ValueError("no record is left to train on: lower data.val_fraction, or give more records")
+        raise UserError("no record is left to train on: lower data.val_fraction, or give more records")
     pictures = None
     if settings.vision and sight:
         pictures = prepare_image_source(

@@ -28,6 +28,7 @@ from rayjobs.cluster.worker_pool import WorkerRange
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import Progress, show_table
 from rayjobs.data.records import SourceConfig
+from rayjobs.errors import UserError
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
@@ -124,9 +125,9 @@ def evaluated_on(settings: Config, ours: adapter_train.Config) -> str | None:
 def check(settings: Config) -> list[Trial]:
     """All trials, every one's settings proven. Raises ValueError."""
     if settings.scale.workers.min < settings.scale.workers.max:  # Tune could not tell how many trials there is room for
-        raise ValueError(f"scale.workers must be one number in a sweep, got {settings.scale.workers}")
+        raise UserError(f"scale.workers must be one number in a sweep, got {settings.scale.workers}")
     if fixed := [name for name in settings.sweep.axes if name == "train.seed" or name.split(".")[0] == "run"]:
-        raise ValueError(
+        raise UserError(
             f"sweep.axes cannot hold {', '.join(fixed)}: seeds are given as sweep.seeds, and every trial has a folder "
             "of its own"
         )
@@ -143,7 +144,7 @@ def check(settings: Config) -> list[Trial]:
         if settings.sweep.scienceqa is not None:
             chosen_on += adapter_eval.check(evaluation(settings, ours))[1]
         if any(source.split == "test" for source in chosen_on):
-            raise ValueError(
+            raise UserError(
                 "a sweep chooses, and test is not for choosing: name val in data.val_path and sweep.scienceqa, and "
                 "measure what is chosen with adapter-eval"
             )

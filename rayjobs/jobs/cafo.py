@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.errors import UserError
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
@@ -39,7 +40,7 @@ def prompting(settings: Config) -> cafo_prompt.Config | None:
     if settings.prompt is None:
         return None
     if settings.data.prompts is not None:
-        raise ValueError("prompt makes the sentences that data.prompts already names: give one of the two")
+        raise UserError("prompt makes the sentences that data.prompts already names: give one of the two")
     return cafo_prompt.Config(**_fields(settings.prompt), data=settings.data, run=_within(settings, "prompt"))
 
 
@@ -48,7 +49,7 @@ def generating(settings: Config) -> cafo_generate.Config | None:
     if settings.generate is None:
         return None
     if settings.data.generated is not None:
-        raise ValueError("generate makes the images that data.generated already names: give one of the two")
+        raise UserError("generate makes the images that data.generated already names: give one of the two")
     step = _fields(settings.generate)
     step["clip"] = settings.generate.clip or next(iter(settings.encoders.values()))
     return cafo_generate.Config(**step, data=with_prompts(settings).data, run=_within(settings, "generate"))

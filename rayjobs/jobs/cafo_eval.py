@@ -19,6 +19,7 @@ from rayjobs.console import show_table
 from rayjobs.data.feature_store import open_encoders, prepare_features
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import plain_list
+from rayjobs.errors import UserError
 from rayjobs.jobs import cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
@@ -57,9 +58,9 @@ def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
     """The sweep's settings and choice. Raises ValueError if it has not chosen."""
     folder = settings.run.folder
     if not (folder / cafo_tune.SWEEP).is_file():
-        raise ValueError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
+        raise UserError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
     if not (folder / "chosen.json").is_file():
-        raise ValueError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
+        raise UserError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
     swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(settings.run)})
     return swept, read_json(folder / "chosen.json")["chosen"]
 
@@ -79,11 +80,11 @@ def run(settings: Config) -> dict[str, Any]:
     folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
     dataset = swept.data.open()
     if dataset.name in settings.targets:
-        raise ValueError(f"targets.{dataset.name} has the name of the data set itself: call it otherwise")
+        raise UserError(f"targets.{dataset.name} has the name of the data set itself: call it otherwise")
     sets = {dataset.name: dataset, **{name: target.open() for name, target in settings.targets.items()}}
     for name, target in sets.items():
         if target.class_names != dataset.class_names:
-            raise ValueError(f"targets.{name} has other classes than {dataset.name}")
+            raise UserError(f"targets.{name} has other classes than {dataset.name}")
     connect(settings.run.folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     record_opening(folder, chosen, sets)
@@ -146,7 +147,7 @@ def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, D
     path = folder / "opened.json"
     before = read_json(path) if path.exists() else {}
     if before and before["choice"] != digest:
-        raise ValueError(
+        raise UserError(
             f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
             "Sweep under another run.name"
         )

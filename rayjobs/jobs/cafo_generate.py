@@ -19,6 +19,7 @@ from rayjobs.config import config
 from rayjobs.console import Progress, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.errors import UserError
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
@@ -99,11 +100,11 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
     """
     if getattr(settings, settings.source) is None:
         needed = {"folder": "folder", "endpoint": "endpoint.model", "diffusers": "diffusers.model"}[settings.source]
-        raise ValueError(f"source is {settings.source}, so {needed} is required, but not given")
+        raise UserError(f"source is {settings.source}, so {needed} is required, but not given")
     if settings.keep > settings.candidates:
-        raise ValueError(f"keep must be at most the {settings.candidates} candidates, got {settings.keep}")
+        raise UserError(f"keep must be at most the {settings.candidates} candidates, got {settings.keep}")
     if settings.clip.kind != "clip":
-        raise ValueError(
+        raise UserError(
             f"clip.kind must be clip: only CLIP can score an image against a text; got {settings.clip.kind}"
         )
     classes = open_class_names(settings.data, settings.class_names)
@@ -121,7 +122,7 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
     else:
         assert settings.diffusers is not None
         if importlib.util.find_spec("diffusers") is None:
-            raise ValueError(
+            raise UserError(
                 "drawing locally needs the optional `diffusers` package; install the `diffusers` extra, or use another "
                 "source"
             )
@@ -202,7 +203,7 @@ def run(settings: Config) -> dict[str, Any]:
         )
     content = read_json_file(settings.list_path, "run the job again")
     if not content["train"]:
-        raise ValueError(f"not one usable image was drawn of any class; the reasons are in {log}")
+        raise UserError(f"not one usable image was drawn of any class; the reasons are in {log}")
     keep_examples(folder, settings.list_path.parent, content)
     per_class = [0] * len(classes.names)
     for _, label, _ in content["train"]:
@@ -252,7 +253,7 @@ def _check_folders(generator: FolderGenerator, classes: ClassNames) -> None:
             problems.append(str(error))
     if problems:
         more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise ValueError("\n".join([*problems[:20], *more]))
+        raise UserError("\n".join([*problems[:20], *more]))
 
 
 def _drawn(path: Path) -> set[int]:

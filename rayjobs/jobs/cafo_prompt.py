@@ -25,6 +25,7 @@ from rayjobs.config import config
 from rayjobs.console import Progress, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.errors import UserError
 from rayjobs.inference.class_descriptions import LlamaConfig, LlamaModel, SamplingConfig
 from rayjobs.lifecycle import job
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
@@ -69,7 +70,7 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
     """
     if settings.source != "templates" and getattr(settings, settings.source) is None:
         needed = {"file": "file", "endpoint": "endpoint.model", "llama": "llama.base.path"}[settings.source]
-        raise ValueError(f"source is {settings.source}, so {needed} is required, but not given")
+        raise UserError(f"source is {settings.source}, so {needed} is required, but not given")
     classes = open_class_names(settings.data, settings.class_names)
     identity: dict[str, Any] = {"source": settings.source}
     if settings.source == "file":

@@ -19,6 +19,7 @@ from rayjobs.data.feature_store import Features, FeaturesConfig, open_encoders, 
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.data.text_classifier import prepare_classifier
+from rayjobs.errors import UserError
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table
@@ -62,7 +63,7 @@ def tried_settings(settings: Config) -> list[Setting]:
     )
     settings.search.grid()
     if not enumerate_trials(settings.space, tried):
-        raise ValueError("the space holds no trial: K = K' = 0 leaves nothing to cache")
+        raise UserError("the space holds no trial: K = K' = 0 leaves nothing to cache")
     return tried
 
 
@@ -197,9 +198,7 @@ def same_sweep(settings: Config) -> None:
     now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
     if path.exists() and (before := normalize_paths(read_json(path))) != normalize_paths(now):
         changed = [name for name, value in normalize_paths(now).items() if before.get(name) != value]
-        raise ValueError(
-            f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
-        )
+        raise UserError(f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name")
     write_json(path, now)
 
 

@@ -28,6 +28,7 @@ from rayjobs.demo.cafo_settings import BASELINES, CASCADE, CascadeConfig, cascad
 from rayjobs.demo.gpus import gpus
 from rayjobs.demo.stages import Stage, Stages
 from rayjobs.demo.world import World, WorldConfig, make_world, world_in
+from rayjobs.errors import UserError
 from rayjobs.inference.scienceqa import examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
 from rayjobs.lifecycle import job
@@ -98,7 +99,7 @@ def plan(settings: Config) -> None:
 def check() -> None:
     """Raises ValueError if what draws the digits is not installed."""
     if lacking := [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"the demo needs {' and '.join(lacking)}; install the `demo` extra")
+        raise UserError(f"the demo needs {' and '.join(lacking)}; install the `demo` extra")
 
 
 @job

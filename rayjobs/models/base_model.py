@@ -9,6 +9,7 @@ from adapter.base_checkpoint import Checkpoint, open_checkpoint
 from adapter.model import AdaptedModel
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
+from rayjobs.errors import UserError
 from rayjobs.storage.paths import AnyPath, cached_path, is_url, resolve_path
 
 Dtype = Literal["fp32", "bf16"]
@@ -31,7 +32,7 @@ class BaseModelConfig:
         checkpoint = open_checkpoint(cached_path(self.path))
         path = resolve_path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
-            raise ValueError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
+            raise UserError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
         if is_url(self.path) and not self.tokenizer:
             path = resolve_path(self.path) / path.name  # other machines have copies of their own
         Tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)

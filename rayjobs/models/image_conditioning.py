@@ -13,6 +13,7 @@ from adapter.adapter_checkpoint import read_adapter
 from adapter.image_projection import ImageProjectionConfig as Projected
 from adapter.image_projection import Images
 from rayjobs.config import config
+from rayjobs.errors import UserError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
 from rayjobs.storage.paths import cached_path
 
@@ -42,7 +43,7 @@ class VisionConfig:
     def open(self) -> ImageConditioning:
         """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
         if self.augment and self.mode == "stored":
-            raise ValueError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
+            raise UserError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
         held = load_vision_encoder(self.tower.spec())
         side = held.preprocess.size
         widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
@@ -66,18 +67,18 @@ def open_image_conditioning(adapter: str | None, vision: VisionConfig | None, bl
     if vision is None:
         if reads is None:
             return None
-        raise ValueError(
+        raise UserError(
             f"{adapter} reads images, through the tower {reads.tower or 'that it was trained with'} "
             f"({reads.preprocess}): name it in vision.tower, or set blind=true to leave images out"
         )
     if reads is None:
-        raise ValueError(
+        raise UserError(
             f"{adapter or 'a bare base'} cannot read images: leave out vision, or name an adapter trained with it"
         )
     sight = vision.open()
     theirs, ours = (reads.tower, reads.widths), (sight.projection.tower, sight.projection.widths)
     if theirs[1] != ours[1] or theirs[0] not in ("", ours[0]):
-        raise ValueError(f"{adapter} was trained with the image tower {theirs}, not with {ours}, which vision names")
+        raise UserError(f"{adapter} was trained with the image tower {theirs}, not with {ours}, which vision names")
     return sight
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cafo.images import ImageError, load_image
+from cafo.errors import ImageError
+from cafo.images import load_image
 from rayjobs.storage.files import atomic_path, write_json
 
 EXAMPLES = "examples.json"

@@ -14,6 +14,7 @@ import yaml
 
 from rayjobs.cluster.hardware import HARDWARE_FILE
 from rayjobs.config import flatten, format_value
+from rayjobs.errors import UserError
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
 from rayjobs.reporting.figures import figure_svg
@@ -85,7 +86,7 @@ def settings(folder: Path) -> dict[str, str]:
 def _record(folder: Path) -> RunRecord:
     record = read_record(folder)
     if record is None:
-        raise ValueError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists those there are")
+        raise UserError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists those there are")
     return record.now()
 
 

@@ -1,5 +1,6 @@
 """Where a folder's answers come from: noted before the first of them is written, compared before there are more."""
 
+from rayjobs.errors import UserError
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ def check_provenance(path: Path, identity: Mapping[str, Any], *, way_out: str = 
     before, identity = normalize_paths(read_json(path)), normalize_paths(dict(identity))
     if differing := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
         told = "; ".join(f"{name} was {before.get(name)!s:.60}, now {identity.get(name)!s:.60}" for name in differing)
-        raise ValueError(f"{path.parent} holds answers from other settings ({told}): {way_out}")
+        raise UserError(f"{path.parent} holds answers from other settings ({told}): {way_out}")
 
 
 def lock_provenance(path: Path, identity: Mapping[str, Any], **told: str) -> None:

@@ -1,5 +1,6 @@
 """What every run records of itself in `run.json`: its job, its state, and when; and the runs of a folder."""
 
+from rayjobs.errors import UserError
 import functools
 import os
 import shlex
@@ -67,7 +68,7 @@ def start_run(folder: Path, settings: Any) -> bool:
     if before and _ours(before) and before.job != _job(settings):
         return False
     if before and before.now().state == "running" and before.host == socket.gethostname() and before.pid != os.getpid():
-        raise ValueError(
+        raise UserError(
             f"{folder} is being run by process {before.pid} of {before.host}: let it end, stop it, or choose another "
             "run.name"
         )
@@ -96,7 +97,7 @@ def read_record(folder: Path) -> RunRecord | None:
     except ValidationError as error:
         wrong = error.errors()[0]
         field = ".".join(map(str, wrong["loc"]))
-        raise ValueError(f"{path} is no run's record: {field}: {wrong['msg']}".replace(": :", ":")) from error
+        raise UserError(f"{path} is no run's record: {field}: {wrong['msg']}".replace(": :", ":")) from error
 
 
 def find_runs(storage: Path) -> list[Path]:

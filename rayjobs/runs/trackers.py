@@ -4,6 +4,7 @@ A tracker may be opened again on the same run, by a process that resumes it or b
 those that are there. The run's folder keeps the id that the tracker knows it by; a folder made anew is a new run there.
 """
 
+from rayjobs.errors import UserError
 import importlib.util
 import re
 import sys
@@ -138,7 +139,7 @@ def open_trackers(folder: Path, track: TrackConfig) -> list[Tracker]:
     """
     for name in ("mlflow", "wandb"):
         if getattr(track, name) and importlib.util.find_spec(name) is None:
-            raise ValueError(f"run.track.{name} needs the optional `{name}` extra, which is not installed")
+            raise UserError(f"run.track.{name} needs the optional `{name}` extra, which is not installed")
     found: list[Tracker] = [MLflow(folder, track)] if track.mlflow else []
     return [*found, WandB(folder, track)] if track.wandb else found
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayjobs.errors import UserError
 from rayjobs.storage.paths import is_url, resolve_path, upload_file
 
 
@@ -54,7 +55,7 @@ def _parsed(text: bytes, path: str | Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: malformed JSON: {error}") from error
+        raise UserError(f"{path}: malformed JSON: {error}") from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from rayjobs.errors import UserError
+
 BACKENDS = {"s3": "s3fs", "gs": "gcsfs"}
 _REACHED: set[str] = set()
 
@@ -29,9 +31,9 @@ def resolve_path(path: str | Path) -> Path:
         return Path(path).absolute()
     protocol, _, rest = str(path).partition("://")
     if protocol not in BACKENDS:
-        raise ValueError(f"{path}: URLs may begin with {' or '.join(f'{name}://' for name in BACKENDS)}")
+        raise UserError(f"{path}: URLs may begin with {' or '.join(f'{name}://' for name in BACKENDS)}")
     if importlib.util.find_spec(BACKENDS[protocol]) is None:
-        raise ValueError(f"{path} needs the optional `{protocol}` extra, which is not installed")
+        raise UserError(f"{path} needs the optional `{protocol}` extra, which is not installed")
     from upath import UPath
 
     # other processes write there too, so what was listed before is not what is there now
@@ -104,7 +106,7 @@ def _told(path: str | Path, what: str) -> Iterator[None]:
 
 def _refuse_url(path: str) -> str:
     if is_url(path):
-        raise ValueError("must be a local path, not a URL: mount the bucket, or copy it to where all nodes see it")
+        raise UserError("must be a local path, not a URL: mount the bucket, or copy it to where all nodes see it")
     return path
 
 

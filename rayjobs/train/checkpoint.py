@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from rayjobs.errors import UserError
+
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
 
@@ -57,7 +59,7 @@ def find_resumable(storage: str) -> TrainingCheckpoint | None:
     known = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
     kept = newest_readable(known[::-1] or list_checkpoints(storage))
     if known and kept is None:
-        raise ValueError(
+        raise UserError(
             f"{storage}: none of the {len(known)} checkpoints that are kept can be read; the same command begins anew "
             "once that folder is removed"
         )

@@ -20,6 +20,7 @@ from adapter.base_checkpoint import open_checkpoint, skeleton
 from adapter.decoder import Llama
 from adapter.image_projection import Images
 from rayjobs.config import config
+from rayjobs.errors import UserError
 from rayjobs.models.base_model import TORCH_DTYPES, Dtype
 from rayjobs.storage.paths import cached_path
 
@@ -188,7 +189,7 @@ class Engine:
             f"{name}{end}" for name in self.names for end in ("", *(f".{m}" for m in ADAM_MOMENTS))
         }
         if expected != set(state):
-            raise ValueError(f"the training state does not fit the adapter: {sorted(expected ^ set(state))[:4]} differ")
+            raise UserError(f"the training state does not fit the adapter: {sorted(expected ^ set(state))[:4]} differ")
         for name, parameter in self.trainable.items():
             self._put(parameter, state[name].to(self.device))
             for moment in ADAM_MOMENTS:

@@ -16,6 +16,7 @@ from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import environment
 from rayjobs.console import Progress, verbose
+from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
@@ -32,7 +33,7 @@ SILENT_S = 30.0
 def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, torch.Tensor]:
     """Trains, or resumes what `folder` holds, with a progress bar. Returns the final trainable state.
 
-    Raises FloatingPointError if the loss ceased to be finite, ValueError if the workers can never fit.
+    Raises NonFiniteLossError if the loss ceased to be finite, ValueError if the workers can never fit.
     """
     resources, grown = scale.resources(), SyncedFolder(folder)
     fewest, most = scale.workers.min, scale.workers.max
@@ -89,9 +90,9 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
             raise result.error
     returned = result.return_value or {}
     if refused := returned.get("refused"):
-        raise ValueError(refused)
+        raise UserError(refused)
     if stopped := returned.get("stopped"):
-        raise FloatingPointError(stopped)
+        raise NonFiniteLossError(stopped)
     final = newest_readable([result.checkpoint] if result.checkpoint else list_checkpoints(storage))
     if final is None or final.step < job.total_steps:
         raise OSError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")

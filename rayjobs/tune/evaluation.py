@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from cafo.datasets import Dataset
+from rayjobs.errors import UserError
 from rayjobs.reporting.accuracy_tables import ZERO_SHOT
 from rayjobs.storage.files import write_parquet
 from rayjobs.tune.trial import open_cache
@@ -19,7 +20,7 @@ def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[s
     for trial in {seed["trial"] for cell in chosen for seed in cell["seeds"]}:
         for name, identity in open_cache(trials, trial).encoders.items():
             if identities[name] != identity:
-                raise ValueError(
+                raise UserError(
                     f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
                     "put back the weights that it was run with"
                 )

@@ -9,6 +9,7 @@ from cafo.fewshot import FewShot
 from rayjobs.data.feature_store import Features
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.text_classifier import ClassifierFile
+from rayjobs.errors import UserError
 from rayjobs.storage.files import read_json, write_json
 
 
@@ -30,7 +31,7 @@ def check_same_inputs(
     path = folder / "inputs.json"
     if path.exists() and (before := read_json(path)) != now:
         changed = [name for name in now if before.get(name) != now[name]]
-        raise ValueError(
+        raise UserError(
             f"{folder} holds trials of other {' and other '.join(changed)} than there are now: choose another run.name"
         )
     write_json(path, now)

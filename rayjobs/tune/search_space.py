@@ -15,6 +15,7 @@ from cafo.ensemble import table5
 from cafo.search import BetaGrid
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
+from rayjobs.errors import UserError
 
 Axis = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
 H = TypeVar("H", bound=Hashable)
@@ -147,18 +148,18 @@ def enumerate_settings(
     sets = [tuple(names) for names in space.encoders or [list(encoders)]]
     known = {label for names in sets for label in table5(names)}
     if unknown := {name for names in sets for name in names} - set(encoders):
-        raise ValueError(f"space.encoders: {', '.join(sorted(unknown))} not among encoders {', '.join(encoders)}")
+        raise UserError(f"space.encoders: {', '.join(sorted(unknown))} not among encoders {', '.join(encoders)}")
     if unknown := set(space.ensemble) - known:
-        raise ValueError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(known))}")
+        raise UserError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(known))}")
     if over := [v for v in space.views or [] if not 1 <= v <= views]:
-        raise ValueError(f"space.views: {over[0]} is not from 1 to features.views={views}")
+        raise UserError(f"space.views: {over[0]} is not from 1 to features.views={views}")
     for axis in ("shots", "generated", "lr", "epochs", "alpha", "beta"):
         values = getattr(space, axis)
         if not isinstance(values, Range) and min(values, default=0) < 0:
-            raise ValueError(f"space.{axis}: {min(values)} is negative")
+            raise UserError(f"space.{axis}: {min(values)} is negative")
     draw = random.Random(how.seed)
     if isinstance(space.lr, Range) and how.method == "grid":
-        raise ValueError("space.lr: a range can be drawn from, not gone through: give a list, or another search.method")
+        raise UserError("space.lr: a range can be drawn from, not gone through: give a list, or another search.method")
     axes: list[Sequence[Any]] = [
         space.generated,
         space.views or [views],
@@ -198,9 +199,7 @@ def method_space(space: SpaceConfig, method: str) -> SpaceConfig:
         return replace(space, methods={}, **space.methods[method])
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(
-            f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
-        ) from error
+        raise UserError(f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
 
 
 def enumerate_trials(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:

@@ -19,7 +19,7 @@ from adapter.adapter_checkpoint import AdapterFile, adapter_from, attach_file, e
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama
 from adapter.decoder import Llama, LlamaConfig
-from adapter.tensor_files import CheckpointError
+from adapter.errors import CheckpointError
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS, L, K = 31, 24, 4, 2, 37, 5, 3, 7
 CONFIG = LlamaConfig(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from adapter.base_checkpoint import open_checkpoint
-from adapter.tensor_files import CheckpointError
+from adapter.errors import CheckpointError
 from tests.adapter.test_base_checkpoint import DIM, hf_logits, hf_model, our_logits, write_hf, write_meta
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from adapter.conversation import read_conversations
-from adapter.instruct import RecordError
+from adapter.errors import RecordError
 
 
 def turns(*said):

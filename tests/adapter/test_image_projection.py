@@ -8,9 +8,9 @@ import torch
 from adapter.adapter_checkpoint import adapter_from, attach_file, export_v1, read_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Llama, LlamaConfig
+from adapter.errors import CheckpointError
 from adapter.generate import generate
 from adapter.image_projection import ImageProjectionConfig
-from adapter.tensor_files import CheckpointError
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from adapter import instruct
-from adapter.instruct import ALPACA, PromptTemplate, RecordError, encode_record, read_records
+from adapter.errors import RecordError
+from adapter.instruct import ALPACA, PromptTemplate, encode_record, read_records
 from adapter.tokenizer import Tokenizer
 
 TEMPLATE = PromptTemplate(with_input="do {instruction} with {input} :", without_input="do {instruction} :")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from adapter.instruct import RecordError
+from adapter.errors import RecordError
 from adapter.scienceqa import CLASSES, LETTERS, PUBLISHED, TEMPLATE, Problem, read_answer, read_problems, tabulate
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from adapter.errors import TokenizerError
 from adapter.loss import IGNORE
-from adapter.tokenizer import Tokenizer, TokenizerError
+from adapter.tokenizer import Tokenizer
 
 LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "llama"
 LINES = ["the cat sat on the mat", "a dog ran after the cat", "she sells sea shells"] * 5

@@ -6,9 +6,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cafo.datasets import Item, load_generated_list
+from cafo.errors import ImageError
 from cafo.files import read_json
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, best_of, generate
-from cafo.images import ImageError, Preprocess
+from cafo.images import Preprocess
 from cafo.openai_client import Endpoint
 from tests.cafo.server import serve
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cafo.images import CLIP_MEAN, CLIP_STD, THIN, ImageError, Preprocess, load_image, random_view
+from cafo.errors import ImageError
+from cafo.images import CLIP_MEAN, CLIP_STD, THIN, Preprocess, load_image, random_view
 
 
 def gradient(width=37, height=23):

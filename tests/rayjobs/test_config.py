@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from rayjobs.__main__ import JOBS
-from rayjobs.config import ConfigError, describe, load, to_dict
+from rayjobs.config import describe, load, to_dict
 from rayjobs.data.records import SourceConfig
+from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
 from tests.conftest import ROOT

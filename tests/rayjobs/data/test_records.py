@@ -7,7 +7,8 @@ import pytest
 
 from adapter.instruct import ALPACA
 from adapter.scienceqa import TEMPLATE
-from rayjobs.config import ConfigError, load
+from rayjobs.config import load
+from rayjobs.errors import ConfigError
 from rayjobs.data.records import DataConfig
 
 

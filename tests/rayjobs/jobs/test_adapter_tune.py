@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rayjobs.config import ConfigError, load
+from rayjobs.config import load
+from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_tune
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import towers

@@ -16,8 +16,9 @@ from adapter.adaption import AdaptionConfig
 from cafo.cache import load_cache
 from cafo.datasets import load_generated_list
 from cafo.encoders import EncoderSpec, load_encoder
+from cafo.errors import ImageError
 from cafo.generate import FolderGenerator
-from cafo.images import ImageError, load_image
+from cafo.images import load_image
 from rayjobs.config import load, to_dict
 from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder

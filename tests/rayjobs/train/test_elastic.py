@@ -12,7 +12,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
-from rayjobs.config import ConfigError, load
+from rayjobs.config import load
+from rayjobs.errors import ConfigError
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
 

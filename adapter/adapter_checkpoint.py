@@ -2,7 +2,7 @@
 
 Our own form is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32, with a header that holds the
 format's version, the gate convention, the base's shape and fingerprint, and the tokenizer's hash; an adapter that reads
-images adds `vision.*`, its projection, and the tower's identity and preprocessing. Read besides:
+images adds `vision.*`, its projection, and the encoder's identity and preprocessing. Read besides:
 
     official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, per head or one for all
     litgpt        `transformer.h.i.attn.adapter_wte.weight` (K, C), `...gating_factor` (1, 1, H, 1)
@@ -33,6 +33,8 @@ FORMAT = "llama-adapter"
 VERSION = 1
 _SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
 
+_HEADER_KEYS = {"encoder": "tower"}
+"""`ImageProjectionConfig` field → its key in the header, where the two differ."""
 _OWN, _PROJECTION = {"prompt", "gate"}, "vision."
 # Prompts and gates of the foreign forms, each key with its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
@@ -56,7 +58,7 @@ class AdapterFile:
     """`Checkpoint.fingerprint` of the base; foreign files have none."""
     tokenizer_sha256: str | None = None
     vision: ImageProjectionConfig | None = None
-    """How it reads images, and of which tower; None for text alone."""
+    """How it reads images, and of which encoder; None for text alone."""
     projection: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of `adapter.vision.Projection`, by name."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -89,7 +91,7 @@ class AdapterFile:
             "extra": json.dumps(dict(self.extra)),
         }
         if self.vision is not None:
-            header["vision"] = json.dumps(asdict(self.vision))
+            header["vision"] = json.dumps(_vision_header(self.vision))
         tensors = {"prompt": self.prompt, "gate": self.gate}
         tensors |= {_PROJECTION + name: tensor for name, tensor in self.projection.items()}
         with atomic(path) as part:
@@ -125,16 +127,16 @@ def attach_file(
     *,
     fingerprint: str | None = None,
     tokenizer_sha256: str | None = None,
-    tower: str | None = None,
+    encoder: str | None = None,
 ) -> None:
     """Puts a file's adaption on a base, replacing any that is there.
 
     Raises CheckpointError, leaving the model as it was, if the base's shape, its `fingerprint`, the tokenizer's hash or
-    the identity of the `tower` whose features it will be given is not what the file was made for. What either side does
+    the identity of the `encoder` whose features it will be given is not what the file was made for. What either side does
     not know is not compared: foreign files know shapes only.
     """
-    if tower and file.vision is None:
-        raise CheckpointError("the adapter was made for text alone: it cannot read images, leave out the tower")
+    if encoder and file.vision is None:
+        raise CheckpointError("the adapter was made for text alone: it cannot read images, leave out the encoder")
     n_layers, _, dim = file.prompt.shape
     shape = _shape_of(model.config)
     wanted = {"dim": dim, **file.base_shape}
@@ -147,10 +149,10 @@ def attach_file(
     for what, theirs, ours in (
         ("base of the same shape but other weights: fingerprint", file.base_fingerprint, fingerprint),
         ("tokenizer: sha256", file.tokenizer_sha256, tokenizer_sha256),
-        ("image tower, preprocessing or precision:", file.vision and file.vision.tower, tower),
+        ("image encoder, preprocessing or precision:", file.vision and file.vision.encoder, encoder),
     ):
         if theirs and ours and theirs != ours:
-            if "tower" not in what:
+            if "encoder" not in what:  # an encoder's identity is readable, the others are long hashes
                 theirs, ours = f"{theirs[:12]}…", f"{ours[:12]}…"
             raise CheckpointError(f"the adapter was made for another {what} {theirs}, here {ours}")
     model.attach(file.config)
@@ -272,10 +274,17 @@ def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
     )
 
 
+def _vision_header(vision: ImageProjectionConfig) -> dict[str, Any]:
+    """The header's JSON for `vision`. Files of format version 1 spell the encoder's key "tower"."""
+    return {_HEADER_KEYS.get(name, name): value for name, value in asdict(vision).items()}
+
+
 def _read_vision(header: str) -> ImageProjectionConfig:
     fields = json.loads(header)
     if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
         raise AdapterError(f"vision {header}")
+    names = {key: name for name, key in _HEADER_KEYS.items()}
+    fields = {names.get(key, key): value for key, value in fields.items()}
     try:
         return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
     except TypeError as error:

@@ -1,15 +1,15 @@
 """Image-conditioned prompts (LLaMA-Adapter, arXiv 2303.16199, eq. 9-10).
 
-A frozen tower gives M global features of an image, at several scales; a small trainable MLP turns them into one token,
+A frozen encoder gives M global features of an image, at several scales; a small trainable MLP turns them into one token,
 which is added to every prompt of every adapted layer:
 
     I = up gelu(down [f_1; …; f_M])          I ∈ R^C
     P_l' = P_l + I
 
 Each f_m is first brought to mean 0 and variance 1 over its channels, with nothing to learn (the paper does not say):
-a tower's scales differ in magnitude by orders, and the loudest would decide what learning rate the rest can bear.
+an encoder's scales differ in magnitude by orders, and the loudest would decide what learning rate the rest can bear.
 
-The tower is no part of the adapter. It is handed in as its features; only its name is kept, to refuse another's.
+The encoder is no part of the adapter. It is handed in as its features; only its name is kept, to refuse another's.
 
 n images, C model width, F = the sum of the features' widths.
 """
@@ -34,11 +34,11 @@ class ImageProjectionConfig:
     widths: tuple[int, ...]
     """Channels of the M features, in order."""
     bottleneck: int = 72
-    """Width of the MLP's hidden layer; 72 makes about the paper's 0.6 M at 7B with any of CLIP's usual towers."""
-    tower: str = ""
-    """The tower's identity: of its weights, preprocessing, precision and scales. Empty where it is not known."""
+    """Width of the MLP's hidden layer; 72 makes about the paper's 0.6 M at 7B with any of CLIP's usual encoders."""
+    encoder: str = ""
+    """The encoder's identity: of its weights, preprocessing, precision and scales. Empty where it is not known."""
     preprocess: str = ""
-    """The tower's preprocessing in words, for whoever has to find it again."""
+    """The encoder's preprocessing in words, for whoever has to find it again."""
 
     def __post_init__(self) -> None:
         if self.bottleneck < 1 or not self.widths or min(self.widths) < 2:
@@ -73,6 +73,6 @@ def gather(images: Sequence[Tensor | None], width: int) -> Images:
     rows = [row for row, features in enumerate(images) if features is not None]
     found = [features for features in images if features is not None]
     if wrong := [tuple(features.shape) for features in found if features.shape != (width,)]:
-        raise AdapterError(f"the adapter reads {width} features of an image, got {wrong[0]}: another tower?")
+        raise AdapterError(f"the adapter reads {width} features of an image, got {wrong[0]}: another encoder?")
     features = torch.stack(found).float() if found else torch.zeros(0, width)
     return features, torch.tensor(rows, dtype=torch.int64)

@@ -57,14 +57,14 @@ class AdaptedModel:
         device = self.model.tok_embeddings.weight.device
         self.model.attach(config, torch.Generator(device).manual_seed(seed))
 
-    def load_adapter(self, path: str | Path, *, gate: Gate | None = None, tower: str | None = None) -> None:
+    def load_adapter(self, path: str | Path, *, gate: Gate | None = None, encoder: str | None = None) -> None:
         """Loads an adapter file of any known form; `gate` is an official v1 file's convention (see `read_adapter`).
 
-        tower: the identity of the tower whose features it will be given. Raises CheckpointError if it was made for
-        another base, tokenizer or tower.
+        encoder: the identity of the encoder whose features it will be given. Raises CheckpointError if it was made for
+        another base, tokenizer or encoder.
         """
         file = read_adapter(path, gate=gate)
-        known = {"fingerprint": self.fingerprint, "tokenizer_sha256": self.tokenizer.sha256, "tower": tower}
+        known = {"fingerprint": self.fingerprint, "tokenizer_sha256": self.tokenizer.sha256, "encoder": encoder}
         attach_file(self.model, file, **known)
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
@@ -77,7 +77,7 @@ class AdaptedModel:
     def logits(self, texts: Sequence[str], *, images: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Each text's next-token logits (T, V) after BOS and each of its T - 1 pieces, in the model's dtype.
 
-        images: each text's features (F,) from the adapter's tower, or None where it has none.
+        images: each text's features (F,) from the adapter's encoder, or None where it has none.
         """
         rows = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
         if not rows:
@@ -106,7 +106,7 @@ class AdaptedModel:
     ) -> str:
         """Answers one instruction, put into the words that adapters are trained on. Temperature 0 is greedy.
 
-        image: features (F,) from the adapter's tower.
+        image: features (F,) from the adapter's encoder.
         """
         (answer,) = self.generate(
             [template.render(instruction, input)],
@@ -130,7 +130,7 @@ class AdaptedModel:
     ) -> list[str]:
         """Continues each prompt until EOS or `max_new_tokens`; only the new text. Temperature 0 is greedy.
 
-        images: each prompt's features (F,) from the adapter's tower, or None where it has none.
+        images: each prompt's features (F,) from the adapter's encoder, or None where it has none.
         """
         ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
         return self.continue_ids(

@@ -12,9 +12,9 @@ from PIL import Image
 
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_json
-from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import file_fingerprint
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -131,9 +131,9 @@ class Typed:
     """Types the documents' commands, with their places led to what is there, and little to compute."""
 
     def __init__(self, folder: Path) -> None:
-        found = towers(folder / "towers")
+        found = make_encoders(folder / "encoders")
         self.places = {**PLACES, "s3://bucket/runs": str(folder / "runs")}
-        self.vision = encoder("vision.tower", found["clip"])
+        self.vision = encoder("vision.encoder", found["clip"])
         self.encoders = [word for name in found for word in encoder(f"encoders.{name}", found[name])]
 
     def __call__(self, words: list[str], *, dry: bool = True) -> None:
@@ -153,7 +153,7 @@ def test_commands_and_code_work_as_written(
     cluster: None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed, told = Typed(folder), [words for words in commands() if words[:3] == OURS]
-    weights = hash_file(folder / "weights" / "stories260K" / "consolidated.00.pth")
+    weights = file_fingerprint(folder / "weights" / "stories260K" / "consolidated.00.pth")
     assert len(told) > 10
     for words in told:
         typed(words)
@@ -162,7 +162,7 @@ def test_commands_and_code_work_as_written(
     assert "ray job submit --working-dir . -- python -m rayjobs adapter-train" in capsys.readouterr().out
     learned = read_json("runs/alpaca_tiny/result.json")
     assert learned["val_loss"] < learned["base_val_loss"] - 0.3, "a really trained LLaMA learns from real instructions"
-    assert hash_file(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
+    assert file_fingerprint(folder / "weights" / "stories260K" / "consolidated.00.pth") == weights
     cascaded = read_json("runs/cafo_debug/test/result.json")
     assert cascaded["test_images"] == {"caltech101": 337}
     assert read_json("runs/cafo_debug/result.json")["truncated_sentences"] > 0
@@ -171,8 +171,8 @@ def test_commands_and_code_work_as_written(
         (folder / "photos" / place).mkdir(parents=True)
         for name in names:
             Image.new("RGB", (40, 40), (ord(name), 99, 9)).save(folder / "photos" / place / f"{name}.jpg")
-    shutil.copy(folder / "towers" / "dino.pth", folder / "weights" / "dino_resnet50_pretrain.pth")
-    shutil.copytree(folder / "towers" / "clip", folder / "openai")
+    shutil.copy(folder / "encoders" / "dino.pth", folder / "weights" / "dino_resnet50_pretrain.pth")
+    shutil.copytree(folder / "encoders" / "clip", folder / "openai")
     Image.new("RGB", (60, 40)).save(folder / "photo.jpg")
     for code in blocks(ROOT / "README.md", "python"):
         small = re.sub('name="(RN50|ViT-L-14-quickgelu)"', 'name="tiny"', code).replace("/models/llama-7b", BASE)

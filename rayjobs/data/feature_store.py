@@ -9,9 +9,8 @@ Legend: n images, V views, C width of an encoder's features, S side of its image
 """
 
 from rayjobs.errors import UserError
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ from rayjobs.console import Progress
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.storage.files import atomic_path, read_parquet, write_parquet
-from rayjobs.storage.fingerprint import content_hashes
+from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 
 
 VIEWS_PER_PART = STORE_IMAGES
@@ -87,18 +86,18 @@ class Features:
 
 def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
     """Every encoder's identity and preprocessing. Raises ValueError for one that does not load."""
-    from cafo.encoders import ClipEncoder  # seconds, which tasks that hold no tower can spare
+    from cafo.encoders import ClipEncoder  # seconds, which tasks that hold no encoder can spare
 
-    towers = {}
+    infos = {}
     for name, encoder in encoders.items():
         loaded = load_vision_encoder(encoder.spec())
-        towers[name] = EncoderInfo(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
-    return towers
+        infos[name] = EncoderInfo(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
+    return infos
 
 
 def prepare_features(
     lists: Sequence[ImageList],
-    towers: Mapping[str, EncoderInfo],
+    encoders: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
     *,
@@ -109,7 +108,7 @@ def prepare_features(
 
     Raises ValueError if too many images of a list cannot be read.
     """
-    folders = fill_store(lists, towers, settings, cache, workers=workers, resources=resources)
+    folders = fill_store(lists, encoders, settings, cache, workers=workers, resources=resources)
     found = {images.role: _read(images, folders[images.role]) for images in lists}
     for images in lists:
         rejected = found[images.role].rejected
@@ -123,7 +122,7 @@ def prepare_features(
 
 def fill_store(
     lists: Sequence[ImageList],
-    towers: Mapping[str, EncoderInfo],
+    encoders: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
     *,
@@ -131,13 +130,16 @@ def fill_store(
     resources: Mapping[str, float],
 ) -> dict[str, dict[str, Path]]:
     """{role: {encoder: its folder}}, whole: what the stores lack is encoded by a pool of actors."""
-    content = {root: content_hashes(root) for root in {images.root for images in lists}}
-    folders = {images.role: _folders(images, content[images.root], towers, settings, cache) for images in lists}
+    paths: dict[str, list[str]] = {}
+    for images in lists:
+        paths.setdefault(images.root, []).extend(item.path for item in images.items)
+    content = {root: file_fingerprints(root, names) for root, names in paths.items()}
+    folders = {images.role: _folders(images, content[images.root], encoders, settings, cache) for images in lists}
     chunks = [chunk for images in lists for chunk in _missing(images, folders[images.role], settings)]
     if chunks:
         for folder in {folder for made in folders.values() for folder in made.values()}:
             folder.mkdir(parents=True, exist_ok=True)
-        _encode(chunks, towers, settings, workers, dict(resources))
+        _encode(chunks, encoders, settings, workers, dict(resources))
     return folders
 
 
@@ -145,24 +147,21 @@ def _device(resources: Mapping[str, float]) -> str:
     return "cuda" if resources.get("GPU") else "cpu"
 
 
-def _digest(identity: Any) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-
 
 def _folders(
     images: ImageList,
-    content: Callable[[str], str | None],
-    towers: Mapping[str, EncoderInfo],
+    content: Mapping[str, str | None],
+    encoders: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     cache: Path,
 ) -> dict[str, Path]:
     """The folder of each encoder's store."""
-    files = [[item.path, content(item.path)] for item in images.items]
+    files = [[item.path, content[item.path]] for item in images.items]
     drawn = [settings.seed, settings.min_area, settings.flips] if images.views else None
     views = [images.views, drawn, VIEWS_PER_PART]
     return {
-        name: cache / "features" / _digest(["features", 2, tower.identity, views, files])
-        for name, tower in towers.items()
+        name: cache / "features" / fingerprint(["features", 2, encoder.identity, views, files])[:20]
+        for name, encoder in encoders.items()
     }
 
 
@@ -196,7 +195,7 @@ def _missing(images: ImageList, folders: Mapping[str, Path], settings: FeaturesC
 
 def _encode(
     chunks: list[dict[str, str]],
-    towers: Mapping[str, EncoderInfo],
+    encoders: Mapping[str, EncoderInfo],
     settings: FeaturesConfig,
     workers: int,
     resources: dict[str, float],
@@ -210,7 +209,7 @@ def _encode(
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0.9 if roomy else 0.4,  # other than the encoder's, or Ray would fuse the two
-            fn_kwargs={"preprocess": {name: tower.preprocess for name, tower in towers.items()}},
+            fn_kwargs={"preprocess": {name: encoder.preprocess for name, encoder in encoders.items()}},
         )
         written = decoded.map_batches(
             ChunkEncoder,
@@ -219,7 +218,7 @@ def _encode(
             compute=ActorPoolStrategy(size=workers),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            fn_constructor_args=(dict(towers), settings.batch, _device(resources)),
+            fn_constructor_args=(dict(encoders), settings.batch, _device(resources)),
         )
         for row in written.iter_rows():
             bar.advance(row["images"])
@@ -259,26 +258,26 @@ def decode_chunk(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Ta
 
 
 class ChunkEncoder:
-    """An actor that holds the towers, and writes the parts."""
+    """An actor that holds the encoders, and writes the parts."""
 
-    def __init__(self, towers: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
-        self.towers, self.batch = towers, batch
-        self.encoders = {name: load_vision_encoder(tower.spec, device) for name, tower in towers.items()}
+    def __init__(self, encoders: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
+        self.encoders, self.batch = encoders, batch
+        self.models = {name: load_vision_encoder(encoder.spec, device) for name, encoder in encoders.items()}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = json.loads(table["chunk"][0].as_py())
         assert_shared_storage(*(resolve_path(part).parent for part in chunk["parts"].values()))
         n = len(chunk["rows"])
         for name, part in chunk["parts"].items():
-            encoder = self.encoders[name]
-            side, views = encoder.preprocess.size, max(chunk["views"], 1)
+            model = self.models[name]
+            side, views = model.preprocess.size, max(chunk["views"], 1)
             buffer = table[f"pixels{chunk['columns'][name]}"][0].as_buffer()
             pixels = np.frombuffer(buffer, np.float32).reshape(n * views, 3, side, side)
             encoded = [
-                self.towers[name].features(encoder, torch.tensor(pixels[at : at + self.batch])).numpy()
+                self.encoders[name].features(model, torch.tensor(pixels[at : at + self.batch])).numpy()
                 for at in range(0, n * views, self.batch)
             ]
-            features = np.concatenate(encoded) if encoded else np.empty((0, encoder.width), np.float32)
+            features = np.concatenate(encoded) if encoded else np.empty((0, model.width), np.float32)
             flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * features.shape[1])
             columns = pa.table({"row": pa.array(chunk["rows"], pa.int64()), "features": flat})
             about = {"views": str(views), "rejected": json.dumps(chunk["rejected"])}

@@ -1,11 +1,11 @@
 """A record's image on its way to a worker, as the bytes of float32 numbers beside its tokens.
 
-    StoredFeatures   what the feature store holds of it: workers hold no tower
-    StreamedImages   its decoded pixels: workers hold the tower, and training may see augmented views
+    StoredFeatures   what the feature store holds of it: workers hold no encoder
+    StreamedImages   its decoded pixels: workers hold the encoder, and training may see augmented views
 
 Runs in Ray Data's tasks, so what takes seconds to import is imported where it is used.
 
-F features of an image, S side of the tower's images.
+F features of an image, S side of the encoder's images.
 """
 
 from rayjobs.errors import UserError
@@ -57,7 +57,7 @@ class StreamedImages:
     roots: Mapping[int, str]
     """source → the folder that its paths start from"""
     preprocess: Any
-    """`cafo.images.Preprocess` of the tower"""
+    """`cafo.images.Preprocess` of the encoder"""
     seed: int | None
     """Of augmented views, one to an epoch; None shows every image as it is."""
     min_area: float = 1.0

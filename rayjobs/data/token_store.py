@@ -32,7 +32,7 @@ from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.console import Progress
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.errors import reraise_user_errors
-from rayjobs.storage.fingerprint import content_hashes, hash_file
+from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
 from rayjobs.storage.files import write_json
 from rayjobs.storage.files import read_json
@@ -40,8 +40,6 @@ from rayjobs.storage.files import write_jsonl
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.files import write_parquet
 from rayjobs.storage.files import read_parquet
-from rayjobs.storage.fingerprint import hash_file
-from rayjobs.storage.fingerprint import content_hashes
 
 
 TOKENS = pa.schema(
@@ -122,7 +120,7 @@ def prepare_tokens(
 ) -> TokenStore:
     """The token store of some records, made by Ray Data unless it stands already.
 
-    preprocess: `cafo.images.Preprocess` of the tower; a record whose image cannot be read by it is set aside like one
+    preprocess: `cafo.images.Preprocess` of the encoder; a record whose image cannot be read by it is set aside like one
     without a label. Without it, images are left out.
     run: the folder of a run, which is told the records that cannot be used, each with its reason, for its report.
 
@@ -138,19 +136,19 @@ def prepare_tokens(
     lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if images else {}
     identity = {
         **asdict(encoding),
-        "tokenizer": hash_file(cached_path(tokenizer)),
+        "tokenizer": file_fingerprint(cached_path(tokenizer)),
         "sources": [
             [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": [
-            [path, content(path)]
+            [path, content]
             for i, paths in lists.items()
-            for content in ([content_hashes(sources[i][0].images)] if paths else [])
-            for path in paths
+            if paths
+            for path, content in file_fingerprints(sources[i][0].images, paths).items()
         ],
         "format": 3,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    key = fingerprint(identity)[:20]
     folder = resolve_path(cache) / "tokens" / key
     try:
         if not (folder / "index.json").exists():

@@ -100,7 +100,7 @@ def reading(
         "run": run,
     }
     if clip is not None:
-        values["vision"] = {"tower": {"kind": "clip", "weights": str(clip)}, "bottleneck": 128}
+        values["vision"] = {"encoder": {"kind": "clip", "weights": str(clip)}, "bottleneck": 128}
     return values
 
 

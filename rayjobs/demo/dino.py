@@ -4,7 +4,7 @@ DINO (arXiv 2104.14294): a student sees a view and predicts what the teacher, a 
 another view, as a distribution over prototypes. What keeps all scans from meeting in one prototype is here the
 Sinkhorn-Knopp centring of its successor (arXiv 2304.07193), which is steady from the first step on.
 
-The tower is a timm ResNet whose last map is read as a whole: digits need positions, which pooling would lose.
+The encoder is a timm ResNet whose last map is read as a whole: digits need positions, which pooling would lose.
 
 Legend: B images, P prototypes, S side of a picture.
 """
@@ -53,20 +53,20 @@ class DinoStandIn:
 
 
 class _Net(nn.Module):
-    """Tower, projection head and prototypes: (B, 3, S, S) → cosines (B, P)."""
+    """Encoder, projection head and prototypes: (B, 3, S, S) → cosines (B, P)."""
 
     def __init__(self, prototypes: int) -> None:
         import timm  # seconds, which the models trained beside this one can spare
 
         super().__init__()
-        self.tower = timm.create_model(ARCHITECTURE, num_classes=0, **SHAPE)
-        width = self.tower.eval()(torch.zeros(1, 3, SIDE, SIDE)).numel()
+        self.encoder = timm.create_model(ARCHITECTURE, num_classes=0, **SHAPE)
+        width = self.encoder.eval()(torch.zeros(1, 3, SIDE, SIDE)).numel()
         self.head = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, 64))
         self.prototypes = nn.Linear(64, prototypes, bias=False)
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
-        projected = F.normalize(self.head(self.tower(images).flatten(1)), dim=1)
+        projected = F.normalize(self.head(self.encoder(images).flatten(1)), dim=1)
         return projected @ F.normalize(self.prototypes.weight, dim=1).T
 
 
@@ -97,7 +97,7 @@ def train_dino(settings: DinoStandIn, digits: DigitsConfig, folder: Path, device
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
                 slow.lerp_(fast, 1 - settings.momentum)
         yield loss.item()
-    _save(teacher.tower, folder)
+    _save(teacher.encoder, folder)
 
 
 def centred(logits: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _view(scans: Tensor, dice: torch.Generator) -> Tensor:
     return (seen[:, None] - mean) / std
 
 
-def _save(tower: nn.Module, folder: Path) -> None:
+def _save(encoder: nn.Module, folder: Path) -> None:
     """A folder in timm's format."""
     recipe = {"input_size": [3, SIDE, SIDE], "crop_pct": 1.0, "interpolation": "bicubic"}
     about = {
@@ -130,4 +130,4 @@ def _save(tower: nn.Module, folder: Path) -> None:
         "pretrained_cfg": {**recipe, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     }
     (folder / "config.json").write_text(json.dumps(about, indent=2))
-    save_file({name: tensor.contiguous() for name, tensor in tower.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors")

@@ -1,7 +1,7 @@
 """Answers to many prompts: chunks of records, images decoded by Ray Data, a pool of workers, one file per chunk.
 
 Each chunk's file is there whole or not at all, so the same call goes on where another stopped. Images are decoded ahead
-of the workers, which hold the base and the tower; one that cannot be read is told in `image_error`, and its record is
+of the workers, which hold the base and the encoder; one that cannot be read is told in `image_error`, and its record is
 answered without it.
 """
 
@@ -37,7 +37,7 @@ IDENTITY = "settings.json"
 
 
 class GenerationWorker:
-    """An actor that holds the base, its adapter and the tower, and writes the answers of one chunk per call."""
+    """An actor that holds the base, its adapter and the encoder, and writes the answers of one chunk per call."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class GenerationWorker:
         schema: pa.Schema,
         base: BaseModelConfig,
         adapter: str | None,
-        sight: ImageConditioning | None,
+        conditioning: ImageConditioning | None,
         device: str,
     ) -> None:
         self.schema = schema
-        self.eyes = None if sight is None else ImageFeaturizer(sight.tower, device)
-        self.answer = make(base.load(adapter, device, tower=sight and sight.tower.identity))
+        self.featurizer = None if conditioning is None else ImageFeaturizer(conditioning.encoder, device)
+        self.answer = make(base.load(adapter, device, encoder=conditioning and conditioning.encoder.identity))
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
@@ -63,30 +63,30 @@ class GenerationWorker:
     def see(self, pixels: list[bytes | None]) -> list[Tensor | None]:
         """Each record's features (F,), or None."""
         there = [one for one in pixels if one is not None]
-        found = iter(self.eyes.features(there)) if self.eyes is not None and there else iter(())
+        found = iter(self.featurizer.features(there)) if self.featurizer is not None and there else iter(())
         return [None if one is None else next(found) for one in pixels]
 
 
-def decode_images(table: pa.Table, root: str, sight: ImageConditioning) -> pa.Table:
+def decode_images(table: pa.Table, root: str, conditioning: ImageConditioning) -> pa.Table:
     """A chunk's images as pixels."""
     (row,) = table.to_pylist()
     records, pixels, folder = json.loads(row["records"]), [], resolve_path(root)
     for record in records:
         seen = None
         if record.get("image"):
-            seen, record["image_error"] = read_pixels(folder / record["image"], sight)
+            seen, record["image_error"] = read_pixels(folder / record["image"], conditioning)
         pixels.append(seen)
     images = pa.array([pixels], pa.list_(pa.large_binary()))
     return pa.table({"part": [row["part"]], "records": [json.dumps(records)], "images": images})
 
 
-def read_pixels(path: Path, sight: ImageConditioning) -> tuple[bytes | None, str]:
-    """An image's pixels as the tower reads them, or why there are none."""
+def read_pixels(path: Path, conditioning: ImageConditioning) -> tuple[bytes | None, str]:
+    """An image's pixels as the encoder reads them, or why there are none."""
     from cafo.errors import ImageError
     from cafo.images import load_image
 
     try:
-        return sight.tower.preprocess(load_image(path)).numpy().tobytes(), ""
+        return conditioning.encoder.preprocess(load_image(path)).numpy().tobytes(), ""
     except ImageError as error:
         return None, str(error)
 
@@ -101,7 +101,7 @@ def generate_all(
     batch: int,
     base: BaseModelConfig,
     adapter: str | None,
-    sight: ImageConditioning | None,
+    conditioning: ImageConditioning | None,
     images: str,
     scale: WorkerPoolConfig,
 ) -> pa.Table:
@@ -129,14 +129,14 @@ def generate_all(
         progress = Progress("answer", unit="answers", total=total, done=done)
         with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
             chunks = ray.data.from_items(todo, override_num_blocks=len(todo))
-            if sight is not None:
+            if conditioning is not None:
                 chunks = chunks.map_batches(
                     decode_images,
                     batch_size=1,
                     batch_format="pyarrow",
                     num_cpus=0.01,  # other than the workers', or Ray would fuse the two
                     compute=TaskPoolStrategy(size=scale.workers.max),  # or there would be a process for every chunk
-                    fn_kwargs={"root": images, "sight": sight},
+                    fn_kwargs={"root": images, "conditioning": conditioning},
                 )
             answered = chunks.map_batches(
                 GenerationWorker,
@@ -145,7 +145,7 @@ def generate_all(
                 compute=ActorPoolStrategy(size=min(scale.workers.max, len(todo))),
                 num_cpus=resources["CPU"],
                 num_gpus=resources.get("GPU", 0),
-                fn_constructor_args=(make, schema, base, adapter, sight, "cuda" if "GPU" in resources else "cpu"),
+                fn_constructor_args=(make, schema, base, adapter, conditioning, "cuda" if "GPU" in resources else "cpu"),
             )
             for row in answered.iter_rows():
                 bar.advance(int(row["answered"]))

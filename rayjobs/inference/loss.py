@@ -14,10 +14,10 @@ class Scorer:
     """An actor that holds the model and sums each record's loss over its labels."""
 
     def __init__(
-        self, base: BaseModelConfig, adapter: str | None, sight: ImageConditioning | None, stored: bool, device: str
+        self, base: BaseModelConfig, adapter: str | None, conditioning: ImageConditioning | None, stored: bool, device: str
     ) -> None:
-        self.model = base.load(adapter, device, tower=sight and sight.tower.identity).model
-        self.eyes = ImageFeaturizer(None if sight is None or stored else sight.tower, device)
+        self.model = base.load(adapter, device, encoder=conditioning and conditioning.encoder.identity).model
+        self.featurizer = ImageFeaturizer(None if conditioning is None or stored else conditioning.encoder, device)
         self.device = device
 
     @torch.no_grad()
@@ -25,7 +25,7 @@ class Scorer:
         rows: dict[str, list[float]] = {"id": [], "loss": [], "labels": []}
         for micro in map(collate, table.to_pylist()):
             labels = micro.labels.to(self.device)
-            images = self.eyes.images(micro.images)
+            images = self.featurizer.images(micro.images)
             seen = None if images is None else (images[0].to(self.device), images[1].to(self.device))
             hidden = self.model.hidden(micro.tokens.to(self.device), images=seen)
             for i, id in enumerate(micro.ids):

@@ -47,7 +47,7 @@ class Config:
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null measures the bare base."""
     vision: VisionConfig | None = None
-    """The tower that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
+    """The encoder that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
     blind: bool = False
     """Leave images out, though the adapter reads them: what is it worth without?"""
     task: Literal["loss", "scienceqa"] = "loss"
@@ -64,7 +64,7 @@ class Config:
 
 
 def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | None]:
-    """Everything that can be told before a worker starts: the tokenizer's path, records, tower. Raises ValueError."""
+    """Everything that can be told before a worker starts: the tokenizer's path, records, encoder. Raises ValueError."""
     _, tokenizer = settings.base.open()
     sources = settings.data.sources()
     if settings.task == "scienceqa":
@@ -78,13 +78,13 @@ def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | Non
 
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
-    _, sources, sight = check(settings)
+    _, sources, conditioning = check(settings)
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
         ["data", ", ".join(f"{source.path} {source.split}".strip() for source in sources)],
-        ["images", "left out" if sight is None else f"read by {sight.tower.identity}"],
+        ["images", "left out" if conditioning is None else f"read by {conditioning.encoder.identity}"],
     ]
     show_table("plan", ["", ""], [*rows, ["workers", str(settings.scale.workers)]])
 
@@ -92,19 +92,19 @@ def plan(settings: Config) -> None:
 @job
 def run(settings: Config) -> dict[str, Any]:
     """Returns and writes `result.json`, with every record's loss or prediction beside it as Parquet."""
-    tokenizer, sources, sight = check(settings)
+    tokenizer, sources, conditioning = check(settings)
     if settings.task == "scienceqa":
-        return _scienceqa(settings, sources[0], sight)
+        return _scienceqa(settings, sources[0], conditioning)
     folder = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     resources = settings.scale.resources()
-    preprocess = sight and sight.tower.preprocess
+    preprocess = conditioning and conditioning.encoder.preprocess
     store = prepare_tokens(settings.data, tokenizer, settings.run.cache_folder, preprocess=preprocess, run=folder)
     pictures = None
-    if settings.vision and sight:
+    if settings.vision and conditioning:
         lists, cache = resolve_path(store.folder) / IMAGE_LISTS, settings.run.cache_folder
         pictures = prepare_image_source(
-            settings.vision, sight, settings.data.sources(), lists, cache, settings.scale, 0
+            settings.vision, conditioning, settings.data.sources(), lists, cache, settings.scale, 0
         )
     order = ElasticBatchSampler(
         store=store,
@@ -139,7 +139,7 @@ def run(settings: Config) -> dict[str, Any]:
             fn_constructor_args=(
                 settings.base,
                 settings.adapter,
-                sight,
+                conditioning,
                 isinstance(pictures, StoredFeatures),
                 "cuda" if "GPU" in resources else "cpu",
             ),
@@ -170,11 +170,11 @@ def questions(settings: Config, source: Source, *, seen: bool) -> dict[str, str]
     return {**data_identity(problems, source.images, seen), "how": repr(how)}
 
 
-def _scienceqa(settings: Config, source: Source, sight: ImageConditioning | None) -> dict[str, Any]:
+def _scienceqa(settings: Config, source: Source, conditioning: ImageConditioning | None) -> dict[str, Any]:
     problems = read_problems(resolve_path(source.path), source.split)
     identity = {
-        **model_identity(settings.base, settings.adapter, sight),
-        **questions(settings, source, seen=sight is not None),
+        **model_identity(settings.base, settings.adapter, conditioning),
+        **questions(settings, source, seen=conditioning is not None),
     }
     check_provenance(
         settings.run.folder / "parts" / IDENTITY, identity
@@ -189,7 +189,7 @@ def _scienceqa(settings: Config, source: Source, sight: ImageConditioning | None
         batch=settings.batch_size,
         base=settings.base,
         adapter=settings.adapter,
-        sight=sight,
+        conditioning=conditioning,
         images=source.images,
         scale=settings.scale,
     )
@@ -198,7 +198,7 @@ def _scienceqa(settings: Config, source: Source, sight: ImageConditioning | None
     write_jsonl(folder / REJECTED, (row for row in told if row["reason"]))
     write_examples(folder, *examples(problems, predictions.to_pylist(), resolve_path(source.images)))
     result = summarise(settings.run.name, problems, predictions, folder)
-    result["images_left_out"] = result["with_image"] if sight is None else 0
+    result["images_left_out"] = result["with_image"] if conditioning is None else 0
     across = zip(*(row.values() for row in result["accuracy_by_class"]), strict=True)  # a terminal is narrow
     names, *lines = [[name, *cells] for name, cells in zip(result["accuracy_by_class"][0], across, strict=True)]
     show_table(source.path, names, lines)

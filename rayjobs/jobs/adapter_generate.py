@@ -55,7 +55,7 @@ class Config:
     adapter: AnyPath | None = None
     """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
     vision: VisionConfig | None = None
-    """The tower that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
+    """The encoder that the adapter was trained with; null for an adapter, or a base, that reads text alone."""
     blind: bool = False
     """Leave images out, though the adapter reads them."""
     instruction: str | None = None
@@ -118,8 +118,8 @@ def check(settings: Config) -> ImageConditioning | None:
     settings.base.open()
     prompt_template(settings.template)
     no_image = settings.file is None and settings.vision is None  # then there is none to leave out
-    sight = open_image_conditioning(settings.adapter, settings.vision, settings.blind or no_image)
-    if settings.image is not None and (sight is None or settings.instruction is None):
+    conditioning = open_image_conditioning(settings.adapter, settings.vision, settings.blind or no_image)
+    if settings.image is not None and (conditioning is None or settings.instruction is None):
         raise UserError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is not None:
         if settings.run is None:
@@ -127,7 +127,7 @@ def check(settings: Config) -> ImageConditioning | None:
         if settings.out is not None and Path(settings.out).suffix not in (".jsonl", ".parquet"):
             raise UserError(f"out must end in .jsonl or .parquet, got {settings.out}")
         next(read_records(cached_path(settings.file), answered=False), None)
-    return sight
+    return conditioning
 
 
 def plan(settings: Config) -> None:
@@ -142,15 +142,15 @@ def run(settings: Config) -> dict[str, Any]:
     """Prints the answer, or writes the file of them. Returns the answers, or how many there are and where."""
     if settings.file is not None and settings.run is not None:
         return answer_file(settings)
-    sight = check(settings)
-    tower = sight and sight.tower.identity
-    base = on_gpu(lambda default_device: settings.base.load(settings.adapter, default_device, tower=tower))
+    conditioning = check(settings)
+    encoder = conditioning and conditioning.encoder.identity
+    base = on_gpu(lambda default_device: settings.base.load(settings.adapter, default_device, encoder=encoder))
     template, seen = prompt_template(settings.template), None
-    if sight is not None and settings.image is not None:
-        pixels, wrong = read_pixels(resolve_path(settings.image), sight)
+    if conditioning is not None and settings.image is not None:
+        pixels, wrong = read_pixels(resolve_path(settings.image), conditioning)
         if pixels is None:
             raise UserError(wrong)
-        seen = ImageFeaturizer(sight.tower, default_device()).features([pixels])[0]
+        seen = ImageFeaturizer(conditioning.encoder, default_device()).features([pixels])[0]
     answers = []
     for instruction, input in _asked(settings):
         answers += answer(base, [template.render(instruction, input)], [seen], settings.decoding)
@@ -175,15 +175,15 @@ def _asked(settings: Config) -> Iterator[tuple[str, str]]:
 @job
 def answer_file(settings: Config) -> dict[str, Any]:
     """Writes all answers and `result.json`, with some of them for the report."""
-    sight = check(settings)
+    conditioning = check(settings)
     assert settings.run is not None
     assert settings.file is not None
     file, out, parts = resolve_path(settings.file), _out(settings), settings.run.folder / "parts"
     images, template = str(resolve_path(settings.images or file.parent)), prompt_template(settings.template)
     records = list(read_records(cached_path(file), answered=False))
     identity = {
-        **model_identity(settings.base, settings.adapter, sight),
-        **data_identity(records, images, seen=sight is not None),
+        **model_identity(settings.base, settings.adapter, conditioning),
+        **data_identity(records, images, seen=conditioning is not None),
         "how": repr((template, settings.decoding, settings.batch_size)),
     }
     check_provenance(parts / IDENTITY, identity)  # before anything is written over a finished run
@@ -197,11 +197,11 @@ def answer_file(settings: Config) -> dict[str, Any]:
         batch=settings.batch_size,
         base=settings.base,
         adapter=settings.adapter,
-        sight=sight,
+        conditioning=conditioning,
         images=images,
         scale=settings.scale,
     )
-    if sight is None:
+    if conditioning is None:
         table = table.drop_columns(["image", "image_error"])
     rows = table.to_pylist()
     if out.suffix == ".parquet":
@@ -214,7 +214,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
     seen = [row for row in rows if row.get("image") and not row["image_error"]]
     shown = [(resolve_path(images) / row["image"], f"{row['instruction']} {row['answer']}") for row in _some(seen)]
     write_examples(folder, shown, "Some of the records with an image: what was asked and answered.")
-    left_out = 0 if sight else sum(bool(record.get("image")) for record in records)
+    left_out = 0 if conditioning else sum(bool(record.get("image")) for record in records)
     blind = left_out + len(unread)
     result = {
         "headline": f"{len(rows):,} answers" + (f", {blind:,} without their image" if blind else ""),

@@ -1,6 +1,6 @@
 """Trains adaption prompts on a frozen LLaMA: records → token store → Ray Train under ZeRO → adapter.safetensors.
 
-With `vision`, records may have images: a frozen tower reads them, and a small projection learns to put them into the
+With `vision`, records may have images: a frozen encoder reads them, and a small projection learns to put them into the
 prompts.
 
 The same command resumes a run that was cut off, with as many workers as are there then; a finished run is shown again.
@@ -104,15 +104,15 @@ def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
 
 def plan(settings: Config) -> None:
     """Shows what `run` would do."""
-    checkpoint, _, sight = check(settings)
+    checkpoint, _, conditioning = check(settings)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
     counted = [(source, list(source.read())) for source in sources]
     records = sum(round(source.weight * len(rows)) for source, rows in counted)
     pictured = sum(bool(record["image"]) for _, rows in counted for record in rows)
-    images = sum(len(source.image_paths()) for source in sources) if sight else 0
+    images = sum(len(source.image_paths()) for source in sources) if conditioning else 0
     steps = -(-records // train.global_batch)
     model = skeleton(shape)
-    model.attach(settings.adapter.adaption(sight and sight.projection))
+    model.attach(settings.adapter.adaption(conditioning and conditioning.projection))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     show_table(
         "plan",
@@ -136,10 +136,10 @@ def plan(settings: Config) -> None:
 @job
 def run(settings: Config) -> dict[str, Any]:
     """Trains or resumes; returns and writes `result.json`, beside `adapter.safetensors` and `metrics.jsonl`."""
-    checkpoint, tokenizer, sight = check(settings)
+    checkpoint, tokenizer, conditioning = check(settings)
     folder = settings.run.folder
     if not (folder / "result.json").exists():
-        _train(settings, checkpoint, tokenizer, sight)
+        _train(settings, checkpoint, tokenizer, conditioning)
     result = read_json(folder / "result.json")
     show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
     return result
@@ -147,13 +147,13 @@ def run(settings: Config) -> dict[str, Any]:
 
 def prepare(settings: Config) -> None:
     """Makes the tokens and features that a run will read, unless they are there."""
-    _, tokenizer, sight = check(settings)
+    _, tokenizer, conditioning = check(settings)
     connect(settings.run.cache_folder)
-    _prepare(settings, tokenizer, sight)
+    _prepare(settings, tokenizer, conditioning)
 
 
 def _prepare(
-    settings: Config, tokenizer: Path, sight: ImageConditioning | None, run: Path | None = None
+    settings: Config, tokenizer: Path, conditioning: ImageConditioning | None, run: Path | None = None
 ) -> tuple[TokenStore, ImageSource | None]:
     data = settings.data
     store = prepare_tokens(
@@ -162,7 +162,7 @@ def _prepare(
         settings.run.cache_folder,
         val_sources=data.val_sources(),
         val_fraction=0.0 if data.val_path else data.val_fraction,
-        preprocess=sight and sight.tower.preprocess,
+        preprocess=conditioning and conditioning.encoder.preprocess,
         run=run,
     )
     if store.images_left_out:
@@ -170,10 +170,10 @@ def _prepare(
     if not store.rows("train"):
         raise UserError("no record is left to train on: lower data.val_fraction, or give more records")
     pictures = None
-    if settings.vision and sight:
+    if settings.vision and conditioning:
         pictures = prepare_image_source(
             settings.vision,
-            sight,
+            conditioning,
             [*data.sources(), *data.val_sources()],
             resolve_path(store.folder) / IMAGE_LISTS,
             settings.run.cache_folder,
@@ -187,12 +187,12 @@ def _left_out(images: int) -> str:
     return f"left out, of {images:,} records: there is no vision section" if images else "none"
 
 
-def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: ImageConditioning | None) -> None:
+def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, conditioning: ImageConditioning | None) -> None:
     folder = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # what can never fit is told before there is any work
-    store, pictures = _prepare(settings, tokenizer, sight, folder)
-    adaption = settings.adapter.adaption(sight and sight.projection)
+    store, pictures = _prepare(settings, tokenizer, conditioning, folder)
+    adaption = settings.adapter.adaption(conditioning and conditioning.projection)
     job = TrainJob(
         base=str(resolve_path(settings.base.path)),
         dtype=settings.base.dtype,
@@ -200,7 +200,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Ima
         store=store,
         weights=tuple(source.weight for source in settings.data.sources()),
         pictures=pictures,
-        tower=sight.tower if isinstance(pictures, StreamedImages) and sight else None,
+        encoder=conditioning.encoder if isinstance(pictures, StreamedImages) and conditioning else None,
         train=settings.train,
         optimizer=settings.optimizer,
         zero=settings.zero,
@@ -228,7 +228,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, sight: Ima
         "steps": job.total_steps,
         "train_records": store.rows("train"),
         "val_records": store.rows("val"),
-        **({"train_records_with_image": store.images("train")} if sight else {}),
+        **({"train_records_with_image": store.images("train")} if conditioning else {}),
         "rejected_records": store.rejected,
         "train_loss": round(losses[-1], 5),
         "base_val_loss": round(validated[0], 5) if validated else None,

@@ -6,7 +6,6 @@ again, and one that was cut off resumes.
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -35,6 +34,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_parquet, write_text
+from rayjobs.storage.fingerprint import fingerprint
 
 FIRST_STEPS = 50
 """Of the loss curves that are plotted apart: where an unstable start shows."""
@@ -87,7 +87,7 @@ def training(settings: Config, trial: Trial) -> adapter_train.Config:
     ours = load(adapter_train.Config, values, overrides)
     theirs = to_dict(ours)
     changed = {name: _at(theirs, name) for name in point if _at(theirs, name) != _at(values, name)}
-    digest = hashlib.sha256(json.dumps([changed, seed], sort_keys=True).encode()).hexdigest()[:10]
+    digest = fingerprint([changed, seed])[:10]
     folder, cache = str(settings.run.folder / "trials"), str(settings.run.cache_folder)
     return replace(ours, run=replace(ours.run, name=f"seed{seed}-{digest}", storage=folder, cache=cache))
 
@@ -119,7 +119,7 @@ def evaluated_on(settings: Config, ours: adapter_train.Config) -> str | None:
         return None
     (source,) = adapter_eval.check(measure := evaluation(settings, ours))[1]
     told = adapter_eval.questions(measure, source, seen=ours.vision is not None)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+    return fingerprint(told)[:10]
 
 
 def check(settings: Config) -> list[Trial]:
@@ -136,7 +136,7 @@ def check(settings: Config) -> list[Trial]:
     for trial in trials:
         ours = training(settings, trial)
         reads = json.dumps([to_dict(ours)[name] for name in ("base", "data", "vision")])
-        if reads in proven:  # a tower takes seconds to load
+        if reads in proven:  # an encoder takes seconds to load
             adapter_train.check_fit(ours, proven[reads])
             continue
         proven[reads] = adapter_train.check(ours)[0]

@@ -1,7 +1,5 @@
 """Open the test split, once, and score what a sweep has chosen on val: by seed, by class, confusions, shifts."""
 
-import hashlib
-import json
 import statistics
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,6 +26,7 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
 from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
+from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.tune.evaluation import same_encoders, score, write_rows
 from rayjobs.tune.figures import draw, keep_examples
@@ -91,11 +90,11 @@ def run(settings: Config) -> dict[str, Any]:
     start_run(settings.run.folder, settings)
     lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
     used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
-    towers = open_encoders({name: swept.encoders[name] for name in used})
-    same_encoders(chosen, trials, {name: tower.identity for name, tower in towers.items()})
+    encoders = open_encoders({name: swept.encoders[name] for name in used})
+    same_encoders(chosen, trials, {name: encoder.identity for name, encoder in encoders.items()})
     features = prepare_features(
         lists,
-        towers,
+        encoders,
         swept.features,
         swept.run.cache_folder,
         workers=settings.scale.workers.max,
@@ -143,7 +142,7 @@ def run(settings: Config) -> dict[str, Any]:
 
 def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, Dataset]) -> None:
     """Writes down that test was opened and for which choice. Raises ValueError if it was opened for another."""
-    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    digest = fingerprint(chosen)
     path = folder / "opened.json"
     before = read_json(path) if path.exists() else {}
     if before and before["choice"] != digest:

@@ -24,7 +24,7 @@ from rayjobs.storage.files import write_json, write_jsonl
 class Config:
     data: ImageDatasetConfig
     encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
-    """The towers, by the names that a sweep calls them."""
+    """The encoders, by the names that a sweep calls them."""
     features: FeaturesConfig = FeaturesConfig()
     shots: int = Field(default=16, ge=0)
     """K: training images of each class that are encoded, for every seed."""

@@ -41,7 +41,7 @@ SWEEP = "sweep.json"
 class Config:
     data: ImageDatasetConfig
     encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
-    """The towers, by the names that `space` calls them; the first is the CLIP that gives p_ZS."""
+    """The encoders, by the names that `space` calls them; the first is the CLIP that gives p_ZS."""
     features: FeaturesConfig = FeaturesConfig()
     space: SpaceConfig = SpaceConfig()
     search: SearchConfig = SearchConfig()
@@ -122,7 +122,7 @@ def run(settings: Config) -> dict[str, Any]:
     connect(folder, settings.run.cache_folder)
     resources, of_trials = settings.scale.resources(), settings.trials.resources(beside=0)
     choices = few_shot_choices(settings, dataset, folder)
-    towers = open_encoders({name: settings.encoders[name] for name in _used(tried)})
+    encoders = open_encoders({name: settings.encoders[name] for name in _used(tried)})
     root, drawn = settings.data.drawn(dataset, max(setting.generated for setting in tried))
     lists = [
         training_list(dataset, choices.values(), settings.features.views),
@@ -132,13 +132,13 @@ def run(settings: Config) -> dict[str, Any]:
     lists = [images for images in lists if images.items]
     cache = settings.run.cache_folder
     features = prepare_features(
-        lists, towers, settings.features, cache, workers=settings.scale.workers.max, resources=resources
+        lists, encoders, settings.features, cache, workers=settings.scale.workers.max, resources=resources
     )
     rejected = [reject for found in features.values() for reject in found.rejected]
     write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
     classifiers = {
         (name, kind): prepare_classifier(
-            towers[name],
+            encoders[name],
             settings.data.sentences(dataset, kind),  # type: ignore[arg-type]
             dataset.class_names,
             cache,
@@ -152,7 +152,7 @@ def run(settings: Config) -> dict[str, Any]:
         **share(settings, dataset, {images.role: images for images in lists}, features, choices, keeps),
         classifiers={key: made.weights.numpy() for key, made in classifiers.items()},
         class_names=dataset.class_names,
-        identities={name: tower.identity for name, tower in towers.items()},
+        identities={name: encoder.identity for name, encoder in encoders.items()},
     )
     del features  # their copy in `shared` is enough
     over = run_sweep(

@@ -38,15 +38,15 @@ class BaseModelConfig:
         Tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)
         return checkpoint, resolve_path(path)
 
-    def load(self, adapter: str | None, device: str, *, tower: str | None = None) -> AdaptedModel:
+    def load(self, adapter: str | None, device: str, *, encoder: str | None = None) -> AdaptedModel:
         """The whole model in memory, with an adapter file of any known form if one is named.
 
-        tower: the identity of the tower whose features it will be given. Raises ValueError for an adapter of another.
+        encoder: identity of the image encoder in use. Raises ValueError if the adapter was made for another one.
         """
         tokenizer = cached_path(self.tokenizer) if self.tokenizer else None
         base = AdaptedModel.from_pretrained(
             cached_path(self.path), tokenizer=tokenizer, dtype=TORCH_DTYPES[self.dtype], device=device
         )
         if adapter is not None:
-            base.load_adapter(cached_path(adapter), tower=tower)
+            base.load_adapter(cached_path(adapter), encoder=encoder)
         return base

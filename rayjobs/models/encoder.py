@@ -1,4 +1,4 @@
-"""The frozen tower that a job names. Importing this imports no tower: that takes seconds, and text needs none."""
+"""The frozen encoder that a job names. Importing this imports no encoder: that takes seconds, and text needs none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PathOrName = Annotated[str, AfterValidator(_if_there)]
 
 @config
 class VisionEncoderConfig:
-    """One frozen tower."""
+    """One frozen encoder."""
 
     kind: Literal["clip", "dino", "timm", "pixels"]
     """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
@@ -70,7 +70,7 @@ class EncoderInfo(NamedTuple):
     """Images that it reads at once."""
 
     def features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this tower, held."""
+        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this encoder, held."""
         return torch.cat([self._features(encoder, batch).cpu() for batch in images.split(self.batch)])
 
     def _features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:

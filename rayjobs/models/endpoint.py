@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from pydantic import Field
 
-from cafo.openai_client import Endpoint, Line
+from cafo.openai_client import Endpoint, RateLimitedClient
 from rayjobs.config import config
 
 
@@ -36,7 +36,7 @@ class EndpointConfig:
             retries=self.retries,
             timeout_s=self.timeout_s,
         )
-        Line(endpoint).client()  # builds the client and sends nothing
+        RateLimitedClient(endpoint).acquire()  # builds the client and sends nothing
         return endpoint
 
     def identity(self) -> dict[str, str]:

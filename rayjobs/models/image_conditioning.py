@@ -1,4 +1,4 @@
-"""Which tower reads the images of an adapter, and what becomes of them on the way to its workers."""
+"""Image-conditioned adapters: the vision section of a config, and the frozen encoder that reads an adapter's images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapter.adapter_checkpoint import read_adapter
-from adapter.image_projection import ImageProjectionConfig as Projected
-from adapter.image_projection import Images
+from adapter.image_projection import ImageProjectionConfig, Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
@@ -20,93 +19,113 @@ from rayjobs.storage.paths import cached_path
 
 @config
 class VisionConfig:
-    """How images are read; without this section, training leaves them out."""
+    """How images are read. Without this section, training leaves images out."""
 
-    tower: VisionEncoderConfig
-    """The frozen tower; the adapter keeps its identity, and is refused with another."""
+    encoder: VisionEncoderConfig
+    """The frozen image encoder. Its identity is saved with the adapter, which then works with this encoder only."""
     scales: int = Field(default=4, ge=1)
-    """Of a ViT: its class token after so many evenly spaced blocks. Of other towers: all stages and the embedding."""
+    """Number of scales read from a ViT: its class token after that many evenly spaced blocks. A convolutional encoder
+    gives all its stages and the final embedding, whatever this number."""
     bottleneck: int = Field(default=72, ge=1)
-    """Hidden width of the projection; 72 makes it about 0.6 M parameters at 7B."""
+    """Hidden width of the image projection; 72 makes it about 0.6 M parameters at 7B."""
     mode: Literal["stored", "streamed"] = "stored"
-    """stored: each image is encoded once and kept, workers hold no tower; streamed: workers hold the tower and encode
-    decoded images as they come."""
+    """stored: encode each image once, before training, and store its features; workers hold no encoder. streamed: send
+    decoded images to the workers, which hold the encoder and encode the images in every epoch."""
     augment: bool = False
-    """Train on another random view of an image in every epoch; streamed only."""
+    """Train on a new random view of each image in every epoch (needs mode=streamed)."""
     min_area: float = Field(default=0.5, gt=0, le=1)
-    """The smallest share of an image that such a view shows; near 1 where a question may be about any part of it."""
+    """Smallest share of an image that a random view shows. Use a value near 1 where questions may be about any part."""
     flips: bool = False
-    """Mirror half of the views: only where no question is about left and right, letters or digits."""
+    """Mirror half of the random views. Leave off where questions are about left and right, letters or digits."""
     batch: int = Field(default=64, ge=1)
-    """Images that the tower reads at once."""
+    """Number of images that the encoder reads at once."""
 
     def open(self) -> ImageConditioning:
-        """The tower's identity and widths, by loading it once. Raises ValueError for one that does not load."""
+        """Load the encoder once, to learn its identity and the widths of its features.
+
+        Raises ValueError for an encoder that cannot be loaded, and for `augment` without mode=streamed.
+        """
         if self.augment and self.mode == "stored":
-            raise UserError("vision.augment needs vision.mode=streamed: stored features are of images as they are")
-        held = load_vision_encoder(self.tower.spec())
-        side = held.preprocess.size
-        widths = tuple(scale.shape[1] for scale in held.multi_scale(torch.zeros(1, 3, side, side), self.scales))
-        identity = f"{held.identity}-{len(widths)}scales"
-        tower = EncoderInfo(self.tower.spec(), identity, held.preprocess, False, self.scales, self.batch)
-        projected = Projected(
-            widths=widths, bottleneck=self.bottleneck, tower=tower.identity, preprocess=repr(held.preprocess)
+            raise UserError(
+                "vision.augment=true needs vision.mode=streamed: stored features are computed once, from whole images"
+            )
+        spec = self.encoder.spec()
+        encoder = load_vision_encoder(spec)
+        side = encoder.preprocess.size
+        widths = tuple(scale.shape[1] for scale in encoder.multi_scale(torch.zeros(1, 3, side, side), self.scales))
+        identity = f"{encoder.identity}-{len(widths)}scales"
+        info = EncoderInfo(spec, identity, encoder.preprocess, False, self.scales, self.batch)
+        projection = ImageProjectionConfig(
+            widths=widths, bottleneck=self.bottleneck, encoder=identity, preprocess=repr(encoder.preprocess)
         )
-        return ImageConditioning(tower, projected)
+        return ImageConditioning(info, projection)
 
 
 def open_image_conditioning(adapter: str | None, vision: VisionConfig | None, blind: bool) -> ImageConditioning | None:
-    """The tower of an adapter that reads images, proven to be its own; None where images are left out.
+    """Load the encoder of an adapter that reads images, and check that the adapter was trained with it.
 
-    Raises ValueError for an adapter that cannot be read, for a tower that is not its own or that it has no use for, and
-    for an adapter that reads images and is given no tower, unless it is to be `blind`.
+    adapter: a file or folder; None for the base model alone. blind: leave images out, though the adapter reads them.
+
+    Returns None where images are left out. Raises ValueError for an adapter that cannot be read, for an encoder other
+    than the adapter's own, for an encoder that a text adapter has no use for, and for an adapter that reads images when
+    neither `vision` nor `blind` is set.
     """
-    reads = None if adapter is None else read_adapter(cached_path(adapter)).vision
+    trained_with = None if adapter is None else read_adapter(cached_path(adapter)).vision
     if blind:
         return None
     if vision is None:
-        if reads is None:
+        if trained_with is None:
             return None
         raise UserError(
-            f"{adapter} reads images, through the tower {reads.tower or 'that it was trained with'} "
-            f"({reads.preprocess}): name it in vision.tower, or set blind=true to leave images out"
+            f"{adapter} reads images, through the encoder {trained_with.encoder or 'that it was trained with'} "
+            f"({trained_with.preprocess}): name it in vision.encoder, or set blind=true to leave images out"
         )
-    if reads is None:
+    if trained_with is None:
         raise UserError(
-            f"{adapter or 'a bare base'} cannot read images: leave out vision, or name an adapter trained with it"
+            f"{adapter or 'the base model alone'} cannot read images: leave out the vision section, or name an adapter "
+            "that was trained with one"
         )
-    sight = vision.open()
-    theirs, ours = (reads.tower, reads.widths), (sight.projection.tower, sight.projection.widths)
-    if theirs[1] != ours[1] or theirs[0] not in ("", ours[0]):
-        raise UserError(f"{adapter} was trained with the image tower {theirs}, not with {ours}, which vision names")
-    return sight
+    conditioning = vision.open()
+    configured = conditioning.projection
+    same_encoder = trained_with.encoder in ("", configured.encoder)  # empty: the file does not name its encoder
+    if not same_encoder or trained_with.widths != configured.widths:
+        raise UserError(
+            f"{adapter} was trained with the image encoder {trained_with.encoder or 'of unknown identity'} (feature "
+            f"widths {trained_with.widths}), not with {configured.encoder} (feature widths {configured.widths}), which "
+            "vision.encoder names"
+        )
+    return conditioning
 
 
 class ImageConditioning(NamedTuple):
-    """An adapter's tower: how to load it, and what the adapter has to know."""
+    """How an adapter reads images: its encoder, and the trainable projection of the encoder's features."""
 
-    tower: EncoderInfo
-    projection: Projected
+    encoder: EncoderInfo
+    projection: ImageProjectionConfig
 
 
 class ImageFeaturizer:
-    """What a worker sees with: the tower itself where images come as pixels, nothing where they come as features."""
+    """Turns a batch of image payloads into features on one device.
 
-    def __init__(self, tower: EncoderInfo | None, device: torch.device | str) -> None:
-        self.tower = tower
-        if tower is not None:
-            self.encoder = load_vision_encoder(tower.spec, device)
+    With an encoder (`vision.mode=streamed`), the payloads are pixels, and this object loads and runs the encoder.
+    Without one (`stored`), the payloads are precomputed features and are returned unchanged.
+    """
+
+    def __init__(self, info: EncoderInfo | None, device: torch.device | str) -> None:
+        self.info = info
+        if info is not None:
+            self.encoder = load_vision_encoder(info.spec, device)
 
     def features(self, payloads: list[bytes]) -> Tensor:
-        """What `Pictures` read of n images → features (n, F)."""
+        """Features (n, F) float32 of n payloads, float32 each: pixels (3, S, S) or features (F,)."""
         numbers = torch.tensor(np.stack([np.frombuffer(payload, np.float32) for payload in payloads]))
-        if self.tower is None:
+        if self.info is None:
             return numbers
-        side = self.tower.preprocess.size
-        return self.tower.features(self.encoder, numbers.view(-1, 3, side, side))
+        side = self.info.preprocess.size
+        return self.info.features(self.encoder, numbers.view(-1, 3, side, side))
 
     def images(self, payloads: list[bytes | None]) -> Images | None:
-        """One payload or None per row → the batch's features and their rows; None where no row has an image."""
+        """The batch's features (n, F) and their rows (n,), given one payload or None per row; None without any image."""
         rows = [row for row, payload in enumerate(payloads) if payload is not None]
         if not rows:
             return None

@@ -76,7 +76,7 @@ class TrainJob:
     """How often each source's records are trained on in an epoch."""
     pictures: ImageSource | None
     """Where images come from; None for text alone."""
-    tower: EncoderInfo | None
+    encoder: EncoderInfo | None
     """What workers encode images with, if they come as pixels."""
     train: TrainConfig
     optimizer: OptimizerConfig

@@ -35,7 +35,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(loop["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
     model.checkpoint_activations = job.train.checkpoint_activations
-    engine, eyes = Engine(model, job.zero, job.optimizer), ImageFeaturizer(job.tower, device)
+    engine, featurizer = Engine(model, job.zero, job.optimizer), ImageFeaturizer(job.encoder, device)
     step = 0
     try:
         begun: list[Any] = [find_resumable(loop["storage"]) if rank == 0 else None]
@@ -52,14 +52,14 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     order = job.order("train")
     rows: list[dict[str, Any]] = kept.rows if kept else []
     if step == 0 and job.validates_after(0):
-        rows.append({"step": 0, "val_loss": validate(engine, eyes, job, rank, world)})
+        rows.append({"step": 0, "val_loss": validate(engine, featurizer, job, rank, world)})
     began = reported = time.monotonic()
     for micros in _by_step(load_micro_batches(order, rank, world, range(step, job.total_steps))):
         waited = time.monotonic() - began
         lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
         losses = []
         for micro in micros:
-            loss = engine.loss(micro.tokens, micro.labels, eyes.images(micro.images)) / micro.step_labels
+            loss = engine.loss(micro.tokens, micro.labels, featurizer.images(micro.images)) / micro.step_labels
             engine.backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum().item()  # the step's one wait for the device
@@ -87,7 +87,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             }
         )
         if job.validates_after(step):
-            rows.append({"step": step, "val_loss": validate(engine, eyes, job, rank, world)})
+            rows.append({"step": step, "val_loss": validate(engine, featurizer, job, rank, world)})
         if step % job.train.checkpoint_every_steps == 0 or step == job.total_steps:
             _report(rows, rank, engine, step)
             rows = []
@@ -102,14 +102,14 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     return {"steps": step}
 
 
-def validate(engine: Engine, eyes: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
+def validate(engine: Engine, featurizer: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
     """The mean loss per labelled token of the whole validation split."""
     order = job.order("val")
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.engine.eval()
     with torch.no_grad():
         for micro in load_micro_batches(order, rank, world, range(order.steps_per_epoch)):
-            total[0] += engine.loss(micro.tokens, micro.labels, eyes.images(micro.images))
+            total[0] += engine.loss(micro.tokens, micro.labels, featurizer.images(micro.images))
             total[1] += micro.step_labels if micro.last and rank == 0 else 0
     engine.engine.train()
     dist.all_reduce(total)

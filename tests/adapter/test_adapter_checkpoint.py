@@ -57,7 +57,7 @@ def same(left: AdapterFile, right: AdapterFile) -> bool:
 @pytest.mark.parametrize("gate", ["tanh", "identity"])
 def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     model = adapted(gate)
-    file = adapter_from(model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "tower": ["a", None]})
+    file = adapter_from(model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "encoder": ["a", None]})
     path = tmp_path / "new" / "adapter.safetensors"
     file.save(path)
     again = read_adapter(path)
@@ -66,7 +66,7 @@ def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     assert (again.base_fingerprint, again.tokenizer_sha256, again.extra) == (
         "f1",
         "t1",
-        {"steps": 3, "tower": ["a", None]},
+        {"steps": 3, "encoder": ["a", None]},
     )
     assert again.base_shape == {
         "dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "hidden_dim": HIDDEN,

@@ -15,7 +15,7 @@ from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
 WIDTHS = (5, 11, 3)
-VISION = ImageProjectionConfig(widths=WIDTHS, bottleneck=13, tower="tower-1", preprocess="32 pixels")
+VISION = ImageProjectionConfig(widths=WIDTHS, bottleneck=13, encoder="encoder-1", preprocess="32 pixels")
 shapes = pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
 
 
@@ -108,15 +108,15 @@ def test_recomputed_layers_give_the_same_gradients(checkpointed):
     torch.testing.assert_close(grad, model.vision.down.weight.grad, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("tower", [(1024,) * 4, (768,) * 4, (256, 512, 1024, 2048, 1024)], ids=["L14", "B16", "RN50"])
-def test_the_7b_adapter_with_images_has_1_8_million_parameters(tower):
+@pytest.mark.parametrize("widths", [(1024,) * 4, (768,) * 4, (256, 512, 1024, 2048, 1024)], ids=["L14", "B16", "RN50"])
+def test_the_7b_adapter_with_images_has_1_8_million_parameters(widths):
     with torch.device("meta"):
         model = Llama(
             LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
-        model.attach(AdaptionConfig(vision=ImageProjectionConfig(widths=tower)))
+        model.attach(AdaptionConfig(vision=ImageProjectionConfig(widths=widths)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    F = sum(tower)
+    F = sum(widths)
     assert trainable == 1_229_760 + 72 * (F + 1) + 4096 * (72 + 1)
     assert trainable == {4096: 1_823_752, 3072: 1_750_024, 4864: 1_879_048}[F]
 
@@ -152,24 +152,24 @@ def test_images_that_cannot_be_read_are_refused():
 
 
 @pytest.mark.parametrize("gate", ["tanh", "one", "prefix"])
-def test_a_file_holds_projection_tower_and_preprocessing(tmp_path, gate):
+def test_a_file_holds_projection_encoder_and_preprocessing(tmp_path, gate):
     model, ids = llama(MHA, config(gate=gate)), tokens(2, 11)
     path = tmp_path / "a.safetensors"
     file = adapter_from(model)
     file.save(path)
     again = read_adapter(path)
     assert again.config == config(gate=gate)
-    assert (again.vision.tower, again.vision.preprocess) == ("tower-1", "32 pixels")
+    assert (again.vision.encoder, again.vision.preprocess) == ("encoder-1", "32 pixels")
     assert again.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     fresh = llama(MHA, config(gate=gate))
     fresh.attach(AdaptionConfig(n_layers=1))
-    attach_file(fresh, again, tower="tower-1")
+    attach_file(fresh, again, encoder="encoder-1")
     with torch.no_grad():
         assert torch.equal(fresh(ids, images=fresh.images(features(2))), model(ids, images=model.images(features(2))))
-    with pytest.raises(CheckpointError, match=r"another image tower.*tower-1, here tower-2"):
-        attach_file(fresh, again, tower="tower-2")
+    with pytest.raises(CheckpointError, match=r"another image encoder.*encoder-1, here encoder-2"):
+        attach_file(fresh, again, encoder="encoder-2")
     with pytest.raises(CheckpointError, match="text alone"):
-        attach_file(fresh, replace(again, vision=None, projection={}), tower="tower-1")
+        attach_file(fresh, replace(again, vision=None, projection={}), encoder="encoder-1")
     with pytest.raises(ValueError, match="cannot hold"):
         export_v1(file, tmp_path / "v1.pth")
 

@@ -1,4 +1,4 @@
-"""A small world for CaFo's jobs: coloured images in CoOp's format, and two tiny random towers as files."""
+"""A small world for CaFo's jobs: coloured images in CoOp's format, and two tiny random encoders as files."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CLIP = {
 CLASSES = {"red_thing": (200, 40, 40), "green_thing": (40, 180, 60), "blue_thing": (50, 60, 210), "grey": (120,) * 3}
 
 
-def towers(folder: Path) -> dict[str, Any]:
+def make_encoders(folder: Path) -> dict[str, Any]:
     """A CLIP and a DINO-like ResNet, untrained, saved as files; what a config says of them."""
     torch.manual_seed(0)
     clip = folder / "clip"
@@ -59,18 +59,18 @@ def world(folder: Path, counts: dict[str, int] | None = None) -> list[str]:
     images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
     images(folder / "drawn", {"train": 3}, seed=1)
     (folder / "prompts.json").write_text(json.dumps({name: [f"a {name}", f"this is {name}"] for name in CLASSES}))
-    (folder / "towers.json").write_text(json.dumps(towers(folder / "towers")))
+    (folder / "encoders.json").write_text(json.dumps(make_encoders(folder / "encoders")))
     return named(folder)
 
 
 def named(folder: Path) -> list[str]:
     """Overrides that name the world of a folder: data, sentences and encoders."""
-    encoders = json.loads((folder / "towers.json").read_text())
+    encoders = json.loads((folder / "encoders.json").read_text())
     return [
         f"data.split={folder / 'images' / 'split.json'}",
         f"data.generated={folder / 'drawn' / 'split.json'}",
         f"data.prompts={folder / 'prompts.json'}",
-        *[f"encoders.{name}.{key}={value}" for name, tower in encoders.items() for key, value in tower.items()],
+        *[f"encoders.{name}.{key}={value}" for name, encoder in encoders.items() for key, value in encoder.items()],
         f"run.storage={folder / 'runs'}",
         "features.views=3",
     ]

@@ -66,11 +66,11 @@ def shuffle(questions: Path, shuffled: Path) -> dict[str, int]:
 
 def train_adapter(base_path: Path, vision: VisionConfig, questions: Path, file: Path) -> None:
     """An adapter that tells the letter from the colour, by a plain loop of a second or two."""
-    base, sight = AdaptedModel.from_pretrained(base_path), vision.open()
-    base.add_adapter(AdaptionConfig(n_layers=3, prompt_length=5, vision=sight.projection))
+    base, conditioning = AdaptedModel.from_pretrained(base_path), vision.open()
+    base.add_adapter(AdaptionConfig(n_layers=3, prompt_length=5, vision=conditioning.projection))
     asked = [problem for problem in read_problems(questions, "train") if problem.image]
-    pixels = [read_pixels(questions / problem.image, sight)[0] for problem in asked]
-    features = ImageFeaturizer(sight.tower, "cpu").features([one for one in pixels if one is not None])
+    pixels = [read_pixels(questions / problem.image, conditioning)[0] for problem in asked]
+    features = ImageFeaturizer(conditioning.encoder, "cpu").features([one for one in pixels if one is not None])
     tokens = torch.tensor([encode_record(problem.record(), base.tokenizer, TEMPLATE).ids for problem in asked])
     labels = torch.where((tokens == tokens[0]).all(dim=0), -100, tokens)  # the letter: all else is the same
     optimizer = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad], lr=0.03)

@@ -1,4 +1,4 @@
-"""Records with images of every kind, and a tower to read them."""
+"""Records with images of every kind, and an encoder to read them."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from rayjobs.storage.files import read_jsonl, write_jsonl
 from rayjobs.storage.paths import resolve_path
 from tests.cafo.test_images import bomb
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 
 
 @pytest.fixture
@@ -64,6 +64,6 @@ def pictured(records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that name a tiny tower."""
-    tower = towers(tmp_path_factory.mktemp("towers"))["clip"]
-    return [*(f"vision.tower.{key}={value}" for key, value in tower.items()), "vision.bottleneck=7"]
+    """Overrides that name a tiny encoder."""
+    encoder = make_encoders(tmp_path_factory.mktemp("encoders"))["clip"]
+    return [*(f"vision.encoder.{key}={value}" for key, value in encoder.items()), "vision.bottleneck=7"]

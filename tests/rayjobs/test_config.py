@@ -69,9 +69,9 @@ def test_every_field_has_a_meaning(job: str) -> None:
 def test_every_path_starts_where_the_command_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where defaults name it, since workers and trials run elsewhere; names stay names."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tower").mkdir()
+    (tmp_path / "encoder").mkdir()
     (tmp_path / "t.json").touch()
-    given = ["vision.tower.weights=tower", "data.template=t.json", "data.val_path=[{path: v.json, images: i}]"]
+    given = ["vision.encoder.weights=encoder", "data.template=t.json", "data.val_path=[{path: v.json, images: i}]"]
     swept = load(adapter_tune.Config, ROOT / "configs/adapter/scienceqa_ablations.yaml", given)
     assert swept.sweep.scienceqa is not None
     assert swept.vision is not None
@@ -80,12 +80,12 @@ def test_every_path_starts_where_the_command_is_typed(tmp_path: Path, monkeypatc
     assert [swept.base.path, *swept.data.path, held_out.path, held_out.images, swept.sweep.scienceqa.path] == [
         str(tmp_path / name) for name in ("weights/llama-7b", "data/scienceqa", "v.json", "i", "data/scienceqa")
     ]
-    assert [swept.run.storage, swept.vision.tower.weights, swept.data.template] == [
-        str(tmp_path / name) for name in ("runs", "tower", "t.json")
+    assert [swept.run.storage, swept.vision.encoder.weights, swept.data.template] == [
+        str(tmp_path / name) for name in ("runs", "encoder", "t.json")
     ]
     features = load(cafo_tune.Config, ROOT / "configs/cafo/caltech101.yaml", ["data.generated=dalle"])
     assert [features.data.root, features.run.storage] == [str(tmp_path / name) for name in ("data", "runs")]
-    assert (features.data.generated, swept.vision.tower.name) == ("dalle", "ViT-L-14-quickgelu")
+    assert (features.data.generated, swept.vision.encoder.name) == ("dalle", "ViT-L-14-quickgelu")
     assert load(demo.Config).run.storage == str(tmp_path / "runs")
     asked = load(
         adapter_generate.Config, {"base": {"path": "b"}, "template": "scienceqa"}, ["file=f.json", "out=o.jsonl"]

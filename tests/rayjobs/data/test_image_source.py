@@ -67,17 +67,17 @@ def test_images_that_nothing_reads_are_told(
     assert re.search(r"images +1, stored", capsys.readouterr().out)
 
 
-def test_a_tower_reads_no_more_images_at_once_than_it_is_told(
+def test_an_encoder_reads_no_more_images_at_once_than_it_is_told(
     vision: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sight = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
-    eyes, read = ImageFeaturizer(sight.tower, "cpu"), []
-    multi_scale = eyes.encoder.multi_scale
+    conditioning = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
+    featurizer, read = ImageFeaturizer(conditioning.encoder, "cpu"), []
+    multi_scale = featurizer.encoder.multi_scale
     monkeypatch.setattr(
-        eyes.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]
+        featurizer.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]
     )
     pixels = list(np.random.default_rng(0).normal(size=(7, 3 * 32 * 32)).astype(np.float32))
-    found = eyes.features([one.tobytes() for one in pixels])
+    found = featurizer.features([one.tobytes() for one in pixels])
     assert read == [3, 3, 1]
     whole = torch.cat(multi_scale(torch.tensor(np.stack(pixels)).view(7, 3, 32, 32)), dim=1)
     torch.testing.assert_close(found, whole)

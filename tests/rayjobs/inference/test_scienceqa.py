@@ -1,4 +1,4 @@
-"""ScienceQA over workers: the real problems, a really trained tiny LLaMA, images read by a tower, and going on."""
+"""ScienceQA over workers: the real problems, a really trained tiny LLaMA, images read by an encoder, and going on."""
 
 import re
 import shutil
@@ -19,18 +19,18 @@ from rayjobs.inference.scienceqa import AnswerProblems, Reading, asked
 from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import write_json, write_jsonl
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 
 
 @pytest.fixture
 def settings(shared: Path, tmp_path: Path) -> adapter_eval.Config:
     """A random adapter that reads images, on stories260K."""
-    tower = towers(tmp_path / "towers")["clip"]
+    encoder = make_encoders(tmp_path / "encoders")["clip"]
     base = AdaptedModel.from_pretrained(shared / "llama" / "stories260K")
     given = {
         "base": {"path": str(shared / "llama" / "stories260K")},
         "adapter": str(tmp_path / "adapter.safetensors"),
-        "vision": {"tower": tower, "bottleneck": 5},
+        "vision": {"encoder": encoder, "bottleneck": 5},
         "task": "scienceqa",
         "data": {"path": [str(shared / "scienceqa")]},
         "batch_size": 64,
@@ -81,7 +81,7 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
     before = {path.name: path.read_bytes() for path in built.run.folder.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=r"eval/parts holds answers from other settings \(how was"):
         adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "reading": "likelihood"}))
-    with pytest.raises(ValueError, match=r"\(tower was CLIP.*, now none; images was .*, now left out\)"):
+    with pytest.raises(ValueError, match=r"\(encoder was CLIP.*, now none; images was .*, now left out\)"):
         adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "vision": None, "blind": True}))
     (copied / pictured[2].image).write_bytes((copied / pictured[3].image).read_bytes())
     with pytest.raises(ValueError, match=r"\(images was [0-9a-f]{16}, now [0-9a-f]{16}\)"):
@@ -104,22 +104,22 @@ def test_blind_answers_say_how_many_images_were_left_out(
     assert result["unreadable_images"] == 0, "they are not even looked for"
 
 
-def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind(
+def test_an_adapter_that_reads_images_is_given_its_own_encoder_or_told_to_be_blind(
     settings: adapter_eval.Config, tmp_path: Path
 ) -> None:
     given = {name: value for name, value in to_dict(settings).items() if name in ("base", "adapter", "vision")}
     write_jsonl(tmp_path / "file.jsonl", [{"instruction": "What is it?", "image": "a.png"}])
     of_file = {**given, "file": str(tmp_path / "file.jsonl"), "run": {"name": "asked"}}
-    dino = {**given["vision"], "tower": towers(tmp_path / "others")["dino"]}
+    dino = {**given["vision"], "encoder": make_encoders(tmp_path / "others")["dino"]}
     text_only = str(tmp_path / "text.safetensors")
     base = AdaptedModel.from_pretrained(settings.base.path)
     base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
     base.save_adapter(text_only)
     for changes, message in [
-        ({"vision": None}, r"adapter\.safetensors reads images, through the tower CLIP-.*, or set blind=true"),
-        ({"vision": dino}, r"was trained with the image tower .*CLIP-.*, not with .*ResNet"),
+        ({"vision": None}, r"adapter\.safetensors reads images, through the encoder CLIP-.*, or set blind=true"),
+        ({"vision": dino}, r"was trained with the image encoder .*CLIP-.*, not with .*ResNet"),
         (
-            {"vision": {**given["vision"], "tower": {**given["vision"]["tower"], "precision": "bf16"}}},
+            {"vision": {**given["vision"], "encoder": {**given["vision"]["encoder"], "precision": "bf16"}}},
             "was trained with",
         ),
         ({"adapter": None}, "a bare base cannot read images"),
@@ -139,11 +139,11 @@ def test_an_adapter_that_reads_images_is_given_its_own_tower_or_told_to_be_blind
 
 
 def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, shared: Path) -> None:
-    sight = settings.vision.open()
+    conditioning = settings.vision.open()
     problems = [problem for problem in read_problems(shared / "scienceqa", "test") if problem.image][:3]
-    pixels = [read_pixels(shared / "scienceqa" / problem.image, sight)[0] for problem in problems]
+    pixels = [read_pixels(shared / "scienceqa" / problem.image, conditioning)[0] for problem in problems]
     worker = GenerationWorker(
-        AnswerProblems(TEMPLATE, "likelihood", 512), None, settings.base, settings.adapter, sight, "cpu"
+        AnswerProblems(TEMPLATE, "likelihood", 512), None, settings.base, settings.adapter, conditioning, "cpu"
     )
     rows = worker.answer([asked(problem) for problem in problems], worker.see(pixels))
     blind = worker.answer([asked(problem) for problem in problems], [None] * 3)

@@ -36,7 +36,7 @@ def features(pictured: Path, config: Any, name: str | None) -> torch.Tensor | No
     """An image's features straight from the encoder."""
     if not name:
         return None
-    encoder = load_encoder(config.vision.tower.spec())
+    encoder = load_encoder(config.vision.encoder.spec())
     return torch.cat(encoder.multi_scale(encoder.preprocess(load_image(pictured.parent / name))[None]), dim=1)[0]
 
 
@@ -154,7 +154,7 @@ def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) 
     assert {"config.yaml", "versions.json", "metrics.jsonl", "tensorboard"} <= {path.name for path in folder.iterdir()}
     (checkpoint,) = (path for path in (folder / "train").glob("checkpoint_*") if path.is_dir())
     state = load_file(checkpoint / "state.safetensors")
-    assert sum(tensor.numel() for tensor in state.values()) == 3 * trainable + 1, "never base or tower"
+    assert sum(tensor.numel() for tensor in state.values()) == 3 * trainable + 1, "never base or encoder"
 
 
 def test_a_finished_run_is_shown_again_and_other_settings_are_refused(
@@ -170,7 +170,7 @@ def test_a_finished_run_is_shown_again_and_other_settings_are_refused(
 @pytest.mark.parametrize(
     "more",
     [("scale.workers=1", "zero.stage=0", "vision.mode=streamed"), ("zero.stage=3",)],
-    ids=["one-worker-that-holds-the-tower", "zero-3"],
+    ids=["one-worker-that-holds-the-encoder", "zero-3"],
 )
 def test_any_number_of_workers_any_stage_and_either_way_of_images_train_the_same_adapter(
     trained: adapter_train.Config,

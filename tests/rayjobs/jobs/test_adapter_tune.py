@@ -11,7 +11,7 @@ from rayjobs.config import load
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_tune
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
 
 
@@ -77,13 +77,13 @@ def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_o
     monkeypatch.chdir(tmp_path)
     write_base(tmp_path / "weights" / "llama-7b")
     write_questions(tmp_path / "data" / "scienceqa", {"train": 12, "val": 8})
-    towers(tmp_path / "towers")
+    make_encoders(tmp_path / "encoders")
     small = [
         "base.dtype=fp32",
         "adapter.n_layers=2",
         "adapter.prompt_length=3",
-        "vision.tower.name=tiny",
-        "vision.tower.weights=towers/clip",
+        "vision.encoder.name=tiny",
+        "vision.encoder.weights=encoders/clip",
         "train.epochs=1",
         "train.warmup_epochs=0",
         "scale.workers=1",

@@ -184,7 +184,7 @@ def test_the_chain_opens_test_once_for_its_choice(
     again = pq.read_table(test / "accuracy.parquet").to_pylist()
     assert [row["accuracy"] for row in again] == accuracies
     assert read_json(test / "opened.json") == opened
-    other = tmp_path / "towers" / "dino.pth"
+    other = tmp_path / "encoders" / "dino.pth"
     weights = torch.load(other)
     torch.save({"teacher": {name: 1.5 * tensor for name, tensor in weights["teacher"].items()}}, other)
     with pytest.raises(ValueError, match=r"encoders.dino: the sweep's caches are of .*, the weights are now"):

@@ -64,17 +64,17 @@ def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, clu
         choice = fewshot.choose(dataset.train, dataset.class_names, shots=2, seed=seed)
         assert set(choice.items) <= set(lists["train"].items)
     for name, encoder in config.encoders.items():
-        tower = load_encoder(encoder.spec())
+        loaded = load_encoder(encoder.spec())
         for role, images in lists.items():
             values = found[role].values[name]
-            assert values.shape == (3 if images.views else 1, len(found[role].rows), tower.width)
+            assert values.shape == (3 if images.views else 1, len(found[role].rows), loaded.width)
             for at in (0, len(found[role].rows) - 1):
                 item = images.items[found[role].rows[at]]
                 image = load_image(images.root / item.path)
                 for view in range(len(values)):
-                    prepared = tower.preprocess.view(image, item.path, view, 0) if images.views else None
-                    pixels = tower.preprocess(image) if prepared is None else prepared
-                    expected = tower.encode_image(pixels[None])[0].numpy()
+                    prepared = loaded.preprocess.view(image, item.path, view, 0) if images.views else None
+                    pixels = loaded.preprocess(image) if prepared is None else prepared
+                    expected = loaded.encode_image(pixels[None])[0].numpy()
                     np.testing.assert_allclose(values[view, at], expected, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from adapter.scienceqa import LETTERS
 from rayjobs.config import load
 from rayjobs.jobs import adapter_eval
 from rayjobs.models.image_conditioning import VisionConfig
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import shuffle, train_adapter, write_base, write_questions
 
 pytestmark = pytest.mark.ray
@@ -21,17 +21,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("colours")
     write_base(folder / "base")
     write_questions(folder / "questions", {"train": 40, "test": 60})
-    vision = load(VisionConfig, {"tower": towers(folder / "towers")["clip"], "bottleneck": 7})
+    vision = load(VisionConfig, {"encoder": make_encoders(folder / "encoders")["clip"], "bottleneck": 7})
     train_adapter(folder / "base", vision, folder / "questions", folder / "adapter.safetensors")
     return folder
 
 
 def answered(world: Path, name: str, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    clip = {"kind": "clip", "weights": str(world / "towers" / "clip")}
+    clip = {"kind": "clip", "weights": str(world / "encoders" / "clip")}
     given = {
         "base": {"path": str(world / "base")},
         "adapter": str(world / "adapter.safetensors"),
-        "vision": {"tower": clip},
+        "vision": {"encoder": clip},
         "task": "scienceqa",
         "reading": "likelihood",
         "data": {"path": [str(world / "questions")]},

@@ -24,10 +24,10 @@ from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tu
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.storage.files import read_json, read_parquet, write_json
-from rayjobs.storage.fingerprint import content_hashes
+from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints
 from rayjobs.storage.paths import cached_path, resolve_path
 from rayjobs.storage.sync import SyncedFolder
-from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, towers, world
+from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, make_encoders, world
 from tests.rayjobs.conftest import upload
 
 NAMES = list(CLASSES)
@@ -110,10 +110,10 @@ def test_scienceqa_on_a_bucket_is_answered_and_scored_the_same(
     """Images stored and streamed, one of them damaged and one missing."""
     here = tmp_path / "here"
     scienceqa(here / "qa")
-    tower = towers(here / "towers")["clip"]
+    encoder = make_encoders(here / "encoders")["clip"]
     shutil.copytree(tiny_base, here / "base")
     base = AdaptedModel.from_pretrained(tiny_base)
-    projection = VisionConfig(tower=VisionEncoderConfig(**tower), bottleneck=5).open().projection
+    projection = VisionConfig(encoder=VisionEncoderConfig(**encoder), bottleneck=5).open().projection
     base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3, vision=projection))
     for adaption in base.model.adaptions:
         torch.nn.init.constant_(adaption.gate, 1.0)
@@ -124,7 +124,7 @@ def test_scienceqa_on_a_bucket_is_answered_and_scored_the_same(
         given = {
             "base": {"path": f"{root}/base"},
             "adapter": f"{root}/adapter.safetensors",
-            "vision": {"tower": {**tower, "weights": f"{root}/towers/clip"}, "bottleneck": 5},
+            "vision": {"encoder": {**encoder, "weights": f"{root}/encoders/clip"}, "bottleneck": 5},
             "data": {"path": [f"{root}/qa"], "format": "scienceqa", "max_rejected_fraction": 0.2},
             "run": {"name": name, "storage": f"{root}/runs"},
         }
@@ -164,16 +164,16 @@ def scienceqa(folder: Path) -> None:
     (folder / "pid_splits.json").write_text(json.dumps({split: list(problems) for split in ("train", "test")}))
 
 
-def test_a_tower_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: str, tmp_path: Path) -> None:
+def test_an_encoder_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: str, tmp_path: Path) -> None:
     world(tmp_path / "world")
-    clip, dino = tmp_path / "world" / "towers" / "clip", tmp_path / "world" / "towers" / "dino.pth"
+    clip, dino = tmp_path / "world" / "encoders" / "clip", tmp_path / "world" / "encoders" / "dino.pth"
     (clip / "open_clip_model.safetensors").rename(clip / "lone.safetensors")
     (clip / "open_clip_config.json").rename(clip / "lone.json")
-    upload(clip.parent, f"{bucket}/towers")
+    upload(clip.parent, f"{bucket}/encoders")
     for kind, name, file in (("clip", "", "clip/lone.safetensors"), ("timm", "test_resnet", "dino.pth")):
         local = load_encoder(EncoderSpec(kind=kind, name=name, weights=str(clip.parent / file)))  # type: ignore[arg-type]
-        there = VisionEncoderConfig(kind=kind, name=name, weights=f"{bucket}/towers/{file}").spec()  # type: ignore[arg-type]
-        assert there.weights == f"{bucket}/towers/{file}", "other machines make copies of their own"
+        there = VisionEncoderConfig(kind=kind, name=name, weights=f"{bucket}/encoders/{file}").spec()  # type: ignore[arg-type]
+        assert there.weights == f"{bucket}/encoders/{file}", "other machines make copies of their own"
         assert load_vision_encoder(there).identity == local.identity
     assert dino.exists()
     identities = []
@@ -192,11 +192,11 @@ def test_an_image_that_is_not_there_is_no_image_and_a_store_out_of_reach_is_an_e
         load_image(resolve_path(bucket) / "a" / "b.png")
     with pytest.raises(ImageError, match=r"c\.png: no such file"):
         load_image(resolve_path(bucket) / "a" / "c.png")
-    told = content_hashes(bucket)
-    assert told("a/c.png") is None
-    first = told("a/b.png")
+    before = file_fingerprints(bucket, ["a/c.png", "a/b.png"])
+    assert before == {"a/c.png": None, "a/b.png": file_fingerprint(f"{bucket}/a/b.png")}
     (resolve_path(bucket) / "a" / "b.png").write_bytes(b"124")
-    assert content_hashes(bucket)("a/b.png") not in (None, first)
+    after = file_fingerprints(bucket, ["a/b.png"])
+    assert after["a/b.png"] not in (None, before["a/b.png"])
 
     def unreachable(self: Any) -> bytes:
         raise ConnectionError("the network is down")

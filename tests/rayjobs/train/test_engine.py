@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import towers
+from tests.rayjobs.cafo_dataset import make_encoders
 
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
@@ -18,19 +18,19 @@ from adapter.base_checkpoint import open_checkpoint
 from rayjobs.config import load
 from rayjobs.models.base_model import DTYPES
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
-from rayjobs.models.image_conditioning import Eyes, VisionConfig
+from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 
 base, out, dtype, offload = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload"
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-sight = load(VisionConfig, {"tower": {"kind": "clip", "weights": sys.argv[5]}, "bottleneck": 7}).open()
-eyes = Eyes(sight.tower, "cpu")
-tower = {name: tensor.clone() for name, tensor in eyes.encoder.model.state_dict().items()}
+conditioning = load(VisionConfig, {"encoder": {"kind": "clip", "weights": sys.argv[5]}, "bottleneck": 7}).open()
+featurizer = ImageFeaturizer(conditioning.encoder, "cpu")
+encoder_before = {name: tensor.clone() for name, tensor in featurizer.encoder.model.state_dict().items()}
 
 def engine(stage):
     zero = ZeroConfig(stage=stage, offload_optimizer={"device": "cpu"} if offload else None)
-    adaption = AdaptionConfig(n_layers=2, prompt_length=5, vision=sight.projection)
+    adaption = AdaptionConfig(n_layers=2, prompt_length=5, vision=conditioning.projection)
     model = adapted_model(base, adaption, dtype=dtype, zero=zero, seed=1, device=torch.device("cpu"))
     if stage == 3:
         assert all(parameter.numel() == 0 for parameter in model.parameters() if not parameter.requires_grad)
@@ -47,11 +47,11 @@ def whole(engine, frozen):  # its parameters, those that are cut put together
     with deepspeed.zero.GatheredParameters(list(found.values())):
         return {name: parameter.detach().clone() for name, parameter in found.items()}
 
-def frozen_to_the_bit(engine):  # base and tower, after training
-    kept, now = whole(engine, True), eyes.encoder.model.state_dict()
+def frozen_to_the_bit(engine):  # base and encoder, after training
+    kept, now = whole(engine, True), featurizer.encoder.model.state_dict()
     there = {name: tensor.to(DTYPES[dtype]) for name, tensor in open_checkpoint(base).tensors()}
     same = all(torch.equal(kept[name], tensor) for name, tensor in there.items())
-    return kept.keys() == there.keys() and same and all(torch.equal(now[name], tower[name]) for name in tower)
+    return kept.keys() == there.keys() and same and all(torch.equal(now[name], value) for name, value in encoder_before.items())
 
 def train(engine, steps):
     losses = []
@@ -62,7 +62,7 @@ def train(engine, steps):
             labels = part.clone()
             labels[:, :5] = -100
             # every other row has an image, so that some batches of some workers have none at all
-            images = eyes.images([picture(row) if row[0] % 2 else None for row in part])
+            images = featurizer.images([picture(row) if row[0] % 2 else None for row in part])
             loss = engine.loss(part, labels, images) / 72
             engine.backward(loss)
             total += loss.detach()
@@ -102,7 +102,7 @@ def test_stages_give_the_same_losses_and_take_up_each_others_state(
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
     done = subprocess.run(
-        [*command, tiny_base, out, dtype, offload or "stay", towers(tmp_path / "towers")["clip"]["weights"]],
+        [*command, tiny_base, out, dtype, offload or "stay", make_encoders(tmp_path / "encoders")["clip"]["weights"]],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -115,5 +115,5 @@ def test_stages_give_the_same_losses_and_take_up_each_others_state(
         assert losses["fresh"] == pytest.approx(found["before"], abs=2e-6), f"stage {stage}"
         assert losses["resumed"] == pytest.approx(found["after"], abs=2e-6), f"stage {stage}"
         assert losses["exact"], f"stage {stage}"
-        assert losses["frozen"], f"stage {stage}: base or tower moved"
+        assert losses["frozen"], f"stage {stage}: base or encoder moved"
         assert losses["moved"], f"stage {stage}: something that should learn did not"

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from cafo.ensemble import Combination, Ensemble, combine
 from cafo.errors import CafoError
-from cafo.files import whole_file
+from cafo.files import atomic_path
 
 FORMAT = "cafo-cache-1"
 
@@ -242,7 +242,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "beta": repr(cache.beta),
         "ensemble": json.dumps(asdict(cache.ensemble)),
     }
-    with whole_file(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
 
 

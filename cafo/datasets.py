@@ -229,7 +229,7 @@ def load_tree(
 
     def parts() -> list[tuple[Item, ...]]:
         items = _listing(root, {n: n for n in names}, names)
-        drawn = [(sum(draw(seed, item.path) >= end for end in ends), item) for item in items]
+        drawn = [(sum(stable_uniform(seed, item.path) >= end for end in ends), item) for item in items]
         return [tuple(item for part, item in drawn if part == wanted) for wanted in range(3)]
 
     train, val, _ = parts()
@@ -276,7 +276,7 @@ def load_generated_list(path: str | Path, class_names: Sequence[str]) -> tuple[I
     return _fitting(_items(entries, f"{path}, train"), tuple(class_names), path)
 
 
-def draw(seed: int, path: str) -> float:
+def stable_uniform(seed: int, path: str) -> float:
     """A number in [0, 1) from a seed and a path, the same on every machine."""
     digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -289,7 +289,7 @@ def _imagenet(folder: Path, layout: Layout, val_share: float, seed: int) -> Data
     ids = {f"train/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
     _existing(images / "train", "unpack ImageNet's training images there")
     items = _listing(images, ids, names)
-    held_out = [draw(seed, item.path) < val_share for item in items]
+    held_out = [stable_uniform(seed, item.path) < val_share for item in items]
     return Dataset(
         name="imagenet",
         class_names=names,

@@ -86,7 +86,7 @@ def clean_state(state: State, *, heads: bool = False) -> State:
     return {name: t for name, t in clean.items() if not (heads and _HEAD.match(name))}
 
 
-def fit(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
     """Load every tensor into its place.
 
     Raises:
@@ -168,7 +168,7 @@ def _assemble(
             state = open_clip.model.convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:
             state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-        fit(model, state, path)
+        load_exactly(model, state, path)
     window = config["text_cfg"].get("context_length", 77)
     tokenizer = open_clip.get_tokenizer(name) if built_in else open_clip.SimpleTokenizer(context_length=window)
     vocabulary = config["text_cfg"].get("vocab_size", 49408)

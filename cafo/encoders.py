@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cafo.encoder_spec import EncoderSpec, Precision
-from cafo.encoder_weights import build_clip, clean_state, fit, read_state, weight_file
+from cafo.encoder_weights import build_clip, clean_state, load_exactly, read_state, weight_file
 from cafo.errors import CafoError
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -126,7 +126,7 @@ class ImageEncoder:
         device: str | torch.device = "cpu",
     ) -> None:
         self.name, self.preprocess = name, preprocess
-        self.identity = fingerprint(architecture or name, tower, preprocess, precision)
+        self.identity = encoder_identity(architecture or name, tower, preprocess, precision)
         self.tower = _frozen(tower, precision, device)
         side = preprocess.size
         self.width = self.encode_image(torch.zeros(1, 3, side, side), check=False).shape[1]
@@ -178,7 +178,7 @@ class ClipEncoder(ImageEncoder):
         precision: Precision = "fp32",
         device: str | torch.device = "cpu",
     ) -> None:
-        identity = fingerprint(architecture, model, preprocess, precision)
+        identity = encoder_identity(architecture, model, preprocess, precision)
         super().__init__(model.visual, name=name, preprocess=preprocess, precision=precision, device=device)  # type: ignore[arg-type]
         self.identity = identity  # of both towers: the classifier depends on the text tower too
         self.model, self.tokenizer = _frozen(model, precision, device), tokenizer
@@ -197,7 +197,7 @@ class ClipEncoder(ImageEncoder):
         return len(self.tokenizer.tokenizer(sentence)["input_ids"]) > window
 
 
-def fingerprint(architecture: str, module: nn.Module, preprocess: Preprocess, precision: str) -> str:
+def encoder_identity(architecture: str, module: nn.Module, preprocess: Preprocess, precision: str) -> str:
     """A digest of a tower's tensors and all that its features depend on, independent of the file they came in and of
     what it is called."""
     digest = hashlib.sha256(repr((architecture, preprocess, precision)).encode())
@@ -279,7 +279,7 @@ def _build_timm(name: str, weights: str) -> nn.Module:
     # timm converts the official spelling of some families, DINOv2's among them, to its own
     if convert := getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None):
         state = convert(state, tower)
-    fit(tower, state, path)
+    load_exactly(tower, state, path)
     return tower
 
 

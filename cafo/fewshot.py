@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cafo.datasets import Item, draw
+from cafo.datasets import Item, stable_uniform
 from cafo.errors import CafoError
 from cafo.files import read_json, write_json
 
@@ -48,7 +48,7 @@ def choose(
     if shots < 0:
         raise CafoError(f"shots must be at least 0, got {shots}")
     ranked: list[list[Item]] = [[] for _ in class_names]
-    for item in sorted(set(items), key=lambda item: (draw(seed, item.path), item.path)):
+    for item in sorted(set(items), key=lambda item: (stable_uniform(seed, item.path), item.path)):
         ranked[item.label].append(item)
     lacking = {name: len(found) for name, found in zip(class_names, ranked, strict=True) if len(found) < shots}
     if lacking and short == "error":

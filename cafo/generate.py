@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cafo.datasets import IMAGE_SUFFIXES, Item
 from cafo.errors import CafoError, ImageError
-from cafo.files import as_path, read_json, whole_file, write_json
+from cafo.files import as_path, read_json, atomic_path, write_json
 from cafo.images import load_image
-from cafo.openai_client import Endpoint, Line
-from cafo.prompt import spoken
+from cafo.openai_client import Endpoint, RateLimitedClient
+from cafo.prompt import with_spaces
 
 if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
     from cafo.encoders import Encoder
@@ -59,7 +59,7 @@ class FolderGenerator:
 
     def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
         """The first `n` images of the class's folder."""
-        names = dict.fromkeys((class_name, spoken(class_name), class_name.replace(" ", "_")))
+        names = dict.fromkeys((class_name, with_spaces(class_name), class_name.replace(" ", "_")))
         folder = next((self._root / name for name in names if (self._root / name).is_dir()), None)
         if folder is None:
             raise CafoError(f"{self._root} has no folder {class_name!r}; there should be one per class")
@@ -71,7 +71,7 @@ class EndpointGenerator:
     """An OpenAI-compatible images endpoint."""
 
     def __init__(self, endpoint: Endpoint, size: str = "256x256") -> None:
-        self._line, self._size = Line(endpoint), size
+        self._line, self._size = RateLimitedClient(endpoint), size
 
     def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
         """One request per image: not every server draws several, and a refusal or a stop then loses one."""
@@ -166,7 +166,7 @@ def generate(
     for label, name in enumerate(class_names):
         if label in drawn:
             continue
-        prompt = template.format(spoken(name))
+        prompt = template.format(with_spaces(name))
         images: list[Image.Image] = []
         rejected: list[str] = []
         for image in generator.draw(name, prompt, candidates, seed + label):
@@ -174,11 +174,11 @@ def generate(
                 rejected.append(str(image))
             else:
                 images.append(image)
-        scores = rank(encoder, images, classifier[:, label])
+        scores = clip_scores(encoder, images, classifier[:, label])
         best = sorted(range(len(images)), key=lambda i: (-scores[i], i))[:keep]
         for place, i in enumerate(best):
             relative = f"{label:05d}/{place:03d}.png"  # by label: ImageNet has two classes named crane
-            with whole_file(folder / relative) as temporary:
+            with atomic_path(folder / relative) as temporary:
                 images[i].save(temporary, "PNG")
             known["train"].append([relative, label, name])
             known["scores"][relative] = scores[i]
@@ -188,7 +188,7 @@ def generate(
     return path
 
 
-def rank(encoder: Encoder, images: Sequence[Image.Image], text: Tensor) -> list[float]:
+def clip_scores(encoder: Encoder, images: Sequence[Image.Image], text: Tensor) -> list[float]:
     """Cosine of each image with the class text (C,), in the images' order."""
     if not images:
         return []
@@ -197,7 +197,7 @@ def rank(encoder: Encoder, images: Sequence[Image.Image], text: Tensor) -> list[
     return (torch.cat(features).cpu() @ text.cpu().float()).tolist()
 
 
-def best_of(items: Sequence[Item], keep: int) -> tuple[Item, ...]:
+def best_per_class(items: Sequence[Item], keep: int) -> tuple[Item, ...]:
     """The K' best of each class of a list that `generate` wrote (or the first K' of any other list)."""
     taken: dict[int, int] = {}
     chosen = []

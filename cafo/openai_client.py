@@ -32,14 +32,14 @@ class Endpoint:
     timeout_s: float = 60.0
 
 
-class Line:
+class RateLimitedClient:
     """A client that keeps to the endpoint's rate: `line.client()` waits its turn, then hands out the client."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._next_s = 0.0
 
-    def client(self) -> Any:
+    def acquire(self) -> Any:
         """The `openai` client, as soon as one more request is within the rate."""
         client = self._client
         now = time.monotonic()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from cafo.errors import CafoError
 from cafo.files import as_path, read_json, write_json
-from cafo.openai_client import Endpoint, Line
+from cafo.openai_client import Endpoint, RateLimitedClient
 
 if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
     from cafo.encoders import TextEncoder
@@ -56,7 +56,7 @@ class EndpointModel:
     """A `LanguageModel` behind an OpenAI-compatible chat endpoint."""
 
     def __init__(self, endpoint: Endpoint, sampling: Sampling | None = None) -> None:
-        self._line, self._sampling = Line(endpoint), sampling or Sampling()
+        self._line, self._sampling = RateLimitedClient(endpoint), sampling or Sampling()
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
         """Ask until there are `n` answers: many servers give one, whatever `n` says.
@@ -72,7 +72,7 @@ class EndpointModel:
                 model=self._line.endpoint.model,
                 messages=[
                     {"role": "system", "content": sampling.system},
-                    {"role": "user", "content": command.format(spoken(class_name))},
+                    {"role": "user", "content": command.format(with_spaces(class_name))},
                 ],
                 n=n - len(answers),
                 temperature=sampling.temperature,
@@ -142,10 +142,10 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
 
 def template_prompts(templates: Sequence[str], class_names: Sequence[str]) -> dict[str, list[str]]:
     """The fallback without a language model: the data set's templates, filled in."""
-    return {name: [template.format(spoken(name)) for template in templates] for name in class_names}
+    return {name: [template.format(with_spaces(name)) for template in templates] for name in class_names}
 
 
-def spoken(class_name: str) -> str:
+def with_spaces(class_name: str) -> str:
     """A class name as one says it: spaces for underscores."""
     return class_name.replace("_", " ")
 
@@ -191,4 +191,4 @@ def _read(path: Path) -> dict[str, list[str]]:
 
 
 def _find(known: Mapping[str, list[str]], name: str) -> list[str]:
-    return known.get(name) or known.get(spoken(name)) or known.get(name.replace(" ", "_")) or []
+    return known.get(name) or known.get(with_spaces(name)) or known.get(name.replace(" ", "_")) or []

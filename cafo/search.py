@@ -84,7 +84,7 @@ class Landscape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """The search's answer. `correct` is a direct evaluation of eq. 9 in float32 at exactly these values."""
 
     alpha: float
@@ -118,7 +118,7 @@ def search(
     *,
     grid: BetaGrid | None = None,
     ensembles: Sequence[Ensemble] = (Ensemble(),),
-) -> Found:
+) -> SearchResult:
     """The best (α ≥ 0, β, ensemble) on the given images: exact in α, on a refined grid in β, exhaustive over ensembles.
 
     Ties go to the smaller α, then the smaller β, then the earlier ensemble. α is the middle of its step, so that
@@ -171,7 +171,7 @@ def search(
                 correct=tuple(total - c.wrong for c in rows),
             )
         )
-    return Found(
+    return SearchResult(
         alpha=chosen.alpha,
         beta=chosen.beta,
         ensemble=ensembles[chosen.ensemble],

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from pydantic import Field
 from cafo.datasets import PHOTO
-from cafo.openai_client import Endpoint, Line
-from cafo.prompt import spoken
+from cafo.openai_client import Endpoint, RateLimitedClient
+from cafo.prompt import with_spaces
 from rayjobs.config import config
 from rayjobs.data.image_dataset import ImageDatasetConfig
 
@@ -23,8 +23,8 @@ class ClassNames(NamedTuple):
 
     def missing(self, known: Mapping[str, Any]) -> list[str]:
         """The names, each once, that are in `known` neither with underscores nor with spaces."""
-        answered = {spoken(name) for name, answers in known.items() if answers}
-        return [name for name in dict.fromkeys(self.names) if spoken(name) not in answered]
+        answered = {with_spaces(name) for name, answers in known.items() if answers}
+        return [name for name in dict.fromkeys(self.names) if with_spaces(name) not in answered]
 
 
 def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | None) -> ClassNames:

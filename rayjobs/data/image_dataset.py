@@ -18,7 +18,7 @@ from cafo.datasets import (
     load_tree,
 )
 from cafo.fewshot import FewShot
-from cafo.generate import best_of
+from cafo.generate import best_per_class
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.models.encoder import VisionEncoderConfig
@@ -87,7 +87,7 @@ class ImageDatasetConfig:
         else:
             path = resolve_path(self.generated)
             root, items = path.parent, load_generated_list(path, dataset.class_names)
-        return root, best_of(items, keep)
+        return root, best_per_class(items, keep)
 
     def sentences(self, dataset: Dataset, kind: Sentences) -> dict[str, list[str]]:
         """Every class's sentences. Raises ValueError naming the classes without one."""

@@ -17,7 +17,7 @@ from cafo.datasets import (
     load_tree,
 )
 from cafo.fewshot import FewShot
-from cafo.generate import best_of
+from cafo.generate import best_per_class
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.models.encoder import VisionEncoderConfig

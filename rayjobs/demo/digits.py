@@ -7,7 +7,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from cafo.datasets import draw
+from cafo.datasets import stable_uniform
 from rayjobs.config import config
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.font_digits import pictures
@@ -36,7 +36,7 @@ def divided(settings: DigitsConfig) -> dict[str, list[tuple[str, Tensor, int]]]:
 
     scans = load_digits()
     drawn = pictures(torch.from_numpy(scans.images).float())
-    order = sorted(range(len(drawn)), key=lambda i: draw(settings.seed, str(i)))
+    order = sorted(range(len(drawn)), key=lambda i: stable_uniform(settings.seed, str(i)))
     found, start = {}, 0
     for split in ("train", "val", "test"):
         stop = start + getattr(settings, split)

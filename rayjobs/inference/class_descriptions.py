@@ -10,11 +10,11 @@ from adapter.instruct import ALPACA, PromptTemplate
 from adapter.model import AdaptedModel
 from cafo.prompt import (
     Sampling,
-    spoken,
+    with_spaces,
 )
 from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig
-from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import AnyPath, FileOrName, cached_path
 
 
@@ -45,9 +45,9 @@ class LlamaConfig:
         template = self.prompt_template()
         return {
             "base": checkpoint.fingerprint,
-            "tokenizer": hash_file(tokenizer),
+            "tokenizer": file_fingerprint(tokenizer),
             "dtype": self.base.dtype,
-            "adapter": hash_file(cached_path(self.adapter)) if self.adapter is not None else None,
+            "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
             "template": [template.with_input, template.without_input],
             "top_p": self.top_p,
             "seed": self.seed,
@@ -85,7 +85,7 @@ class LlamaModel:
 
     def _decode(self, class_name: str, n: int) -> dict[str, list[str]]:
         asked = [command for command in self._commands for _ in range(n)]
-        prompts = [self._template.render(command.format(spoken(class_name))) for command in asked]
+        prompts = [self._template.render(command.format(with_spaces(class_name))) for command in asked]
         told: dict[str, list[str]] = {command: [] for command in self._commands}
         size = self._settings.batch_size
         for start in range(0, len(prompts), size):

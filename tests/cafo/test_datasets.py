@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cafo.datasets import LAYOUTS, draw, load_dataset, load_generated, load_split, load_tree
+from cafo.datasets import LAYOUTS, stable_uniform, load_dataset, load_generated, load_split, load_tree
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "few_shot"
 
@@ -149,7 +149,7 @@ def test_a_tree_splits_each_image_by_its_own_path(tmp_path):
     assert len(dataset.train) + len(dataset.val) + len(test) == 200
     assert 70 < len(dataset.train) < 130
     assert {i.path for i in dataset.train} == {
-        i.path for i in (*dataset.train, *dataset.val, *test) if draw(3, i.path) < 0.5
+        i.path for i in (*dataset.train, *dataset.val, *test) if stable_uniform(3, i.path) < 0.5
     }
     for item in test:
         (tmp_path / item.path).unlink()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cafo.datasets import Item, load_generated_list
 from cafo.errors import ImageError
 from cafo.files import read_json
-from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, best_of, generate
+from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, best_per_class, generate
 from cafo.images import Preprocess
 from cafo.openai_client import Endpoint
 from tests.cafo.server import serve
@@ -65,7 +65,7 @@ def test_clip_keeps_the_best_in_order(tmp_path):
         assert scores == sorted(scores, reverse=True)
     assert content["prompts"][items[3].path] == "a photo of a emu bird."
     assert seen[0] == ("crane", 3, ["candidate 5: broken"])
-    assert best_of(items, 1) == tuple(items[i] for i in (0, 3, 6))
+    assert best_per_class(items, 1) == tuple(items[i] for i in (0, 3, 6))
 
 
 def test_a_stop_loses_one_class_and_other_settings_are_refused(tmp_path):
@@ -124,4 +124,4 @@ def test_diffusers_names_its_extra(monkeypatch):
 
 def test_best_of_any_list():
     items = [Item(f"{i}", i % 2, "x") for i in range(7)]
-    assert [i.path for i in best_of(items, 2)] == ["0", "1", "2", "3"]
+    assert [i.path for i in best_per_class(items, 2)] == ["0", "1", "2", "3"]

@@ -10,7 +10,7 @@ from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
 from rayjobs.storage.paths import AnyPath, FileOrName, cached_path, resolve_path
-from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import file_fingerprint
 
 
 Format = Literal["alpaca", "scienceqa", "llava"]
@@ -66,7 +66,7 @@ class Source:
 
     def digests(self) -> list[str]:
         """SHA-256 of its files."""
-        return [hash_file(cached_path(file)) for file in self.files]
+        return [file_fingerprint(cached_path(file)) for file in self.files]
 
 
 @config

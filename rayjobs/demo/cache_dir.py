@@ -1,7 +1,5 @@
 """What the demo makes once: folders in the cache, named after all that their content follows from."""
 
-import hashlib
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rayjobs.storage.fingerprint import fingerprint
 
 FORMAT = 3
 """Of all that is made here: a change that changes its outcome counts it up, so that nothing older is taken for new."""
@@ -21,7 +21,7 @@ def kept(cache: Path, kind: str, *identity: Any) -> Path:
 
 
 def digest(*identity: Any) -> str:
-    return hashlib.sha256(json.dumps([FORMAT, *identity], sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint([FORMAT, *identity])[:16]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl, write_json, write_jsonl
-from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import AnyPath, cached_path, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 
@@ -127,7 +127,7 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
                 "source"
             )
         source = {"model": settings.diffusers.model, "steps": settings.diffusers.steps}
-    scored = hash_file(settings.sentence_file) if settings.sentence_file else list(classes.templates)
+    scored = file_fingerprint(settings.sentence_file) if settings.sentence_file else list(classes.templates)
     identity = {
         "source": settings.source,
         **source,

@@ -1,36 +1,63 @@
-"""Identify values, files and URLs by their content."""
+"""Identify values, files and URLs by their content, never by their path or time."""
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rayjobs.storage.paths import is_url, resolve_path
 
 
-def hash_file(path: str | Path) -> str:
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, in hexadecimal: equal values have equal fingerprints on every machine.
+
+    The order of a mapping's keys does not count; a tuple equals a list. Raises TypeError for what JSON cannot hold.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """SHA-256 of a local file's content; for a URL, what its store says of the content, so nothing is downloaded.
+
+    Raises OSError if the file is missing or cannot be read.
+    """
+    path = resolve_path(path)
+    if is_url(path):
+        remote: Any = path
+        return remote_fingerprint(remote.fs.info(remote.path))
     digest = hashlib.sha256()
-    with resolve_path(path).open("rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def content_hashes(folder: str | Path) -> Callable[[str], str | None]:
-    """A function from a file's path below the folder to what tells its content: SHA-256, or None if it cannot be read.
+def file_fingerprints(folder: str | Path, names: Iterable[str]) -> dict[str, str | None]:
+    """The fingerprint of each named file of a folder, in the order given; None for a file that cannot be read.
 
-    A URL is listed here, once, and what the store says of a file, ETag and size, stands for its content.
+    A folder at a URL is listed once, whatever the number of files.
     """
     root: Any = resolve_path(folder)
     if is_url(root):
-        listed = root.fs.find(root.path, detail=True)
-        told = {file: f"{about.get('ETag') or about['etag']} {about['size']}" for file, about in listed.items()}
-        return lambda path: told.get(f"{root.path.rstrip('/')}/{path}")
+        listed, prefix = root.fs.find(root.path, detail=True), root.path.rstrip("/")
+        infos = {name: listed.get(f"{prefix}/{name}") for name in names}
+        return {name: info and remote_fingerprint(info) for name, info in infos.items()}
+    return {name: _readable_fingerprint(root / name) for name in names}
 
-    def digest(path: str) -> str | None:
-        try:
-            return hash_file(root / path)
-        except OSError:
-            return None
 
-    return digest
+def remote_fingerprint(info: Mapping[str, Any]) -> str:
+    """The fingerprint of a remote file, from what fsspec's `info` or `find` reports of it: its ETag and size.
+
+    Where a store has no ETag, all that it reports counts, as in fsspec's own `ukey`. That includes the time of writing,
+    so the same content written again then counts as another.
+    """
+    etag = info.get("ETag") or info.get("etag")
+    return fingerprint([etag, info["size"]] if etag else str(info))
+
+
+def _readable_fingerprint(path: Path) -> str | None:
+    try:
+        return file_fingerprint(path)
+    except OSError:
+        return None

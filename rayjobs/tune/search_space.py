@@ -1,13 +1,13 @@
-"""What a CaFo sweep tries: axes of settings, and the trials they make over shots and seeds."""
+"""The search space of a CaFo sweep: hyperparameter settings, and the trials that they make over shots and seeds."""
 
 import hashlib
 import itertools
 import json
 import math
 import random
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -15,92 +15,95 @@ from cafo.ensemble import table5
 from cafo.search import BetaGrid
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
-from rayjobs.errors import UserError
+from rayjobs.errors import ConfigError
 
-Axis = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
-H = TypeVar("H", bound=Hashable)
+Hyperparameter = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
 
 
 @config
 class Range:
-    """Values between two ends, drawn evenly in their logarithm."""
+    """A range to sample from, uniformly in the logarithm."""
 
     low: float = Field(gt=0)
-    """The smallest."""
+    """Smallest value."""
     high: float = Field(gt=0)
-    """The largest."""
+    """Largest value."""
 
 
 @config
 class SpaceConfig:
-    """What trials try. Each axis is a list; every (shots, seed) sees the same settings."""
+    """The search space: a list of values for each hyperparameter. Every (shots, seed) tries the same settings."""
 
     shots: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1)
-    """K: training images of each class."""
+    """K: numbers of training images per class."""
     seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
-    """Of the few-shot choice and the order of training; accuracies are means over them."""
+    """Seeds for the few-shot choice and the training order; accuracies are means over them."""
     generated: list[int] = Field(default=[0], min_length=1)
-    """K': generated images of each class that join the cache."""
+    """K': numbers of generated images per class that are added to the cache."""
     views: list[int] | None = None
-    """Augmented views that keys average over; null takes all that are encoded."""
+    """Numbers of augmented views that a key is the mean of; null uses all encoded views."""
     encoders: list[list[str]] | None = None
-    """Sets of encoders; the first of a set is the CLIP that gives p_ZS. Null takes all in their order."""
+    """Sets of encoder names; the first of a set is the CLIP that computes p_ZS. Null uses all encoders in their
+    order."""
     ensemble: list[str] = Field(default=["baseline zero-shot"], min_length=1)
-    """Rules by the names of the paper's table 5, such as `clip only`, `average`, `baseline clip`."""
+    """Ensemble rules by their names in the paper's table 5, such as `clip only`, `average`, `baseline clip`."""
     sentences: list[Sentences] | None = None
-    """`file` or `templates`; null takes the file where data.prompts names one."""
+    """Sources of the class descriptions, `file` or `templates`; null uses the file if data.prompts names one."""
     lr: list[float] | Range = Field(default=[1e-3])
-    """Learning rates of the keys, or a range to draw from."""
+    """Learning rates of the keys: a list, or a range {low: …, high: …} to sample from."""
     epochs: list[int] = Field(default=[20], min_length=1)
-    """Epochs of the keys' training; 0 leaves them untrained."""
+    """Numbers of epochs that the keys are trained; 0 leaves them untrained."""
     alpha: list[float] = Field(default=[1.0], min_length=1)
-    """Initial α, at which keys are trained."""
+    """Values of α while the keys are trained."""
     beta: list[float] = Field(default=[5.5], min_length=1)
-    """Initial β, at which keys are trained."""
-    methods: dict[str, dict[Axis, list[Any]]] = Field(default_factory=dict)
-    """Rows of the table by name, each with the axes that it narrows, such as `CLIP cache: {encoders: [[clip]]}`; a
-    choice is made for each."""
+    """Values of β while the keys are trained."""
+    methods: dict[str, dict[Hyperparameter, list[Any]]] = Field(default_factory=dict)
+    """Methods to compare, by the name of their table row, each with the hyperparameters that it restricts, such as
+    `CLIP cache: {encoders: [[clip]]}`. The best setting of each method is chosen separately."""
 
 
 @config
 class SearchConfig:
-    """How trials are drawn, and what each searches after training."""
+    """How the settings to try are found, and what each trial searches after training."""
 
     method: Literal["grid", "random", "asha", "optuna"] = "grid"
-    """`grid`: every setting. `random`: `samples` drawn ones. `asha`: drawn ones race on the first seed, where the weak
-    are stopped early, and those that finish go on to the other seeds. `optuna`: `samples` suggestions for every K, each
-    judged by its mean over seeds."""
+    """`grid`: every setting. `random`: `samples` random settings. `asha`: random settings under successive halving on
+    the first seed, which stops the weak ones early; those that finish are run with the other seeds. `optuna`: for every
+    K, `samples` settings that Optuna suggests, each judged by its mean over seeds."""
     samples: int = Field(default=20, ge=1)
-    """Settings that `random` and `asha` draw, and that `optuna` suggests for every K; with `compare`, per value."""
+    """Settings that `random` and `asha` sample, and that `optuna` suggests for every K; with `compare`, per value."""
     seed: int = 0
-    """Of the drawing and the suggestions."""
+    """Seed for sampling settings and for Optuna's sampler."""
     grace_epochs: int = Field(default=1, ge=1)
-    """asha: no trial is stopped before so many epochs."""
+    """asha: epochs before which no trial is stopped."""
     reduction: float = Field(default=3.0, gt=1)
-    """asha: at 1, r, r² … times grace_epochs a trial goes on if it is in the best 1/r of those that came so far."""
+    """asha: reduction factor r. After 1, r, r² … times grace_epochs, a trial continues if it is among the best 1/r of
+    the trials that have reached that epoch."""
     suggested_at_once: int = Field(default=4, ge=1)
-    """optuna: suggestions made together, before their results are known, so that they can run at once."""
-    compare: list[Axis] = Field(default_factory=list)
-    """Axes to report side by side rather than to choose over: a choice is made for each of their values."""
+    """optuna: suggestions per batch. They are made before any of their results is known, so that they can run in
+    parallel."""
+    compare: list[Hyperparameter] = Field(default_factory=list)
+    """Hyperparameters to compare instead of choosing among their values: a setting is chosen for each value."""
     beta_low: float = Field(default=0.1, gt=0)
-    """β's smallest value."""
+    """Smallest value of β in the search."""
     beta_high: float = Field(default=12.0, gt=0)
-    """β's largest value."""
+    """Largest value of β in the search."""
     beta_steps: int = Field(default=200, ge=1)
-    """Values of β on the first grid; finer ones follow around the best."""
+    """Values of β on the first grid; finer grids follow around the best value."""
     temperatures: list[float] = Field(default=[1.0], min_length=1)
-    """Candidates for the ensemble's temperature."""
+    """Candidate temperatures of the ensemble."""
     scales: list[float] = Field(default=[1.0], min_length=1)
-    """Candidates for every source's scale."""
+    """Candidate scales of every source of the ensemble."""
     batch: int = Field(default=256, ge=1)
-    """Images per step of the keys' training."""
+    """Images per training step of the keys."""
 
     def grid(self) -> BetaGrid:
+        """The grid of β. Raises ValueError if its bounds are in the wrong order."""
         return BetaGrid(low=self.beta_low, high=self.beta_high, steps=self.beta_steps)
 
 
 class Setting(NamedTuple):
-    """One point of the space besides shots and seed."""
+    """One value for each hyperparameter: a point of the search space, without shots and seed."""
 
     generated: int
     views: int
@@ -113,8 +116,9 @@ class Setting(NamedTuple):
     beta: float
     method: str = ""
 
-    def group(self, compare: Sequence[Axis]) -> dict[str, Any]:
-        return {"method": self.method, **{axis: getattr(self, axis) for axis in compare}}
+    def compared_values(self, compare: Sequence[Hyperparameter]) -> dict[str, Any]:
+        """The method and the values of the compared hyperparameters: a setting is chosen for each combination."""
+        return {"method": self.method, **{name: getattr(self, name) for name in compare}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,38 +136,30 @@ class Trial:
 
 
 def enumerate_settings(
-    space: SpaceConfig, how: SearchConfig, encoders: Sequence[str], views: int, file: bool
+    space: SpaceConfig, search: SearchConfig, encoders: Sequence[str], views: int, file: bool
 ) -> list[Setting]:
-    """All settings to try, in order; for optuna all that it may suggest, a range's lr being NaN.
+    """List the settings to try, in order; for optuna, all that it may suggest (lr is NaN if it is a range).
 
-    Raises ValueError for names that do not exist, or a range in a grid.
+    Args:
+        encoders: names of the configured encoders, the default set.
+        views: encoded views per image, the default.
+        file: whether the class descriptions come from a file by default.
+
+    Raises:
+        ConfigError: for names that do not exist, values out of range, or a range in a grid search.
     """
     if space.methods:
-        narrowed = {name: method_space(space, name) for name in space.methods}
         return [
             setting._replace(method=name)
-            for name, own in narrowed.items()
-            for setting in enumerate_settings(own, how, encoders, views, file)
+            for name in space.methods
+            for setting in enumerate_settings(method_space(space, name), search, encoders, views, file)
         ]
-    sets = [tuple(names) for names in space.encoders or [list(encoders)]]
-    known = {label for names in sets for label in table5(names)}
-    if unknown := {name for names in sets for name in names} - set(encoders):
-        raise UserError(f"space.encoders: {', '.join(sorted(unknown))} not among encoders {', '.join(encoders)}")
-    if unknown := set(space.ensemble) - known:
-        raise UserError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(known))}")
-    if over := [v for v in space.views or [] if not 1 <= v <= views]:
-        raise UserError(f"space.views: {over[0]} is not from 1 to features.views={views}")
-    for axis in ("shots", "generated", "lr", "epochs", "alpha", "beta"):
-        values = getattr(space, axis)
-        if not isinstance(values, Range) and min(values, default=0) < 0:
-            raise UserError(f"space.{axis}: {min(values)} is negative")
-    draw = random.Random(how.seed)
-    if isinstance(space.lr, Range) and how.method == "grid":
-        raise UserError("space.lr: a range can be drawn from, not gone through: give a list, or another search.method")
-    axes: list[Sequence[Any]] = [
+    encoder_sets = [tuple(names) for names in space.encoders or [list(encoders)]]
+    _check_space(space, search, encoder_sets, encoders, views)
+    values: list[Sequence[Any]] = [
         space.generated,
         space.views or [views],
-        sets,
+        encoder_sets,
         space.ensemble,
         space.sentences or ["file" if file else "templates"],
         [math.nan] if isinstance(space.lr, Range) else space.lr,
@@ -171,66 +167,81 @@ def enumerate_settings(
         space.alpha,
         space.beta,
     ]
-    every = [Setting(*values) for values in itertools.product(*(list(dict.fromkeys(axis)) for axis in axes))]
-    every = [setting for setting in every if setting.ensemble in table5(setting.encoders)]
-    if how.method in ("grid", "optuna"):
-        return every
-    drawn = []
-    for within in group_settings(every, how.compare):
-        if isinstance(space.lr, Range):
-            low, high = math.log(space.lr.low), math.log(space.lr.high)
-            drawn += [draw.choice(within)._replace(lr=math.exp(draw.uniform(low, high))) for _ in range(how.samples)]
+    combinations = itertools.product(*(list(dict.fromkeys(candidates)) for candidates in values))
+    settings = [Setting(*combination) for combination in combinations]
+    # a rule that names an encoder has no meaning for a set without it
+    settings = [setting for setting in settings if setting.ensemble in table5(setting.encoders)]
+    return settings if search.method in ("grid", "optuna") else _sample_settings(settings, space.lr, search)
+
+
+def _check_space(
+    space: SpaceConfig,
+    search: SearchConfig,
+    encoder_sets: Sequence[tuple[str, ...]],
+    encoders: Sequence[str],
+    views: int,
+) -> None:
+    if unknown := {name for names in encoder_sets for name in names} - set(encoders):
+        raise ConfigError(f"space.encoders: {', '.join(sorted(unknown))} not among encoders {', '.join(encoders)}")
+    rules = {rule for names in encoder_sets for rule in table5(names)}
+    if unknown := set(space.ensemble) - rules:
+        raise ConfigError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(rules))}")
+    if outside := [number for number in space.views or [] if not 1 <= number <= views]:
+        raise ConfigError(f"space.views: {outside[0]} is not from 1 to features.views={views}")
+    for name in ("shots", "generated", "lr", "epochs", "alpha", "beta"):
+        values = getattr(space, name)
+        if not isinstance(values, Range) and min(values, default=0) < 0:
+            raise ConfigError(f"space.{name}: {min(values)} is negative")
+    if isinstance(space.lr, Range) and search.method == "grid":
+        raise ConfigError(
+            "space.lr: a range can be drawn from, but a grid search needs a list: give one, or another search.method"
+        )
+
+
+def _sample_settings(settings: Sequence[Setting], lr: list[float] | Range, search: SearchConfig) -> list[Setting]:
+    """`search.samples` random settings for each combination of compared values."""
+    rng = random.Random(search.seed)
+    sampled: list[Setting] = []
+    for group in group_settings(settings, search.compare):
+        if isinstance(lr, Range):
+            low, high = math.log(lr.low), math.log(lr.high)
+            sampled += [
+                rng.choice(group)._replace(lr=math.exp(rng.uniform(low, high))) for _ in range(search.samples)
+            ]
         else:
-            drawn += draw.sample(within, min(how.samples, len(within)))
-    return drawn
+            sampled += rng.sample(group, min(search.samples, len(group)))
+    return sampled
 
 
-def group_settings(settings: Iterable[Setting], compare: Sequence[Axis]) -> list[list[Setting]]:
-    """The settings apart by their values of the compared axes: rivals are within a group."""
-    found: dict[str, list[Setting]] = {}
+def group_settings(settings: Iterable[Setting], compare: Sequence[Hyperparameter]) -> list[list[Setting]]:
+    """Group settings by their compared values; a choice is made within each group."""
+    groups: dict[str, list[Setting]] = {}
     for setting in settings:
-        found.setdefault(repr(setting.group(compare)), []).append(setting)
-    return list(found.values())
+        groups.setdefault(repr(setting.compared_values(compare)), []).append(setting)
+    return list(groups.values())
 
 
 def method_space(space: SpaceConfig, method: str) -> SpaceConfig:
-    """The space of one of its methods. Raises ValueError for values that no axis takes."""
+    """The search space of one method. Raises ConfigError for values that a hyperparameter cannot take."""
     try:
         return replace(space, methods={}, **space.methods[method])
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
+        raise ConfigError(
+            f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+        ) from error
 
 
 def enumerate_trials(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
-    """Every setting at every K and seed; K = K' = 0 leaves no cache, hence no trial."""
+    """Every setting at every K and seed. K = K' = 0 leaves the cache empty and makes no trial."""
     return [
         trial
         for shots, setting in itertools.product(space.shots, settings)
-        for trial in over_seeds(space, shots, setting)
+        for trial in trials_over_seeds(space, shots, setting)
     ]
 
 
-def over_seeds(space: SpaceConfig, shots: int, setting: Setting) -> Iterator[Trial]:
+def trials_over_seeds(space: SpaceConfig, shots: int, setting: Setting) -> Iterator[Trial]:
     """A setting's trials at one K, one for each seed."""
     if shots or setting.generated:
         yield from (Trial(shots=shots, seed=seed, setting=setting) for seed in space.seeds)
-
-
-def suggest(study: Any, within: Sequence[Setting], lr: list[float] | Range) -> Setting:
-    """One of the settings, axis by axis as an Optuna trial suggests among what the axes before have left."""
-    left = list(within)
-    for axis in Setting._fields:
-        values = _distinct(getattr(setting, axis) for setting in left)
-        if len(values) > 1:
-            # one name, one set of choices: which rules there are depends on the encoders
-            name = f"ensemble of {left[0].encoders}" if axis == "ensemble" else axis
-            value = values[study.suggest_categorical(name, list(range(len(values))))]
-            left = [setting for setting in left if getattr(setting, axis) == value]
-    if isinstance(lr, Range) and math.isnan(left[0].lr):
-        return left[0]._replace(lr=study.suggest_float("lr", lr.low, lr.high, log=True))
-    return left[0]
-
-
-def _distinct(values: Iterable[H]) -> list[H]:
-    return list(dict.fromkeys(values))

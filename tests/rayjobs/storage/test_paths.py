@@ -31,7 +31,7 @@ from rayjobs.storage.files import (
     write_jsonl,
     write_parquet,
 )
-from rayjobs.storage.fingerprint import hash_file
+from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import cached_path, remove_folder, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.conftest import upload
@@ -81,8 +81,8 @@ def test_another_process_sees_what_was_written_since(bucket: str) -> None:
 def test_a_copy_is_made_once_for_each_content(bucket: str, tiny_base: Path) -> None:
     upload(tiny_base, f"{bucket}/base")
     copy = cached_path(f"{bucket}/base")
-    assert {path.name: hash_file(path) for path in copy.iterdir()} == {
-        path.name: hash_file(path) for path in tiny_base.iterdir()
+    assert {path.name: file_fingerprint(path) for path in copy.iterdir()} == {
+        path.name: file_fingerprint(path) for path in tiny_base.iterdir()
     }
     made = (copy / "model.safetensors").stat().st_mtime_ns
     assert (cached_path(f"{bucket}/base") / "model.safetensors").stat().st_mtime_ns == made

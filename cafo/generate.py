@@ -71,14 +71,14 @@ class EndpointGenerator:
     """An OpenAI-compatible images endpoint."""
 
     def __init__(self, endpoint: Endpoint, size: str = "256x256") -> None:
-        self._line, self._size = RateLimitedClient(endpoint), size
+        self._client, self._size = RateLimitedClient(endpoint), size
 
     def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
         """One request per image: not every server draws several, and a refusal or a stop then loses one."""
         for number in range(n):
             try:
-                reply = self._line.client().images.generate(
-                    model=self._line.endpoint.model, prompt=prompt, n=1, size=self._size, response_format="b64_json"
+                reply = self._client.acquire().images.generate(
+                    model=self._client.endpoint.model, prompt=prompt, n=1, size=self._size, response_format="b64_json"
                 )
             except Exception as error:
                 if not _is_refusal(error):

@@ -1,5 +1,7 @@
-"""An OpenAI-compatible HTTP endpoint: which one, how patiently, how often. The client is `openai`, an optional
-extra."""
+"""A client of an OpenAI-compatible HTTP endpoint that keeps to a request rate.
+
+The requests are sent by the `openai` package, an optional extra, which also retries them.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +16,41 @@ from cafo.errors import CafoError
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask.
-
-    Raises:
-        ValueError: at the first request, where the client or the key is missing.
-    """
+    """Address, model and limits of an OpenAI-compatible endpoint."""
 
     model: str
+    """name of the model at the endpoint"""
     base_url: str = ""
-    """empty: OpenAI's own"""
+    """address up to `/v1`; empty for OpenAI's own"""
     key_variable: str = "OPENAI_API_KEY"
-    """environment variable that holds the key; empty for a server that asks for none. The key itself is never
-    stored."""
+    """environment variable that holds the key; empty for a server that needs none. The key itself is never stored."""
     requests_per_minute: float = 60.0
     retries: int = 5
-    """of one request, with growing pauses, on refused connections, timeouts, 408, 409, 429 and 5xx"""
+    """retries of one request, with growing pauses, after refused connections, timeouts, 408, 409, 429 and 5xx"""
     timeout_s: float = 60.0
+    """longest wait for one reply, in seconds"""
 
 
 class RateLimitedClient:
-    """A client that keeps to the endpoint's rate: `line.client()` waits its turn, then hands out the client."""
+    """The `openai` client of an endpoint, with requests spaced out to the endpoint's rate.
+
+    Call `acquire` before every request and send the request through the client that it returns.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self._next_s = 0.0
+        self._next_request_s = 0.0
 
     def acquire(self) -> Any:
-        """The `openai` client, as soon as one more request is within the rate."""
+        """Wait until the rate allows one more request, then return the `openai` client.
+
+        Raises:
+            CafoError: the `openai` package is not installed, or the key's environment variable is not set.
+        """
         client = self._client
         now = time.monotonic()
-        time.sleep(max(0.0, self._next_s - now))
-        self._next_s = max(now, self._next_s) + 60.0 / self.endpoint.requests_per_minute
+        time.sleep(max(0.0, self._next_request_s - now))
+        self._next_request_s = max(now, self._next_request_s) + 60.0 / self.endpoint.requests_per_minute
         return client
 
     @cached_property

@@ -56,7 +56,7 @@ class EndpointModel:
     """A `LanguageModel` behind an OpenAI-compatible chat endpoint."""
 
     def __init__(self, endpoint: Endpoint, sampling: Sampling | None = None) -> None:
-        self._line, self._sampling = RateLimitedClient(endpoint), sampling or Sampling()
+        self._client, self._sampling = RateLimitedClient(endpoint), sampling or Sampling()
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
         """Ask until there are `n` answers: many servers give one, whatever `n` says.
@@ -68,8 +68,8 @@ class EndpointModel:
         sampling = self._sampling
         answers: list[str] = []
         for _ in range(n):
-            reply = self._line.client().chat.completions.create(
-                model=self._line.endpoint.model,
+            reply = self._client.acquire().chat.completions.create(
+                model=self._client.endpoint.model,
                 messages=[
                     {"role": "system", "content": sampling.system},
                     {"role": "user", "content": command.format(with_spaces(class_name))},

@@ -1,4 +1,4 @@
-"""Small files, whole or not at all: written under a temporary name, then renamed; read with errors that help."""
+"""Write small files atomically, and read JSON with errors that name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from cafo.errors import CafoError
 
 
 def as_path(path: str | Path) -> Path:
-    """Text as a path; what has a path's methods already, such as an object in a bucket, as it is."""
+    """Return text as a `Path`; return any other object, such as a path in a bucket, unchanged."""
     return Path(path) if isinstance(path, str) else path
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`: it takes its place if the block ends well, and disappears otherwise."""
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if the block fails.
+
+    So a reader sees the whole file or none. Missing folders are created.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # unique per writer, so that two runs on one file cannot mix; a dot keeps it out of listings and globs
+    # A name of its own for every writer, so that two runs cannot mix their bytes; the dot hides it from listings.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
@@ -33,20 +36,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON, keys in the order given."""
+    """Write JSON atomically, with keys in the order given."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path, way_out: str) -> Any:
-    """Read JSON.
+def read_json(path: str | Path, hint: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        hint: what the user can do if the file is missing or malformed; it ends the error message.
 
     Raises:
-        ValueError: the file is missing (with the way out) or is no JSON (with the place).
+        CafoError: the file is missing or is not JSON.
     """
     try:
         return json.loads(as_path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise CafoError(f"no file {path}; {way_out}") from error
+        raise CafoError(f"no file {path}; {hint}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CafoError(f"{path} is not JSON: {error}; {way_out}") from error
+        raise CafoError(f"{path} is not JSON: {error}; {hint}") from error

@@ -1,54 +1,63 @@
-"""What the first two steps of CaFo ask and of whom: the classes, a served model, and one source per folder of
-answers."""
+"""The classes that CaFo's prompt and generate steps work on: names, and templates of sentences about them."""
 
-from rayjobs.errors import UserError
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-from pydantic import Field
-from cafo.datasets import PHOTO
-from cafo.openai_client import Endpoint, RateLimitedClient
-from cafo.prompt import with_spaces
-from rayjobs.config import config
-from rayjobs.data.image_dataset import ImageDatasetConfig
 
+from cafo.dataset_layouts import PHOTO_TEMPLATES
+from cafo.prompt import with_spaces
+from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.errors import ConfigError
 
 
 class ClassNames(NamedTuple):
-    """What is described and drawn."""
+    """The classes to describe, or to generate images of."""
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
     """sentences with one {} for the class name"""
 
     def missing(self, known: Mapping[str, Any]) -> list[str]:
-        """The names, each once, that are in `known` neither with underscores nor with spaces."""
-        answered = {with_spaces(name) for name, answers in known.items() if answers}
-        return [name for name in dict.fromkeys(self.names) if with_spaces(name) not in answered]
+        """Return the names without an entry in `known`, each once; underscores and spaces are taken as equal.
+
+        A name with an empty entry is missing too.
+        """
+        present = {with_spaces(name) for name, entry in known.items() if entry}
+        return [name for name in dict.fromkeys(self.names) if with_spaces(name) not in present]
 
 
 def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | None) -> ClassNames:
-    """A data set's classes, or a plain list. Raises ValueError unless there is exactly one of them."""
+    """Return the classes of a data set, or those of a plain list.
+
+    Raises:
+        ConfigError: both or neither of the two are given, a name is blank, a template has not exactly one {}.
+    """
     if (data is None) == (class_names is None):
-        raise UserError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
+        raise ConfigError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
     if data is not None:
         dataset = data.open()
         classes = ClassNames(dataset.class_names, dataset.templates)
     else:
         assert class_names is not None
         if blank := [name for name in class_names if not name.strip()]:
-            raise UserError(f"class_names holds a blank name: {blank[0]!r}")
-        classes = ClassNames(tuple(class_names), PHOTO)
+            raise ConfigError(f"class_names holds a blank name: {blank[0]!r}")
+        classes = ClassNames(tuple(class_names), PHOTO_TEMPLATES)
     for template in classes.templates:
         check_template("template", template)
     return classes
 
 
-def check_template(what: str, sentence: str) -> None:
-    """Raises ValueError unless the sentence has one {} for the class name, and no other braces."""
+def check_template(kind: str, sentence: str) -> None:
+    """Check that a sentence has one {} for the class name, and no other braces.
+
+    Args:
+        kind: what the sentence is, for the message: `template` or `command`.
+
+    Raises:
+        ConfigError: it has none, several, or other braces.
+    """
     try:
         fits = sentence.count("{}") == 1 and bool(sentence.format(""))
     except (ValueError, LookupError):
         fits = False
     if not fits:
-        raise UserError(f"a {what} needs one {{}} for the class name and no other braces, got {sentence!r}")
+        raise ConfigError(f"a {kind} needs one {{}} for the class name and no other braces, got {sentence!r}")

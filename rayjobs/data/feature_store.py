@@ -147,7 +147,6 @@ def _device(resources: Mapping[str, float]) -> str:
     return "cuda" if resources.get("GPU") else "cpu"
 
 
-
 def _folders(
     images: ImageList,
     content: Mapping[str, str | None],
@@ -203,7 +202,11 @@ def _encode(
     total = sum(len(json.loads(chunk["chunk"])["paths"]) for chunk in chunks)
     spare = ray.cluster_resources().get("CPU", 0) - workers * resources["CPU"]
     roomy = spare >= 0.9 * len(ray.nodes())  # then some node has so much to spare, wherever the workers are
-    with ray_data_context(preserve_order=False), reraise_user_errors(), Progress("encode", unit="images", total=total) as bar:
+    with (
+        ray_data_context(preserve_order=False),
+        reraise_user_errors(),
+        Progress("encode", unit="images", total=total) as bar,
+    ):
         decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             decode_chunk,
             batch_size=1,

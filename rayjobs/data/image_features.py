@@ -20,9 +20,14 @@ from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.models.image_conditioning import ImageConditioning
 
 
-
 def prepare_image_source(
-    vision: VisionConfig, conditioning: ImageConditioning, sources: list[Source], lists: Path, cache: Path, scale: WorkerPoolConfig, seed: int
+    vision: VisionConfig,
+    conditioning: ImageConditioning,
+    sources: list[Source],
+    lists: Path,
+    cache: Path,
+    scale: WorkerPoolConfig,
+    seed: int,
 ) -> ImageSource:
     """Where training takes its images from, encoded first if they are to be stored; `lists` names them by source."""
     if vision.mode == "streamed":

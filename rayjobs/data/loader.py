@@ -12,7 +12,6 @@ from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
 from rayjobs.cluster.ray_data import ray_data_context
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """What one worker runs forward and backward at once."""

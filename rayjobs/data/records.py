@@ -62,7 +62,11 @@ class Source:
     def files(self) -> list[Path]:
         """What its records depend on besides the split."""
         names = ("problems.json", "pid_splits.json")
-        return [resolve_path(self.path) / name for name in names] if self.format == "scienceqa" else [resolve_path(self.path)]
+        return (
+            [resolve_path(self.path) / name for name in names]
+            if self.format == "scienceqa"
+            else [resolve_path(self.path)]
+        )
 
     def digests(self) -> list[str]:
         """SHA-256 of its files."""

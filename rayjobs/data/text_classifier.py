@@ -33,7 +33,6 @@ from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.data.feature_store import _device
 
 
-
 class ClassifierFile(NamedTuple):
     """CLIP's zero-shot classifier as it is kept: W (C, N), and how many sentences it is made of, how many cut."""
 
@@ -44,7 +43,11 @@ class ClassifierFile(NamedTuple):
 
 
 def prepare_classifier(
-    encoder: EncoderInfo, prompts: Mapping[str, Sequence[str]], names: Sequence[str], cache: Path, resources: dict[str, float]
+    encoder: EncoderInfo,
+    prompts: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    cache: Path,
+    resources: dict[str, float],
 ) -> ClassifierFile:
     """CLIP's classifier from sentences, encoded unless it is there already."""
     if not encoder.clip:

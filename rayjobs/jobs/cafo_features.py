@@ -46,7 +46,7 @@ def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
         fewshot.choose(dataset.train, dataset.class_names, shots=settings.shots, seed=seed, short=short)
         for seed in settings.seeds
     ]
-    root, drawn = settings.data.drawn(dataset, settings.generated)
+    root, drawn = settings.data.generated_images(dataset, settings.generated)
     views = settings.features.views
     lists = [
         training_list(dataset, choices, views),

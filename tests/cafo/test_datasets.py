@@ -1,11 +1,8 @@
 import json
-from pathlib import Path
 
 import pytest
 
-from cafo.datasets import LAYOUTS, stable_uniform, load_dataset, load_generated, load_split, load_tree
-
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "few_shot"
+from cafo.datasets import LAYOUTS, load_dataset, load_generated, load_split, load_tree, stable_uniform
 
 
 def touch(root, *paths):
@@ -173,9 +170,8 @@ def test_generated_images_are_a_second_source(tmp_path):
         load_generated(dataset, tmp_path, "sd")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no sample data at {SHARED}")
-def test_the_real_caltech_subset():
-    dataset = load_dataset("caltech101", SHARED)
-    assert (len(dataset.class_names), len(dataset.train), len(dataset.val)) == (20, 458, 189)
-    assert len(dataset.open_test()) == 337
+def test_caltech101_as_coop_lays_it_out(caltech):
+    dataset = load_dataset("caltech101", caltech)
+    assert (len(dataset.class_names), len(dataset.train), len(dataset.val)) == (4, 32, 16)
+    assert len(dataset.open_test()) == 24
     assert all((dataset.image_root / item.path).is_file() for item in dataset.train)

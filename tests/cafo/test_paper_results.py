@@ -1,5 +1,5 @@
 from cafo import paper_results
-from cafo.datasets import LAYOUTS, TEST_ONLY
+from cafo.dataset_layouts import LAYOUTS, TEST_ONLY
 
 
 def test_the_published_figures_name_our_data_sets():

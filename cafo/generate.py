@@ -1,17 +1,20 @@
-"""Step 2, generate: an image generator draws every class, and CLIP keeps the best K'.
+"""Step 2, generate: an image generator makes candidates of every class, and CLIP keeps the best K'.
 
-CaFo (arXiv 2303.02151), section 3.2: candidates are drawn for the data set's template, scored by CLIP against the
-class's text, and the K' best of each class join the few-shot set.
+CaFo (arXiv 2303.02151), section 3.2: candidates are generated for the data set's template and scored by CLIP against
+the class's text. The K' best of each class join the few-shot set.
 
 Output: a folder of images and a list in CoOp's format, `{"train": [[path, label, class name], …]}`, best first within
-each class, so that a smaller K' is a prefix; beside it `scores` and `prompts` by path, and the `settings` they belong
-to.
+each class, so that a smaller K' is a prefix of the list. The list also holds `scores` and `prompts` by path, and the
+`settings` that it was made with.
+
+Legend: B images, C width of CLIP's features, N classes.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,16 +24,16 @@ from torch import Tensor
 
 from cafo.datasets import IMAGE_SUFFIXES, Item
 from cafo.errors import CafoError, ImageError
-from cafo.files import as_path, read_json, atomic_path, write_json
+from cafo.files import as_path, atomic_path, read_json, write_json
 from cafo.images import load_image
 from cafo.openai_client import Endpoint, RateLimitedClient
 from cafo.prompt import with_spaces
 
-if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
+if TYPE_CHECKING:  # for a protocol only; importing it would import open_clip and timm
     from cafo.encoders import Encoder
 
-_IMAGES_AT_ONCE = 32
-_REFUSALS = (
+_IMAGES_PER_BATCH = 32
+_REFUSAL_WORDS = (
     "content_policy",
     "content policy",
     "content_filter",
@@ -43,28 +46,36 @@ _REFUSALS = (
 
 
 class ImageGenerator(Protocol):
-    """Whatever can draw a class."""
+    """A source of candidate images of a class."""
 
-    def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
-        """Up to `n` RGB images for the prompt; one that came out unusable is handed on as its error."""
+    def generate(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
+        """Yield up to `n` RGB images for the prompt; yield an `ImageError` in place of an image that is unusable."""
 
 
 class FolderGenerator:
-    """Images drawn before: `<root>/<class name>/*`, with underscores or with spaces, in the order of their names."""
+    """Images that were generated before: `<root>/<class name>/*`, with underscores or spaces in the class name.
+
+    Raises:
+        CafoError: `root` is not a folder.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self._root = as_path(root)
         if not self._root.is_dir():
-            raise CafoError(f"no folder {root}; give the folder that holds one folder of drawn images per class")
+            raise CafoError(f"no folder {root}; give the folder that holds one folder of generated images per class")
 
-    def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
-        """The first `n` images of the class's folder."""
+    def generate(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
+        """Yield the first `n` images of the class's folder, by file name.
+
+        Raises:
+            CafoError: the class has no folder.
+        """
         names = dict.fromkeys((class_name, with_spaces(class_name), class_name.replace(" ", "_")))
         folder = next((self._root / name for name in names if (self._root / name).is_dir()), None)
         if folder is None:
             raise CafoError(f"{self._root} has no folder {class_name!r}; there should be one per class")
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:n]:
-            yield _decoded(path, str(path))
+            yield _decode(path, str(path))
 
 
 class EndpointGenerator:
@@ -73,8 +84,11 @@ class EndpointGenerator:
     def __init__(self, endpoint: Endpoint, size: str = "256x256") -> None:
         self._client, self._size = RateLimitedClient(endpoint), size
 
-    def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
-        """One request per image: not every server draws several, and a refusal or a stop then loses one."""
+    def generate(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
+        """Send one request per image: not every server makes several, and a refusal then costs one image.
+
+        The endpoint takes no seed.
+        """
         for number in range(n):
             try:
                 reply = self._client.acquire().images.generate(
@@ -90,132 +104,172 @@ class EndpointGenerator:
             if not encoded:
                 yield ImageError(f"{class_name}, image {number}: the endpoint sent no image data")
                 continue
-            yield _decoded(base64.b64decode(encoded), f"{class_name}, image {number}")
+            yield _decode(base64.b64decode(encoded), f"{class_name}, image {number}")
 
 
 class DiffusersGenerator:
-    """A local Stable Diffusion through `diffusers`, an optional extra."""
+    """A local Stable Diffusion through `diffusers`, an optional extra.
+
+    Raises:
+        CafoError: `diffusers` is not installed.
+    """
 
     def __init__(self, model: str, device: str = "cuda", steps: int = 30) -> None:
         try:
             import diffusers
         except ImportError as error:
             raise CafoError(
-                "drawing locally needs the optional `diffusers` package; install the `diffusers` extra"
+                "generating images locally needs the optional `diffusers` package; install the `diffusers` extra"
             ) from error
         # safetensors only: the older pickled weights could run code
         pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, use_safetensors=True)
         self._pipeline, self._device, self._steps = pipeline.to(device), device, steps
 
-    def draw(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
-        """`n` images, each from a seed of its own."""
+    def generate(self, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Image.Image | ImageError]:
+        """Yield `n` images, each from its own seed."""
         for number in range(n):
-            generator = torch.Generator(self._device).manual_seed(seed * 1_000_003 + number)
-            yield self._pipeline(prompt, num_inference_steps=self._steps, generator=generator).images[0].convert("RGB")
+            rng = torch.Generator(self._device).manual_seed(seed * 1_000_003 + number)
+            yield self._pipeline(prompt, num_inference_steps=self._steps, generator=rng).images[0].convert("RGB")
 
 
-def generate(
-    generator: ImageGenerator,
-    encoder: Encoder,
-    classifier: Tensor,
-    class_names: Sequence[str],
-    template: str,
-    folder: str | Path,
-    *,
-    list_name: str = "dalle_generated.json",
-    candidates: int = 16,
-    keep: int = 8,
-    seed: int = 0,
-    report: Callable[[str, int, list[str]], None] = lambda class_name, kept, rejected: None,
-) -> Path:
-    """Draw every class, keep the K' best by CLIP, write images and list. Classes already in the list are not drawn
-    again.
+@dataclass(frozen=True, kw_only=True)
+class GenerationJob:
+    """Generate candidates of every class, keep the K' best by CLIP, and write the images and their list.
 
-    Args:
-        encoder: CLIP's image tower.
-        classifier: W, (C, N): the class texts that candidates are scored against.
-        template: one sentence with `{}`.
-        candidates: images drawn per class.
-        keep: K'.
-        report: called after each drawn class with how many were kept and why others could not be used. A class of
-            which none could be used is left out of the list, and drawn again by the next call.
-
-    Returns:
-        The path of the list.
+    The list is rewritten after each class. A job that is run again goes on with the classes that the list lacks.
 
     Raises:
-        ValueError: keep > candidates, or an existing list of other settings.
+        CafoError: `keep` is not between 1 and `candidates`.
     """
-    if not 1 <= keep <= candidates:
-        raise CafoError(f"keep must be from 1 to the {candidates} candidates, got {keep}")
-    folder, path = Path(folder), Path(folder) / list_name
-    settings = {
-        "encoder": encoder.identity,
-        "template": template,
-        "candidates": candidates,
-        "keep": keep,
-        "seed": seed,
-    }
-    empty: dict[str, Any] = {"train": [], "scores": {}, "prompts": {}, "settings": settings}
-    known = read_json(path, "") if path.exists() else empty
-    if known.get("settings") != settings:
-        raise CafoError(
-            f"{list_name} was made with other settings ({known.get('settings')}, now {settings}); name another"
-        )
-    drawn = {entry[1] for entry in known["train"]}
-    for label, name in enumerate(class_names):
-        if label in drawn:
-            continue
-        prompt = template.format(with_spaces(name))
+
+    generator: ImageGenerator
+    encoder: Encoder
+    """CLIP's image encoder"""
+    classifier: Tensor
+    """W, (C, N): the class texts that candidates are scored against"""
+    class_names: Sequence[str]
+    template: str
+    """prompt of the generator, with one `{}` for the class name"""
+    folder: str | Path
+    """where the images and their list are written"""
+    list_name: str = "dalle_generated.json"
+    candidates: int = 16
+    """images generated of each class"""
+    keep: int = 8
+    """K'"""
+    seed: int = 0
+    """class n is generated with seed + n"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= self.candidates:
+            raise CafoError(f"keep must be from 1 to the {self.candidates} candidates, got {self.keep}")
+
+    @property
+    def list_path(self) -> Path:
+        return Path(self.folder) / self.list_name
+
+    def run(self, report: Callable[[str, int, list[str]], None] = lambda class_name, kept, rejected: None) -> Path:
+        """Generate the classes that the list lacks, and return the path of the list.
+
+        Args:
+            report: called after each class with its name, the number of images kept, and the reasons why others were
+                unusable. A class without a usable image is left out of the list, so the next run tries it again.
+
+        Raises:
+            CafoError: the list was made with other settings.
+        """
+        content = self._read_list()
+        finished = {label for _, label, _ in content["train"]}
+        for label, name in enumerate(self.class_names):
+            if label in finished:
+                continue
+            prompt = self.template.format(with_spaces(name))
+            images, rejected = self._generate_candidates(label, prompt)
+            scores = clip_scores(self.encoder, images, self.classifier[:, label])
+            best = sorted(range(len(images)), key=lambda i: (-scores[i], i))[: self.keep]
+            for rank, i in enumerate(best):
+                path = self._save_image(images[i], label, rank)
+                content["train"].append([path, label, name])
+                content["scores"][path] = scores[i]
+                content["prompts"][path] = prompt
+            write_json(self.list_path, content)
+            report(name, len(best), rejected)
+        return self.list_path
+
+    def _read_list(self) -> dict[str, Any]:
+        """Read the list of an earlier run, or return an empty one."""
+        settings = {
+            "encoder": self.encoder.identity,
+            "template": self.template,
+            "candidates": self.candidates,
+            "keep": self.keep,
+            "seed": self.seed,
+        }
+        if not self.list_path.exists():
+            return {"train": [], "scores": {}, "prompts": {}, "settings": settings}
+        content = read_json(self.list_path, "delete it, or give another list_name")
+        if content.get("settings") != settings:
+            raise CafoError(
+                f"{self.list_path} was made with other settings ({content.get('settings')}, now {settings}); "
+                "give another list_name"
+            )
+        return content
+
+    def _generate_candidates(self, label: int, prompt: str) -> tuple[list[Image.Image], list[str]]:
+        """Return the usable candidates of a class, and the reasons why the others are unusable."""
         images: list[Image.Image] = []
         rejected: list[str] = []
-        for image in generator.draw(name, prompt, candidates, seed + label):
+        for image in self.generator.generate(self.class_names[label], prompt, self.candidates, self.seed + label):
             if isinstance(image, ImageError):
                 rejected.append(str(image))
             else:
                 images.append(image)
-        scores = clip_scores(encoder, images, classifier[:, label])
-        best = sorted(range(len(images)), key=lambda i: (-scores[i], i))[:keep]
-        for place, i in enumerate(best):
-            relative = f"{label:05d}/{place:03d}.png"  # by label: ImageNet has two classes named crane
-            with atomic_path(folder / relative) as temporary:
-                images[i].save(temporary, "PNG")
-            known["train"].append([relative, label, name])
-            known["scores"][relative] = scores[i]
-            known["prompts"][relative] = prompt
-        write_json(path, known)
-        report(name, len(best), rejected)
-    return path
+        return images, rejected
+
+    def _save_image(self, image: Image.Image, label: int, rank: int) -> str:
+        """Write one image and return its path relative to the folder."""
+        path = f"{label:05d}/{rank:03d}.png"  # named by label, since ImageNet has two classes called crane
+        with atomic_path(Path(self.folder) / path) as temporary:
+            image.save(temporary, "PNG")
+        return path
 
 
 def clip_scores(encoder: Encoder, images: Sequence[Image.Image], text: Tensor) -> list[float]:
-    """Cosine of each image with the class text (C,), in the images' order."""
+    """Return the cosine similarity of each image with the class text, in the order of the images.
+
+    Args:
+        encoder: CLIP's image encoder.
+        images: B images.
+        text: (C,), of unit norm.
+    """
     if not images:
         return []
-    batches = [images[i : i + _IMAGES_AT_ONCE] for i in range(0, len(images), _IMAGES_AT_ONCE)]
+    batches = [images[i : i + _IMAGES_PER_BATCH] for i in range(0, len(images), _IMAGES_PER_BATCH)]
     features = [encoder.encode_image(torch.stack([encoder.preprocess(image) for image in b])) for b in batches]
     return (torch.cat(features).cpu() @ text.cpu().float()).tolist()
 
 
 def best_per_class(items: Sequence[Item], keep: int) -> tuple[Item, ...]:
-    """The K' best of each class of a list that `generate` wrote (or the first K' of any other list)."""
-    taken: dict[int, int] = {}
+    """Return the first `keep` items of each class: the best, since a generated list is ordered best first."""
+    counts: dict[int, int] = {}
     chosen = []
     for item in items:
-        taken[item.label] = taken.get(item.label, 0) + 1
-        if taken[item.label] <= keep:
+        counts[item.label] = counts.get(item.label, 0) + 1
+        if counts[item.label] <= keep:
             chosen.append(item)
     return tuple(chosen)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an endpoint refuses a prompt or its image for their content, which servers word differently. Any other
-    bad request would be bad for every class."""
-    told = f"{getattr(error, 'code', '')} {error}".lower()
-    return getattr(error, "status_code", None) == 400 and any(word in told for word in _REFUSALS)
+    """Return whether an endpoint refuses a prompt or its image because of their content.
+
+    Servers word a refusal differently. Any other bad request would fail for every class, so it is not a refusal.
+    """
+    text = f"{getattr(error, 'code', '')} {error}".lower()
+    return getattr(error, "status_code", None) == 400 and any(word in text for word in _REFUSAL_WORDS)
 
 
-def _decoded(source: Path | bytes, name: str) -> Image.Image | ImageError:
+def _decode(source: Path | bytes, name: str) -> Image.Image | ImageError:
     try:
         return load_image(source, name=name)
     except ImageError as error:

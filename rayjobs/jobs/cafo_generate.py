@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from cafo.files import read_json as read_json_file
-from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, ImageGenerator, generate
+from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, GenerationJob, ImageGenerator
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.cluster.remote_model import on_gpu
 from rayjobs.config import config
@@ -28,7 +28,8 @@ from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl, write_json, write_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.paths import AnyPath, cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 
 EXAMPLES = 24
@@ -188,19 +189,18 @@ def run(settings: Config) -> dict[str, Any]:
             write_jsonl(log, [row for row in known if row["class"] != class_name] + now)
             bar.advance(note=f"{class_name}: kept {kept}" + (f", {len(rejected)} unusable" if rejected else ""))
 
-        generate(
-            _generator(settings),
-            encoder,
-            classifier.weights,
-            classes.names,
-            identity["template"],
-            drawn.local,
+        GenerationJob(
+            generator=_generator(settings),
+            encoder=encoder,
+            classifier=classifier.weights,
+            class_names=classes.names,
+            template=identity["template"],
+            folder=drawn.local,
             list_name=settings.list_name,
             candidates=settings.candidates,
             keep=settings.keep,
             seed=settings.seed,
-            report=report,
-        )
+        ).run(report)
     content = read_json_file(settings.list_path, "run the job again")
     if not content["train"]:
         raise UserError(f"not one usable image was drawn of any class; the reasons are in {log}")
@@ -248,7 +248,7 @@ def _check_folders(generator: FolderGenerator, classes: ClassNames) -> None:
     problems = []
     for name in dict.fromkeys(classes.names):
         try:
-            next(generator.draw(name, "", 0, 0), None)  # finds the folder and decodes no image
+            next(generator.generate(name, "", 0, 0), None)  # finds the folder and decodes no image
         except ValueError as error:
             problems.append(str(error))
     if problems:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cafo.datasets import Item, load_generated_list
 from cafo.errors import ImageError
 from cafo.files import read_json
-from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, best_per_class, generate
+from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, GenerationJob, best_per_class
 from cafo.images import Preprocess
 from cafo.openai_client import Endpoint
 from tests.cafo.server import serve
@@ -18,7 +18,7 @@ CLASSIFIER = torch.eye(3)
 
 
 class Colours:
-    """An encoder that sees the mean of each colour channel."""
+    """An encoder whose features are the means of the colour channels."""
 
     name, identity, width = "colours", "colours-1", 3
     preprocess = Preprocess(size=4, resize=4, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -34,12 +34,12 @@ class Painter:
     """Candidate i of class c has i parts of the class's own channel among noise."""
 
     def __init__(self, fail_on=None):
-        self.drawn, self.fail_on = [], fail_on
+        self.requests, self.fail_on = [], fail_on
 
-    def draw(self, class_name, prompt, n, seed):
+    def generate(self, class_name, prompt, n, seed):
         if seed == self.fail_on:
             raise KeyboardInterrupt
-        self.drawn.append((class_name, prompt, seed))
+        self.requests.append((class_name, prompt, seed))
         for i in (3, 0, 4, 1, 2)[:n]:
             colour = [90, 90, 90]
             colour[seed % 3] = 100 + 30 * i
@@ -47,13 +47,22 @@ class Painter:
         yield ImageError("candidate 5: broken")
 
 
-def run(tmp_path, painter, **kwargs):
-    return generate(painter, Colours(), CLASSIFIER, NAMES, "a photo of a {}.", tmp_path, candidates=5, **kwargs)
+def make(tmp_path, painter, **kwargs):
+    return GenerationJob(
+        generator=painter,
+        encoder=Colours(),
+        classifier=CLASSIFIER,
+        class_names=NAMES,
+        template="a photo of a {}.",
+        folder=tmp_path,
+        candidates=5,
+        **kwargs,
+    )
 
 
 def test_clip_keeps_the_best_in_order(tmp_path):
-    seen = []
-    path = run(tmp_path, Painter(), keep=3, report=lambda *a: seen.append(a))
+    reports = []
+    path = make(tmp_path, Painter(), keep=3).run(lambda *report: reports.append(report))
     items = load_generated_list(path, NAMES)
     assert [(i.label, i.class_name) for i in items] == [(0, "crane")] * 3 + [(1, "emu_bird")] * 3 + [(2, "crane")] * 3
     content = read_json(path, "")
@@ -64,45 +73,44 @@ def test_clip_keeps_the_best_in_order(tmp_path):
         scores = [content["scores"][i.path] for i in own]
         assert scores == sorted(scores, reverse=True)
     assert content["prompts"][items[3].path] == "a photo of a emu bird."
-    assert seen[0] == ("crane", 3, ["candidate 5: broken"])
+    assert reports[0] == ("crane", 3, ["candidate 5: broken"])
     assert best_per_class(items, 1) == tuple(items[i] for i in (0, 3, 6))
 
 
 def test_a_stop_loses_one_class_and_other_settings_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Painter(fail_on=2), keep=2)
+        make(tmp_path, Painter(fail_on=2), keep=2).run()
     painter = Painter()
-    path = run(tmp_path, painter, keep=2)
-    assert [seed for *_, seed in painter.drawn] == [2]
+    path = make(tmp_path, painter, keep=2).run()
+    assert [seed for *_, seed in painter.requests] == [2]
     assert len(load_generated_list(path, NAMES)) == 6
     assert not list(tmp_path.rglob("*.tmp"))
     with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path, Painter(), keep=3)
+        make(tmp_path, Painter(), keep=3).run()
     with pytest.raises(ValueError, match="keep must be"):
-        run(tmp_path / "new", Painter(), keep=6)
+        make(tmp_path / "new", Painter(), keep=6)
 
 
-def test_a_folder_of_images_drawn_before(tmp_path):
+def test_a_folder_of_images_generated_before(tmp_path):
     for folder, colour in (("crane", "red"), ("emu bird", "lime")):
         (tmp_path / "in" / folder).mkdir(parents=True)
         for i in range(3):
             Image.new("RGB", (5, 5), colour).save(tmp_path / "in" / folder / f"{i}.png")
     (tmp_path / "in" / "crane" / "1.png").write_bytes(b"broken")
-    seen = []
-    path = generate(
-        FolderGenerator(tmp_path / "in"),
-        Colours(),
-        CLASSIFIER,
-        NAMES[:2],
-        "{}",
-        tmp_path / "out",
+    reports = []
+    path = GenerationJob(
+        generator=FolderGenerator(tmp_path / "in"),
+        encoder=Colours(),
+        classifier=CLASSIFIER,
+        class_names=NAMES[:2],
+        template="{}",
+        folder=tmp_path / "out",
         keep=3,
-        report=lambda name, kept, rejected: seen.append((name, kept, len(rejected))),
-    )
-    assert seen == [("crane", 2, 1), ("emu_bird", 3, 0)]
+    ).run(lambda name, kept, rejected: reports.append((name, kept, len(rejected))))
+    assert reports == [("crane", 2, 1), ("emu_bird", 3, 0)]
     assert len(load_generated_list(path, NAMES[:2])) == 5
     with pytest.raises(ValueError, match="no folder 'rhino'"):
-        list(FolderGenerator(tmp_path / "in").draw("rhino", "", 1, 0))
+        list(FolderGenerator(tmp_path / "in").generate("rhino", "", 1, 0))
     with pytest.raises(ValueError, match="no folder"):
         FolderGenerator(tmp_path / "none")
 
@@ -111,7 +119,7 @@ def test_an_images_endpoint(tmp_path):
     pytest.importorskip("openai")
     with serve() as (url, requests):
         endpoint = Endpoint(model="dall-e", base_url=url, key_variable="", requests_per_minute=60_000)
-        images = list(EndpointGenerator(endpoint).draw("emu", "a photo of an emu.", 3, 0))
+        images = list(EndpointGenerator(endpoint).generate("emu", "a photo of an emu.", 3, 0))
     assert [image.size for image in images] == [(5, 7)] * 3
     assert {r["prompt"] for r in requests} == {"a photo of an emu."}
 

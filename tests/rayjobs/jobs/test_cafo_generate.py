@@ -150,15 +150,15 @@ def test_a_stop_loses_one_class_and_changes_nothing(
     cafo_generate.run(settings(tmp_path, clip, *more))
     whole = written(tmp_path)
     (tmp_path / "runs").rename(tmp_path / "whole")
-    draw = FolderGenerator.draw
+    generate = FolderGenerator.generate
 
     def stopped(self: FolderGenerator, class_name: str, prompt: str, n: int, seed: int) -> Iterator[Any]:
         if class_name == "blue_thing" and n:
             raise KeyboardInterrupt
-        return draw(self, class_name, prompt, n, seed)
+        return generate(self, class_name, prompt, n, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderGenerator, "draw", stopped)
+        patch.setattr(FolderGenerator, "generate", stopped)
         assert main(["cafo-generate", *overrides(tmp_path, clip, *more)]) == 130
     assert {label for _, label, _ in written(tmp_path)["train"]} == {0, 1}
     capsys.readouterr()

@@ -26,7 +26,7 @@ import numpy as np
 
 from rayjobs.cluster.ray_init import connect
 from rayjobs.tune.search_space import SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials
-from rayjobs.tune.sweep import run_sweep
+from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import SharedInputs
 
 CLASSES, KEYS_PER_CLASS, VIEWS, IMAGES = 100, 17, 10, 1649
@@ -71,11 +71,11 @@ def measure(trials: int, epochs: int, at_once: int) -> dict[str, float | int]:
     with tempfile.TemporaryDirectory() as folder:
         called, driver = time.time(), time.process_time()
         over = run_sweep(
-            space, settings, shared, how, Path(folder) / "trials", at_once=at_once, resources={"CPU": 1.0 / at_once}
+            space, settings, shared, how, Path(folder) / "trials", TrialPool(at_once, {"CPU": 1.0 / at_once})
         )
         driver = time.process_time() - driver
         ends = [(Path(folder) / "trials" / trial.name / "result.json").stat().st_mtime for trial, _ in over]
-    own = [row["seconds"] for _, row in over]
+    own = [result.seconds or 0.0 for _, result in over]
     start = min(end - seconds for end, seconds in zip(ends, own, strict=True))
     wall = max(ends) - start
     return {

@@ -1,5 +1,8 @@
-"""All of CaFo for one data set: sentences and images where they are to be made, then encode, tune, choose on val, and
-open test. The same as the other cafo jobs one after the other; the same command goes on where it stopped."""
+"""All of CaFo for one data set: class descriptions and generated images if they are to be made, features, sweep, test.
+
+It runs cafo-prompt, cafo-generate, cafo-tune and cafo-eval one after the other, with the settings of this one config.
+The same command resumes an interrupted run: no class is described or drawn twice, no trial is run again.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +11,7 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.data.image_dataset import ImageDatasetConfig
-from rayjobs.errors import UserError
+from rayjobs.errors import ConfigError
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
@@ -17,92 +20,95 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 
 @config
 class GenerateStep(cafo_generate.Step):
-    """Images of the classes, drawn and chosen by CLIP."""
+    """Images of the classes, generated and ranked by CLIP."""
 
     clip: VisionEncoderConfig | None = None
-    """The CLIP that ranks what is drawn; by default the first of the encoders."""
+    """CLIP that ranks the generated images; null uses the first of `encoders`."""
 
 
 @config
 class Config(cafo_tune.Config):
     prompt: cafo_prompt.Step | None = None
-    """Have the classes described first, in the folder `prompt` of the run; null takes data.prompts as it is."""
+    """Describe the classes first, in the run's subfolder `prompt`; null uses data.prompts as it is."""
     generate: GenerateStep | None = None
-    """Have images drawn next, in the folder `generate` of the run; null takes data.generated as it is."""
+    """Generate images next, in the run's subfolder `generate`; null uses data.generated as it is."""
     targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
-    """Other test sets with the same classes, by name: the distribution shift."""
+    """Other test sets with the same classes, by name, to measure distribution shift."""
     plots: bool = True
-    """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
+    """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
 
 
-def prompting(settings: Config) -> cafo_prompt.Config | None:
-    """The settings of the first step, if it is to be made. Raises ValueError if its output is given as well."""
+def prompt_settings(settings: Config) -> cafo_prompt.Config | None:
+    """The settings of cafo-prompt, or None. Raises ConfigError if the descriptions are given as well."""
     if settings.prompt is None:
         return None
     if settings.data.prompts is not None:
-        raise UserError("prompt makes the sentences that data.prompts already names: give one of the two")
-    return cafo_prompt.Config(**_fields(settings.prompt), data=settings.data, run=_within(settings, "prompt"))
+        raise ConfigError("prompt makes the sentences that data.prompts already names: give one of the two")
+    return cafo_prompt.Config(**_fields(settings.prompt), data=settings.data, run=_step_run(settings, "prompt"))
 
 
-def generating(settings: Config) -> cafo_generate.Config | None:
-    """The settings of the second step, if it is to be made; it scores images against the first one's sentences."""
+def generate_settings(settings: Config) -> cafo_generate.Config | None:
+    """The settings of cafo-generate, or None; images are scored against the descriptions that cafo-prompt makes.
+
+    Raises ConfigError if generated images are given as well.
+    """
     if settings.generate is None:
         return None
     if settings.data.generated is not None:
-        raise UserError("generate makes the images that data.generated already names: give one of the two")
+        raise ConfigError("generate makes the images that data.generated already names: give one of the two")
     step = _fields(settings.generate)
     step["clip"] = settings.generate.clip or next(iter(settings.encoders.values()))
-    return cafo_generate.Config(**step, data=with_prompts(settings).data, run=_within(settings, "generate"))
+    return cafo_generate.Config(**step, data=with_prompts(settings).data, run=_step_run(settings, "generate"))
 
 
 def with_prompts(settings: Config) -> Config:
-    """With the first step's sentences as the data set's."""
-    made = prompting(settings)
-    prompts = settings.data.prompts if made is None else str(made.run.folder / cafo_prompt.PROMPTS)
+    """The same settings with the descriptions that cafo-prompt makes as data.prompts."""
+    step = prompt_settings(settings)
+    prompts = settings.data.prompts if step is None else str(step.run.folder / cafo_prompt.PROMPTS)
     return replace(settings, data=replace(settings.data, prompts=prompts))
 
 
-def tuning(settings: Config) -> cafo_tune.Config:
-    """The settings of the part before test, on what the first two steps make."""
-    drawn, settings = generating(settings), with_prompts(settings)
-    data = settings.data if drawn is None else replace(settings.data, generated=str(drawn.list_path))
-    kept = {name: getattr(settings, name) for name in cafo_tune.Config.__dataclass_fields__}
-    return cafo_tune.Config(**{**kept, "data": data})
+def tune_settings(settings: Config) -> cafo_tune.Config:
+    """The settings of cafo-tune, on what the first two steps make."""
+    generate, settings = generate_settings(settings), with_prompts(settings)
+    data = settings.data if generate is None else replace(settings.data, generated=str(generate.list_path))
+    own = {name: getattr(settings, name) for name in cafo_tune.Config.__dataclass_fields__}
+    return cafo_tune.Config(**{**own, "data": data})
 
 
 def plan(settings: Config) -> None:
-    """Shows what `run` would do."""
-    asked, drawn, tuned = prompting(settings), generating(settings), tuning(settings)
-    cafo_tune.tried_settings(tuned)
-    if asked:
-        cafo_prompt.plan(asked)
-    if asked and not (asked.run.folder / cafo_prompt.PROMPTS).exists():
-        return  # what comes next reads the sentences
-    if drawn:
-        cafo_generate.plan(drawn)
-    if drawn is None or drawn.list_path.exists():
-        cafo_tune.plan(tuned)
+    """Show what `run` would do, as far as it is known before the descriptions and images are made."""
+    prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
+    cafo_tune.settings_to_try(tune)
+    if prompt:
+        cafo_prompt.plan(prompt)
+    if prompt and not (prompt.run.folder / cafo_prompt.PROMPTS).exists():
+        return  # the next steps read the descriptions
+    if generate:
+        cafo_generate.plan(generate)
+    if generate is None or generate.list_path.exists():
+        cafo_tune.plan(tune)
 
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Returns all steps' results."""
-    asked, drawn, tuned = prompting(settings), generating(settings), tuning(settings)
-    cafo_tune.tried_settings(tuned)  # a sweep that cannot be run is told of before anything is asked or drawn
-    if asked:
-        cafo_prompt.check(asked)
-    elif drawn:
-        cafo_generate.check(drawn)
+    """Run all steps; return their results by step: prompt, generate, tune, eval."""
+    prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
+    cafo_tune.settings_to_try(tune)  # a sweep that cannot be run is refused before anything is asked or generated
+    if prompt:
+        cafo_prompt.check(prompt)
+    elif generate:
+        cafo_generate.check(generate)
     else:
-        cafo_tune.check(tuned)
-    cafo_tune.same_sweep(tuned)
-    folder = open_run(settings.run, settings)  # the sweep and the test are a part of this run
+        cafo_tune.check(tune)
+    cafo_tune.check_same_sweep(tune)
+    folder = open_run(settings.run, settings)  # tune and eval write into the same folder, as parts of this run
     results: dict[str, Any] = {}
-    if asked:
-        results["prompt"] = cafo_prompt.run(asked)
-    if drawn:
-        results["generate"] = cafo_generate.run(drawn)
-    results["tune"] = cafo_tune.run(tuned)
+    if prompt:
+        results["prompt"] = cafo_prompt.run(prompt)
+    if generate:
+        results["generate"] = cafo_generate.run(generate)
+    results["tune"] = cafo_tune.run(tune)
     evaluation = cafo_eval.Config(
         sweep=str(folder), targets=settings.targets, plots=settings.plots, scale=settings.scale
     )
@@ -113,5 +119,6 @@ def _fields(step: Any) -> dict[str, Any]:
     return {name: getattr(step, name) for name in type(step).__dataclass_fields__}
 
 
-def _within(settings: Config, step: str) -> RunConfig:
+def _step_run(settings: Config, step: str) -> RunConfig:
+    """The run of a step in a subfolder of this run."""
     return RunConfig(name=step, storage=str(settings.run.folder), cache=str(settings.run.cache_folder))

@@ -1,11 +1,15 @@
-"""Open the test split, once, and score what a sweep has chosen on val: by seed, by class, confusions, shifts."""
+"""Open the test split once and score the settings that a cafo-tune sweep has chosen on validation images.
 
+Writes accuracies by seed and by class, confusions and, for each of `targets`, the accuracy under distribution shift. A
+sweep whose test split was opened for another choice is refused.
+"""
+
+import functools
 import statistics
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import Field
 
@@ -14,10 +18,10 @@ from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import open_encoders, prepare_features
+from rayjobs.data.feature_store import Features, open_encoders, prepare_features
 from rayjobs.data.image_dataset import ImageDatasetConfig
-from rayjobs.data.image_list import plain_list
-from rayjobs.errors import UserError
+from rayjobs.data.image_list import ImageList, plain_list
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.jobs import cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
@@ -26,109 +30,86 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
 from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
-from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.storage.paths import AnyPath, resolve_path
-from rayjobs.tune.evaluation import same_encoders, score, write_rows
-from rayjobs.tune.figures import draw, keep_examples
-from rayjobs.tune.selection import best_on_val
+from rayjobs.tune.evaluation import TargetScore, check_same_encoders, record_opening, score_target, write_scores
+from rayjobs.tune.figures import plot_chosen, write_prediction_examples
+from rayjobs.tune.selection import ChosenSetting, best_on_val
+
+Table = tuple[list[str], list[list[str]]]
+"""Column names and lines."""
 
 
 @config
 class Config:
     sweep: AnyPath
-    """The folder of a run of cafo-tune; what is found goes into its `test`."""
+    """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
     targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
-    """Other test sets with the same classes, by name: the distribution shift."""
+    """Other test sets with the same classes, by name, to measure distribution shift."""
     plots: bool = True
-    """Draw PNGs: accuracy over shots, the search for α and β, which source weighs most."""
+    """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
     scale: WorkerPoolConfig = WorkerPoolConfig()
-    """The encoders' pool."""
+    """Workers that encode the test images."""
 
-    @property
+    @functools.cached_property
     def run(self) -> RunConfig:
-        """The sweep's."""
+        """The sweep's run, whose cache and trackers its config.yaml names."""
         folder = resolve_path(self.sweep)
         saved = folder / "config.yaml"
         known = yaml.safe_load(saved.read_text(encoding="utf-8")).get("run", {}) if saved.is_file() else {}
         return RunConfig(**{**known, "name": folder.name, "storage": str(folder.parent)})
 
 
-def check(settings: Config) -> tuple[cafo_tune.Config, list[dict[str, Any]]]:
-    """The sweep's settings and choice. Raises ValueError if it has not chosen."""
+def check(settings: Config) -> tuple[cafo_tune.Config, list[ChosenSetting]]:
+    """The sweep's settings and what it has chosen. Raises ConfigError if it has not chosen yet."""
     folder = settings.run.folder
     if not (folder / cafo_tune.SWEEP).is_file():
-        raise UserError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
+        raise ConfigError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
     if not (folder / "chosen.json").is_file():
-        raise UserError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
+        raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
     swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(settings.run)})
-    return swept, read_json(folder / "chosen.json")["chosen"]
+    return swept, [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
 
 
 def plan(settings: Config) -> None:
-    """Shows what `run` would do."""
+    """Show what `run` would do."""
     swept, chosen = check(settings)
     rows = [["sweep", settings.sweep], ["targets", ", ".join(["test", *settings.targets])]]
-    rows += [[f"{cell['shots']} shots", f"{cell['method']}: {len(cell['seeds'])} seeds"] for cell in chosen]
+    rows += [[f"{choice.shots} shots", f"{choice.method}: {len(choice.seeds)} seeds"] for choice in chosen]
     show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(swept.encoders)]])
 
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Writes the sweep's `test` folder: accuracies, also by class, and confusions in Parquet, tables and plots."""
+    """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
     swept, chosen = check(settings)
     folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
-    dataset = swept.data.open()
-    if dataset.name in settings.targets:
-        raise UserError(f"targets.{dataset.name} has the name of the data set itself: call it otherwise")
-    sets = {dataset.name: dataset, **{name: target.open() for name, target in settings.targets.items()}}
-    for name, target in sets.items():
-        if target.class_names != dataset.class_names:
-            raise UserError(f"targets.{name} has other classes than {dataset.name}")
+    targets = open_targets(settings, swept)
     connect(settings.run.folder, settings.run.cache_folder)
-    resources = settings.scale.resources()
-    record_opening(folder, chosen, sets)
+    resources = settings.scale.resources()  # workers that can never run are refused before test is opened
+    record_opening(folder, chosen, list(targets))
     start_run(settings.run.folder, settings)
-    lists = [plain_list(name, target.image_root, target.open_test()) for name, target in sets.items()]
-    used = dict.fromkeys(name for cell in chosen for name in cell["setting"]["encoders"])
-    encoders = open_encoders({name: swept.encoders[name] for name in used})
-    same_encoders(chosen, trials, {name: encoder.identity for name, encoder in encoders.items()})
-    features = prepare_features(
-        lists,
-        encoders,
-        swept.features,
-        swept.run.cache_folder,
-        workers=settings.scale.workers.max,
-        resources=resources,
-    )
-    write_jsonl(folder / "rejected.jsonl", (r._asdict() for found in features.values() for r in found.rejected))
-    rows: list[dict[str, Any]] = []
-    for images in lists:
-        found = features[images.role]
-        labels = torch.tensor([images.items[row].label for row in found.rows])
-        values = {name: torch.tensor(value[0]) for name, value in found.values.items()}
-        rows += score(images.role, chosen, values, labels, trials)
-    write_rows(folder, rows, dataset)
 
-    of = {name: [row for row in rows if row["target"] == name] for name in sets}
-    cells = [cell["setting"] for cell in chosen]
-    paper = {name: published_rows(dataset.name, name, swept.encoders, cells) for name in sets}
-    tables = {name: accuracy_table(of[name], paper[name]) for name in sets}
+    lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
+    features = encode(settings, swept, chosen, list(lists.values()), resources)
+    rejected = [image for found in features.values() for image in found.rejected]
+    write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
+
+    scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
+    own, own_dataset = next(iter(targets.items()))
+    write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)
+
+    chosen_settings = [choice.setting._asdict() for choice in chosen]
+    paper = {name: published_rows(own, name, swept.encoders, chosen_settings) for name in targets}
+    tables = {name: accuracy_table([s.row() for s in scores[name]], paper[name]) for name in targets}
     write_tables(folder, tables)
     if settings.plots:
-        for name in sets:
-            methods, level = by_method(of[name])
-            figure = plots.accuracy_over_shots({"": methods}, {"": level}, paper[name])
-            save_plot(folder / f"shots-{name}.png", f"accuracy over shots, {name}'s test", figure)
-        draw(folder, trials, chosen, of[dataset.name], dataset)
-        keep_examples(folder, trials, chosen, lists[0], features[dataset.name])
-    best = best_on_val(chosen)
-    told = [r["accuracy"] for r in of[dataset.name] if (r["method"], r["shots"]) == (best["method"], best["shots"])]
+        _plot_shots(folder, scores, paper)
+        plot_chosen(folder, trials, chosen, scores[own], own_dataset.class_names)
+        write_prediction_examples(folder, trials, chosen, lists[own], features[own])
     result = {
-        "headline": f"{summary(told)}% on {dataset.name}'s test with {best['method']} at {best['shots']} shots",
-        "test_accuracy": round(100 * statistics.mean(told), 2),
-        "zero_shot_accuracy": round(100 * max(r["accuracy"] for r in of[dataset.name] if r["shots"] is None), 2),
+        **_headline(own, scores[own], chosen),
         "test_images": {name: len(found.rows) for name, found in features.items()},
-        "rejected_images": sum(len(found.rejected) for found in features.values()),
+        "rejected_images": len(rejected),
         "tables": {
             name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
             for name, (columns, lines) in tables.items()
@@ -140,16 +121,61 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def record_opening(folder: Path, chosen: list[dict[str, Any]], sets: dict[str, Dataset]) -> None:
-    """Writes down that test was opened and for which choice. Raises ValueError if it was opened for another."""
-    digest = fingerprint(chosen)
-    path = folder / "opened.json"
-    before = read_json(path) if path.exists() else {}
-    if before and before["choice"] != digest:
-        raise UserError(
-            f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
-            "Sweep under another run.name"
-        )
-    opened = before.get("opened") or datetime.now(timezone.utc).isoformat(timespec="seconds")
-    targets = sorted({*before.get("targets", []), *sets})
-    write_json(path, {"opened": opened, "choice": digest, "targets": targets})
+def open_targets(settings: Config, swept: cafo_tune.Config) -> dict[str, Dataset]:
+    """The data sets to score, by name; the sweep's own comes first.
+
+    Raises ConfigError or DataError for a target with the sweep's own name, or with other classes.
+    """
+    own = swept.data.open()
+    if own.name in settings.targets:
+        raise ConfigError(f"targets.{own.name} has the name of the data set itself: call it otherwise")
+    targets = {own.name: own, **{name: target.open() for name, target in settings.targets.items()}}
+    for name, target in targets.items():
+        if target.class_names != own.class_names:
+            raise DataError(f"targets.{name} has other classes than {own.name}")
+    return targets
+
+
+def encode(
+    settings: Config,
+    swept: cafo_tune.Config,
+    chosen: Sequence[ChosenSetting],
+    lists: list[ImageList],
+    resources: Mapping[str, float],
+) -> dict[str, Features]:
+    """The test images' features by target, from the encoders that the chosen caches use."""
+    used = dict.fromkeys(name for choice in chosen for name in choice.setting.encoders)
+    encoders = open_encoders({name: swept.encoders[name] for name in used})
+    identities = {name: encoder.identity for name, encoder in encoders.items()}
+    check_same_encoders(chosen, settings.run.folder / "trials", identities)
+    return prepare_features(
+        lists,
+        encoders,
+        swept.features,
+        swept.run.cache_folder,
+        workers=settings.scale.workers.max,
+        resources=resources,
+    )
+
+
+def _headline(target: str, scores: Sequence[TargetScore], chosen: Sequence[ChosenSetting]) -> dict[str, Any]:
+    best = best_on_val(chosen)
+    accuracies = [score.accuracy for score in scores if (score.method, score.shots) == (best.method, best.shots)]
+    zero_shot = max(score.accuracy for score in scores if score.shots is None)
+    return {
+        "headline": f"{summary(accuracies)}% on {target}'s test with {best.method} at {best.shots} shots",
+        "test_accuracy": round(100 * statistics.mean(accuracies), 2),
+        "zero_shot_accuracy": round(100 * zero_shot, 2),
+    }
+
+
+def _plot_shots(
+    folder: Path,
+    scores: Mapping[str, Sequence[TargetScore]],
+    paper: Mapping[str, dict[str, dict[int, float]]],
+) -> None:
+    """Write `shots-TARGET.png` for each target: the accuracy of every method over shots."""
+    for name, of_target in scores.items():
+        methods, zero_shot = by_method([score.row() for score in of_target])
+        figure = plots.accuracy_over_shots({"": methods}, {"": zero_shot}, paper[name])
+        save_plot(folder / f"shots-{name}.png", f"accuracy over shots, {name}'s test", figure)

@@ -1,88 +1,173 @@
-"""Score the chosen caches of a sweep on the test split."""
+"""Score the chosen caches of a sweep on test images."""
 
-import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
+from cafo.cache import Cache
 from cafo.datasets import Dataset
-from rayjobs.errors import UserError
+from rayjobs.data.feature_store import Features
+from rayjobs.data.image_list import ImageList
+from rayjobs.errors import ProvenanceError
 from rayjobs.reporting.accuracy_tables import ZERO_SHOT
-from rayjobs.storage.files import write_parquet
+from rayjobs.storage.files import read_json, write_json, write_parquet
+from rayjobs.storage.fingerprint import fingerprint
+from rayjobs.tune.selection import ChosenSetting
 from rayjobs.tune.trial import open_cache
 
 
-def same_encoders(chosen: list[dict[str, Any]], trials: Path, identities: dict[str, str]) -> None:
-    """Keys mean something to the encoders that made them. Raises ValueError if the config names others by now."""
-    for trial in {seed["trial"] for cell in chosen for seed in cell["seeds"]}:
+@dataclass(frozen=True, kw_only=True)
+class TargetScore:
+    """The accuracy of one cache, or of a zero-shot classifier, on one target."""
+
+    target: str
+    """the name of the test set"""
+    shots: int | None
+    """None for a zero-shot classifier"""
+    method: str
+    seed: int | None
+    confusion: np.ndarray
+    """(N, N) counts, true classes down, predicted classes across"""
+    winning_sources: dict[str, list[int]]
+    """source → for each class, the images on which this source weighs most; empty for a zero-shot classifier"""
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        return int(np.trace(self.confusion))
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(self.images, 1)
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that every table of scores begins with."""
+        return {"target": self.target, "method": self.method, "shots": self.shots, "seed": self.seed}
+
+    def row(self) -> dict[str, Any]:
+        """The row of `accuracy.parquet`."""
+        about = {"target": self.target, "shots": self.shots, "method": self.method, "seed": self.seed}
+        return {**about, "images": self.images, "correct": self.correct, "accuracy": self.accuracy}
+
+
+def record_opening(folder: Path, chosen: Sequence[ChosenSetting], targets: Sequence[str]) -> None:
+    """Write `opened.json`: when the test split was opened, and for which choice.
+
+    Raises ProvenanceError if it was opened for another choice.
+    """
+    digest = fingerprint([choice.to_json() for choice in chosen])
+    path = folder / "opened.json"
+    before = read_json(path) if path.exists() else {}
+    if before and before["choice"] != digest:
+        raise ProvenanceError(
+            f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
+            "Sweep under another run.name"
+        )
+    opened = before.get("opened") or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(path, {"opened": opened, "choice": digest, "targets": sorted({*before.get("targets", []), *targets})})
+
+
+def check_same_encoders(chosen: Sequence[ChosenSetting], trials: Path, identities: dict[str, str]) -> None:
+    """Raise ProvenanceError unless the caches' keys were made by these encoders (name → identity)."""
+    for trial in {trial.trial for choice in chosen for trial in choice.seeds}:
         for name, identity in open_cache(trials, trial).encoders.items():
             if identities[name] != identity:
-                raise UserError(
+                raise ProvenanceError(
                     f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
                     "put back the weights that it was run with"
                 )
 
 
-def score(
-    target: str, chosen: list[dict[str, Any]], values: dict[str, torch.Tensor], labels: torch.Tensor, trials: Path
-) -> list[dict[str, Any]]:
-    """A row per chosen cache, and one per zero-shot classifier: accuracy and confusion (N, N), true class down."""
-    rows: list[dict[str, Any]] = []
-    baselines: dict[bytes, dict[str, Any]] = {}
-    for cell in chosen:
-        for seed in cell["seeds"]:
-            cache = open_cache(trials, seed["trial"])
-            taken = {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
-            base = {"target": target, "shots": cell["shots"], "method": cell["method"], "seed": seed["seed"]}
-            combination = cache.combined(taken)
-            most = combination.shares.argmax(dim=1)
-            wins = {
-                source: torch.bincount(labels[most == i], minlength=len(cache.class_names)).tolist()
-                for i, source in enumerate(combination.sources)
-            }
-            rows.append({**base, **_scored(combination.logits(cache.alpha), labels), "wins": wins})
-            key = hashlib.sha256(cache.classifier.numpy().tobytes()).digest()
-            if key not in baselines:
-                sort = f"{cell['setting']['encoders'][0]}, {cell['setting']['sentences']}"
-                baselines[key] = {"target": target, "shots": None, "method": f"{ZERO_SHOT} ({sort})", "seed": None}
-                baselines[key] |= _scored(cache.zero_shot(taken), labels)
-    if len(baselines) == 1:
-        next(iter(baselines.values()))["method"] = ZERO_SHOT
-    return [*baselines.values(), *rows]
+def score_target(
+    chosen: Sequence[ChosenSetting], trials: Path, images: ImageList, features: Features
+) -> list[TargetScore]:
+    """Score every zero-shot classifier and every chosen cache on the images of one target."""
+    labels = torch.tensor([images.items[row].label for row in features.rows])
+    values = {name: torch.tensor(views[0]) for name, views in features.values.items()}
+    scores: list[TargetScore] = []
+    classifiers: dict[bytes, tuple[ChosenSetting, Cache]] = {}
+    for choice in chosen:
+        for trial in choice.seeds:
+            cache = open_cache(trials, trial.trial)
+            classifiers.setdefault(cache.classifier.numpy().tobytes(), (choice, cache))
+            scores.append(_score_cache(images.role, choice, trial.seed, cache, _of_cache(values, cache), labels))
+    zero_shot = [
+        TargetScore(
+            target=images.role,
+            shots=None,
+            method=ZERO_SHOT if len(classifiers) == 1 else _zero_shot_name(choice),
+            seed=None,
+            confusion=_confusion(cache.zero_shot(_of_cache(values, cache)), labels),
+            winning_sources={},
+        )
+        for choice, cache in classifiers.values()
+    ]
+    return [*zero_shot, *scores]
 
 
-def _scored(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def _of_cache(values: dict[str, Tensor], cache: Cache) -> dict[str, Tensor]:
+    """The features that a cache reads."""
+    return {name: values[name] for name in {*cache.keys, cache.zero_shot_source}}
+
+
+def _zero_shot_name(choice: ChosenSetting) -> str:
+    return f"{ZERO_SHOT} ({choice.setting.encoders[0]}, {choice.setting.sentences})"
+
+
+def _score_cache(
+    target: str, choice: ChosenSetting, seed: int, cache: Cache, features: dict[str, Tensor], labels: Tensor
+) -> TargetScore:
+    combination = cache.combined(features)
+    winner = combination.shares.argmax(dim=1)
+    return TargetScore(
+        target=target,
+        shots=choice.shots,
+        method=choice.method,
+        seed=seed,
+        confusion=_confusion(combination.logits(cache.alpha), labels),
+        winning_sources={
+            source: torch.bincount(labels[winner == i], minlength=len(cache.class_names)).tolist()
+            for i, source in enumerate(combination.sources)
+        },
+    )
+
+
+def _confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
     classes = logits.shape[1]
     pairs = torch.bincount(labels * classes + logits.argmax(dim=1), minlength=classes**2)
-    confusion = pairs.reshape(classes, classes).numpy()
-    correct = int(np.trace(confusion))
-    return {
-        "images": len(labels),
-        "correct": correct,
-        "accuracy": correct / max(len(labels), 1),
-        "confusion": confusion,
-    }
+    return pairs.reshape(classes, classes).numpy()
 
 
-def write_rows(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:
-    """`accuracy.parquet`, `per_class.parquet`, `sources.parquet` (at how many images of a class each source weighs
-    most) and `confusion.parquet` (pairs that occur only)."""
+def write_scores(folder: Path, scores: Sequence[TargetScore], dataset: Dataset) -> None:
+    """Write `accuracy.parquet`, `per_class.parquet`, `sources.parquet` (for each class, the images on which each source
+    weighs most) and `confusion.parquet` (only pairs that occur)."""
     per_class, confusions, sources = [], [], []
-    for row in rows:
-        about = {name: row[name] for name in ("target", "method", "shots", "seed")}
-        for label, counts in enumerate(row["confusion"]):
-            seen = {"images": int(counts.sum()), "correct": int(counts[label])}
-            per_class.append({**about, "class": dataset.class_names[label], **seen})
-            for other in np.flatnonzero(counts):
-                names = {"true": dataset.class_names[label], "predicted": dataset.class_names[other]}
-                confusions.append({**about, **names, "images": int(counts[other])})
-        for source, counts in row.get("wins", {}).items():
-            named = zip(dataset.class_names, counts, strict=True)
-            sources += [{**about, "class": name, "source": source, "images": count} for name, count in named]
-    plain = [{name: value for name, value in row.items() if name not in ("confusion", "wins")} for row in rows]
-    listed = {"accuracy": plain, "per_class": per_class, "sources": sources, "confusion": confusions}
-    for name, lines in listed.items():
-        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(lines))
+    for score in scores:
+        about = score.identity()
+        for label, counts in enumerate(score.confusion):
+            class_name = dataset.class_names[label]
+            per_class.append({**about, "class": class_name, "images": int(counts.sum()), "correct": int(counts[label])})
+            for predicted in np.flatnonzero(counts):
+                names = {"true": class_name, "predicted": dataset.class_names[predicted]}
+                confusions.append({**about, **names, "images": int(counts[predicted])})
+        for source, images in score.winning_sources.items():
+            by_class = zip(dataset.class_names, images, strict=True)
+            sources += [{**about, "class": name, "source": source, "images": count} for name, count in by_class]
+    tables = {
+        "accuracy": [score.row() for score in scores],
+        "per_class": per_class,
+        "sources": sources,
+        "confusion": confusions,
+    }
+    for name, rows in tables.items():
+        write_parquet(folder / f"{name}.parquet", pa.Table.from_pylist(rows))

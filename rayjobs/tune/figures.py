@@ -1,12 +1,12 @@
 """Figures and example images of a sweep and of its evaluation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cafo.datasets import Dataset
 from cafo.search import surface
 from rayjobs.data.feature_store import Features
 from rayjobs.data.image_list import ImageList
@@ -14,69 +14,88 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first, write_examples
 from rayjobs.reporting.figures import save_plot
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.tune.evaluation import TargetScore
 from rayjobs.tune.search_space import SearchConfig
-from rayjobs.tune.selection import best_on_val, shown
+from rayjobs.tune.selection import ChosenSetting, best_on_val, settings_to_plot
 from rayjobs.tune.trial import SharedInputs, open_cache
 
 
-def plot_search_surfaces(folder: Path, chosen: list[dict[str, Any]], shared: SharedInputs, how: SearchConfig) -> None:
-    """`surface.json`, val accuracy over α and β, in the folder of the first trial of each choice that is plotted."""
+def write_search_surfaces(
+    folder: Path, chosen: Sequence[ChosenSetting], shared: SharedInputs, search: SearchConfig
+) -> None:
+    """Write `surface.json`, the validation accuracy over α and β, into the folder of each trial that is plotted."""
     labels = torch.tensor(shared.val_labels)
-    for cell in shown(chosen):
-        trial = cell["seeds"][0]["trial"]
+    for choice in settings_to_plot(chosen):
+        trial = choice.seeds[0].trial
         path = folder / "trials" / trial / "surface.json"
         if path.exists():
             continue
         cache = open_cache(folder / "trials", trial)
         alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
-        betas = np.linspace(how.beta_low, how.beta_high, 30).tolist()
+        betas = np.linspace(search.beta_low, search.beta_high, 30).tolist()
         features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}
         correct = surface(cache, features, labels, alphas=alphas, betas=betas)
         write_json(path, {"alphas": alphas, "betas": betas, "correct": correct.tolist(), "total": len(labels)})
 
 
-def keep_examples(folder: Path, trials: Path, chosen: list[dict[str, Any]], images: ImageList, found: Features) -> None:
-    """Small copies of some test images, with what the cell that did best on val says of them; mistakes first."""
-    best = best_on_val(chosen)
-    cache = open_cache(trials, best["seeds"][0]["trial"])
-    shares = cache.logits({name: torch.tensor(found.values[name][0]) for name in cache.encoders}).softmax(dim=1)
-    items = [images.items[row] for row in found.rows]
-    wrong = [i for i, item in enumerate(items) if int(shares[i].argmax()) != item.label]
-    right = sorted(set(range(len(items))) - set(wrong))
-    shown = []
-    for i in mistakes_first(wrong, right):
-        said = int(shares[i].argmax())
-        truth = "" if said == items[i].label else f", not {items[i].class_name}"
-        caption = f"{cache.class_names[said]}{truth} ({shares[i, said]:.0%})"
-        shown.append((images.root / items[i].path, caption))
-    write_examples(folder, shown, f"{best['method']} at {best['shots']} shots, first seed; {ORDER}")
-
-
-def draw(
-    folder: Path, trials: Path, chosen: list[dict[str, Any]], rows: list[dict[str, Any]], dataset: Dataset
+def write_prediction_examples(
+    folder: Path, trials: Path, chosen: Sequence[ChosenSetting], images: ImageList, features: Features
 ) -> None:
-    """Of the best choice, 00, and of each other method's at its most shots, first seed: val accuracy over α and β; on
-    test each class's accuracy, the confusion, and which source wins."""
-    for number, cell in enumerate(shown(chosen)):
-        seed = cell["seeds"][0]
-        title = f"{cell['method']}, {cell['shots']} shots, seed {seed['seed']}"
-        found = read_json(trials / seed["trial"] / "surface.json")
-        accuracy = [[100 * count / found["total"] for count in line] for line in found["correct"]]
-        figure = plots.search_landscape(found["alphas"], found["betas"], accuracy, (seed["alpha"], seed["beta"]))
-        save_plot(folder / f"landscape-{number:02d}.png", f"{title}: accuracy on val over α and β", figure)
-        (row,) = (
-            r for r in rows if (r["method"], r["shots"], r["seed"]) == (cell["method"], cell["shots"], seed["seed"])
-        )
-        images = row["confusion"].sum(axis=1)
-        accuracy = (100 * row["confusion"].diagonal() / images.clip(min=1)).tolist()
-        figure = plots.class_accuracy(dataset.class_names, accuracy)
-        save_plot(folder / f"classes-{number:02d}.png", f"{title}: accuracy of each class on test", figure)
-        figure = plots.confusion(dataset.class_names, row["confusion"].tolist())
-        save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion on test", figure)
-        if len(row["wins"]) > 1:
-            shares = {
-                source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
-                for source, counts in row["wins"].items()
-            }
-            figure = plots.winning_sources(dataset.class_names, shares)
-            save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most on test", figure)
+    """Write small copies of some test images with the predictions of the setting that is best on validation images."""
+    best = best_on_val(chosen)
+    cache = open_cache(trials, best.seeds[0].trial)
+    logits = cache.logits({name: torch.tensor(features.values[name][0]) for name in cache.encoders})
+    probabilities = logits.softmax(dim=1)
+    predicted = probabilities.argmax(dim=1).tolist()
+    items = [images.items[row] for row in features.rows]
+    wrong = [i for i, item in enumerate(items) if predicted[i] != item.label]
+    right = sorted(set(range(len(items))) - set(wrong))
+    examples = []
+    for i in mistakes_first(wrong, right):
+        truth = "" if predicted[i] == items[i].label else f", not {items[i].class_name}"
+        caption = f"{cache.class_names[predicted[i]]}{truth} ({probabilities[i, predicted[i]]:.0%})"
+        examples.append((images.root / items[i].path, caption))
+    write_examples(folder, examples, f"{best.method} at {best.shots} shots, first seed; {ORDER}")
+
+
+def plot_chosen(
+    folder: Path,
+    trials: Path,
+    chosen: Sequence[ChosenSetting],
+    scores: Sequence[TargetScore],
+    class_names: Sequence[str],
+) -> None:
+    """Plot the settings that `settings_to_plot` selects, at their first seed; the best one has number 00.
+
+    Each has its validation accuracy over α and β and, on test images, the accuracy of each class, the confusion, and
+    which source weighs most.
+    """
+    for number, choice in enumerate(settings_to_plot(chosen)):
+        trial = choice.seeds[0]
+        title = f"{choice.method}, {choice.shots} shots, seed {trial.seed}"
+        (score,) = (s for s in scores if (s.method, s.shots, s.seed) == (choice.method, choice.shots, trial.seed))
+        surface_values = read_json(trials / trial.trial / "surface.json")
+        _plot_landscape(folder, number, title, surface_values, (trial.alpha, trial.beta))
+        _plot_score(folder, number, title, score, class_names)
+
+
+def _plot_landscape(folder: Path, number: int, title: str, values: dict[str, Any], chosen: tuple[float, float]) -> None:
+    accuracy = [[100 * count / values["total"] for count in line] for line in values["correct"]]
+    figure = plots.search_landscape(values["alphas"], values["betas"], accuracy, chosen)
+    save_plot(folder / f"landscape-{number:02d}.png", f"{title}: accuracy on val over α and β", figure)
+
+
+def _plot_score(folder: Path, number: int, title: str, score: TargetScore, class_names: Sequence[str]) -> None:
+    images = score.confusion.sum(axis=1)
+    accuracy = (100 * score.confusion.diagonal() / images.clip(min=1)).tolist()
+    figure = plots.class_accuracy(class_names, accuracy)
+    save_plot(folder / f"classes-{number:02d}.png", f"{title}: accuracy of each class on test", figure)
+    figure = plots.confusion(class_names, score.confusion.tolist())
+    save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion on test", figure)
+    if len(score.winning_sources) > 1:
+        percent = {
+            source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
+            for source, counts in score.winning_sources.items()
+        }
+        figure = plots.winning_sources(class_names, percent)
+        save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most on test", figure)

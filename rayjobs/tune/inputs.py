@@ -1,10 +1,9 @@
 """The images, features and classifiers of a sweep, and the arrays of them that all its trials share."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from rayjobs.data.image_list import ImageList
 from rayjobs.data.text_classifier import ClassifierFile
 from rayjobs.errors import ProvenanceError
 from rayjobs.storage.files import atomic_path, read_json, write_json
+from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.trial import SharedInputs
 
 
@@ -52,7 +52,11 @@ class SweepInputs:
 
 
 def few_shot_choices(
-    dataset: Dataset, shots: Sequence[int], seeds: Sequence[int], folder: Path, short: fewshot.Short
+    dataset: Dataset,
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    folder: Path,
+    short: Literal["error", "report"],
 ) -> dict[tuple[int, int], FewShot]:
     """The few-shot choice of each (shots, seed): read from the run's folder, or made and saved there.
 
@@ -79,7 +83,7 @@ def check_same_inputs(folder: Path, inputs: SweepInputs) -> None:
     few_shot = [[list(item) for item in choice.items] for choice in inputs.few_shot.values()]
     classifiers = {", ".join(key): inputs.classifiers[key].store for key in sorted(inputs.classifiers)}
     now = {
-        "lists of images": hashlib.sha256(json.dumps([labels, few_shot]).encode()).hexdigest(),
+        "lists of images": fingerprint([labels, few_shot]),
         "images or encoders": {role: dict(found.stores) for role, found in inputs.features.items()},
         "sentences or text encoders": classifiers,
     }

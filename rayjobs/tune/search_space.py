@@ -1,8 +1,6 @@
 """The search space of a CaFo sweep: hyperparameter settings, and the trials that they make over shots and seeds."""
 
-import hashlib
 import itertools
-import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +14,7 @@ from cafo.search import BetaGrid
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import ConfigError
+from rayjobs.storage.fingerprint import fingerprint
 
 Hyperparameter = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
 
@@ -131,7 +130,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.shots, self.seed, self.setting]).encode()).hexdigest()
+        digest = fingerprint([self.shots, self.seed, self.setting])
         return f"shots{self.shots}-seed{self.seed}-{digest[:10]}"
 
 
@@ -205,9 +204,7 @@ def _sample_settings(settings: Sequence[Setting], lr: list[float] | Range, searc
     for group in group_settings(settings, search.compare):
         if isinstance(lr, Range):
             low, high = math.log(lr.low), math.log(lr.high)
-            sampled += [
-                rng.choice(group)._replace(lr=math.exp(rng.uniform(low, high))) for _ in range(search.samples)
-            ]
+            sampled += [rng.choice(group)._replace(lr=math.exp(rng.uniform(low, high))) for _ in range(search.samples)]
         else:
             sampled += rng.sample(group, min(search.samples, len(group)))
     return sampled

@@ -1,74 +1,140 @@
-"""The choice among a sweep's trials: by mean validation accuracy over seeds, never by anything else."""
+"""Choose settings among a sweep's trials: by mean validation accuracy over seeds, never by anything else."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayjobs.tune.search_space import Axis, Setting, Trial
-from rayjobs.tune.trial import CACHE
+from rayjobs.tune.search_space import Hyperparameter, Setting, Trial
+from rayjobs.tune.trial import CACHE, TrialResult
 
 
-def choose_settings(over: Sequence[tuple[Trial, dict[str, Any]]], compare: Sequence[Axis]) -> list[dict[str, Any]]:
-    """For every K and value of the compared axes, the setting of the best mean over seeds; the earliest on ties.
+@dataclass(frozen=True, kw_only=True)
+class ChosenTrial:
+    """A trial of a chosen setting, and what it has chosen on validation images."""
 
-    Only settings that finished at every seed are compared; a trial that was stopped early has no accuracy to compare.
-    `finished` and `stopped` count the settings of either kind.
+    seed: int
+    trial: str
+    val_accuracy: float
+    alpha: float
+    beta: float
+    ensemble: str
+    """JSON of the ensemble"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenSetting:
+    """The chosen setting of one K and one combination of compared values: an entry of `chosen.json`."""
+
+    shots: int
+    method: str
+    """the name of its table row"""
+    group: dict[str, Any]
+    """the compared values"""
+    setting: Setting
+    val_accuracy: float
+    """mean over seeds"""
+    finished: int
+    """settings that finished at every seed, among which it was chosen"""
+    stopped: int
+    """settings of which a scheduler stopped a trial"""
+    seeds: tuple[ChosenTrial, ...]
+    """its trials, one for each seed"""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "setting": self.setting._asdict(), "seeds": [asdict(trial) for trial in self.seeds]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ChosenSetting":
+        setting = Setting(**{**values["setting"], "encoders": tuple(values["setting"]["encoders"])})
+        trials = tuple(ChosenTrial(**trial) for trial in values["seeds"])
+        return cls(**{**values, "setting": setting, "seeds": trials})
+
+
+def choose_settings(
+    results: Sequence[tuple[Trial, TrialResult]], compare: Sequence[Hyperparameter]
+) -> list[ChosenSetting]:
+    """For every K and combination of compared values, choose the setting with the best mean accuracy over seeds.
+
+    Only settings that finished at every seed are compared, as a stopped trial has no accuracy. Ties go to the setting
+    that was enumerated first.
     """
-    seeds = {trial.seed for trial, _ in over}
-    cells: dict[str, dict[str, Any]] = {}
-    settings: dict[str, dict[Setting, list[dict[str, Any]]]] = {}
-    for trial, row in over:
-        group = trial.setting.group(compare)
-        key = repr((trial.shots, group))
-        cells.setdefault(key, {"shots": trial.shots, "method": method(group), "group": group})
-        settings.setdefault(key, {}).setdefault(trial.setting, []).append(row)
-    chosen = []
-    for key, cell in cells.items():
-        stopped = sum(any(row["status"] == "stopped" for row in rows) for rows in settings[key].values())
-        whole = {
-            setting: rows
-            for setting, rows in settings[key].items()
-            if [row["status"] for row in rows] == ["finished"] * len(seeds)
-        }
-        # correct answers, not shares: the images are the same for all, and whole numbers do not round
-        setting, best = max(whole.items(), key=lambda pair: sum(row["val_correct"] for row in pair[1]))
-        mean = sum(row["val_accuracy"] for row in best) / len(best)
-        rows = [
-            {"seed": row["seed"], "trial": row["trial"], "val_accuracy": row["val_accuracy"]}
-            | {"alpha": row["chosen_alpha"], "beta": row["chosen_beta"], "ensemble": row["chosen_ensemble"]}
-            for row in best
-        ]
-        found = {"val_accuracy": mean, "finished": len(whole), "stopped": stopped, "seeds": rows}
-        chosen.append({**cell, "setting": setting._asdict(), **found})
-    return chosen
+    seeds = {trial.seed for trial, _ in results}
+    groups: dict[str, dict[Setting, list[TrialResult]]] = {}
+    for trial, result in results:
+        key = repr((trial.shots, trial.setting.compared_values(compare)))
+        groups.setdefault(key, {}).setdefault(trial.setting, []).append(result)
+    return [_choose(group, compare, len(seeds)) for group in groups.values()]
 
 
-def method(group: dict[str, Any]) -> str:
-    """What a row of the table is called: the compared axes' values, or CaFo itself."""
-    told = [
-        " + ".join(v) if isinstance(v, tuple | list) else v if axis in ("method", "ensemble") else f"{axis} {v}"
-        for axis, v in group.items()
-        if v != ""
+def _choose(group: dict[Setting, list[TrialResult]], compare: Sequence[Hyperparameter], seeds: int) -> ChosenSetting:
+    complete = {
+        setting: trials
+        for setting, trials in group.items()
+        if len(trials) == seeds and all(trial.status == "finished" for trial in trials)
+    }
+    # sums of correct predictions, not of accuracies: every trial has the same images, and integers do not round
+    setting = max(complete, key=lambda setting: sum(trial.val_correct or 0 for trial in complete[setting]))
+    values = setting.compared_values(compare)
+    trials = tuple(_chosen_trial(trial) for trial in complete[setting])
+    return ChosenSetting(
+        shots=complete[setting][0].shots,
+        method=method_name(values),
+        group=values,
+        setting=setting,
+        val_accuracy=sum(trial.val_accuracy for trial in trials) / len(trials),
+        finished=len(complete),
+        stopped=sum(any(trial.status == "stopped" for trial in trials) for trials in group.values()),
+        seeds=trials,
+    )
+
+
+def _chosen_trial(result: TrialResult) -> ChosenTrial:
+    assert result.val_accuracy is not None
+    assert result.chosen_alpha is not None
+    assert result.chosen_beta is not None
+    assert result.chosen_ensemble is not None
+    return ChosenTrial(
+        seed=result.seed,
+        trial=result.trial,
+        val_accuracy=result.val_accuracy,
+        alpha=result.chosen_alpha,
+        beta=result.chosen_beta,
+        ensemble=result.chosen_ensemble,
+    )
+
+
+def method_name(values: dict[str, Any]) -> str:
+    """The name of a table row, made of the compared values; `CaFo` if there are none."""
+    names = [
+        " + ".join(value)
+        if isinstance(value, tuple | list)
+        else value
+        if name in ("method", "ensemble")
+        else f"{name} {value}"
+        for name, value in values.items()
+        if value != ""
     ]
-    return ", ".join(told) or "CaFo"
+    return ", ".join(names) or "CaFo"
 
 
-def best_on_val(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The one that a headline tells of."""
-    return max(chosen, key=lambda cell: cell["val_accuracy"])
+def best_on_val(chosen: Sequence[ChosenSetting]) -> ChosenSetting:
+    """The chosen setting with the best validation accuracy, which the headline names."""
+    return max(chosen, key=lambda choice: choice.val_accuracy)
 
 
-def shown(chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of which there are plots: the best, then every other method's choice at its largest K."""
-    of_methods = {(best := best_on_val(chosen))["method"]: best}
-    for cell in sorted(chosen, key=lambda cell: -cell["shots"]):
-        of_methods.setdefault(cell["method"], cell)
-    return list(of_methods.values())
+def settings_to_plot(chosen: Sequence[ChosenSetting]) -> list[ChosenSetting]:
+    """The best chosen setting, then each other method's at its largest K."""
+    best = best_on_val(chosen)
+    by_method = {best.method: best}
+    for choice in sorted(chosen, key=lambda choice: -choice.shots):
+        by_method.setdefault(choice.method, choice)
+    return list(by_method.values())
 
 
-def keep_chosen(folder: Path, chosen: list[dict[str, Any]]) -> None:
-    """Leaves the caches of the chosen trials only: a thousand trials of ImageNet would be 200 GB."""
-    kept = {seed["trial"] for cell in chosen for seed in cell["seeds"]}
+def remove_other_caches(folder: Path, chosen: Sequence[ChosenSetting]) -> None:
+    """Remove the caches of all trials but the chosen ones: a thousand trials of ImageNet would take 200 GB."""
+    kept = {trial.trial for choice in chosen for trial in choice.seeds}
     for cache in (folder / "trials").rglob(CACHE):
         if cache.parent.name not in kept:
             cache.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
-"""A sweep: Ray Tune runs trials by grid, by drawing, by successive halving (ASHA) or by Optuna's suggestions.
+"""Run a sweep: Ray Tune runs its trials by grid, at random, by successive halving (ASHA) or by Optuna's suggestions.
 
-Whatever is killed, the same sweep started again ends as it would have: a trial that is over left its `result.json`
-and is not run again. Grid and random know beforehand what they run; Optuna is asked the same questions in the same
-order, and finds the answers there; ASHA is told what the trials before had reached. Two drivers on one sweep do no
-harm.
+A sweep that was killed and is started again ends as if it had not been. A trial that is over has written its
+`result.json` and is not run again. A grid and random settings are enumerated beforehand; an Optuna study is asked again
+and makes the same suggestions, because it is told the same results in the same order; ASHA is fed the earlier trials'
+accuracies. Two drivers that run one sweep at the same time do no harm.
 """
 
-import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from ray.exceptions import RayActorError
 
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress
-from rayjobs.storage.paths import remove_folder
-from rayjobs.tune.schedulers import BatchedSearcher, GroupedASHAScheduler
+from rayjobs.tune.optuna_study import Study
+from rayjobs.tune.schedulers import GroupedASHAScheduler
 from rayjobs.tune.search_space import (
     SearchConfig,
     Setting,
@@ -30,167 +29,180 @@ from rayjobs.tune.search_space import (
     enumerate_trials,
     group_settings,
     method_space,
-    over_seeds,
-    suggest,
 )
-from rayjobs.tune.trial import RESULT, SharedInputs, read_result, run_trial, stop_trial
+from rayjobs.tune.trial import RESULT, SharedInputs, TrialResult, read_result, run_trial, stop_trial
+from rayjobs.tune.tuner import run_tuner
+
+Results = list[tuple[Trial, TrialResult]]
 
 _ATTEMPTS = 3
+"""Tune runs of the same trials, where workers die before they have begun with their trial."""
+
+
+@dataclass(frozen=True)
+class TrialPool:
+    """How many trials run at the same time, and what each reserves."""
+
+    at_once: int
+    resources: Mapping[str, float]
+    """CPU and GPU of each trial"""
 
 
 def run_sweep(
     space: SpaceConfig,
     settings: Sequence[Setting],
     shared: SharedInputs,
-    how: SearchConfig,
+    search: SearchConfig,
     folder: Path,
-    *,
-    at_once: int,
-    resources: Mapping[str, float],
-) -> list[tuple[Trial, dict[str, Any]]]:
-    """Every trial that is over, with its row; only those that are not are run.
+    pool: TrialPool,
+) -> Results:
+    """Run the trials that have no result yet; return all trials that are over, with their results.
 
     Args:
-        settings: those to try, or for optuna to suggest from.
-        folder: of the trials' own folders.
-        at_once: trials that run side by side.
-        resources: CPU and GPU of each.
+        settings: those to try; for optuna, those to suggest from.
+        folder: holds a folder for each trial.
     """
     trials = enumerate_trials(space, settings)
-    if how.method == "optuna":
-        total = how.samples * len({(t.shots, repr(t.setting.group(how.compare))) for t in trials}) * len(space.seeds)
-    else:
-        total = len(trials)
     earlier = sum(read_result(trial, folder) is not None for trial in trials)
+    total = _planned_trials(space, search, trials)
     with Progress("tune", unit="trials", total=total, done=earlier) as bar, reraise_user_errors():
-        tuning = _Tuning(shared, how, folder, at_once, resources, bar)
-        if how.method == "optuna":
-            return [pair for shots in space.shots for pair in _by_suggestions(tuning, space, shots, settings)]
-        if how.method == "asha":
-            racing = [trial for trial in trials if trial.seed == space.seeds[0]]
-            over = tuning.run(racing, lambda: GroupedASHAScheduler(how, racing, tuning.watch.over))
-            through = {(trial.shots, trial.setting) for trial, row in over if row["status"] == "finished"}
-            later = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in through]
-            return over + tuning.run(later)
-        return tuning.run(trials)
+        sweep = _Sweep(shared, search, folder, pool, bar)
+        if search.method == "optuna":
+            return sweep.progress.results(_run_studies(sweep, space, settings))
+        if search.method == "asha":
+            return _run_asha(sweep, space, trials)
+        sweep.run(trials)
+        return sweep.progress.results(trials)
 
 
-def _by_suggestions(
-    tuning: "_Tuning", space: SpaceConfig, shots: int, settings: Sequence[Setting]
-) -> list[tuple[Trial, dict[str, Any]]]:
-    """A study for each compared group at one K, its objective the mean over seeds of the val accuracy."""
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    how = tuning.how
-    found: dict[str, Trial] = {}
-    for within in group_settings((s for s in settings if shots or s.generated), how.compare):
-        own = method_space(space, within[0].method) if space.methods else space
-        asked: list[Trial] = []
-
-        def suggested(
-            study: Any, within: list[Setting] = within, own: SpaceConfig = own, asked: list[Trial] = asked
-        ) -> dict[str, Any]:
-            trials = list(over_seeds(space, shots, suggest(study, within, own.lr)))
-            asked += trials
-            return {"trials": trials}
-
-        def study(asked: list[Trial] = asked, suggested: Callable = suggested) -> dict[str, Any]:
-            asked.clear()
-            searcher = OptunaSearch(space=suggested, metric="objective", mode="max", seed=how.seed)
-            return {"search_alg": BatchedSearcher(searcher, how.suggested_at_once), "num_samples": how.samples}
-
-        tuning.fit(study)
-        found |= {trial.name: trial for trial in asked}
-    return tuning.watch.rows(found.values())
+def _planned_trials(space: SpaceConfig, search: SearchConfig, trials: Sequence[Trial]) -> int:
+    if search.method != "optuna":
+        return len(trials)
+    studies = {(trial.shots, repr(trial.setting.compared_values(search.compare))) for trial in trials}
+    return search.samples * len(studies) * len(space.seeds)
 
 
-class _Tuning:
-    """What every run of Tune in a sweep has in common."""
+def _run_asha(sweep: "_Sweep", space: SpaceConfig, trials: Sequence[Trial]) -> Results:
+    """Successive halving on the first seed; the settings that finish are run with the other seeds."""
+    first_seed = [trial for trial in trials if trial.seed == space.seeds[0]]
+    sweep.run(first_seed, halving=True)
+    results = sweep.progress.results(first_seed)
+    finished = {(trial.shots, trial.setting) for trial, result in results if result.status == "finished"}
+    others = [t for t in trials if t.seed != space.seeds[0] and (t.shots, t.setting) in finished]
+    sweep.run(others)
+    return results + sweep.progress.results(others)
+
+
+def _run_studies(sweep: "_Sweep", space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:
+    """An Optuna study for each K and each combination of compared values; returns the trials that were suggested."""
+    suggested: dict[str, Trial] = {}
+    for shots in space.shots:
+        possible = [setting for setting in settings if shots or setting.generated]  # without images there is no cache
+        for candidates in group_settings(possible, sweep.search.compare):
+            method = candidates[0].method
+            lr = method_space(space, method).lr if space.methods else space.lr
+            trials = sweep.run_study(partial(Study, space, shots, candidates, lr, sweep.search))
+            suggested |= {trial.name: trial for trial in trials}
+    return list(suggested.values())
+
+
+class _Sweep:
+    """Runs trials with Ray Tune on one copy of the shared inputs."""
 
     def __init__(
-        self,
-        shared: SharedInputs,
-        how: SearchConfig,
-        folder: Path,
-        at_once: int,
-        resources: Mapping[str, float],
-        bar: Progress,
+        self, shared: SharedInputs, search: SearchConfig, folder: Path, pool: TrialPool, bar: Progress
     ) -> None:
-        self.how, self.folder, self.at_once = how, folder, at_once
+        self.search, self.folder, self.pool = search, folder, pool
         self.shared = ray.put(shared)  # once, however often Tune runs
-        self.wanted = {"cpu": resources["CPU"], "gpu": resources.get("GPU", 0)}
-        self.watch = _Watch(bar, folder)
-        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the job, not only Tune's part of it
+        self.progress = SweepProgress(bar, folder)
 
-    def run(
-        self, trials: Sequence[Trial], scheduler: "Callable[[], GroupedASHAScheduler] | None" = None
-    ) -> list[tuple[Trial, dict[str, Any]]]:
-        """The given trials, those that are over already apart."""
+    def run(self, trials: Sequence[Trial], *, halving: bool = False) -> None:
+        """Run those of the trials that have no result, each by itself; with `halving`, under ASHA."""
 
-        def left() -> dict[str, Any]:
-            there = {path.parent.name for path in self.folder.rglob(RESULT)}  # one listing, not a question per trial
-            points = [[trial] for trial in trials if trial.name not in there or not self.watch.count([trial])]
-            return {"points": points, "scheduler": scheduler and scheduler()}
+        def attempt() -> Sequence[BaseException]:
+            over = {path.parent.name for path in self.folder.rglob(RESULT)}  # one listing, not a request per trial
+            points = [[trial] for trial in trials if trial.name not in over or not self.progress.update([trial])]
+            if not points:
+                return []
+            scheduler = GroupedASHAScheduler(self.search, trials, self.progress.by_name) if halving else None
+            return self._tune({"trials": tune.grid_search(points)}, halving, scheduler=scheduler)
 
-        self.fit(left)
-        return self.watch.rows(trials)
+        self._until_complete(attempt)
 
-    def fit(self, what: Callable[[], dict[str, Any]]) -> None:
-        """Runs what `what` gives `_fit`, and again what is missing where a worker died and Tune took that for an error:
-        it tries a trial again only where the worker had begun with it. Raises a trial's error."""
-        for attempt in range(_ATTEMPTS):
-            errors = self._fit(**what())
+    def run_study(self, make_study: Callable[[], Study]) -> list[Trial]:
+        """Run all suggestions of a study; returns their trials. Each attempt asks a new study from the beginning."""
+        trials: list[Trial] = []
+
+        def attempt() -> Sequence[BaseException]:
+            study = make_study()
+            errors = self._tune(None, False, search_alg=study, num_samples=self.search.samples)
+            trials[:] = study.trials
+            return errors
+
+        self._until_complete(attempt)
+        return trials
+
+    def _until_complete(self, attempt: Callable[[], Sequence[BaseException]]) -> None:
+        """Repeat an attempt whose only errors are dead workers. Raises any other error, and theirs in the end.
+
+        Tune restarts the trial of a worker that dies, but not if the worker had not begun with it.
+        """
+        for _ in range(_ATTEMPTS):
+            errors = attempt()
             if not errors:
                 return
-            if attempt == _ATTEMPTS - 1 or not all(isinstance(error, RayActorError) for error in errors):
-                raise errors[0]
+            if not all(isinstance(error, RayActorError) for error in errors):
+                break
+        raise errors[0]
 
-    def _fit(
-        self, *, points: list[list[Trial]] | None = None, num_samples: int = 1, **how: Any
-    ) -> Sequence[BaseException]:
-        """Runs points of the form {"trials": a setting's trials, one after the other}; returns the errors."""
-        if points == []:
-            return []
-        param_space = None if points is None else {"trials": tune.grid_search(points)}
-        # fixed, so that sums are added in one order wherever a trial runs
-        threads, device = max(1, int(self.wanted["cpu"])), "cuda" if self.wanted["gpu"] else "cpu"
-        search, folder, halving = self.how, self.folder, how.get("scheduler") is not None
+    def _tune(self, param_space: dict[str, Any] | None, halving: bool, **how: Any) -> Sequence[BaseException]:
+        """Run points {"trials": trials of one setting, one after the other}; returns the errors."""
+        cpus, gpus = self.pool.resources["CPU"], self.pool.resources.get("GPU", 0)
+        task = TrialTask(
+            search=self.search,
+            folder=self.folder,
+            threads=max(1, int(cpus)),
+            device="cuda" if gpus else "cpu",
+            halving=halving,
+        )
+        trainable = tune.with_parameters(train_point, shared=self.shared, task=task)
+        tune_config = tune.TuneConfig(max_concurrent_trials=self.pool.at_once, reuse_actors=True, **how)
+        return run_tuner(
+            tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
+            param_space,
+            self.folder.parent / "tune",
+            tune_config,
+            self.progress,
+            max_failures=2,
+        )
 
-        def trainable(point: dict[str, Any], *, shared: SharedInputs) -> None:
-            torch.set_num_threads(threads)
-            rows = []
 
-            def report(curve: list[float]) -> None:
-                if halving:
-                    tune.report({"epoch": len(curve) - 1, "now": curve[-1], "curve": list(curve)})
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """What a Tune worker needs besides the trials and the shared inputs."""
 
-            for trial in point["trials"]:
-                rows.append(read_result(trial, folder) or run_trial(trial, shared, search, folder, device, report))
-            tune.report({"objective": sum(row["val_accuracy"] for row in rows) / len(rows)})
+    search: SearchConfig
+    folder: Path
+    threads: int
+    """fixed, so that sums are added in one order wherever a trial runs"""
+    device: str
+    halving: bool
+    """report every epoch, so that a scheduler can stop the trial"""
 
-        experiment = self.folder.parent / "tune" / uuid.uuid4().hex[:8]
-        try:
-            results = tune.Tuner(
-                tune.with_resources(tune.with_parameters(trainable, shared=self.shared), self.wanted),
-                param_space=param_space,
-                tune_config=tune.TuneConfig(
-                    num_samples=num_samples, max_concurrent_trials=self.at_once, reuse_actors=True, **how
-                ),
-                run_config=tune.RunConfig(
-                    name=experiment.name,
-                    storage_path=str(experiment.parent),
-                    verbose=0,
-                    callbacks=[self.watch],
-                    failure_config=tune.FailureConfig(max_failures=2),
-                ),
-            ).fit()
-        finally:
-            with suppress(OSError):
-                remove_folder(experiment)
-        return results.errors
+
+def train_point(point: dict[str, Any], *, shared: SharedInputs, task: TrialTask) -> None:
+    """Tune's trainable: run the trials of one setting, and report their mean validation accuracy as the objective."""
+    torch.set_num_threads(task.threads)
+
+    def report(curve: list[float]) -> None:
+        if task.halving:
+            tune.report({"epoch": len(curve) - 1, "epoch_accuracy": curve[-1], "curve": list(curve)})
+
+    results = [
+        read_result(trial, task.folder) or run_trial(trial, shared, task.search, task.folder, task.device, report)
+        for trial in point["trials"]
+    ]
+    tune.report({"objective": sum(result.val_accuracy or 0.0 for result in results) / len(results)})
 
 
 LEADER_COLUMNS = {
@@ -206,42 +218,47 @@ LEADER_COLUMNS = {
     "β": "chosen_beta",
     "seed": "seed",
 }
-"""Of the table that a terminal shows live: what it calls a row's values."""
+"""Columns of the live table of the best trials: heading → field of `TrialResult`."""
 
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-class _Watch(tune.Callback):
-    """Moves the progress bar with the best of every K beneath it; writes the rows of trials that were stopped."""
+class SweepProgress(tune.Callback):
+    """Collect the results of trials that are over; show them in the progress bar, with the best trial of every K.
+
+    Writes the results of trials that the scheduler has stopped.
+    """
 
     def __init__(self, bar: Progress, folder: Path) -> None:
         self.bar, self.folder = bar, folder
-        self.over: dict[str, dict[str, Any]] = {}
-        self.best: dict[int, dict[str, Any]] = {}
+        self.by_name: dict[str, TrialResult] = {}
+        """results by trial name"""
+        self.best: dict[int, TrialResult] = {}
+        """the best trial of each K"""
 
-    def count(self, trials: Sequence[Trial]) -> bool:
-        """Takes notice of the trials that are over; whether all of them are."""
-        rows = [self.over.get(trial.name) or read_result(trial, self.folder) for trial in trials]
-        for row in rows:
-            if row and row["trial"] not in self.over:
-                self.over[row["trial"]] = row
-                best = self.best.get(row["shots"])
-                if row["status"] == "finished" and (best is None or row["val_correct"] > best["val_correct"]):
-                    self.best[row["shots"]] = row
+    def update(self, trials: Sequence[Trial]) -> bool:
+        """Read the trials' results and update the display. Returns whether all of the trials are over."""
+        results = [self.by_name.get(trial.name) or read_result(trial, self.folder) for trial in trials]
+        for result in results:
+            if result and result.trial not in self.by_name:
+                self.by_name[result.trial] = result
+                best = self.best.get(result.shots)
+                if result.val_correct is not None and (best is None or result.val_correct > (best.val_correct or 0)):
+                    self.best[result.shots] = result
         leaders = [self.best[shots] for shots in sorted(self.best)]
-        told = ", ".join(f"K={row['shots']} {row['val_accuracy']:.2%}" for row in leaders)
-        table = [[_cell(row[name]) for name in LEADER_COLUMNS.values()] for row in leaders]
-        self.bar.update(len(self.over), f"best on val: {told}" if told else "", [[*LEADER_COLUMNS], *table])
-        return all(rows)
+        note = ", ".join(f"K={leader.shots} {leader.val_accuracy:.2%}" for leader in leaders)
+        rows = [[_cell(getattr(leader, name)) for name in LEADER_COLUMNS.values()] for leader in leaders]
+        self.bar.update(len(self.by_name), f"best on val: {note}" if note else "", [[*LEADER_COLUMNS], *rows])
+        return all(results)
 
-    def rows(self, trials: Iterable[Trial]) -> list[tuple[Trial, dict[str, Any]]]:
-        """The trials that are over, with their rows."""
-        return [(trial, self.over[trial.name]) for trial in trials if trial.name in self.over]
+    def results(self, trials: Iterable[Trial]) -> Results:
+        """Those of the trials that are over, with their results."""
+        return [(trial, self.by_name[trial.name]) for trial in trials if trial.name in self.by_name]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if "objective" not in trial.last_result:
             (stopped,) = trial.config["trials"]
             stop_trial(stopped, trial.last_result["curve"], self.folder)
-        self.count(trial.config["trials"])
+        self.update(trial.config["trials"])

@@ -1,9 +1,10 @@
-"""One trial: the keys' training and the search, on features that all trials share; its result is a file.
+"""One trial: train the cache keys and search α, β and the ensemble, on features that all trials share.
 
-The features lie in Ray's object store once per node. A trial maps them without copying, takes its rows batch by batch,
-and owns nothing larger than its keys. Everything here is chosen on validation images; test is unknown to it.
+The features are in Ray's object store, once per node. A trial maps them without copying and gathers rows batch by
+batch; it owns nothing larger than its keys. Everything here is chosen on validation images; test images are not among
+the inputs.
 
-A trial's last act is to write its `result.json`: a sweep started again runs the trials without one.
+A trial's last act is to write `result.json`: a restarted sweep runs only the trials without one.
 
 Legend: M keys, B validation images, N classes, V views, C width of a source's features.
 """
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,9 +34,9 @@ from cafo.cache import (
     zero_shot_logits,
 )
 from cafo.ensemble import table5
-from cafo.search import search, weight_grid
+from cafo.search import SearchResult, search, weight_grid
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
-from rayjobs.storage.paths import cached_path
 from rayjobs.tune.search_space import SearchConfig, Trial
 
 CACHE, RESULT = "cache.safetensors", "result.json"
@@ -43,7 +44,7 @@ CACHE, RESULT = "cache.safetensors", "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SharedInputs:
-    """What all trials read: numpy arrays, which Ray maps into every process without a copy."""
+    """The arrays that all trials read: numpy arrays, which Ray maps into every process without a copy."""
 
     views: Mapping[str, np.ndarray]
     """encoder → (V, M', C): every image that may become a key"""
@@ -61,6 +62,60 @@ class SharedInputs:
     """(encoder, sentences) → W (C, N)"""
     class_names: tuple[str, ...]
     identities: Mapping[str, str]
+    """encoder → what identifies its weights and preprocessing"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """The result of a trial: a row of `results.parquet`, and its `result.json`.
+
+    A trial that a scheduler stopped during training has no value after `val_curve`.
+    """
+
+    trial: str
+    status: Literal["finished", "stopped"]
+    shots: int
+    seed: int
+    generated: int
+    views: int
+    encoders: str
+    """names, joined by ` + `"""
+    ensemble: str
+    sentences: str
+    lr: float
+    epochs: int
+    alpha: float
+    beta: float
+    method: str
+    val_curve: list[float]
+    """validation accuracy before training and after every epoch, at the initial α and β"""
+    val_correct: int | None = None
+    val_images: int | None = None
+    val_accuracy: float | None = None
+    zero_shot_val_accuracy: float | None = None
+    chosen_alpha: float | None = None
+    chosen_beta: float | None = None
+    chosen_ensemble: str | None = None
+    """JSON of the ensemble"""
+    best_epoch: int | None = None
+    keys: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(
+        cls, trial: Trial, status: Literal["finished", "stopped"], val_curve: list[float], **found: Any
+    ) -> "TrialResult":
+        """The result of `trial`; `found` are the values that only a finished trial has."""
+        about: dict[str, Any] = trial.setting._asdict() | {"encoders": " + ".join(trial.setting.encoders)}
+        common: dict[str, Any] = {"trial": trial.name, "status": status, "shots": trial.shots, "seed": trial.seed}
+        return cls(**common, **about, val_curve=list(val_curve), **found)
+
+    def write(self, folder: Path) -> None:
+        """Write `result.json` into the trial's folder below `folder`."""
+        values = asdict(self)
+        if self.status == "stopped":
+            values = {name: value for name, value in values.items() if value is not None}
+        write_json(folder / self.trial / RESULT, values)
 
 
 class SharedRows:
@@ -74,51 +129,96 @@ class SharedRows:
         view, rows = at
         return self.features[view, self.rows[rows]]
 
-    def moved(self, device: str) -> "SharedRows":
-        """The same rows, alone, in a device's memory."""
+    def to(self, device: str) -> "SharedRows":
+        """The same rows, without the others, in a device's memory."""
         return SharedRows(
             self.features[:, self.rows].to(device), self.shape[0], torch.arange(len(self.rows), device=device)
         )
 
     def keys(self) -> Tensor:
-        """(M, C): the mean over views, as `mean_key` takes it."""
+        """(M, C): the mean over views, as `mean_key` computes it."""
         blocks = [mean_key(self.features[:, block]) for block in self.rows.split(64)]
         return torch.cat(blocks) if blocks else self.features.new_zeros(0, self.shape[2])
 
 
 def shared_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on a shared array's own memory."""
+    """A tensor that uses a shared array's own memory."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is read-only; nothing here writes to it
+        warnings.simplefilter("ignore")  # PyTorch warns that the array is read-only; nothing here writes to it
         return torch.from_numpy(array)
 
 
 def run_trial(
     trial: Trial,
     shared: SharedInputs,
-    how: SearchConfig,
+    settings: SearchConfig,
     folder: Path,
     device: str = "cpu",
     report: Callable[[list[float]], None] = lambda curve: None,
-) -> dict[str, Any]:
-    """Trains the keys, searches α, β and weights on val, writes the cache; returns the row of `results.parquet`.
+) -> TrialResult:
+    """Train the keys, search α, β and the ensemble on validation images, and write the cache and the result.
 
-    `report` is told after every epoch of training the val accuracy, at the initial α and β, of all epochs so far, the
-    first being that of the untrained keys; an exception from it ends the trial.
+    `report` is called after every epoch with the validation accuracies so far, at the initial α and β; the first one is
+    that of the untrained keys. An exception that it raises ends the trial.
     """
     started = time.monotonic()
     setting = trial.setting
     rows = np.concatenate([shared.few_shot[trial.shots, trial.seed], shared.generated[setting.generated]])
-    taken = torch.from_numpy(rows)
-    views = {name: SharedRows(shared_tensor(shared.views[name]), setting.views, taken) for name in setting.encoders}
+    views = {
+        name: SharedRows(shared_tensor(shared.views[name]), setting.views, torch.from_numpy(rows))
+        for name in setting.encoders
+    }
     if device != "cpu":
-        views = {name: v.moved(device) for name, v in views.items()}
+        views = {name: on_host.to(device) for name, on_host in views.items()}
     val = {name: shared_tensor(shared.val[name]).to(device) for name in setting.encoders}
     val_labels = shared_tensor(shared.val_labels).to(device)
+    untrained = _untrained_cache(trial, shared, views, torch.from_numpy(shared.labels[rows]).to(device), device)
+
+    curve: list[float] = []
+
+    def after_epoch(epoch: Epoch) -> None:
+        curve.append(epoch.val_accuracy)
+        report(curve)
+
+    if setting.epochs:
+        recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
+        rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
+        trained, best = train_keys(untrained, rows_as_tensors, untrained.labels, val, val_labels, recipe, after_epoch)
+    else:
+        trained = untrained
+        best = Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(untrained.logits(val), val_labels))
+        after_epoch(best)
+    found = _search(trained, val, val_labels, settings)
+    _write_chosen(folder / trial.name, trained, found)
+    classifier, zero_shot_features = untrained.classifier, val[untrained.zero_shot_source]
+    result = TrialResult.of(
+        trial,
+        "finished",
+        curve,
+        val_correct=found.correct,
+        val_images=found.total,
+        val_accuracy=found.accuracy,
+        zero_shot_val_accuracy=accuracy(zero_shot_logits(zero_shot_features, classifier), val_labels),
+        chosen_alpha=found.alpha,
+        chosen_beta=found.beta,
+        chosen_ensemble=json.dumps(asdict(found.ensemble)),
+        best_epoch=best.epoch,
+        keys=len(rows),
+        seconds=time.monotonic() - started,
+    )
+    result.write(folder)
+    return result
+
+
+def _untrained_cache(
+    trial: Trial, shared: SharedInputs, views: Mapping[str, SharedRows], labels: Tensor, device: str
+) -> Cache:
+    """The cache whose keys are the mean features of the images, at the setting's initial α and β."""
+    setting = trial.setting
     zero_shot_source = setting.encoders[0]
-    start = Cache(
-        keys={name: v.keys() for name, v in views.items()},
-        labels=torch.from_numpy(shared.labels[rows]).to(device),
+    return Cache(
+        keys={name: rows.keys() for name, rows in views.items()},
+        labels=labels,
         classifier=shared_tensor(shared.classifiers[zero_shot_source, setting.sentences]).to(device),
         class_names=shared.class_names,
         zero_shot_source=zero_shot_source,
@@ -127,64 +227,44 @@ def run_trial(
         beta=setting.beta,
         ensemble=table5(setting.encoders)[setting.ensemble],
     )
-    curve: list[float] = []
 
-    def after(epoch: Epoch) -> None:
-        curve.append(epoch.val_accuracy)
-        report(curve)
 
-    if setting.epochs:
-        recipe = KeyTraining(epochs=setting.epochs, batch=how.batch, lr=setting.lr, seed=trial.seed)
-        gathered: Any = views  # Rows stand in for tensors
-        trained, best = train_keys(start, gathered, start.labels, val, val_labels, recipe, after)
-    else:
-        trained, best = start, Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(start.logits(val), val_labels))
-        after(best)
-    zero_shot = trained.zero_shot(val)
-    used = start.ensemble.sources or setting.encoders
-    candidates = weight_grid(start.ensemble, used, how.temperatures, how.scales)
-    affinities = trained.affinities(val)
-    found = search(zero_shot, affinities, trained.labels, val_labels, grid=how.grid(), ensembles=candidates)
-    chosen = replace(trained, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
-    with atomic_path(folder / trial.name / CACHE) as temporary:
+def _search(cache: Cache, val: Mapping[str, Tensor], val_labels: Tensor, settings: SearchConfig) -> SearchResult:
+    """Search α, β and the ensemble's weights on the validation images."""
+    sources = cache.ensemble.sources or tuple(cache.encoders)
+    candidates = weight_grid(cache.ensemble, sources, settings.temperatures, settings.scales)
+    return search(
+        cache.zero_shot(val),
+        cache.affinities(val),
+        cache.labels,
+        val_labels,
+        grid=settings.grid(),
+        ensembles=candidates,
+    )
+
+
+def _write_chosen(folder: Path, cache: Cache, found: SearchResult) -> None:
+    """Write `cache.safetensors` with the chosen α, β and ensemble, and `landscape.json`, the accuracies over them."""
+    chosen = replace(cache, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
+    with atomic_path(folder / CACHE) as temporary:
         save_cache(chosen, temporary)
     landscapes = [asdict(landscape) for landscape in found.landscapes]
-    write_json(folder / trial.name / "landscape.json", {"total": found.total, "landscapes": landscapes})
-    row = _row(trial, "finished", curve) | {
-        "val_correct": found.correct,
-        "val_images": found.total,
-        "val_accuracy": found.accuracy,
-        "zero_shot_val_accuracy": accuracy(zero_shot_logits(val[zero_shot_source], start.classifier), val_labels),
-        "chosen_alpha": found.alpha,
-        "chosen_beta": found.beta,
-        "chosen_ensemble": json.dumps(asdict(found.ensemble)),
-        "best_epoch": best.epoch,
-        "keys": len(rows),
-        "seconds": time.monotonic() - started,
-    }
-    write_json(folder / trial.name / RESULT, row)
-    return row
+    write_json(folder / "landscape.json", {"total": found.total, "landscapes": landscapes})
 
 
-def stop_trial(trial: Trial, curve: list[float], folder: Path) -> dict[str, Any]:
-    """The row of a trial that a scheduler stopped in the middle of its training: no α, β or accuracy was chosen."""
-    row = _row(trial, "stopped", curve)
-    write_json(folder / trial.name / RESULT, row)
-    return row
+def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:
+    """Write the result of a trial that a scheduler stopped during training: no α, β or accuracy was chosen."""
+    result = TrialResult.of(trial, "stopped", curve)
+    result.write(folder)
+    return result
 
 
-def read_result(trial: Trial, folder: Path) -> dict[str, Any] | None:
-    """The row of a trial that is over, finished or stopped."""
+def read_result(trial: Trial, folder: Path) -> TrialResult | None:
+    """The result of a trial that has finished or was stopped; None for one that has not."""
     path = folder / trial.name / RESULT
-    return read_json(path) if path.exists() else None
+    return TrialResult(**read_json(path)) if path.exists() else None
 
 
 def open_cache(folder: Path, trial: str) -> Cache:
-    """The cache that a trial has left."""
+    """The cache that a trial has written below `folder`."""
     return load_cache(cached_path(folder / trial / CACHE))
-
-
-def _row(trial: Trial, status: str, curve: list[float]) -> dict[str, Any]:
-    about = {"trial": trial.name, "status": status, "shots": trial.shots, "seed": trial.seed}
-    encoders = " + ".join(trial.setting.encoders)
-    return {**about, **trial.setting._asdict(), "encoders": encoders, "val_curve": list(curve)}

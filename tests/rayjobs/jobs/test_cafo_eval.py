@@ -15,7 +15,8 @@ from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table, published_rows, summary
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.tune.selection import shown
+from rayjobs.tune.search_space import Setting
+from rayjobs.tune.selection import ChosenSetting, settings_to_plot
 from tests.cafo.server import serve
 from tests.rayjobs.cafo_dataset import images, world
 
@@ -127,10 +128,12 @@ def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path
         assert not (tmp_path / match[:6] / "runs").exists()
 
 
-def test_the_best_choice_is_shown_first_then_each_methods_at_its_most_shots() -> None:
+def test_the_best_choice_is_plotted_first_then_each_methods_at_its_most_shots() -> None:
     cells = [("a", 1, 0.9), ("b", 1, 0.1), ("a", 16, 0.8), ("c", 16, 0.2), ("b", 4, 0.3)]
-    chosen = [{"method": m, "shots": k, "val_accuracy": v} for m, k, v in cells]
-    assert [(cell["method"], cell["shots"]) for cell in shown(chosen)] == [("a", 1), ("c", 16), ("b", 4)]
+    setting = Setting(0, 1, ("clip",), "clip only", "templates", 1e-3, 1, 1.0, 1.0)
+    rest = {"group": {}, "setting": setting, "finished": 1, "stopped": 0, "seeds": ()}
+    chosen = [ChosenSetting(method=m, shots=k, val_accuracy=v, **rest) for m, k, v in cells]
+    assert [(choice.method, choice.shots) for choice in settings_to_plot(chosen)] == [("a", 1), ("c", 16), ("b", 4)]
 
 
 @pytest.mark.ray
@@ -190,7 +193,7 @@ def test_the_chain_opens_test_once_for_its_choice(
     with pytest.raises(ValueError, match=r"encoders.dino: the sweep's caches are of .*, the weights are now"):
         cafo_eval.run(evaluation)
     with pytest.raises(ValueError, match="holds trials of other images or encoders than there are now"):
-        cafo_tune.run(cafo.tuning(config))
+        cafo_tune.run(cafo.tune_settings(config))
     chosen = read_json(config.run.folder / "chosen.json")
     chosen["chosen"][0]["seeds"].pop()
     write_json(config.run.folder / "chosen.json", chosen)

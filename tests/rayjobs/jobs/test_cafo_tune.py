@@ -15,9 +15,10 @@ from cafo.cache import load_cache, mean_key
 from rayjobs.config import load
 from rayjobs.jobs import cafo_tune
 from rayjobs.storage.files import read_json
-from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials, suggest
-from rayjobs.tune.selection import choose_settings
-from rayjobs.tune.trial import SharedInputs, SharedRows, run_trial, shared_tensor
+from rayjobs.tune.optuna_study import suggest_setting
+from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials
+from rayjobs.tune.selection import ChosenSetting, choose_settings
+from rayjobs.tune.trial import SharedInputs, SharedRows, TrialResult, run_trial, shared_tensor
 from tests.rayjobs.cafo_dataset import world
 
 
@@ -104,22 +105,22 @@ def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> No
     space = SpaceConfig(shots=[1], seeds=[1, 2], lr=[1.0, 2.0, 3.0])
     trials = enumerate_trials(space, enumerate_settings(space, SearchConfig(), ["clip"], 4, file=False))
     correct = [9, 1, 5, 7, 6, 6]
-    rows = [
-        {"trial": t.name, "status": "finished", "seed": t.seed, "val_correct": c, "val_accuracy": c / 10}
-        | {"chosen_alpha": 1, "chosen_beta": 1, "chosen_ensemble": "{}"}
-        for t, c in zip(trials, correct, strict=True)
+    found = {"chosen_alpha": 1.0, "chosen_beta": 1.0, "chosen_ensemble": "{}"}
+    results = [
+        (trial, TrialResult.of(trial, "finished", [0.1], val_correct=count, val_accuracy=count / 10, **found))
+        for trial, count in zip(trials, correct, strict=True)
     ]
-    over = list(zip(trials, rows, strict=True))
-    (chosen,) = choose_settings(over, [])
-    assert (chosen["setting"]["lr"], chosen["val_accuracy"]) == (2.0, 0.6)
-    assert [cell["method"] for cell in choose_settings(over, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
+    (chosen,) = choose_settings(results, [])
+    assert (chosen.setting.lr, chosen.val_accuracy) == (2.0, 0.6)
+    assert [choice.method for choice in choose_settings(results, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
+    assert ChosenSetting.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
     # the best was stopped at one seed, another never came to its second: neither is compared
-    rows[3] = {"trial": trials[3].name, "status": "stopped", "seed": 2}
-    (chosen,) = choose_settings([*over[:3], (trials[3], rows[3]), *over[4:]], [])
-    assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (3.0, 2, 1)
-    (chosen,) = choose_settings([*over[:2], over[4]], [])
-    assert (chosen["setting"]["lr"], chosen["finished"], chosen["stopped"]) == (1.0, 1, 0)
+    stopped = (trials[3], TrialResult.of(trials[3], "stopped", [0.1]))
+    (chosen,) = choose_settings([*results[:3], stopped, *results[4:]], [])
+    assert (chosen.setting.lr, chosen.finished, chosen.stopped) == (3.0, 2, 1)
+    (chosen,) = choose_settings([*results[:2], results[4]], [])
+    assert (chosen.setting.lr, chosen.finished, chosen.stopped) == (1.0, 1, 0)
 
 
 def test_optuna_suggests_only_what_has_a_meaning() -> None:
@@ -128,7 +129,7 @@ def test_optuna_suggests_only_what_has_a_meaning() -> None:
     )
     every = enumerate_settings(space, SearchConfig(method="optuna"), ["clip", "dino"], 4, file=False)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    points = [suggest(study.ask(), every, space.lr) for _ in range(60)]
+    points = [suggest_setting(study.ask(), every, space.lr) for _ in range(60)]
     assert {(p.encoders, p.ensemble) for p in points} == {(p.encoders, p.ensemble) for p in every}
     assert all(1 <= p.lr <= 2 for p in points)
 
@@ -186,10 +187,10 @@ def test_a_job_submitted_again_is_the_same_sweep(
         config = sweep(given, f"data.root={data}", name="again")
         roots.add(config.data.root)
         if data == "data":
-            cafo_tune.same_sweep(config)
+            cafo_tune.check_same_sweep(config)
     assert len(roots) == 3
     with pytest.raises(ValueError, match="holds a sweep with other data"):
-        cafo_tune.same_sweep(config)
+        cafo_tune.check_same_sweep(config)
 
 
 @pytest.mark.ray

@@ -1,0 +1,91 @@
+"""An Optuna study as a Ray Tune searcher: it asks for suggestions in batches and tells their results in order.
+
+Which suggestions a study makes depends on the seed and on the results so far, and on nothing else: not on which of the
+parallel trials ends first, nor on whether the sweep was interrupted. A restarted sweep asks a new study again; trials
+that are finished return their results at once, so the study makes the same suggestions.
+
+Optuna's own storage (`OptunaSearch(study_name=…, storage=JournalStorage(…))`) does not give this: it keeps trials, but
+not the state of the sampler's random generator, so a study that is loaded again makes other suggestions; trials that
+were running when the sweep was killed stay in it as running for ever; and its journal cannot lie on an object store.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import optuna
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from rayjobs.tune.search_space import Range, SearchConfig, Setting, SpaceConfig, Trial, trials_over_seeds
+
+H = TypeVar("H", bound=Hashable)
+
+
+class Study(Searcher):
+    """The study of one K and one combination of compared values.
+
+    A suggestion is a setting, to be run at every seed; its objective is the mean validation accuracy over the seeds.
+    """
+
+    def __init__(
+        self,
+        space: SpaceConfig,
+        shots: int,
+        candidates: Sequence[Setting],
+        lr: list[float] | Range,
+        search: SearchConfig,
+    ) -> None:
+        """candidates: the settings to suggest from. lr: the learning rates, or the range of those that are NaN."""
+        super().__init__(metric="objective", mode="max")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.space, self.shots, self.candidates, self.lr = space, shots, candidates, lr
+        self.batch_size = search.suggested_at_once
+        sampler = optuna.samplers.TPESampler(seed=search.seed)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler, study_name="optuna")
+        self.trials: list[Trial] = []
+        """The trials of all suggestions so far."""
+        self.batch: dict[str, optuna.Trial] = {}
+        self.outcomes: dict[str, tuple[float | None, TrialState]] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next suggestion's trials, or None until the results of a full batch are known."""
+        if len(self.batch) == self.batch_size:
+            return None
+        self.batch[trial_id] = self.study.ask()
+        setting = suggest_setting(self.batch[trial_id], self.candidates, self.lr)
+        trials = list(trials_over_seeds(self.space, self.shots, setting))
+        self.trials += trials
+        return {"trials": trials}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        objective = (result or {}).get(self.metric)
+        state = TrialState.FAIL if error else TrialState.PRUNED if objective is None else TrialState.COMPLETE
+        self.outcomes[trial_id] = (objective if state is TrialState.COMPLETE else None, state)
+        if len(self.outcomes) == self.batch_size:
+            for name, suggestion in self.batch.items():
+                value, state = self.outcomes[name]
+                self.study.tell(suggestion, value, state=state)
+            self.batch, self.outcomes = {}, {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing: a restarted sweep asks a new study again instead of reading Tune's experiment state."""
+
+
+def suggest_setting(trial: optuna.Trial, candidates: Sequence[Setting], lr: list[float] | Range) -> Setting:
+    """One of the candidates: Optuna suggests each hyperparameter among the candidates that remain."""
+    remaining = list(candidates)
+    for field in Setting._fields:
+        values = _distinct(getattr(setting, field) for setting in remaining)
+        if len(values) > 1:
+            # Optuna needs the same choices whenever a name occurs, and which rules there are depends on the encoders
+            name = f"ensemble of {remaining[0].encoders}" if field == "ensemble" else field
+            value = values[trial.suggest_categorical(name, list(range(len(values))))]
+            remaining = [setting for setting in remaining if getattr(setting, field) == value]
+    if isinstance(lr, Range) and math.isnan(remaining[0].lr):
+        return remaining[0]._replace(lr=trial.suggest_float("lr", lr.low, lr.high, log=True))
+    return remaining[0]
+
+
+def _distinct(values: Iterable[H]) -> list[H]:
+    return list(dict.fromkeys(values))

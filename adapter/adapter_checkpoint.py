@@ -1,167 +1,31 @@
-"""Adapter files: prompts and gates with all that is needed to know which base they belong to.
+"""Read adapter files of every known format, and write the official v1 format.
 
-Our own form is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32, with a header that holds the
-format's version, the gate convention, the base's shape and fingerprint, and the tokenizer's hash; an adapter that reads
-images adds `vision.*`, its projection, and the encoder's identity and preprocessing. Read besides:
-
-    official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, per head or one for all
+    own           see `adapter.adapter_file`
+    official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, one gate per head or one for all heads
     litgpt        `transformer.h.i.attn.adapter_wte.weight` (K, C), `...gating_factor` (1, 1, H, 1)
-    PEFT          `...layers.i.self_attn.adaption_prompt` (1, K, C), `...adaption_gate` (1,), one for all heads
+    PEFT          `...layers.i.self_attn.adaption_prompt` (1, K, C), `...adaption_gate` (1,), one gate for all heads
 
 L adapted layers, K prompt length, C width, H query heads, N layers of the base.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from adapter.adaption import AdaptionConfig, Gate
+from adapter.adapter_file import FORMAT, AdapterFile, parse_adapter, some_keys, to_float32
+from adapter.adaption import Gate
+from adapter.atomic_file import atomic_path
 from adapter.checkpoint_config import DecoderSettings
-from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import AdapterError, CheckpointError
-from adapter.image_projection import ImageProjectionConfig, Projection
-from adapter.tensor_files import atomic, open_tensors, read_metadata
+from adapter.tensor_files import open_tensors, read_metadata
 
-FORMAT = "llama-adapter"
-VERSION = 1
-_SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
-
-_HEADER_KEYS = {"encoder": "tower"}
-"""`ImageProjectionConfig` field → its key in the header, where the two differ."""
-_OWN, _PROJECTION = {"prompt", "gate"}, "vision."
-# Prompts and gates of the foreign forms, each key with its layer's number.
+# Prompts and gates of the foreign formats; each key holds its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
 _LITGPT = re.compile(r"transformer\.h\.(\d+)\.attn\.(?:(adapter_wte\.weight)|gating_factor)")
 _PEFT = re.compile(r"(?:.+\.)?layers\.(\d+)\.self_attn\.adaption_(?:(prompt)|gate)")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AdapterFile:
-    """What an adapter file says; tensors are float32 on the CPU."""
-
-    prompt: Tensor
-    """(L, K, C), lowest adapted layer first."""
-    gate: Tensor
-    """(L, H), or (L, 1) where one gate serves all heads."""
-    convention: Gate
-    """What the model does to the gates."""
-    base_shape: Mapping[str, int] = field(default_factory=dict)
-    """What is known of the base's `LlamaConfig`; foreign files say little."""
-    base_fingerprint: str | None = None
-    """`Checkpoint.fingerprint` of the base; foreign files have none."""
-    tokenizer_sha256: str | None = None
-    vision: ImageProjectionConfig | None = None
-    """How it reads images, and of which encoder; None for text alone."""
-    projection: Mapping[str, Tensor] = field(default_factory=dict)
-    """The tensors of `adapter.vision.Projection`, by name."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else, as JSON."""
-
-    @property
-    def config(self) -> AdaptionConfig:
-        n_layers, prompt_length, _ = self.prompt.shape
-        return AdaptionConfig(n_layers=n_layers, prompt_length=prompt_length, gate=self.convention, vision=self.vision)
-
-    @property
-    def trainable(self) -> int:
-        """Trainable parameters."""
-        gates = self.gate.numel() if self.convention in ("tanh", "identity") else 0
-        return self.prompt.numel() + gates + sum(tensor.numel() for tensor in self.projection.values())
-
-    def save(self, path: str | Path) -> None:
-        """Writes our own form; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "gate": self.convention,
-            "n_layers": str(self.config.n_layers),
-            "prompt_length": str(self.config.prompt_length),
-            "base_shape": json.dumps(dict(self.base_shape)),
-            "base_fingerprint": self.base_fingerprint or "",
-            "tokenizer_sha256": self.tokenizer_sha256 or "",
-            "extra": json.dumps(dict(self.extra)),
-        }
-        if self.vision is not None:
-            header["vision"] = json.dumps(_vision_header(self.vision))
-        tensors = {"prompt": self.prompt, "gate": self.gate}
-        tensors |= {_PROJECTION + name: tensor for name, tensor in self.projection.items()}
-        with atomic(path) as part:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
-
-
-def adapter_from(
-    model: Llama,
-    *,
-    base_fingerprint: str | None = None,
-    tokenizer_sha256: str | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> AdapterFile:
-    """The adaption that a model holds, copied. Raises ValueError if it holds none."""
-    if model.adaption_config is None:
-        raise AdapterError("the model holds no adapter to save; attach one first")
-    return AdapterFile(
-        prompt=torch.stack([_float(adaption.prompt) for adaption in model.adaptions]),
-        gate=torch.stack([_float(adaption.gate) for adaption in model.adaptions]),
-        convention=model.adaption_config.gate,
-        base_shape=_shape_of(model.config),
-        base_fingerprint=base_fingerprint,
-        tokenizer_sha256=tokenizer_sha256,
-        vision=model.adaption_config.vision,
-        projection={} if model.vision is None else {n: _float(t) for n, t in model.vision.state_dict().items()},
-        extra=extra or {},
-    )
-
-
-def attach_file(
-    model: Llama,
-    file: AdapterFile,
-    *,
-    fingerprint: str | None = None,
-    tokenizer_sha256: str | None = None,
-    encoder: str | None = None,
-) -> None:
-    """Puts a file's adaption on a base, replacing any that is there.
-
-    Raises CheckpointError, leaving the model as it was, if the base's shape, its `fingerprint`, the tokenizer's hash or
-    the identity of the `encoder` whose features it will be given is not what the file was made for. What either side does
-    not know is not compared: foreign files know shapes only.
-    """
-    if encoder and file.vision is None:
-        raise CheckpointError("the adapter was made for text alone: it cannot read images, leave out the encoder")
-    n_layers, _, dim = file.prompt.shape
-    shape = _shape_of(model.config)
-    wanted = {"dim": dim, **file.base_shape}
-    if file.gate.shape[1] != 1:
-        wanted["n_heads"] = file.gate.shape[1]
-    if wrong := [f"{key} {value}, this base has {shape[key]}" for key, value in wanted.items() if shape[key] != value]:
-        raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
-    if n_layers > model.config.n_layers:
-        raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {model.config.n_layers}")
-    for what, theirs, ours in (
-        ("base of the same shape but other weights: fingerprint", file.base_fingerprint, fingerprint),
-        ("tokenizer: sha256", file.tokenizer_sha256, tokenizer_sha256),
-        ("image encoder, preprocessing or precision:", file.vision and file.vision.encoder, encoder),
-    ):
-        if theirs and ours and theirs != ours:
-            if "encoder" not in what:  # an encoder's identity is readable, the others are long hashes
-                theirs, ours = f"{theirs[:12]}…", f"{ours[:12]}…"
-            raise CheckpointError(f"the adapter was made for another {what} {theirs}, here {ours}")
-    model.attach(file.config)
-    with torch.no_grad():
-        for adaption, prompt, gate in zip(model.adaptions, file.prompt, file.gate, strict=True):
-            adaption.prompt.copy_(prompt)
-            adaption.gate.copy_(gate.expand_as(adaption.gate))
-        if model.vision is not None:
-            model.vision.load_state_dict(dict(file.projection))
 
 
 def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | None = None) -> AdapterFile:
@@ -182,7 +46,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
         path, settings = _peft_weights(path)
     tensors = open_tensors(path)
     if path.suffix == ".safetensors" and (header := read_metadata(path)).get("format") == FORMAT:
-        file = _read_own(path, header, tensors)
+        file = parse_adapter(path, header, tensors)
     elif "adapter_query.weight" in tensors:
         file = _read_v1(path, tensors, gate or "identity", n_layers)
     elif any(_LITGPT.fullmatch(key) for key in tensors):
@@ -190,7 +54,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
     elif any(_PEFT.fullmatch(key) for key in tensors):
         file = _read_per_layer(path, tensors, _PEFT)
     else:
-        raise CheckpointError(f"{path}: no adapter of a known form (ours, official v1, litgpt, PEFT); {_some(tensors)}")
+        raise CheckpointError(f"{path}: no adapter of a known form (ours, official v1, litgpt, PEFT); {some_keys(tensors)}")
     if gate and gate != file.convention:
         raise CheckpointError(f"{path}: its gates are for {file.convention!r}, not {gate!r}")
     for name, tensor in (("prompt", file.prompt), ("gate", file.gate), *file.projection.items()):
@@ -228,81 +92,15 @@ def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -
     state = {"adapter_query.weight": file.prompt.flatten(0, 1).clone()}
     for layer, value in enumerate(gates, start=first):
         state[f"layers.{layer}.attention.gate"] = value.reshape(1, -1, 1, 1).clone()
-    with atomic(Path(path)) as part:
+    with atomic_path(Path(path)) as part:
         torch.save(state, part)
-
-
-def _read_own(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
-    if header.get("version") != str(VERSION):
-        raise CheckpointError(f"{path}: format version {header.get('version')!r}; this code reads version {VERSION}")
-    projection = {name.removeprefix(_PROJECTION): _float(t) for name, t in tensors.items() if name not in _OWN}
-    try:
-        convention: Any = header["gate"]
-        vision = _read_vision(header["vision"]) if "vision" in header else None
-        stated = (int(header["n_layers"]), int(header["prompt_length"]))
-        base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
-        if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
-            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
-        if unknown := base_shape.keys() - set(_SHAPE):
-            raise AdapterError(f"base_shape holds {sorted(unknown)}")
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
-    names = _OWN | {_PROJECTION + name for name in _projection_shapes(vision, 1)}
-    if tensors.keys() != names:
-        raise CheckpointError(f"{path}: expected the tensors {', '.join(sorted(names))}; {_some(tensors)}")
-    prompt, gate = _float(tensors["prompt"]), _float(tensors["gate"])
-    if prompt.dim() != 3 or gate.dim() != 2 or stated != prompt.shape[:2] or len(gate) != len(prompt):
-        raise CheckpointError(
-            f"{path}: prompt {tuple(prompt.shape)} and gate {tuple(gate.shape)} are not the {stated[0]} layers of "
-            f"{stated[1]} prompts that the header states"
-        )
-    for name, shape in _projection_shapes(vision, prompt.shape[2]).items():
-        if projection[name].shape != shape:
-            raise CheckpointError(
-                f"{path}: {_PROJECTION}{name} has shape {tuple(projection[name].shape)}, the header states {shape}"
-            )
-    return AdapterFile(
-        prompt=prompt,
-        gate=gate,
-        convention=convention,
-        vision=vision,
-        projection=projection,
-        base_shape=base_shape,
-        base_fingerprint=header.get("base_fingerprint") or None,
-        tokenizer_sha256=header.get("tokenizer_sha256") or None,
-        extra=extra,
-    )
-
-
-def _vision_header(vision: ImageProjectionConfig) -> dict[str, Any]:
-    """The header's JSON for `vision`. Files of format version 1 spell the encoder's key "tower"."""
-    return {_HEADER_KEYS.get(name, name): value for name, value in asdict(vision).items()}
-
-
-def _read_vision(header: str) -> ImageProjectionConfig:
-    fields = json.loads(header)
-    if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
-        raise AdapterError(f"vision {header}")
-    names = {key: name for name, key in _HEADER_KEYS.items()}
-    fields = {names.get(key, key): value for key, value in fields.items()}
-    try:
-        return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
-    except TypeError as error:
-        raise AdapterError(f"vision {header}: {error}") from error
-
-
-def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
-    if vision is None:
-        return {}
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Projection(vision, dim).state_dict().items()}
 
 
 def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers: int | None) -> AdapterFile:
     gates: dict[int, Tensor] = {}
     for key, tensor in tensors.items():
         if match := _V1_GATE.fullmatch(key):
-            gates[int(match[1])] = _float(tensor).flatten()
+            gates[int(match[1])] = to_float32(tensor).flatten()
         elif key != "adapter_query.weight":
             raise CheckpointError(f"{path}: {key} is no part of an official v1 text adapter")
     query = tensors["adapter_query.weight"]
@@ -322,7 +120,7 @@ def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers:
     elif not 1 <= n_layers <= len(gate) or len(query) % n_layers:
         raise CheckpointError(f"{path}: {n_layers} layers do not fit {len(query)} prompt rows and {len(gate)} gates")
     return AdapterFile(
-        prompt=_float(query).unflatten(0, (n_layers, -1)),
+        prompt=to_float32(query).unflatten(0, (n_layers, -1)),
         gate=gate[-n_layers:].clone(),
         convention=convention,
         base_shape={"n_layers": max(gates) + 1},
@@ -341,7 +139,7 @@ def _read_per_layer(path: Path, tensors: dict[str, Tensor], form: re.Pattern[str
         if is_prompt and (tensor.dim() < 2 or tensor.numel() != tensor.shape[-2] * tensor.shape[-1]):
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not (K, C)")
         (prompts if is_prompt else gates)[layer] = (
-            _float(tensor).flatten(0, -2) if is_prompt else _float(tensor).flatten()
+            to_float32(tensor).flatten(0, -2) if is_prompt else to_float32(tensor).flatten()
         )
     if odd := sorted(prompts.keys() ^ gates.keys()):
         raise CheckpointError(f"{path}: layer {odd[0]} has a {'prompt' if odd[0] in prompts else 'gate'} only")
@@ -378,16 +176,3 @@ def _peft_weights(folder: Path) -> tuple[Path, DecoderSettings]:
         if (folder / name).is_file():
             return folder / name, settings
     raise CheckpointError(f"{folder}: no adapter_model.safetensors or adapter_model.bin")
-
-
-def _shape_of(config: LlamaConfig) -> dict[str, int]:
-    return {key: getattr(config, key) for key in _SHAPE}
-
-
-def _float(tensor: Tensor) -> Tensor:
-    """A float32 copy on the CPU, apart from any file or model."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _some(tensors: dict[str, Tensor]) -> str:
-    return f"it holds {', '.join(list(tensors)[:3]) or 'nothing'}{', …' if len(tensors) > 3 else ''}"

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from adapter.atomic_file import atomic_path
 from adapter.checkpoint_config import DecoderSettings, hf_settings, read_hf_config, read_meta_config
 from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import CheckpointError
-from adapter.tensor_files import atomic, drop_pages, open_tensors
+from adapter.tensor_files import drop_pages, open_tensors
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
@@ -155,7 +156,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tokenizer, sources)
 
 
-def skeleton(config: LlamaConfig) -> Llama:
+def meta_llama(config: LlamaConfig) -> Llama:
     """The decoder on the meta device: names and shapes, no memory."""
     with torch.device("meta"), _Undrawn():
         return Llama(config)
@@ -175,7 +176,7 @@ def load_llama(
 ) -> Llama:
     """The frozen decoder, placed on `device` tensor by tensor: peak host memory is the model and its largest tensor."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    model = skeleton(checkpoint.config)
+    model = meta_llama(checkpoint.config)
     for name, source in checkpoint._sources.items():
         # Straight from the file to its place: temporaries between lasting tensors would leave holes in the heap.
         value = torch.empty(source.shape, dtype=dtype, device=device)
@@ -198,9 +199,9 @@ def save_llama(model: Llama, folder: str | Path) -> None:
         for name, parameter in model.named_parameters()
         if ".adaption." not in name and not name.startswith("vision.")
     }
-    with atomic(folder / "model.safetensors") as part:
+    with atomic_path(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
-    with atomic(folder / "config.json") as part:
+    with atomic_path(folder / "config.json") as part:
         part.write_text(json.dumps(hf_settings(model.config, model.norm.weight.dtype), indent=2) + "\n")
 
 
@@ -287,7 +288,7 @@ def _bind(
     """The decoder's parameters, each with its source; raises unless the two sets match exactly, in name and shape."""
     if config.n_layers > len(found):  # before so many are built
         raise CheckpointError(f"{where}: {len(found)} tensors cannot be a model of {config.n_layers} layers")
-    expected = {name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in meta_llama(config).named_parameters()}
     keys = {key_of(name): name for name in expected}
     missing, unexpected = [key for key in keys if key not in found], [key for key in found if key not in keys]
     if missing or unexpected:

@@ -1,14 +1,11 @@
-"""Tensors in files: memory-mapped, only ever read as data; and files written whole or not at all.
+"""Read tensors from files: memory-mapped, and only ever as data.
 
 A mapped tensor costs no memory until it is read; the pages that were read count as the process's own until they are
 dropped. `drop_pages` drops them, so that walking through a checkpoint keeps one tensor resident, not all of them.
 """
 
 import ctypes
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,17 +43,6 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file, truncated or corrupt ({error})") from error
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """`with atomic(path) as part:` write `part`; it becomes `path` on success and is removed on failure."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def drop_pages(tensor: Tensor) -> None:

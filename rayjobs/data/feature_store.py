@@ -33,7 +33,8 @@ from rayjobs.models.encoder import VisionEncoderConfig, EncoderInfo, load_vision
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.image_source import STORE_IMAGES, part_name
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.console import Progress
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.errors import reraise_user_errors

@@ -14,7 +14,8 @@ from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.models.encoder import VisionEncoderConfig, EncoderInfo, load_vision_encoder
 from rayjobs.data.image_source import ImageSource, StoredFeatures, StreamedImages
-from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.data.records import Source
 from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.models.image_conditioning import ImageConditioning

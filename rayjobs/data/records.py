@@ -9,7 +9,8 @@ from adapter import scienceqa
 from adapter.conversation import read_conversations
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
-from rayjobs.storage.paths import AnyPath, FileOrName, cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 from rayjobs.storage.fingerprint import file_fingerprint
 
 

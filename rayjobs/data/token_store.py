@@ -27,7 +27,8 @@ from adapter.instruct import encode_record
 from adapter.errors import RecordError
 from adapter.tokenizer import Tokenizer
 from rayjobs.data.image_source import read_image
-from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.console import Progress
 from rayjobs.cluster.ray_data import ray_data_context

@@ -15,6 +15,7 @@ from cafo.images import CLIP_MEAN, CLIP_STD
 from rayjobs.config import config
 from rayjobs.demo.captions import caption
 from rayjobs.demo.font_digits import SIDE, masters, printed
+from rayjobs.storage.files import atomic_path
 
 
 @config
@@ -69,5 +70,6 @@ def train_clip(settings: ClipStandIn, folder: Path, device: str) -> Iterator[flo
         schedule.step()
         yield loss.item()
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    with atomic_path(folder / "open_clip_model.safetensors") as temporary:
+        save_file(state, temporary)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings.model_config()}, indent=2))

@@ -25,6 +25,7 @@ from cafo.images import IMAGENET_MEAN, IMAGENET_STD
 from rayjobs.config import config
 from rayjobs.demo.digits import DigitsConfig, divided
 from rayjobs.demo.font_digits import SIDE, bent
+from rayjobs.storage.files import atomic_path
 
 ARCHITECTURE = "resnet10t"
 SHAPE: dict[str, Any] = {"channels": [16, 32, 32, 32], "stem_width": 8, "output_stride": 8, "global_pool": ""}
@@ -130,4 +131,5 @@ def _save(encoder: nn.Module, folder: Path) -> None:
         "pretrained_cfg": {**recipe, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
     }
     (folder / "config.json").write_text(json.dumps(about, indent=2))
-    save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, folder / "model.safetensors")
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}, temporary)

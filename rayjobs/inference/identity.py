@@ -7,7 +7,7 @@ from rayjobs.inference.batch import Record
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
-from rayjobs.storage.paths import cached_path
+from rayjobs.storage.download import cached_path
 
 
 def model_identity(base: BaseModelConfig, adapter: str | None, conditioning: ImageConditioning | None) -> dict[str, str]:

@@ -30,7 +30,8 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
-from rayjobs.storage.paths import AnyPath, FileOrName, cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 from pydantic import Field
 
-from adapter.adapter_checkpoint import adapter_from
+from adapter.adapter_file import extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.base_checkpoint import Checkpoint, skeleton
+from adapter.base_checkpoint import Checkpoint, meta_llama
 from adapter.image_projection import ImageProjectionConfig as Projected
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.ray_init import connect
@@ -32,7 +32,8 @@ from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
 from rayjobs.runs.provenance import normalize_paths
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
-from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 from rayjobs.train.trainer import fit
@@ -111,8 +112,8 @@ def plan(settings: Config) -> None:
     pictured = sum(bool(record["image"]) for _, rows in counted for record in rows)
     images = sum(len(source.image_paths()) for source in sources) if conditioning else 0
     steps = -(-records // train.global_batch)
-    model = skeleton(shape)
-    model.attach(settings.adapter.adaption(conditioning and conditioning.projection))
+    model = meta_llama(shape)
+    model.add_adapter(settings.adapter.adaption(conditioning and conditioning.projection))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     show_table(
         "plan",
@@ -206,14 +207,14 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, conditioni
         zero=settings.zero,
     )
     state = fit(job, settings.scale, folder, settings.run.track)
-    model = skeleton(checkpoint.config)
-    model.attach(adaption)
-    model.draw_adapter(None, "cpu")
+    model = meta_llama(checkpoint.config)
+    model.add_adapter(adaption)
+    model.reset_adapter(None, "cpu")
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[name])
-    file = adapter_from(
+    file = extract_adapter(
         model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=Tokenizer(cached_path(tokenizer)).sha256
     )
     with atomic_path(folder / "adapter.safetensors") as temporary:

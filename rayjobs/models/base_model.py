@@ -10,7 +10,8 @@ from adapter.model import AdaptedModel
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
 from rayjobs.errors import UserError
-from rayjobs.storage.paths import AnyPath, cached_path, is_url, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import AnyPath, is_url, resolve_path
 
 Dtype = Literal["fp32", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

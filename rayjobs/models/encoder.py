@@ -13,7 +13,8 @@ from torch import Tensor
 from cafo.encoder_spec import EncoderSpec
 from cafo.images import Preprocess
 from rayjobs.config import config
-from rayjobs.storage.paths import cached_path, is_url, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import is_url, resolve_path
 
 if TYPE_CHECKING:
     from cafo.encoders import ImageEncoder

@@ -14,7 +14,7 @@ from adapter.image_projection import ImageProjectionConfig, Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
-from rayjobs.storage.paths import cached_path
+from rayjobs.storage.download import cached_path
 
 
 @config

@@ -1,9 +1,8 @@
-"""What is written to disk: Arrow schemas, Parquet and JSON files that are whole or absent, never half there."""
+"""Read and write JSON, JSONL and Parquet files, local or at a URL; a file is written whole or not at all."""
 
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +11,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayjobs.errors import UserError
+from adapter import atomic_file
+from rayjobs.errors import DataError
 from rayjobs.storage.paths import is_url, resolve_path, upload_file
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed into place if the block succeeds, removed if it does not.
+    """Yield a temporary local path; it becomes `path` if the block succeeds and is removed if the block fails.
 
-    For a URL it is a local path, and the file is put there at once.
+    For a URL, the finished file is uploaded in one request.
     """
     path = resolve_path(path)
-    if is_url(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / path.name
-            upload_file(Path(folder) / path.name, path)
+    if not is_url(path):
+        with atomic_file.atomic_path(path) as temporary:
+            yield temporary
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / path.name
+        upload_file(Path(folder) / path.name, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -47,15 +42,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises ValueError naming the file if it is no JSON."""
-    return _parsed(resolve_path(path).read_bytes(), path)
+    """The value of a JSON file. Raises DataError, which names the file, and OSError."""
+    return _parse_json(resolve_path(path).read_bytes(), path)
 
 
-def _parsed(text: bytes, path: str | Path) -> Any:
+def _parse_json(text: bytes, path: str | Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from error
+        raise DataError(f"{path}: malformed JSON: {error}") from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -63,25 +58,26 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """A JSONL file's rows, or the whole ones among its last bytes; a last line cut short by a crash is left out.
+    """The rows of a JSONL file, or those that lie whole within its last bytes.
 
-    Raises ValueError naming the file if another line is no JSON.
+    A last line without an end is left out: a crash cut it short. Raises DataError if another line is malformed.
     """
     with resolve_path(path).open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
-    return [_parsed(line, path) for line in lines[1 if start else 0 : -1] if line]
+    return [_parse_json(line, path) for line in lines[1 if start else 0 : -1] if line]
 
 
 def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = None) -> None:
-    """Writes a table. Raises pyarrow.ArrowInvalid if it does not fit the schema."""
+    """Write a table, cast to the schema if there is one. Raises pyarrow.ArrowInvalid if it does not fit the schema."""
     with atomic_path(path) as temporary:
         pq.write_table(table if schema is None else table.cast(schema), temporary)
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    found: Any = resolve_path(path)
-    if is_url(found):
-        return pq.read_table(found.path, filesystem=found.fs, columns=columns)
-    return pq.read_table(found, columns=columns)
+    """The table of a Parquet file, or only the named columns of it."""
+    resolved: Any = resolve_path(path)
+    if is_url(resolved):
+        return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
+    return pq.read_table(resolved, columns=columns)

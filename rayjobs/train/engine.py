@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.adaption import AdaptionConfig
-from adapter.base_checkpoint import open_checkpoint, skeleton
+from adapter.base_checkpoint import open_checkpoint, meta_llama
 from adapter.decoder import Llama
 from adapter.image_projection import Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
 from rayjobs.models.base_model import TORCH_DTYPES, Dtype
-from rayjobs.storage.paths import cached_path
+from rayjobs.storage.download import cached_path
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_STEP_KEY = "optimizer.step"
@@ -94,9 +94,9 @@ def adapted_model(
     Weights are placed one tensor at a time; under stage 3 each is cut at once and a worker keeps only its shard.
     """
     checkpoint = open_checkpoint(cached_path(path))
-    model = skeleton(checkpoint.config)
+    model = meta_llama(checkpoint.config)
     with torch.device("meta"):
-        model.attach(adaption)
+        model.add_adapter(adaption)
     generator = torch.Generator().manual_seed(seed)
 
     def place(tensors: Iterable[tuple[str, Tensor]], to: torch.dtype) -> None:
@@ -112,7 +112,7 @@ def adapted_model(
                 _partition(parameter, zero, to)
 
     place(checkpoint.tensors(), TORCH_DTYPES[dtype])
-    model.draw_adapter(generator, "cpu")
+    model.reset_adapter(generator, "cpu")
     place([(name, tensor.detach()) for name, tensor in model.adapter_parameters()], torch.float32)
     model.tie()
     return model

@@ -25,7 +25,8 @@ from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.storage.files import read_json, read_parquet, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints
-from rayjobs.storage.paths import cached_path, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, make_encoders, world
 from tests.rayjobs.conftest import upload

@@ -32,7 +32,8 @@ from rayjobs.storage.files import (
     write_parquet,
 )
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.paths import cached_path, remove_folder, resolve_path
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import remove_folder, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.conftest import upload
 from tests.rayjobs.jobs.test_adapter_train import settings
@@ -195,11 +196,12 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
         "cafo-features", "encoders.a.kind=pixels", "data={root: s3://test/x, name: dtd}"
     )
     assert "run.storage: must be a local path, not a URL: mount" in error("demo", "run.storage=s3://test/runs")
-    assert "https://x/y.jsonl: URLs may begin with s3:// or gs://" in error(
-        "adapter-eval", base, "data.path=[https://x/y.jsonl]"
-    )
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    assert "needs the optional `gs` extra" in error("adapter-eval", base, "data.path=[gs://x/y.jsonl]")
+    assert "ftpx://x/y.jsonl: Protocol not known: ftpx" in error("adapter-eval", base, "data.path=[ftpx://x/y.jsonl]")
+    for protocol, package in (("gs", "gcsfs"), ("az", "adlfs")):
+        monkeypatch.setitem(sys.modules, package, None)
+        url = f"{protocol}://x/y.jsonl"
+        assert f"{url}: " in (message := error("adapter-eval", base, f"data.path=[{url}]"))
+        assert f"nstall {package}" in message
     given = (base, f"data.path=[{records}]", "run.storage=s3://elsewhere/runs")
     assert "s3://elsewhere/runs/r/run.json cannot be written: The specified bucket" in error("adapter-eval", *given)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

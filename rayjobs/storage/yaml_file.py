@@ -1,0 +1,49 @@
+"""Read and write YAML 1.2, in which `5e8` is a number and `yes`, `on` and `2026-01-01` are text."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import YAMLError
+
+from rayjobs.errors import ConfigError
+from rayjobs.storage.files import write_text
+from rayjobs.storage.paths import resolve_path
+
+
+class _Constructor(SafeConstructor):
+    """Builds plain values. A date stays text, as in YAML 1.2's core schema, and as JSON needs it."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document. Raises ConfigError."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value of a YAML file. Raises ConfigError, which names the file, and OSError."""
+    text = resolve_path(path).read_text(encoding="utf-8")
+    try:
+        return parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def write_yaml(path: str | Path, value: Any) -> None:
+    """Write plain values atomically, keys in the order given, a line each."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.allow_unicode, yaml.width = True, 1 << 20
+    text = io.StringIO()
+    yaml.dump(value, text)
+    write_text(path, text.getvalue())

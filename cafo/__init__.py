@@ -1,13 +1,14 @@
-"""CaFo: prompt, generate, then cache (arXiv 2303.02151). PyTorch and open_clip.
+"""CaFo: prompt, generate, then cache (arXiv 2303.02151). PyTorch and open_clip, no cluster.
 
-datasets, fewshot    images and labels, and the K-shot choice            images → encoders → unit features
+datasets, fewshot    images and labels, and the K-shot choice
+encoders, images     images → unit features
 prompt               sentences → CLIP's zero-shot classifier W
-generate             drawn images, the best K' by CLIP
+generate             generated images, the best K' by CLIP
 cache, ensemble      keys and values → p_ZS + α · term (eq. 3-9), and the training of the keys
-search               α, β and the ensemble's weights, exactly, on validation features
+search               α, β and the ensemble's weights, chosen on validation features
 model                all of it as one object: fit on a folder, predict images
 
-The names below are imported when they are first asked for, so `import cafo` costs nothing.
+The public names are imported on first use, so `import cafo` alone loads neither PyTorch nor open_clip.
 """
 
 from importlib import import_module
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cafo.datasets import load_dataset, load_split, load_tree
     from cafo.encoder_spec import EncoderSpec
-    from cafo.model import CaFo
+    from cafo.model import CaFo, FitConfig
 
-__all__ = ["CaFo", "EncoderSpec", "load_dataset", "load_split", "load_tree"]
+__all__ = ["CaFo", "EncoderSpec", "FitConfig", "load_dataset", "load_split", "load_tree"]
 
-_MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec"}
+_MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec", "FitConfig": "model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""CaFo as one object: fit it on a data set, predict images, keep it in a file.
+"""CaFo as one object: fit it on a data set, predict images, save it to a file.
 
     from cafo import CaFo, EncoderSpec
 
@@ -11,44 +11,67 @@
     model.save("pets.safetensors")
     CaFo.load("pets.safetensors", encoders)           # a sweep's cache.safetensors loads the same way
 
-In one process and in memory; the jobs of `rayjobs` do the same over a cluster, with stores and sweeps.
+It runs in one process and in memory, and logs its progress at level INFO. The jobs of `rayjobs` do the same on a
+cluster, with feature stores and sweeps.
+
+Legend: B images, C width of an encoder's features, K shots, M keys, N classes, S side of an
+encoder's images in pixels, V views.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from cafo import fewshot
 from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, train_keys
 from cafo.datasets import Dataset, Item, load_tree
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
-from cafo.errors import CafoError
+from cafo.errors import DatasetError, EncoderError
 from cafo.images import load_image
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
 
-_IMAGES_AT_ONCE = 64
+_IMAGES_PER_BATCH = 64
+
+logger = logging.getLogger(__name__)
 
 
 class Prediction(NamedTuple):
-    """The likeliest class of an image."""
+    """The most likely class of an image."""
 
     class_name: str
     probability: float
-    """its softmax over the logits"""
+    """softmax of the logits at this class"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The inputs and settings of `CaFo.fit` that rarely change."""
+
+    views: int = 10
+    """V, augmented views that a key averages over"""
+    prompts: Mapping[str, Sequence[str]] | str | Path | None = None
+    """{class name: sentences}, or a JSON file of them; None for the data set's templates"""
+    generated: tuple[Path, Sequence[Item]] | None = None
+    """folder and images that join the cache, as `load_generated` returns them"""
+    training: KeyTraining | None = None
+    """how the keys are trained; None for the paper's recipe with the seed of the fit"""
+    grid: BetaGrid = field(default_factory=BetaGrid)
+    """values of β that are searched"""
 
 
 class CaFo:
-    """A fitted classifier: a cache and the towers that made its keys."""
+    """A fitted classifier: a cache, and the encoders that made its keys."""
 
     def __init__(self, cache: Cache, encoders: Mapping[str, ImageEncoder]) -> None:
         self.cache, self.encoders = cache, encoders
@@ -61,136 +84,152 @@ class CaFo:
         *,
         shots: int = 16,
         seed: int = 1,
-        views: int = 10,
-        prompts: Mapping[str, Sequence[str]] | str | Path | None = None,
-        generated: tuple[Path, Sequence[Item]] | None = None,
-        training: KeyTraining | None = None,
-        grid: BetaGrid | None = None,
+        config: FitConfig | None = None,
         device: str | torch.device = "cpu",
     ) -> CaFo:
         """Choose K shots, encode their views, train the keys, and search α and β on the validation images.
 
         Args:
-            data: a data set, or a folder with one folder per class, of which half is for training and a fifth for
-                validation; its test images stay unread.
-            encoders: the towers by name; the first is the CLIP that gives p_ZS.
+            data: a data set, or a folder with one folder per class, of which half becomes training images and a fifth
+                validation images. The test images are never read.
+            encoders: the encoders by name; the first is the CLIP that gives p_ZS.
             shots: K, training images of each class; a class that has fewer gives all it has.
-            seed: of the choice of images, of their augmented views, and of the order of training.
-            views: augmented views that a key averages over.
-            prompts: {class name: sentences}, or a JSON file of them; without it, the data set's templates.
-            generated: (folder, images) that join the cache, as `load_generated` returns them.
+            seed: seed of the split of a folder, of the few-shot choice, of the augmented views and of the training.
+            config: prompts, generated images and everything else.
+            device: where the images are encoded; the keys are trained on the CPU.
 
         Raises:
-            ValueError: a folder without classes, no validation image, an image that cannot be read, a tower that
-                cannot be loaded, a class without a sentence.
+            DatasetError: a folder without classes, or no validation image.
+            EncoderError: an encoder that cannot be loaded, or a first encoder that is not a CLIP.
+            ImageError: an image that cannot be read.
+            CafoError: a class without a sentence, a prompt file that cannot be read.
         """
+        config = config or FitConfig()
         dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
         if not dataset.val:
-            raise CafoError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
-        towers = _load(encoders, device)
-        zero_shot_source = next(iter(towers))
-        clip = towers[zero_shot_source]
+            raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
+        loaded = _load_encoders(encoders, device)
+        clip_name, clip = next(iter(loaded.items()))
         if not isinstance(clip, ClipEncoder):
-            raise CafoError(f"the first encoder reads the sentences, so it must be a CLIP; {zero_shot_source} is not")
-        if prompts is None:
-            sentences: Mapping[str, Sequence[str]] = template_prompts(dataset.templates, dataset.class_names)
-        else:
-            sentences = prompts if isinstance(prompts, Mapping) else read_prompts(prompts, dataset.class_names)
+            raise EncoderError(f"the first encoder encodes the sentences, so it must be a CLIP; {clip_name} is not")
+        sentences = _read_sentences(dataset, config.prompts)
+
         choice = fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short="report")
-        items = [(dataset.image_root, item) for item in choice.items]
-        items += [(generated[0], item) for item in generated[1]] if generated else []
-        seen = _encode_views(towers, items, views, seed)
-        labels = torch.tensor([item.label for _, item in items])
-        val = _encode(towers, [dataset.image_root / item.path for item in dataset.val], "validation images")
+        images = [(dataset.image_root, item) for item in choice.items]
+        if config.generated is not None:
+            folder, generated = config.generated
+            images += [(folder, item) for item in generated]
+        views = _encode_views(loaded, images, config.views, seed)
+        labels = torch.tensor([item.label for _, item in images])
+        val = _encode(loaded, [dataset.image_root / item.path for item in dataset.val])
         val_labels = torch.tensor([item.label for item in dataset.val])
-        start = Cache(
-            keys={name: mean_key(features) for name, features in seen.items()},
+
+        untrained = Cache(
+            keys={name: mean_key(features) for name, features in views.items()},
             labels=labels,
             classifier=zero_shot_classifier(clip, sentences, dataset.class_names).weights.cpu(),
             class_names=dataset.class_names,
-            zero_shot_source=zero_shot_source,
-            encoders={name: tower.identity for name, tower in towers.items()},
+            zero_shot_source=clip_name,
+            encoders={name: encoder.identity for name, encoder in loaded.items()},
         )
-        recipe = training or KeyTraining(seed=seed)
-        trained, _ = train_keys(start, seen, labels, val, val_labels, recipe)
-        found = search(trained.zero_shot(val), trained.affinities(val), labels, val_labels, grid=grid or BetaGrid())
-        chosen = replace(trained, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
-        return cls(chosen, towers)
+        training = config.training or KeyTraining(seed=seed)
+        trained, _ = train_keys(untrained, views, labels, val, val_labels, training)
+        best = search(trained.zero_shot(val), trained.affinities(val), labels, val_labels, grid=config.grid)
+        return cls(replace(trained, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble), loaded)
 
     @classmethod
     def load(cls, path: str | Path, encoders: Mapping[str, EncoderSpec], *, device: str | torch.device = "cpu") -> CaFo:
-        """A saved cache with the towers that it was made with.
+        """Load a saved cache together with the encoders that made its keys.
+
+        Args:
+            path: a file that `save` wrote, or the `cache.safetensors` of a sweep's trial.
+            encoders: the encoders by the names that the cache calls them; others are ignored.
+            device: where the encoders run.
 
         Raises:
-            ValueError: no such file, a source without a tower, or a tower other than the one that made the keys.
+            CafoError: the file is missing or is not a cache.
+            EncoderError: an encoder is missing, cannot be loaded, or is not the one that made the keys.
         """
         cache = load_cache(path)
         if missing := {*cache.keys, cache.zero_shot_source} - set(encoders):
-            raise CafoError(f"{path} needs encoders called {', '.join(sorted(missing))}, which were not given")
-        towers = _load({name: spec for name, spec in encoders.items() if name in cache.encoders}, device)
-        for name, tower in towers.items():
-            if tower.identity != cache.encoders[name]:
-                raise CafoError(f"{path}: keys of {name} were made by {cache.encoders[name]}, not by {tower.identity}")
-        return cls(cache, towers)
+            raise EncoderError(f"{path} needs encoders called {', '.join(sorted(missing))}, which were not given")
+        loaded = _load_encoders({name: spec for name, spec in encoders.items() if name in cache.encoders}, device)
+        for name, encoder in loaded.items():
+            if encoder.identity != cache.encoders[name]:
+                raise EncoderError(
+                    f"{path}: keys of {name} were made by {cache.encoders[name]}, not by {encoder.identity}"
+                )
+        return cls(cache, loaded)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache, without the towers."""
+        """Write the cache, without the encoders."""
         save_cache(self.cache, path)
 
     def logits(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Eq. 9: (B, N) for B images, files or PIL's."""
+        """Return the logits of eq. 9, (B, N), for B images given as files or as PIL images.
+
+        Raises:
+            ImageError: an image that cannot be read.
+        """
         return self.cache.logits(_encode(self.encoders, images))
 
     def predict(self, images: Sequence[str | Path | Image.Image]) -> list[Prediction]:
-        """The likeliest class of each image.
+        """Return the most likely class of each image.
 
         Raises:
-            ValueError: an image that cannot be read, by its name.
+            ImageError: an image that cannot be read.
         """
-        best, labels = self.logits(images).softmax(dim=-1).max(dim=-1)
+        probabilities, labels = self.logits(images).softmax(dim=-1).max(dim=-1)
         names = [self.cache.class_names[label] for label in labels.tolist()]
-        return [Prediction(name, share) for name, share in zip(names, best.tolist(), strict=True)]
+        return [Prediction(name, share) for name, share in zip(names, probabilities.tolist(), strict=True)]
 
 
-def _load(specs: Mapping[str, EncoderSpec], device: str | torch.device) -> dict[str, ImageEncoder]:
+def _load_encoders(specs: Mapping[str, EncoderSpec], device: str | torch.device) -> dict[str, ImageEncoder]:
     return {name: load_encoder(spec, device) for name, spec in specs.items()}
 
 
-def _encode(
-    towers: Mapping[str, ImageEncoder], images: Sequence[str | Path | Image.Image], told: str = "images"
-) -> dict[str, Tensor]:
-    """{name: (B, C)}; each image is decoded once."""
+def _read_sentences(
+    dataset: Dataset, prompts: Mapping[str, Sequence[str]] | str | Path | None
+) -> Mapping[str, Sequence[str]]:
+    if prompts is None:
+        return template_prompts(dataset.templates, dataset.class_names)
+    return prompts if isinstance(prompts, Mapping) else read_prompts(prompts, dataset.class_names)
+
+
+def _encode(encoders: Mapping[str, ImageEncoder], images: Sequence[str | Path | Image.Image]) -> dict[str, Tensor]:
+    """Encode images by all encoders, each decoded once: {name: (B, C)}."""
     decoded = (image if isinstance(image, Image.Image) else load_image(image) for image in images)
-    prepared = ({name: tower.preprocess(image) for name, tower in towers.items()} for image in decoded)
-    return _through(towers, prepared, len(images), told)
+    prepared = ({name: encoder.preprocess(image) for name, encoder in encoders.items()} for image in decoded)
+    return _encode_prepared(encoders, prepared, len(images))
 
 
 def _encode_views(
-    towers: Mapping[str, ImageEncoder], items: Sequence[tuple[Path, Item]], views: int, seed: int
+    encoders: Mapping[str, ImageEncoder], images: Sequence[tuple[Path, Item]], views: int, seed: int
 ) -> dict[str, Tensor]:
-    """{name: (V, M, C)}; each image is decoded once."""
-    if not items:
-        return {name: torch.empty(views, 0, tower.width) for name, tower in towers.items()}
-    decoded = ((load_image(root / item.path), item.path) for root, item in items)
+    """Encode V augmented views of each image by all encoders, each image decoded once: {name: (V, M, C)}."""
+    if not images:
+        return {name: torch.empty(views, 0, encoder.width) for name, encoder in encoders.items()}
+    decoded = ((load_image(root / item.path), item.path) for root, item in images)
     prepared = (
-        {name: tower.preprocess.view(image, path, view, seed) for name, tower in towers.items()}
+        {name: encoder.preprocess.view(image, path, view, seed) for name, encoder in encoders.items()}
         for image, path in decoded
         for view in range(views)
     )
-    flat = _through(towers, prepared, len(items) * views, "views of training images")
-    return {name: rows.view(len(items), views, -1).transpose(0, 1).contiguous() for name, rows in flat.items()}
+    flat = _encode_prepared(encoders, prepared, len(images) * views)
+    return {name: rows.view(len(images), views, -1).transpose(0, 1).contiguous() for name, rows in flat.items()}
 
 
-def _through(
-    towers: Mapping[str, ImageEncoder], prepared: Iterable[dict[str, Tensor]], count: int, told: str
+def _encode_prepared(
+    encoders: Mapping[str, ImageEncoder], prepared: Iterable[dict[str, Tensor]], total: int
 ) -> dict[str, Tensor]:
-    """Prepared images through all towers in batches, with a progress bar where it takes a while: {name: (B, C)}."""
-    done: dict[str, list[Tensor]] = {name: [] for name in towers}
-    waiting: list[dict[str, Tensor]] = []
-    for number, one in enumerate(tqdm(prepared, told, count, disable=count <= _IMAGES_AT_ONCE), start=1):
-        waiting.append(one)
-        if len(waiting) == _IMAGES_AT_ONCE or number == count:
-            for name, tower in towers.items():
-                done[name].append(tower.encode_image(torch.stack([image[name] for image in waiting])).cpu())
-            waiting = []
-    return {name: torch.cat(parts) if parts else torch.empty(0, towers[name].width) for name, parts in done.items()}
+    """Encode `total` preprocessed images {name: (3, S, S)} batch by batch: {name: (total, C)}."""
+    batches: dict[str, list[Tensor]] = {name: [] for name in encoders}
+    encoded, remaining = 0, iter(prepared)
+    while batch := list(islice(remaining, _IMAGES_PER_BATCH)):
+        for name, encoder in encoders.items():
+            batches[name].append(encoder.encode_image(torch.stack([image[name] for image in batch])).cpu())
+        encoded += len(batch)
+        logger.info("%d of %d images encoded", encoded, total)
+    return {
+        name: torch.cat(parts) if parts else torch.empty(0, encoders[name].width) for name, parts in batches.items()
+    }

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cafo import CaFo, EncoderSpec, load_tree
+from cafo import CaFo, EncoderSpec, FitConfig, load_tree
 from cafo.cache import KeyTraining
 from cafo.images import load_image
 from tests.cafo.test_encoders import RESNET, folder
 
 COLOURS = {"red_thing": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}
-RECIPE = KeyTraining(epochs=3, batch=8, seed=1)
+TRAINING = KeyTraining(epochs=3, batch=8, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +27,18 @@ def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, EncoderSpec]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, draw = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (root / name).mkdir()
         for i in range(20):
-            pixels = np.clip(np.array(colour) + draw.normal(0, 30, (23, 29, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(np.array(colour) + rng.normal(0, 30, (23, 29, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
 
 
 @pytest.fixture(scope="module")
 def model(photos: Path, specs: dict[str, EncoderSpec]) -> CaFo:
-    return CaFo.fit(photos, specs, shots=2, seed=1, views=3, training=RECIPE)
+    return CaFo.fit(photos, specs, shots=2, seed=1, config=FitConfig(views=3, training=TRAINING))
 
 
 def test_a_few_images_teach_the_classes(model: CaFo, photos: Path) -> None:
@@ -51,18 +51,22 @@ def test_a_few_images_teach_the_classes(model: CaFo, photos: Path) -> None:
     assert len(model.cache.labels) == 6
 
 
-def test_logits_are_the_caches_on_each_image_alone(model: CaFo, photos: Path) -> None:
+def test_logits_are_those_of_the_cache_on_each_image_alone(model: CaFo, photos: Path) -> None:
     paths = [photos / name / "7.png" for name in COLOURS]
     images = [load_image(path) for path in paths]
     for image, row in zip(images, model.logits(paths), strict=True):
-        alone = {name: tower.encode_image(tower.preprocess(image)[None]) for name, tower in model.encoders.items()}
+        alone = {
+            name: encoder.encode_image(encoder.preprocess(image)[None]) for name, encoder in model.encoders.items()
+        }
         # An untrained CLIP's predictions differ between classes by 4e-5 only, which z of eq. 8 stretches to 1: 1e-7
         # between a batch and a row becomes 0.01 in the logits, which are about 10.
         torch.testing.assert_close(model.cache.logits(alone)[0], row, rtol=0, atol=0.05)
     torch.testing.assert_close(model.logits(images), model.logits(paths))
 
 
-def test_a_file_keeps_it_and_knows_its_towers(model: CaFo, photos: Path, specs: dict, tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_same_logits_and_refuses_other_encoders(
+    model: CaFo, photos: Path, specs: dict, tmp_path: Path
+) -> None:
     model.save(tmp_path / "pets.safetensors")
     paths = [photos / name / "3.png" for name in COLOURS]
     assert torch.equal(CaFo.load(tmp_path / "pets.safetensors", specs).logits(paths), model.logits(paths))
@@ -73,10 +77,10 @@ def test_a_file_keeps_it_and_knows_its_towers(model: CaFo, photos: Path, specs: 
         CaFo.load(tmp_path / "pets.safetensors", other)
 
 
-def test_what_cannot_be_fitted_is_said(photos: Path, specs: dict, tmp_path: Path) -> None:
+def test_errors_say_what_cannot_be_fitted(photos: Path, specs: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no validation image"):
         CaFo.fit(load_tree(photos, shares=(0.5, 0.0)), specs)
     with pytest.raises(ValueError, match="must be a CLIP; dino is not"):
         CaFo.fit(photos, {"dino": specs["dino"]})
     with pytest.raises(ValueError, match=r"no sentence for 1 of 3 classes: red_thing"):
-        CaFo.fit(photos, specs, shots=1, views=1, prompts={"green": ["green."], "blue": ["blue."]})
+        CaFo.fit(photos, specs, shots=1, config=FitConfig(views=1, prompts={"green": ["green."], "blue": ["blue."]}))

@@ -1,21 +1,21 @@
-"""Job configs: frozen dataclasses ← YAML ← `section.key=value` overrides; every error at once, before Ray starts."""
+"""Job configs: frozen dataclasses ← YAML ← `section.key=value` overrides; all errors at once, before Ray starts."""
 
 import copy
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
 from rayjobs.errors import ConfigError
-from rayjobs.storage.paths import resolve_path
+from rayjobs.storage.paths import ShownAs
+from rayjobs.storage.yaml_file import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -23,73 +23,70 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def config(cls: type[T]) -> type[T]:
     """A frozen, keyword-only, validated dataclass whose attribute docstrings are its help."""
-    # defaults are validated too: a default path also starts where the command is typed
+    # Defaults are validated too, so that a default path also starts where the command is typed.
     settings = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True)
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=settings)  # type: ignore[return-value]
 
 
-def load(cls: type[T], given: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> T:
-    """Builds `cls` from its defaults, then a YAML file or plain values, then `section.key=value` overrides.
+def load(
+    cls: type[T],
+    given: str | Path | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> T:
+    """Build `cls` from its defaults, then a YAML file or plain values, then overrides.
 
-    Raises ConfigError listing every unknown key, wrong type and bad value by its path.
+    Args:
+        overrides: `section.key=value` texts, as typed on a command line; or values by their dotted key.
+
+    Raises ConfigError, which lists every unknown key, wrong type and bad value by its dotted key.
     """
-    values, problems = given_values(given, overrides)
+    values, problems = given_values(cls, given, overrides)
     try:
         built = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        problems += [_explain(cls, item) for item in error.errors()]
+        problems += dict.fromkeys(_explain(cls, item) for item in error.errors())
     if problems:
         raise ConfigError("\n".join(problems))
     return built
 
 
 def given_values(
-    given: str | Path | Mapping[str, Any] | None, overrides: Sequence[str]
+    cls: Any, given: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] | Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a file or plain values and overrides say, as they say it, and what is wrong with the overrides."""
+    """The values of a file or mapping with overrides applied, and a message for each override that is malformed.
+
+    cls: the config whose field types decide how an override's text is read.
+    """
     values: Any = copy.deepcopy(dict(given)) if isinstance(given, Mapping) else {}
     if given is not None and not isinstance(given, Mapping):
-        path = given
-        try:
-            values = yaml.safe_load(resolve_path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot read the config file: {error.strerror or error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: a config is a mapping of sections, got {type(values).__name__}")
-    problems = [problem for override in overrides if (problem := _apply(values, override))]
-    return values, problems
+        values = _read_config_file(given)
+    if isinstance(overrides, Mapping):
+        problems = [_set(values, key, copy.deepcopy(value)) for key, value in overrides.items()]
+    else:
+        problems = [_apply(cls, values, override) for override in overrides]
+    return values, [problem for problem in problems if problem]
 
 
-def to_dict(built: Any) -> dict[str, Any]:
-    """A config as plain values, ready for YAML."""
-    return TypeAdapter(type(built)).dump_python(built, mode="json")
+def _read_config_file(path: str | Path) -> dict[str, Any]:
+    try:
+        values = read_yaml(path) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot read the config file: {reason}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections, got {type(values).__name__}")
+    return values
 
 
-def describe(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Every field of a config: (dotted name, type, default, meaning)."""
-    for name, info in cls.__pydantic_fields__.items():
-        section = next((kind for kind in (info.annotation, *get_args(info.annotation)) if is_dataclass(kind)), None)
-        if section is not None:
-            yield from describe(section, f"{prefix}{name}.")
-            continue
-        kind = str(info.annotation) if get_args(info.annotation) else info.annotation.__name__
-        kind = re.sub(r"Annotated\[str, [^\]]*\]", "path", kind.replace("typing.", ""))
-        default = "required"
-        if not info.is_required():
-            default = yaml.safe_dump(info.get_default(call_default_factory=True), default_flow_style=True)
-        # A subclass's fields lose the docstrings that stand in its base.
-        told = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
-        meaning = " ".join(next((field.description for field in told if field and field.description), "").split())
-        yield prefix + name, kind, default.removesuffix("...\n").strip(), meaning
-
-
-def _apply(values: dict[str, Any], override: str) -> str | None:
-    """Sets one `section.key=value` in place; returns what is wrong with it, if anything."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+def _apply(cls: Any, values: dict[str, Any], override: str) -> str | None:
+    """Apply one `section.key=value` in place. Returns what is wrong with it, or None."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
         return f"{override!r}: an override looks like section.key=value"
+    return _set(values, key, _parse(text, _field_type(cls, key.split("."))))
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> str | None:
     *sections, key = dotted.split(".")
     for section in sections:
         if values.get(section) is None:
@@ -97,17 +94,116 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
         values = values[section]
         if not isinstance(values, dict):
             return f"{dotted}: {section!r} is a value, not a section"
-    try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        values[key] = text
+    values[key] = value
     return None
 
 
+def _parse(text: str, kind: Any) -> Any:
+    """The value of an override for a field of this type.
+
+    A field that holds text takes it verbatim: `#tag`, `42`, `yes`, quotes, newlines and nothing at all. Only `null` is
+    None, and only where the field may be None. For any other field, the text is YAML.
+    """
+    kinds = _members(kind)
+    if all(member is NoneType or _is_text(member) for member in kinds):
+        return None if text == "null" and NoneType in kinds else text
+    try:
+        return parse_yaml(text)
+    except ConfigError:
+        return text  # the field's own error then shows it
+
+
+def _field_type(kind: Any, keys: Sequence[str]) -> Any:
+    """The annotation of the field that these keys lead to; Any if there is none."""
+    for key in keys:
+        kind = next((found for member in _members(kind) if (found := _child(member, key)) is not None), Any)
+    return kind
+
+
+def _child(kind: Any, key: str) -> Any:
+    """The type of the value that a section of this type has under a key; None if it has no such key."""
+    if is_dataclass(kind):
+        field = kind.__pydantic_fields__.get(key)  # type: ignore[union-attr]
+        return field and field.annotation
+    return get_args(kind)[1] if get_origin(kind) in (dict, Mapping) else None
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, or the one type, without their annotations."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for part in get_args(kind) for member in _members(part)]
+    return [kind]
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
+
+
+def to_dict(built: Any) -> dict[str, Any]:
+    """A config as plain values, ready for YAML."""
+    return TypeAdapter(type(built)).dump_python(built, mode="json")
+
+
+class FieldHelp(NamedTuple):
+    """The help of one config field."""
+
+    name: str
+    """The dotted key."""
+    type: str
+    default: str
+    """`required` if there is none."""
+    meaning: str
+
+
+def describe(cls: Any, prefix: str = "") -> Iterator[FieldHelp]:
+    """The help of every field of a config and its sections."""
+    for name, info in cls.__pydantic_fields__.items():
+        section = next((kind for kind in _members(info.annotation) if is_dataclass(kind)), None)
+        if section is not None:
+            yield from describe(section, f"{prefix}{name}.")
+            continue
+        default = "required"
+        if not info.is_required():
+            default = _shown(TypeAdapter(Any).dump_python(info.get_default(call_default_factory=True), mode="json"))
+        # A subclass's fields lose the docstrings that stand in its base.
+        inherited = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+        meaning = next((field.description for field in inherited if field and field.description), "")
+        yield FieldHelp(prefix + name, _type_name(info.annotation, info.metadata), default, " ".join(meaning.split()))
+
+
+def _type_name(kind: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type as a user would write its values: `list[path]`, `int or null`, `fp32 | bf16`."""
+    if shown := next((item.name for item in metadata if isinstance(item, ShownAs)), None):
+        return shown
+    arguments = get_args(kind)
+    match get_origin(kind):
+        case origin if origin is Annotated:
+            return _type_name(arguments[0], arguments[1:])
+        case origin if origin in (Union, UnionType):
+            return " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments))
+        case origin if origin is Literal:
+            return " | ".join(map(str, arguments))
+        case origin if origin in (dict, Mapping):
+            return "mapping" if arguments[1] is Any else f"mapping[{_type_name(arguments[1])}]"
+        case origin if origin is not None:
+            return f"list[{', '.join(_type_name(argument) for argument in arguments if argument is not ...)}]"
+    if is_dataclass(kind):
+        return f"{{{', '.join(field.name for field in fields(kind))}}}"
+    return {NoneType: "null", str: "text", bool: "true | false", Any: "any value"}.get(kind) or kind.__name__
+
+
+def _shown(value: Any) -> str:
+    """A default as it may be typed."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
 def _explain(cls: Any, item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    """One of pydantic's errors as a line of ours: the dotted key, what is wrong, the value."""
+    key = ".".join(_keys(cls, item["loc"]))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [name for name, *_ in describe(cls)]
+        known = [field.name for field in describe(cls)]
         known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
@@ -117,17 +213,33 @@ def _explain(cls: Any, item: Any) -> str:
     return f"{key}: {message}, got {item['input']!r}" if key else message
 
 
+def _keys(kind: Any, location: Sequence[str | int]) -> Iterator[str]:
+    """The keys of an error's location, without the names by which pydantic tells the members of a union apart."""
+    for part in location:
+        kinds = _members(kind)
+        child = next((found for member in kinds if (found := _child(member, str(part))) is not None), None)
+        if child is None and isinstance(part, int):
+            child = next((get_args(member)[0] for member in kinds if get_args(member)), Any)
+        elif child is None and len(kinds) > 1:
+            kind = next((member for member in kinds if getattr(member, "__name__", None) == part), kind)
+            continue
+        kind = child or Any
+        yield str(part)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested values as {"section.key": text}."""
-    found: dict[str, str] = {}
+    flat: dict[str, str] = {}
     for name, value in values.items():
-        nested = isinstance(value, dict) and value
-        found |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: format_value(value)}
-    return found
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = format_value(value)
+    return flat
 
 
 def format_value(value: Any) -> str:
-    """A value as a reader likes it: nothing for None, thousands apart, six digits of a fraction."""
+    """A value for a table: empty for None, six significant digits of a fraction, commas between thousands."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, int) and not isinstance(value, bool):

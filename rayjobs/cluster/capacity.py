@@ -8,7 +8,8 @@ from typing import Any
 
 import psutil
 import ray
-import yaml
+
+from rayjobs.storage.yaml_file import read_yaml
 
 Resources = Mapping[str, float]
 
@@ -76,7 +77,7 @@ def _autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
     for process in psutil.process_iter(["cmdline"]):
         arguments = dict(part.partition("=")[::2] for part in process.info["cmdline"] or [])
         if arguments.get("--gcs-address") == gcs_address and "--autoscaling-config" in arguments:
-            return yaml.safe_load(Path(arguments["--autoscaling-config"]).expanduser().read_text())
+            return read_yaml(Path(arguments["--autoscaling-config"]).expanduser())
     return None
 
 

@@ -38,7 +38,7 @@ def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbo
     """What runs on the head. Raises ValueError for what would not be there, or not stay."""
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise UserError(f"{config} is not below {Path.cwd()}, which is what a cluster gets to see; copy it there")
-    given = given_values(config, overrides)[0]
+    given = given_values(Any, config, overrides)[0]
     told = {"run.storage": "runs", **flatten(given)}
     kept = ["run.storage", "run.cache"] if job == "demo" or told.get("run.name") else []  # one answer leaves nothing
     for name in [*kept, "out"]:

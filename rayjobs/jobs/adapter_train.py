@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import Field
 
 from adapter.adapter_file import extract_adapter
@@ -33,6 +32,7 @@ from rayjobs.runs.provenance import normalize_paths
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
 from rayjobs.storage.download import cached_path
+from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
@@ -94,7 +94,7 @@ def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
         )
     saved = settings.run.folder / "config.yaml"
     if saved.exists():
-        before, now = normalize_paths(yaml.safe_load(saved.read_text())), normalize_paths(to_dict(settings))
+        before, now = normalize_paths(read_yaml(saved)), normalize_paths(to_dict(settings))
         changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
         if changed:
             raise UserError(

@@ -83,8 +83,7 @@ def training(settings: Config, trial: Trial) -> adapter_train.Config:
     """A trial's settings; those that come to the same have one folder. Raises ConfigError for an axis that is none."""
     point, seed = trial
     values = {name: value for name, value in to_dict(settings).items() if name != "sweep"}
-    overrides = [f"{name}={json.dumps(value)}" for name, value in [*point.items(), ("train.seed", seed)]]
-    ours = load(adapter_train.Config, values, overrides)
+    ours = load(adapter_train.Config, values, {**point, "train.seed": seed})
     theirs = to_dict(ours)
     changed = {name: _at(theirs, name) for name in point if _at(theirs, name) != _at(values, name)}
     digest = fingerprint([changed, seed])[:10]
@@ -118,7 +117,7 @@ def evaluated_on(settings: Config, ours: adapter_train.Config) -> str | None:
     if settings.sweep.scienceqa is None:
         return None
     (source,) = adapter_eval.check(measure := evaluation(settings, ours))[1]
-    told = adapter_eval.questions(measure, source, seen=ours.vision is not None)
+    told = adapter_eval.task_identity(measure, source, reads_images=ours.vision is not None)
     return fingerprint(told)[:10]
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from cafo.datasets import Dataset
@@ -30,6 +29,7 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
 from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
+from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.tune.evaluation import TargetScore, check_same_encoders, record_opening, score_target, write_scores
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
@@ -55,7 +55,7 @@ class Config:
         """The sweep's run, whose cache and trackers its config.yaml names."""
         folder = resolve_path(self.sweep)
         saved = folder / "config.yaml"
-        known = yaml.safe_load(saved.read_text(encoding="utf-8")).get("run", {}) if saved.is_file() else {}
+        known = read_yaml(saved).get("run", {}) if saved.is_file() else {}
         return RunConfig(**{**known, "name": folder.name, "storage": str(folder.parent)})
 
 

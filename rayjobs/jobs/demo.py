@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 from pydantic import Field
 
 from adapter.model import AdaptedModel
@@ -29,7 +28,7 @@ from rayjobs.demo.gpus import gpus
 from rayjobs.demo.stages import Stage, Stages
 from rayjobs.demo.world import World, WorldConfig, make_world, world_in
 from rayjobs.errors import UserError
-from rayjobs.inference.scienceqa import examples
+from rayjobs.inference.scienceqa import prediction_examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
@@ -39,6 +38,7 @@ from rayjobs.runs.record import REPORT_FILE
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl, write_json, write_text
 from rayjobs.storage.paths import LocalPath
+from rayjobs.storage.yaml_file import write_yaml
 
 Table = list[dict[str, Any]]
 
@@ -210,7 +210,7 @@ def cafo_table(settings: Config, world: World, names: Mapping[str, str]) -> Tabl
     folder, run = settings.run.folder, RunConfig(**within(settings, names["cafo"]))
     values = cascade(settings.cafo, world, run, gpus())
     path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_yaml(path, values)
     rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
     for number, kind in enumerate(PLOTS):
         for path in (run.folder / "test").glob(f"{kind}-*.svg"):
@@ -271,7 +271,7 @@ def show(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Tabl
         ours = quietly(adapter_eval.run, measured)["accuracy_by_class"][1]
         accuracy.append({"": name, "about a scan": ours["IMG"], "about a note": ours["TXT"]})
         said[name] = pq.read_table(measured.run.folder / "predictions.parquet").to_pylist()
-    write_examples(folder, *examples(problems, said[ADAPTERS[-1]], questions))
+    write_examples(folder, *prediction_examples(problems, said[ADAPTERS[-1]], questions))
     return accuracy, read_jsonl(metrics), _side_by_side(problems, said)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from rayjobs.cluster.hardware import HARDWARE_FILE
 from rayjobs.config import flatten, format_value
 from rayjobs.errors import UserError
@@ -21,6 +19,7 @@ from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
 from rayjobs.storage.files import read_json, read_jsonl
+from rayjobs.storage.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     pass
@@ -80,7 +79,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def settings(folder: Path) -> dict[str, str]:
     """{"section.key": text}"""
     path = folder / "config.yaml"
-    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return flatten(read_yaml(path)) if path.is_file() else {}
 
 
 def _record(folder: Path) -> RunRecord:

@@ -1,17 +1,23 @@
 """Configs: merged in order, all errors at once; every shipped file loads."""
 
 import importlib
+import json
+import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
-import yaml
+from pydantic import Field
 
 from rayjobs.__main__ import JOBS
-from rayjobs.config import describe, load, to_dict
+from rayjobs.config import config, describe, load, to_dict
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
+from rayjobs.storage.paths import AnyPath, FileOrName
+from rayjobs.storage.yaml_file import write_yaml
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]
@@ -22,7 +28,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
     path.write_text("train: {epochs: 3, seed: 9}\noptimizer: {base_lr: 3e-4}\n")
     built = load(Config, path, [*GIVEN, "train.epochs=4"])
     assert (built.train.epochs, built.train.seed, built.train.global_batch) == (4, 9, 64)
-    assert built.optimizer.base_lr == 3e-4  # PyYAML reads 3e-4 as text
+    assert built.optimizer.base_lr == 3e-4  # YAML 1.1 reads 3e-4 as text
 
 
 def test_every_error_is_told_at_once_with_its_path() -> None:
@@ -54,8 +60,9 @@ def test_a_config_is_frozen_and_dumps_to_what_it_was_loaded_from() -> None:
     built = load(Config, None, GIVEN)
     with pytest.raises(AttributeError):
         built.train.epochs = 3  # type: ignore[misc]
-    again = load(Config, None, [f"{name}={yaml.safe_dump(value)}" for name, value in to_dict(built).items()])
-    assert again == built
+    values = to_dict(built)
+    overrides = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
+    assert load(Config, values) == load(Config, None, overrides) == built
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -103,3 +110,142 @@ def test_every_shipped_config_loads_and_opens_with_its_command(path: Path) -> No
     assert first.startswith("# rayjobs ")
     assert str(path.relative_to(ROOT)) in first
     load(importlib.import_module(f"rayjobs.jobs.{job.replace('-', '_')}").Config, path)
+
+
+@config
+class Section:
+    """Fields of every kind."""
+
+    text: str = ""
+    """Text."""
+    maybe: str | None = "x"
+    """Text or nothing."""
+    choice: Literal["on", "off"] = "on"
+    """One of two."""
+    path: AnyPath = ""
+    """A path."""
+    file: FileOrName = "a"
+    """A file or a name."""
+    flag: bool = False
+    """A switch."""
+    count: int | None = 3
+    """A number or nothing."""
+    rate: float = 1.0
+    """A fraction."""
+    texts: list[str] = Field(default_factory=list)
+    """Several texts."""
+    paths: list[AnyPath] = Field(default_factory=list)
+    """Several paths."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Free-form values."""
+    mixed: str | list[str] = "a"
+    """One text or several."""
+
+
+@config
+class Kinds:
+    """A config with sections by name."""
+
+    section: Section = Section()
+    named: dict[str, Section] = Field(default_factory=dict)
+
+
+def value(override: str) -> Any:
+    return getattr(load(Kinds, None, [f"section.{override}"]).section, override.partition("=")[0])
+
+
+TYPED = [
+    "Explain issue #5",
+    "#tag",
+    "~",
+    "",
+    "a: b",
+    "42",
+    "3e-4",
+    "yes",
+    "null",
+    "'quoted'",
+    '"',
+    "a=b",
+    "[1",
+    "a\nb\n",
+    " ",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_text_is_taken_as_it_was_typed(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert value(f"text={text}") == text
+    assert value(f"file={text}") == text
+    assert value(f"maybe={text}") == (None if text == "null" else text)
+    assert value(f"path={text}") == os.path.abspath(text)
+    assert load(Kinds, None, [f"named.a.text={text}"]).named["a"].text == text
+
+
+def test_numbers_switches_lists_and_mappings_are_yaml() -> None:
+    assert value("choice=off") == "off"
+    assert (value("flag=true"), value("flag=no"), value("count=null"), value("count=4")) == (True, False, None, 4)
+    assert (value("rate=3e-4"), value("rate=5e8"), value("rate=2")) == (3e-4, 5e8, 2.0)
+    assert value("texts=[yes, no, '42', a b, 2026-01-01]") == ["yes", "no", "42", "a b", "2026-01-01"]
+    assert value("paths=[a]") == [os.path.abspath("a")]
+    assert value("mixed=[a, b]") == ["a", "b"]
+    assert value("options={lr: 3e-4, on: yes, empty: , deep: {b: [5e8]}}") == {
+        "lr": 3e-4, "on": "yes", "empty": None, "deep": {"b": [5e8]}
+    }  # fmt: skip
+    (typed,) = (load(Kinds, None, [f"section.options.{key}"]).section.options for key in ("bucket=5e8",))
+    assert typed == {"bucket": 500_000_000}
+    for wrong in ("count=many", "flag=maybe", "texts=42", "options=[1"):
+        with pytest.raises(ConfigError, match=f"section.{wrong.partition('=')[0]}: "):
+            value(wrong)
+
+
+def test_values_by_key_are_taken_as_they_are() -> None:
+    built = load(
+        Kinds, {"section": {"count": 4}}, {"section.text": "'a'", "section.options.b": [1], "named": {"c": {}}}
+    )
+    assert (built.section.count, built.section.text, built.section.options) == (4, "'a'", {"b": [1]})
+    assert list(built.named) == ["c"]
+    with pytest.raises(ConfigError, match="'text' is a value"):
+        load(Kinds, {"section": {"text": "a"}}, {"section.text.b": 1})
+
+
+def test_a_file_is_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("section: {text: no, file: 2026-01-01, options: {bucket: 5e8, on: off, when: 2026-01-01}}\n")
+    section = load(Kinds, path).section
+    assert (section.text, section.file) == ("no", "2026-01-01")
+    assert section.options == {"bucket": 500_000_000, "on": "off", "when": "2026-01-01"}
+    path.write_text("section: {text: a, text: b}\n")
+    with pytest.raises(ConfigError, match=r'c\.yaml: not valid YAML: .*duplicate key "text"'):
+        load(Kinds, path)
+    write_yaml(path, to_dict(load(Kinds, None, ["section.text=yes", "section.maybe=5e8", "section.file=~"])))
+    assert load(Kinds, path).section.maybe == "5e8"
+
+
+def test_help_names_types_as_they_are_written() -> None:
+    shown = {field.name.removeprefix("section."): (field.type, field.default) for field in describe(Kinds)}
+    assert shown == {
+        "text": ("text", '""'),
+        "maybe": ("text or null", "x"),
+        "choice": ("on | off", "on"),
+        "path": ("path", '""'),
+        "file": ("file or name", "a"),
+        "flag": ("true | false", "false"),
+        "count": ("int or null", "3"),
+        "rate": ("float", "1.0"),
+        "texts": ("list[text]", "[]"),
+        "paths": ("list[path]", "[]"),
+        "options": ("mapping", "{}"),
+        "mixed": ("text or list[text]", "a"),
+        "named": (f"mapping[{{{', '.join(field.name for field in fields(Section))}}}]", "{}"),
+    }
+
+
+def test_an_error_in_a_list_names_the_place() -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Config, {"data": {"path": ["a.json", {"path": "b", "formatt": "x"}, 3]}}, ["base.path=b", "run.name=r"])
+    text = str(error.value)
+    assert "data.path.1.formatt: unknown key" in text
+    assert "data.path.2: " in text
+    assert "function-after" not in text

@@ -1,10 +1,12 @@
-"""CaFo's equations once more, as slow and as literal as possible: float64, explicit loops, one-hot values."""
+"""CaFo's equations as slow and literal as possible: float64, explicit loops, one-hot values."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+
+from cafo.alpha_intervals import accuracy_steps, correct_intervals, label_margins
 
 
 def z_loop(row):
@@ -48,7 +50,7 @@ def adaptive_loop(zero_shot, caches, alpha, temperature=1.0, scales=None):
 
 
 def grid_loop(zero_shot, affinities, key_labels, labels, alphas, betas):
-    """The grid search by one-hot products in float64: {(α, β): images right}."""
+    """The grid search by one-hot products in float64: {(α, β): correct images}."""
     values = torch.nn.functional.one_hot(key_labels, zero_shot.shape[1]).double()
     base = zero_shot.double()
     zb = (base - base.mean(1, keepdim=True)) / base.std(1, keepdim=True)
@@ -65,6 +67,16 @@ def grid_loop(zero_shot, affinities, key_labels, labels, alphas, betas):
     return right
 
 
+def accuracy_path(base, term, labels):
+    """Correct images for every α ≥ 0, one problem, repeated breakpoints left out: rising α from 0, and the count from
+    each on."""
+    low, high = correct_intervals(label_margins(base, labels), term, labels)
+    breakpoints, correct = (rows[0] for rows in accuracy_steps(low[None], high[None]))
+    starts_a_step = torch.cat([breakpoints[1:] > breakpoints[:-1], torch.ones(1, dtype=torch.bool)])
+    kept = starts_a_step & breakpoints.isfinite()
+    return breakpoints[kept].double(), correct[kept]
+
+
 def problem(seed=0, classes=7, images=53, keys_per_class=3, widths=(11, 13), noise=0.8, ragged=False):
     """A small few-shot problem of distinct prime sizes: keys, features, classifier, key labels, labels."""
     g = torch.Generator().manual_seed(seed)
@@ -75,8 +87,8 @@ def problem(seed=0, classes=7, images=53, keys_per_class=3, widths=(11, 13), noi
     keys, features, classifier = {}, {}, None
     for name, width in zip(("clip", "dino", "third"), widths, strict=False):
         centres = torch.randn(classes, width, generator=g)
-        draw = [centres[c] + noise * torch.randn(len(c), width, generator=g) for c in (key_labels, labels)]
-        keys[name], features[name] = (torch.nn.functional.normalize(x, dim=1) for x in draw)
+        samples = [centres[c] + noise * torch.randn(len(c), width, generator=g) for c in (key_labels, labels)]
+        keys[name], features[name] = (torch.nn.functional.normalize(x, dim=1) for x in samples)
         if classifier is None:
             classifier = centres + 1.5 * torch.randn(classes, width, generator=g)
             classifier = torch.nn.functional.normalize(classifier, dim=1).T.contiguous()

@@ -4,8 +4,9 @@ import torch
 import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import Ensemble, combine, table5
-from cafo.search import BetaGrid, accuracy_path, search, weight_grid
+from cafo.search import BetaGrid, search, weight_grid
 from tests.cafo import reference
+from tests.cafo.reference import accuracy_path
 
 N = 7
 GRID = BetaGrid(low=0.1, high=12.0, steps=31, refinements=2, refined_steps=5)
@@ -27,11 +28,11 @@ def test_the_path_is_the_accuracy_at_every_alpha():
         g = torch.Generator().manual_seed(seed)
         base, term = torch.randn(53, N, generator=g), torch.randn(53, N, generator=g)
         labels = torch.randint(N, (53,), generator=g)
-        path = accuracy_path(base, term, labels)
-        assert path.alphas[0] == 0
-        assert (path.alphas[1:] > path.alphas[:-1]).all()
-        edges = [*path.alphas.tolist(), 2 * path.alphas[-1].item() + 1]
-        for low, high, count in zip(edges, edges[1:], path.correct.tolist(), strict=False):
+        alphas, correct = accuracy_path(base, term, labels)
+        assert alphas[0] == 0
+        assert (alphas[1:] > alphas[:-1]).all()
+        edges = [*alphas.tolist(), 2 * alphas[-1].item() + 1]
+        for low, high, count in zip(edges, edges[1:], correct.tolist(), strict=False):
             alpha = (low + high) / 2
             assert int(((base.double() + alpha * term.double()).argmax(1) == labels).sum()) == count
 
@@ -40,62 +41,63 @@ def test_the_path_is_the_accuracy_at_every_alpha():
 @pytest.mark.parametrize("ragged", [False, True])
 def test_never_below_a_dense_grid_and_right_to_the_last_image(seed, ragged):
     data = setup(seed, ragged=ragged)
-    found = search(*data, grid=GRID)
+    result = search(*data, grid=GRID)
     alphas = [0.25 * i for i in range(41)]
     grid = reference.grid_loop(*data, alphas, GRID.values())
-    assert found.correct >= max(grid.values())
-    assert found.correct == right(*data, found.alpha, found.beta)
-    assert found.correct == reference.grid_loop(*data, [found.alpha], [found.beta])[found.alpha, found.beta]
-    assert found.accuracy == found.correct / 53
-    assert found.correct > right(*data, 0.0, 1.0)  # the problem is one where the cache helps
+    assert result.correct >= max(grid.values())
+    assert result.correct == right(*data, result.alpha, result.beta)
+    assert result.correct == reference.grid_loop(*data, [result.alpha], [result.beta])[result.alpha, result.beta]
+    assert result.accuracy == result.correct / 53
+    assert result.correct > right(*data, 0.0, 1.0)  # the problem is one where the cache helps
 
 
 def test_the_landscape_is_the_best_alpha_of_every_beta():
     data = setup(3)
-    found = search(*data, grid=BetaGrid(low=0.5, high=9.0, steps=60, refinements=0))
-    (landscape,) = found.landscapes
+    result = search(*data, grid=BetaGrid(low=0.5, high=9.0, steps=60, refinements=0))
+    (landscape,) = result.landscapes
     assert landscape.betas == pytest.approx(BetaGrid(low=0.5, high=9.0, steps=60, refinements=0).values())
     for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
-        assert correct == right(*data, alpha, beta)  # 60 values of β cross the legs of the walk
+        assert correct == right(*data, alpha, beta)  # 60 values of β fill several chunks
         p = {n: class_logits(a, data[2], N, beta) for n, a in data[1].items()}
         combination = combine(data[0], p, Ensemble())
-        path = accuracy_path(combination.base, combination.term, data[3])
-        assert correct == int(path.correct.max())
+        _, counts = accuracy_path(combination.base, combination.term, data[3])
+        assert correct == int(counts.max())
 
 
 def test_ties_go_to_the_smaller_alpha():
     zero_shot = torch.tensor([[2.0, 0.0, 1.0]])
     affinities = {"clip": torch.tensor([[0.9], [0.1], [0.2]])}
-    found = search(zero_shot, affinities, torch.arange(3), torch.tensor([0]), grid=GRID)
-    assert found.alpha == 0
-    assert found.correct == 1
-    assert found.beta == GRID.low
+    result = search(zero_shot, affinities, torch.arange(3), torch.tensor([0]), grid=GRID)
+    assert result.alpha == 0
+    assert result.correct == 1
+    assert result.beta == GRID.low
     # class 2 overtakes class 0 at one α and stays ahead: the answer sits beyond it, and as near as the path's step
     # allows
     affinities = {"clip": torch.tensor([[0.1], [0.2], [0.9]])}
-    found = search(zero_shot, affinities, torch.arange(3), torch.tensor([2]), grid=GRID)
-    assert found.correct == 1
-    assert 0 < found.alpha < 3
+    result = search(zero_shot, affinities, torch.arange(3), torch.tensor([2]), grid=GRID)
+    assert result.correct == 1
+    assert 0 < result.alpha < 3
 
 
 def test_equal_logits_are_decided_as_argmax_decides_them():
     base, term = torch.tensor([[1.0, 1.0, 0.0]]).repeat(3, 1), torch.tensor([[2.0, 2.0, 2.0]]).repeat(3, 1)
-    path = accuracy_path(base, term, torch.tensor([0, 1, 2]))
-    assert path.correct.tolist() == [1]
+    _, correct = accuracy_path(base, term, torch.tensor([0, 1, 2]))
+    assert correct.tolist() == [1]
     base = torch.zeros(2, 3)
     term = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    path = accuracy_path(base, term, torch.tensor([0, 1]))  # image 0 is right at α = 0 alone, image 1 everywhere else
-    assert path.correct.tolist()[-1] == 1
+    # image 0 is correct at α = 0 alone, image 1 everywhere else
+    _, correct = accuracy_path(base, term, torch.tensor([0, 1]))
+    assert correct.tolist()[-1] == 1
 
 
 def test_all_ensembles_can_be_searched_together():
     data = setup(1)
     ensembles = [*table5(("clip", "dino")).values()]
-    found = search(*data, grid=GRID, ensembles=ensembles)
+    result = search(*data, grid=GRID, ensembles=ensembles)
     singles = [search(*data, grid=GRID, ensembles=[e]).correct for e in ensembles]
-    assert found.correct >= max(singles)
-    assert found.correct == right(*data, found.alpha, found.beta, found.ensemble)
-    assert len(found.landscapes) == len(ensembles)
+    assert result.correct >= max(singles)
+    assert result.correct == right(*data, result.alpha, result.beta, result.ensemble)
+    assert len(result.landscapes) == len(ensembles)
 
 
 def test_weight_grid_leaves_out_multiples():
@@ -109,11 +111,11 @@ def test_weight_grid_leaves_out_multiples():
 
 def test_no_key_at_all_and_three_sources():
     zero_shot, affinities, key_labels, labels = setup(0, widths=(11, 13, 17))
-    found = search(zero_shot, affinities, key_labels, labels, grid=GRID)
-    assert found.correct == right(zero_shot, affinities, key_labels, labels, found.alpha, found.beta)
-    found = search(zero_shot, {n: a[:0] for n, a in affinities.items()}, key_labels[:0], labels, grid=GRID)
-    assert found.alpha == 0
-    assert found.correct == int((zero_shot.argmax(1) == labels).sum())
+    result = search(zero_shot, affinities, key_labels, labels, grid=GRID)
+    assert result.correct == right(zero_shot, affinities, key_labels, labels, result.alpha, result.beta)
+    result = search(zero_shot, {n: a[:0] for n, a in affinities.items()}, key_labels[:0], labels, grid=GRID)
+    assert result.alpha == 0
+    assert result.correct == int((zero_shot.argmax(1) == labels).sum())
 
 
 def test_small_blocks_give_the_same_answer(monkeypatch):
@@ -138,13 +140,13 @@ def test_wrong_input_is_an_error():
         BetaGrid(low=0.0)
 
 
-def test_a_claim_that_float32_does_not_confirm_gives_way(monkeypatch):
+def test_a_candidate_that_float32_does_not_confirm_gives_way(monkeypatch):
     data = setup(0)
     honest = search(*data, grid=GRID)
-    claims = cafo.search._claims
+    candidates = cafo.search._candidates
 
-    def boastful(*args):
-        return [*claims(*args), cafo.search._Claim(0, 1e6, 0.1, 0)]
+    def with_a_false_one(*args):
+        return [*candidates(*args), cafo.search._Candidate(0, 1e6, 0.1, 0)]
 
-    monkeypatch.setattr(cafo.search, "_claims", boastful)
+    monkeypatch.setattr(cafo.search, "_candidates", with_a_false_one)
     assert search(*data, grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)

@@ -1,120 +1,152 @@
-"""Terminal output: progress bars and tables."""
+"""Terminal output: the log, progress bars and tables. The one place that knows rich."""
 
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Column, Table
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 
 def verbose() -> bool:
-    """Whether Ray and DeepSpeed may be heard: the command line's --verbose."""
+    """True if the command line has --verbose: Ray and DeepSpeed may then write to the terminal."""
     return os.environ.get("RAYJOBS_VERBOSE") == "1"
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to the stderr of the moment, which a progress bar replaces so that lines appear above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def setup_logging() -> None:
+    """Send this project's log to stderr: plain messages, with --verbose also the debug ones and their module.
+
+    A worker needs no setup: Python itself writes warnings to stderr, which Ray forwards.
+    """
+    root = logging.getLogger("rayjobs")
+    root.setLevel(logging.DEBUG if verbose() else logging.INFO)
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if verbose() else "%(message)s"))
+    root.handlers = [handler]
+
+
+class _SpeedColumn(ProgressColumn):
+    """The task's speed in its own unit."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_speed(task))
+
+
+def _speed(task: Task) -> str:
+    if not task.speed:
+        return ""
+    return f"{task.speed:{',.0f' if task.speed >= 100 else '.3g'}} {task.fields['unit']}/s"
+
+
 class Progress:
-    """One line of progress: a live bar on a terminal, a plain line every few seconds otherwise."""
+    """Progress of one piece of work: a live bar on a terminal, a log line every few seconds elsewhere."""
 
     PLAIN_EVERY_S = 10.0
 
     def __init__(self, title: str, *, unit: str, total: int | None = None, done: int = 0) -> None:
-        """done: what was there before."""
-        self.title, self.unit, self.total = title, unit, total
-        self.done, self.note = done, ""
-        self.first: tuple[float, int] | None = None
+        """done: units that were finished before, which count neither for the speed nor for the time left."""
+        self.title, self.unit, self.total, self.done = title, unit, total, done
+        self.note = ""
+        self.table: Sequence[Sequence[str]] = ()
 
     def __enter__(self) -> "Progress":
-        self.started = self.printed = time.monotonic()
-        self.bar = None
+        console = Console(stderr=True)
+        self.bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24 if console.width >= 100 else 6),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}", markup=False),
+            TimeElapsedColumn(),
+            _SpeedColumn(),
+            TimeRemainingColumn(),
+            # The note is cut before any other column.
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            get_time=lambda: time.monotonic(),
+            speed_estimate_period=3600.0,  # some work advances once in several minutes
+            expand=True,
+        )
+        self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, unit=self.unit, note="")
+        self.printed = time.monotonic()
+        self.live = None
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
-            from rich.table import Column, Table
-
-            class WithTable(Bar):
-                table: Sequence[Sequence[str]] = ()
-
-                def get_renderables(self) -> Iterator[Any]:
-                    yield self.make_tasks_table(self.tasks)
-                    if len(self.table) > 1:
-                        grid = Table(*self.table[0], box=None, pad_edge=False, header_style="dim")
-                        for row in self.table[1:]:
-                            grid.add_row(*row)
-                        yield grid
-
-            console = Console(stderr=True)
-            self.bar = WithTable(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24 if console.width >= 100 else 6),
-                MofNCompleteColumn(),
-                TextColumn(self.unit),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[pace]}"),
-                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),  # cut before the others
-                console=console,
-                expand=True,
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, pace="", note="")
+            self.live = Live(get_renderable=self._render, console=console, refresh_per_second=10)
+            self.live.start()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For Ray Tune, which writes its callbacks down as they begin: the display stays where it is."""
-        return {name: value for name, value in vars(self).items() if name != "bar"}
+        """State for Ray Tune, which pickles its callbacks at the start: the display stays in this process."""
+        return {name: value for name, value in vars(self).items() if name not in ("bar", "live")}
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
         elif self.done:
-            self._print()
+            self._log()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.update(self.done + count, note)
 
     def update(self, done: int, note: str = "", table: Sequence[Sequence[str]] = ()) -> None:
-        """Sets how much is done, with a note such as the loss, and a table, its columns first, that only a terminal
-        shows."""
-        if self.first is None and done > self.done:
-            self.first = time.monotonic(), done
-        self.done, self.note = done, note or self.note
-        if self.bar is not None:
-            self.bar.table = table
-            note = "" if len(table) > 1 else self.note
-            self.bar.update(self.task, completed=done, pace=self._pace(), note=note)
-        elif time.monotonic() - self.printed > self.PLAIN_EVERY_S:
-            self._print()
+        """Set how much is done, a note such as the loss, and a table, its header first, that only a terminal shows."""
+        self.done, self.note, self.table = done, note or self.note, table
+        self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note)
+        if self.live is None and time.monotonic() - self.printed > self.PLAIN_EVERY_S:
+            self._log()
 
-    def _pace(self) -> str:
-        """How fast it goes, and until when: since the first update, so that neither the start nor what was there before
-        counts, and not before a second has passed since."""
-        seconds, made = (time.monotonic() - self.first[0], self.done - self.first[1]) if self.first else (0.0, 0)
-        if seconds < 1 or not made:
-            return ""
-        rest = (self.total or 0) - self.done
-        left = f", {rest * seconds / made:.0f} s left" if rest > 0 else ""
-        rate = made / seconds
-        return f"{rate:,.0f} {self.unit}/s{left}" if rate >= 100 else f"{rate:.3g} {self.unit}/s{left}"
+    def _render(self) -> RichProgress | Group:
+        if len(self.table) < 2:
+            return self.bar
+        grid = Table(*(Column(Text(name)) for name in self.table[0]), box=None, pad_edge=False, header_style="dim")
+        for row in self.table[1:]:
+            grid.add_row(*map(Text, row))
+        return Group(self.bar, grid)
 
-    def _print(self) -> None:
+    def _log(self) -> None:
         self.printed = time.monotonic()
-        of = f"/{self.total}" if self.total else ""
-        done = f"{self.title}: {self.done}{of} {self.unit} in {self.printed - self.started:.0f} s"
-        print("  ".join(part for part in (done, self._pace(), self.note) if part), file=sys.stderr, flush=True)
+        (task,) = self.bar.tasks
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)
+        left = f"{task.time_remaining:.0f} s left" if task.time_remaining else ""
+        pace = ", ".join(part for part in (_speed(task), left) if part)
+        status = f"{self.title}: {count} {self.unit} in {task.elapsed or 0:.0f} s"
+        logger.info("%s", "  ".join(part for part in (status, pace, self.note) if part))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; a table without column names has no header."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    table = Grid(title=title, title_justify="left", box=box.SIMPLE, show_header=any(columns))
+    """Print a table; one without column names has no header. Cells are shown as they are, brackets included."""
+    grid = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=any(columns))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        grid.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        grid.add_row(*map(Text, row))
+    Console().print(grid)
+
+
+def show_result(title: str, result: Mapping[str, Any]) -> None:
+    """Print the plain values of a job's result, a line each; its lists of rows are tables of their own."""
+    plain = {name: value for name, value in result.items() if not isinstance(value, list)}
+    show_table(title, ["", ""], [[name.replace("_", " "), str(value)] for name, value in plain.items()])

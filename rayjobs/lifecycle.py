@@ -13,32 +13,44 @@ from rayjobs.storage.files import write_json
 
 
 def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """A job's `run` that also notes how it ended, and leaves `report.html` in its folder, however it ended."""
+    """A job's `run` that also records how it ended and writes `report.html`, whether it succeeded or not.
+
+    `run` takes the job's config, which names the job in `JOB` and the run in `run`.
+    """
 
     @functools.wraps(run)
-    def whole(settings: Any) -> dict[str, Any]:
+    def run_and_record(settings: Any) -> dict[str, Any]:
         try:
             result = run(settings)
         except BaseException as error:
-            state: State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            if finish_run(settings, state, str(error) or type(error).__name__):
-                with suppress(Exception):  # the error is what matters
-                    _show(settings.run.folder)
-                log_outcome(settings.run.folder, settings.run.track, state)
+            _record_failure(settings, error)
             raise
-        if finish_run(settings, "done"):
-            write_json(
-                settings.run.folder / HARDWARE_FILE, describe_hardware()
-            )  # the cluster too, which is connected to by now
-            log_outcome(settings.run.folder, settings.run.track, "done", result)
-        if (record := read_record(settings.run.folder)) and record.state != "running":  # as it is for a part of another
-            _show(settings.run.folder)
+        _record_success(settings, result)
         return result
 
-    return whole
+    return run_and_record
 
 
-def _show(folder: Path) -> None:
+def _record_failure(settings: Any, error: BaseException) -> None:
+    folder: Path = settings.run.folder
+    state: State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    if finish_run(folder, settings.JOB, state, str(error) or type(error).__name__):
+        with suppress(Exception):  # a report that cannot be made must not hide the job's own error
+            _report(folder)
+        log_outcome(folder, settings.run.track, state)
+
+
+def _record_success(settings: Any, result: dict[str, Any]) -> None:
+    folder: Path = settings.run.folder
+    if finish_run(folder, settings.JOB, "done"):
+        write_json(folder / HARDWARE_FILE, describe_hardware())  # again, because Ray's cluster is known by now
+        log_outcome(folder, settings.run.track, "done", result)
+    record = read_record(folder)
+    if record and record.state != "running":  # while it runs, this job was a part of another, which reports later
+        _report(folder)
+
+
+def _report(folder: Path) -> None:
     from rayjobs.reporting.report import write_report  # matplotlib is slow to import
 
     write_report(folder)

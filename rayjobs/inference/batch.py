@@ -1,15 +1,16 @@
-"""Answers to many prompts: chunks of records, images decoded by Ray Data, a pool of workers, one file per chunk.
+"""Batch generation over many records: chunks of records, a pool of workers, one Parquet file per chunk.
 
-Each chunk's file is there whole or not at all, so the same call goes on where another stopped. Images are decoded ahead
-of the workers, which hold the base and the encoder; one that cannot be read is told in `image_error`, and its record is
-answered without it.
+A chunk's file exists completely or not at all, so the same call resumes an interrupted one. Ray Data decodes the images
+ahead of the workers, which hold the model and the image encoder. A record whose image cannot be read is processed
+without it, and its `image_error` says why.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray.data
@@ -17,71 +18,159 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from torch import Tensor
 
 from adapter.model import AdaptedModel
+from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.console import Progress
-from rayjobs.errors import UserError
-from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.errors import DataError
+from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.storage.files import read_parquet, write_parquet
 from rayjobs.storage.paths import resolve_path
 
 Record = dict[str, Any]
-Answer = Callable[[list[Record], list[Tensor | None]], list[Record]]
+GenerationTask = Callable[[AdaptedModel, list[Record], list[Tensor | None]], list[Record]]
+"""(model, records, features (F,) of each record's image or None) → a row for each record."""
+
 IDENTITY = "settings.json"
-"""Among the parts: what they were made from."""
+"""File beside the chunks' files: what the rows depend on."""
+
+
+class Chunk(NamedTuple):
+    """Records that are processed together."""
+
+    part: Path
+    """the file of their rows"""
+    records: str
+    """JSON"""
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchGenerator:
+    """Generates a row for every record with a pool of workers."""
+
+    task: GenerationTask
+    """makes the rows; pickled into the workers"""
+    schema: pa.Schema
+    """of the rows"""
+    parts: Path
+    """folder of the chunks' files"""
+    identity: Mapping[str, str]
+    """what the rows depend on, by content"""
+    chunk_size: int
+    """records that one worker processes together"""
+    model: AdapterSourceConfig
+    conditioning: ImageConditioning | None
+    """None leaves images out"""
+    image_root: str
+    """the folder that the records' image paths start from"""
+    pool: WorkerPoolConfig
+
+    def run(self, records: Iterable[Record]) -> pa.Table:
+        """All rows in the order of the records; chunks whose file exists are not generated again.
+
+        Raises:
+            ProvenanceError: if `parts` was made with another identity.
+            DataError: if there are no records.
+        """
+        lock_provenance(self.parts / IDENTITY, self.identity, hint="remove it, or write somewhere else")
+        chunks = self._chunks(records)
+        if not chunks:
+            raise DataError("no records to generate from: the data has none")
+        missing = [chunk for chunk in chunks if not chunk.part.exists()]
+        if missing:
+            connect(self.parts)
+            total, left = (sum(chunk.count for chunk in some) for some in (chunks, missing))
+            progress = Progress("generate", unit="records", total=total, done=total - left)
+            with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
+                for row in self._generated(missing).iter_rows():
+                    bar.advance(int(row["rows"]))
+        return pa.concat_tables([read_parquet(chunk.part) for chunk in chunks])
+
+    def _chunks(self, records: Iterable[Record]) -> list[Chunk]:
+        remaining, chunks = iter(records), list[Chunk]()
+        while chunk := list(islice(remaining, self.chunk_size)):
+            chunks.append(Chunk(self.parts / f"{len(chunks):08d}.parquet", json.dumps(chunk), len(chunk)))
+        return chunks
+
+    def _generated(self, chunks: Sequence[Chunk]) -> ray.data.Dataset:
+        """Rows {"rows": how many}, one for each chunk that a worker has written."""
+        resources = self.pool.resources()
+        items = [{"part": str(chunk.part), "records": chunk.records} for chunk in chunks]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        if self.conditioning is not None:
+            dataset = dataset.map_batches(
+                decode_images,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=0.01,  # different from the workers' CPUs, or Ray Data would fuse the two stages
+                compute=TaskPoolStrategy(size=self.pool.workers.max),  # bounds the number of processes
+                fn_kwargs={"root": self.image_root, "conditioning": self.conditioning},
+            )
+        device = worker_device(resources)
+        return dataset.map_batches(
+            GenerationWorker,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(self.pool.workers.max, len(items))),
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            fn_constructor_args=(self.task, self.schema, self.model, self.conditioning, device),
+        )
 
 
 class GenerationWorker:
-    """An actor that holds the base, its adapter and the encoder, and writes the answers of one chunk per call."""
+    """An actor that holds the model and the image encoder, and writes the rows of one chunk per call."""
 
     def __init__(
         self,
-        make: Callable[[AdaptedModel], Answer],
+        task: GenerationTask,
         schema: pa.Schema,
-        base: BaseModelConfig,
-        adapter: str | None,
+        model: AdapterSourceConfig,
         conditioning: ImageConditioning | None,
         device: str,
     ) -> None:
-        self.schema = schema
+        self.task, self.schema = task, schema
         self.featurizer = None if conditioning is None else ImageFeaturizer(conditioning.encoder, device)
-        self.answer = make(base.load(adapter, device, encoder=conditioning and conditioning.encoder.identity))
+        self.model = model.load(device, conditioning)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()
         assert_shared_storage(resolve_path(row["part"]).parent)
         records = json.loads(row["records"])
-        rows = self.answer(records, self.see(row.get("images") or [None] * len(records)))
+        pixels = row.get("images") or [None] * len(records)
+        rows = self.task(self.model, records, self.encode_images(pixels))
         write_parquet(row["part"], pa.Table.from_pylist(rows, self.schema))
-        return pa.table({"answered": [len(rows)]})
+        return pa.table({"rows": [len(rows)]})
 
-    def see(self, pixels: list[bytes | None]) -> list[Tensor | None]:
-        """Each record's features (F,), or None."""
-        there = [one for one in pixels if one is not None]
-        found = iter(self.featurizer.features(there)) if self.featurizer is not None and there else iter(())
-        return [None if one is None else next(found) for one in pixels]
+    def encode_images(self, pixels: list[bytes | None]) -> list[Tensor | None]:
+        """Features (F,) of each image, None where there is none."""
+        images = [image for image in pixels if image is not None]
+        features = iter(self.featurizer.features(images)) if self.featurizer is not None and images else iter(())
+        return [None if image is None else next(features) for image in pixels]
 
 
 def decode_images(table: pa.Table, root: str, conditioning: ImageConditioning) -> pa.Table:
-    """A chunk's images as pixels."""
+    """Add the pixels of a chunk's images to its row, and `image_error` to the records whose image cannot be read."""
     (row,) = table.to_pylist()
-    records, pixels, folder = json.loads(row["records"]), [], resolve_path(root)
+    records, folder = json.loads(row["records"]), resolve_path(root)
+    all_pixels = []
     for record in records:
-        seen = None
+        pixels = None
         if record.get("image"):
-            seen, record["image_error"] = read_pixels(folder / record["image"], conditioning)
-        pixels.append(seen)
-    images = pa.array([pixels], pa.list_(pa.large_binary()))
+            pixels, record["image_error"] = read_pixels(folder / record["image"], conditioning)
+        all_pixels.append(pixels)
+    images = pa.array([all_pixels], pa.list_(pa.large_binary()))
     return pa.table({"part": [row["part"]], "records": [json.dumps(records)], "images": images})
 
 
 def read_pixels(path: Path, conditioning: ImageConditioning) -> tuple[bytes | None, str]:
-    """An image's pixels as the encoder reads them, or why there are none."""
+    """An image's pixels, preprocessed for the encoder, and ""; or None, and why the image cannot be read."""
     from cafo.errors import ImageError
     from cafo.images import load_image
 
@@ -89,64 +178,3 @@ def read_pixels(path: Path, conditioning: ImageConditioning) -> tuple[bytes | No
         return conditioning.encoder.preprocess(load_image(path)).numpy().tobytes(), ""
     except ImageError as error:
         return None, str(error)
-
-
-def generate_all(
-    records: Iterable[Record],
-    make: Callable[[AdaptedModel], Answer],
-    schema: pa.Schema,
-    parts: Path,
-    identity: Mapping[str, str],
-    *,
-    batch: int,
-    base: BaseModelConfig,
-    adapter: str | None,
-    conditioning: ImageConditioning | None,
-    images: str,
-    scale: WorkerPoolConfig,
-) -> pa.Table:
-    """All answers, in the order of the records; those that `parts` holds already are not made again.
-
-    make: base → a function from records and their images' features to rows of `schema`, pickled into the workers.
-    images: the folder that the records' images start from. Raises ValueError if `parts` was made with another identity,
-    or there is no record.
-    """
-    lock_provenance(parts / IDENTITY, identity, way_out="remove it, or write somewhere else")
-    files: list[Path] = []
-    todo, total, done, rest = [], 0, 0, iter(records)
-    while chunk := list(islice(rest, batch)):
-        files.append(parts / f"{len(files):08d}.parquet")
-        total += len(chunk)
-        if files[-1].exists():
-            done += len(chunk)
-        else:
-            todo.append({"part": str(files[-1]), "records": json.dumps(chunk)})
-    if not files:
-        raise UserError("there is not one record to answer")
-    if todo:
-        connect(parts)
-        resources = scale.resources()
-        progress = Progress("answer", unit="answers", total=total, done=done)
-        with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
-            chunks = ray.data.from_items(todo, override_num_blocks=len(todo))
-            if conditioning is not None:
-                chunks = chunks.map_batches(
-                    decode_images,
-                    batch_size=1,
-                    batch_format="pyarrow",
-                    num_cpus=0.01,  # other than the workers', or Ray would fuse the two
-                    compute=TaskPoolStrategy(size=scale.workers.max),  # or there would be a process for every chunk
-                    fn_kwargs={"root": images, "conditioning": conditioning},
-                )
-            answered = chunks.map_batches(
-                GenerationWorker,
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(size=min(scale.workers.max, len(todo))),
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                fn_constructor_args=(make, schema, base, adapter, conditioning, "cuda" if "GPU" in resources else "cpu"),
-            )
-            for row in answered.iter_rows():
-                bar.advance(int(row["answered"]))
-    return pa.concat_tables([read_parquet(file) for file in files])

@@ -7,7 +7,7 @@ The same command resumes a run that was cut off, with as many workers as are the
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -60,6 +60,8 @@ class AdapterConfig:
 
 @config
 class Config:
+    JOB: ClassVar = "adapter-train"
+
     base: BaseModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()

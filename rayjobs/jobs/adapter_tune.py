@@ -8,13 +8,12 @@ again, and one that was cut off resumes.
 import functools
 import itertools
 import json
-import os
 import statistics
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -61,6 +60,8 @@ class SweepConfig:
 
 @config
 class Config(adapter_train.Config):
+    JOB: ClassVar = "adapter-tune"
+
     sweep: SweepConfig
 
 
@@ -202,7 +203,6 @@ def _over(settings: Config, trials: list[Trial]) -> list[dict[str, Any]]:
 
 
 def _run_trials(settings: Config, all_trials: list[Trial], left: list[Trial], worker: Mapping[str, float]) -> None:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # results are the trials' own files
     at_once = settings.sweep.at_once
 
     def trainable(point: dict[str, Any]) -> None:

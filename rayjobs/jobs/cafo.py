@@ -5,7 +5,7 @@ The same command resumes an interrupted run: no class is described or drawn twic
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ class GenerateStep(cafo_generate.Step):
 
 @config
 class Config(cafo_tune.Config):
+    JOB: ClassVar = "cafo"
+
     prompt: cafo_prompt.Step | None = None
     """Describe the classes first, in the run's subfolder `prompt`; null uses data.prompts as it is."""
     generate: GenerateStep | None = None

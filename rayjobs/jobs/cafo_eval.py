@@ -8,7 +8,7 @@ import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -41,6 +41,8 @@ Table = tuple[list[str], list[list[str]]]
 
 @config
 class Config:
+    JOB: ClassVar = "cafo-eval"
+
     sweep: AnyPath
     """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
     targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
@@ -87,7 +89,7 @@ def run(settings: Config) -> dict[str, Any]:
     connect(settings.run.folder, settings.run.cache_folder)
     resources = settings.scale.resources()  # workers that can never run are refused before test is opened
     record_opening(folder, chosen, list(targets))
-    start_run(settings.run.folder, settings)
+    start_run(settings.run.folder, settings.JOB)
 
     lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
     features = encode(settings, swept, chosen, list(lists.values()), resources)

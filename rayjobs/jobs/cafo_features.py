@@ -1,7 +1,7 @@
 """Encode a data set's images once: every view by every encoder, kept under the cache folder for all later runs."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ from rayjobs.storage.files import write_json, write_jsonl
 
 @config
 class Config:
+    JOB: ClassVar = "cafo-features"
+
     data: ImageDatasetConfig
     encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
     """The encoders, by the names that a sweep calls them."""

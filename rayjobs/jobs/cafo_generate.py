@@ -6,15 +6,15 @@ under `generated/` is in CoOp's format, with scores and prompts; the same comman
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from cafo.files import read_json as read_json_file
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, GenerationJob, ImageGenerator
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
-from rayjobs.cluster.remote_model import on_gpu
+from rayjobs.cluster.device import default_device
+from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
@@ -26,9 +26,9 @@ from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_jsonl, write_json, write_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 
@@ -74,6 +74,8 @@ class Step:
 
 @config
 class Config(Step):
+    JOB: ClassVar = "cafo-generate"
+
     data: ImageDatasetConfig | None = None
     class_names: list[str] | None = Field(default=None, min_length=1)
     """The classes as a plain list, instead of a data set."""
@@ -168,7 +170,7 @@ def run(settings: Config) -> dict[str, Any]:
     from cafo.encoders import ClipEncoder  # seconds
 
     classes, identity = check(settings)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     encoder = load_vision_encoder(settings.clip.spec(), device)
     assert isinstance(encoder, ClipEncoder)
     folder = open_run(settings.run, settings)
@@ -241,7 +243,7 @@ def _generator(settings: Config) -> ImageGenerator:
         return EndpointGenerator(settings.endpoint.open(), settings.size)
     assert settings.diffusers is not None
     drawn_by = settings.diffusers
-    return on_gpu(lambda device: DiffusersGenerator(str(cached_path(drawn_by.model)), device, drawn_by.steps))
+    return load_on_gpu(lambda device: DiffusersGenerator(str(cached_path(drawn_by.model)), device, drawn_by.steps))
 
 
 def _check_folders(generator: FolderGenerator, classes: ClassNames) -> None:

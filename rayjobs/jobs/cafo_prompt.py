@@ -5,7 +5,7 @@ adapter, or from the templates alone. The same command goes on where it stopped:
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ from cafo.prompt import (
     read_prompts,
     template_prompts,
 )
-from rayjobs.cluster.remote_model import on_gpu
+from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
@@ -57,6 +57,8 @@ class Step:
 
 @config
 class Config(Step):
+    JOB: ClassVar = "cafo-prompt"
+
     data: ImageDatasetConfig | None = None
     class_names: list[str] | None = Field(default=None, min_length=1)
     """The classes as a plain list, instead of a data set."""
@@ -160,7 +162,7 @@ def _model(settings: Config) -> LanguageModel:
         return EndpointModel(settings.endpoint.open(), drawn)
     assert settings.llama is not None
     llama, commands = settings.llama, settings.commands
-    return on_gpu(lambda device: LlamaModel(llama.base.load(llama.adapter, device), llama, sampling, commands))
+    return load_on_gpu(lambda device: LlamaModel(llama.base.load(llama.adapter, device), llama, sampling, commands))
 
 
 def _known(path: Path) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ an interrupted sweep: trials that are finished are not run again. Test images ar
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -40,6 +40,8 @@ SWEEP = "sweep.json"
 
 @config
 class Config:
+    JOB: ClassVar = "cafo-tune"
+
     data: ImageDatasetConfig
     encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
     """Image encoders by name, as `space.encoders` refers to them; the first is the CLIP that computes p_ZS."""
@@ -103,7 +105,7 @@ def run(settings: Config) -> dict[str, Any]:
     check_same_sweep(settings)
     folder = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
-    pool = TrialPool(settings.trials.workers.max, settings.trials.resources(beside=0))
+    pool = TrialPool(settings.trials.workers.max, settings.trials.resources(reserved_cpus=0))
 
     inputs = prepare_inputs(settings, dataset, tried, folder)
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in inputs.rejected))

@@ -10,14 +10,14 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from adapter.model import AdaptedModel
 from adapter.scienceqa import LETTERS, Problem, read_problems
-from rayjobs.cluster.remote_model import default_device
+from rayjobs.cluster.device import default_device
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
 from rayjobs.demo import notes
@@ -72,6 +72,8 @@ class DemoRun(RunConfig):
 
 @config
 class Config:
+    JOB: ClassVar = "demo"
+
     world: WorldConfig = WorldConfig()
     cafo: CascadeConfig = CascadeConfig()
     adapters: AdaptersConfig = AdaptersConfig()

@@ -1,40 +1,35 @@
-"""A run's folder: where it lives, and what is written into it at the start."""
+"""The folder of a run: where it is, and what is written into it at the start."""
 
-import os
 import platform
-import signal
 import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
-import yaml
-from pydantic import Field
-from rayjobs.config import config, to_dict
-from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
-from rayjobs.storage.paths import AnyPath, is_url, resolve_path
-from rayjobs.cluster.shared_storage import not_shared_message
-from rayjobs.runs.record import start_run
-from rayjobs.storage.files import write_json, write_text
-from rayjobs.runs.trackers import TrackConfig, open_trackers
 
+from pydantic import Field
+
+from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
+from rayjobs.config import config, to_dict
+from rayjobs.runs.record import start_run
+from rayjobs.runs.trackers import TrackConfig, open_trackers
+from rayjobs.storage.files import write_json
+from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.yaml_file import write_yaml
+
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
 
 
 @config
 class RunConfig:
-    """Where a run lives. The same command on the same folder resumes it."""
+    """Where a run's files go. The same command with the same folder resumes the run."""
 
     name: str = Field(pattern=r"^[\w.\-]+$")
-    """The run's name; its folder is `storage/name`."""
+    """Name of the run; its folder is `storage/name`."""
     storage: AnyPath = "runs"
-    """The folder of all runs; on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
+    """Folder of all runs: on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
     cache: AnyPath | None = None
-    """Where prepared data is kept and shared between runs, a folder or a URL; by default `storage/cache`."""
+    """Folder or URL of prepared data, which runs share; null is `storage/cache`."""
     track: TrackConfig = TrackConfig()
 
     @property
@@ -47,21 +42,28 @@ class RunConfig:
 
 
 def open_run(run: RunConfig, settings: Any) -> Path:
-    """The run's folder, with the resolved config, versions, commit, describe_hardware and the run's record written into it; they
-    are those of the outer job where one job is a part of another's run."""
-    if start_run(run.folder, settings):
-        write_text(run.folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False))
-        write_json(run.folder / "versions.json", versions())
+    """Start the run of a job, and write its resolved config, versions, commit and hardware into its folder.
+
+    A job that is a part of another job's run leaves that job's files as they are. `settings` is the job's config, whose
+    `JOB` is the job's name. Raises ResourceError if another process is running there, and what a tracker raises if it
+    cannot be reached: better now than after the work.
+    """
+    if start_run(run.folder, settings.JOB):
+        write_yaml(run.folder / CONFIG_FILE, to_dict(settings))
+        write_json(run.folder / VERSIONS_FILE, versions())
         write_json(run.folder / HARDWARE_FILE, describe_hardware())
-        for tracker in open_trackers(run.folder, run.track):  # where they fail, they should before the work
+        for tracker in open_trackers(run.folder, run.track):
             tracker.close()
     return run.folder
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides its config."""
+    """The versions of Python, of the libraries and of this code that results depend on."""
     names = ("torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
-    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {**found, "commit": git.stdout.strip() if git.returncode == 0 else "unknown"}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True)
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
+    }

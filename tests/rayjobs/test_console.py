@@ -1,9 +1,12 @@
 """The progress display: a live bar with its table on a terminal, plain lines elsewhere."""
 
+import logging
+import pickle
+
 import pytest
 
 from rayjobs import console
-from rayjobs.console import Progress
+from rayjobs.console import Progress, setup_logging, show_result, show_table
 
 TABLE = [["K", "best on val"], ["1", "90.1%"], ["16", "93.4%"]]
 
@@ -28,6 +31,7 @@ def test_a_long_note_is_cut_before_anything_else(
 
 
 def test_elsewhere_it_is_lines_with_the_note(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
     with Progress("tune", unit="trials", total=4) as bar:
         bar.update(3, "best on val: K=16 93.4%", TABLE)
     (line,) = capsys.readouterr().err.splitlines()
@@ -49,6 +53,7 @@ def test_pace_counts_neither_the_start_nor_what_was_there_before(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(console, "time", clock)
+    setup_logging()
     with Progress("answer", unit="answers", total=9000, done=600) as bar:
         for seconds, done in ((20, 700), (10.5, 721), (10.5, 742), (9, 9000)):
             clock.now += seconds
@@ -69,4 +74,54 @@ def test_a_terminal_shows_the_pace(monkeypatch: pytest.MonkeyPatch, terminal: py
         for seconds, done in ((9, 20), (10, 40)):
             clock.now += seconds
             bar.update(done)
-    assert "2 steps/s, 30 s left" in terminal.readouterr().err
+    shown = terminal.readouterr().err
+    assert "2 steps/s" in shown
+    assert "0:00:30" in shown
+
+
+def test_a_resumed_run_that_goes_back_has_no_negative_pace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    setup_logging()
+    with Progress("train", unit="steps", total=100, done=50) as bar:
+        for done in (40, 41, 43):
+            clock.now += 11
+            bar.update(done)
+    assert [line.partition("  ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "", "", "0.182 steps/s, 314 s left", "0.182 steps/s, 314 s left"
+    ]  # fmt: skip
+
+
+def test_a_display_is_pickled_without_its_terminal(terminal: pytest.CaptureFixture[str]) -> None:
+    with Progress("tune", unit="trials", total=4) as bar:
+        bar.update(1)
+        assert pickle.loads(pickle.dumps(bar)).done == 1
+
+
+def test_cells_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("[b]title", ["[red]column"], [["runs/[a]/x"]])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[b]title", "[red]column", "runs/[a]/x"))
+    show_result("r", {"val_loss": 0.5, "adapter": "runs/[1]", "rows": [{"a": 1}]})
+    out = capsys.readouterr().out
+    assert "val loss" in out
+    assert "runs/[1]" in out
+    assert "rows" not in out
+
+
+def test_messages_go_to_stderr_and_with_verbose_name_their_module(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("rayjobs.some.module")
+    for verbose in ("0", "1"):
+        monkeypatch.setenv("RAYJOBS_VERBOSE", verbose)
+        setup_logging()
+        logger.debug("details")
+        logger.warning("100% [full]")
+    monkeypatch.setenv("RAYJOBS_VERBOSE", "0")
+    setup_logging()
+    assert capsys.readouterr() == (
+        "", "100% [full]\nrayjobs.some.module: details\nrayjobs.some.module: 100% [full]\n"
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pyarrow as pa
@@ -27,6 +27,7 @@ from rayjobs.storage.files import read_json, write_json, write_jsonl, write_parq
 
 @config
 class Config:
+    JOB: ClassVar = "test-report"
     seed: int = 3
     note: str = "<b>bold</b>"
     run: RunConfig
@@ -246,9 +247,9 @@ def test_a_job_within_anothers_run_is_a_part_of_it(tmp_path: Path) -> None:
 
     @config
     class Inner:
+        JOB: ClassVar = "inner"
         run: RunConfig
 
-    Inner.__module__ = "rayjobs.jobs.inner"
     seen: list[Any] = []
 
     @job

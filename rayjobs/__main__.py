@@ -2,15 +2,15 @@
 
 import argparse
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
-from rayjobs.cluster.ray_init import environment, interrupt_on_sigterm
+from rayjobs.cluster.ray_init import interrupt_on_sigterm
 from rayjobs.config import describe, load
 from rayjobs.errors import USER_ERRORS, UserError
 from rayjobs.runs.record import find_runs
@@ -61,11 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _look(args)
     args.overrides += more
 
-    if args.verbose:
-        os.environ["RAYJOBS_VERBOSE"] = "1"
-    os.environ.update(environment())  # before Ray and DeepSpeed are imported, which read some of it at import
+    set_environment(show_library_output=args.verbose)  # before Ray and DeepSpeed are imported
     if args.submit:
-        os.environ["RAY_AUTH_MODE"] = cluster_environment()["RAY_AUTH_MODE"]
+        set_auth_mode(cluster_environment()["RAY_AUTH_MODE"])
     interrupt_on_sigterm()
     try:
         job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")

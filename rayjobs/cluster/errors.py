@@ -1,29 +1,35 @@
 """Unwrap Ray's exceptions, so that a user sees the error that a worker raised."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rayjobs.errors import USER_ERRORS
 
+RETRY_NOTE = "\nFailed to apply UDF transform"
+"""Ray Data appends this note to the message of an error in a pipeline."""
+
 
 @contextmanager
 def reraise_user_errors() -> Iterator[None]:
-    """Let a user error that was raised in a Ray task through as itself, without Ray's wrapping."""
+    """Raise the user error that a Ray task, actor or Train worker has raised in place of Ray's exception around it."""
     try:
         yield
     except Exception as error:
         for cause in iterate_causes(error):
             if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, USER_ERRORS):
-                message, ray_added, _ = str(cause).partition("\nFailed to apply UDF transform")
-                if ray_added:
+                message, note, _ = str(cause).partition(RETRY_NOTE)
+                if note:
                     cause.args = (message,)
                 raise cause from None
+            if type(cause).__name__ == "ActorDiedError" and (parsed := parse_user_error(str(cause))):
+                raise parsed from None
         raise
 
 
 def iterate_causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it was raised from, outermost first."""
+    """Yield an error and all errors that it was raised from, outermost first."""
     seen: list[BaseException] = []
     pending: list[Any] = [error]
     while pending:
@@ -35,3 +41,25 @@ def iterate_causes(error: BaseException) -> Iterator[BaseException]:
         failures = getattr(current, "worker_failures", {})
         controller = getattr(current, "controller_failure", None)
         pending += [getattr(current, "cause", None), current.__cause__, controller, *failures.values()]
+
+
+def parse_user_error(traceback: str) -> BaseException | None:
+    """Return the user error at the end of a printed traceback; None if it ends with another error.
+
+    Ray keeps an error of an actor's constructor as printed text only, in the message of its ActorDiedError.
+    """
+    known = {_printed_name(error): error for base in USER_ERRORS for error in _with_subclasses(base)}
+    for start in reversed(list(re.finditer(r"^([\w.]+): ", traceback, flags=re.M))):
+        if start[1] in known:
+            return known[start[1]](traceback[start.end() :].partition(RETRY_NOTE)[0].strip())
+    return None
+
+
+def _printed_name(error: type[BaseException]) -> str:
+    return error.__qualname__ if error.__module__ == "builtins" else f"{error.__module__}.{error.__qualname__}"
+
+
+def _with_subclasses(error: type[BaseException]) -> Iterator[type[BaseException]]:
+    yield error
+    for subclass in error.__subclasses__():
+        yield from _with_subclasses(subclass)

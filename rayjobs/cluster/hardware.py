@@ -1,4 +1,4 @@
-"""What a run ran on: the driver's machine, and the cluster that it is connected to."""
+"""Describe the hardware of a run: the driver's machine and the cluster that it is connected to."""
 
 import os
 import platform
@@ -15,34 +15,34 @@ HARDWARE_FILE = "hardware.json"
 
 
 def describe_hardware() -> dict[str, str]:
-    """Names and counts of CPUs and GPUs, the memory, and the cluster's nodes."""
-    found = {
-        "CPU": f"{os.cpu_count()} × {_cpu()}",
+    """Return names and counts of the CPUs and GPUs, the size of the memory and, if connected, the cluster's nodes."""
+    hardware = {
+        "CPU": f"{os.cpu_count()} × {_cpu_name()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "GPU": ", ".join(f"{count} × {name}" for name, count in Counter(_gpus()).items()) or "none",
+        "GPU": ", ".join(f"{count} × {name}" for name, count in Counter(_gpu_names()).items()) or "none",
     }
-    ray = sys.modules.get("ray")
+    ray = sys.modules.get("ray")  # a process that has not imported Ray is not connected; the import takes seconds
     if ray and ray.is_initialized():
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
-        kinds = {name.partition("accelerator_type:")[2] for node in nodes for name in node} - {""}
-        told = f", {gpus:g} GPU ({', '.join(sorted(kinds))})" if gpus else ""
-        found["cluster"] = f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {cpus:g} CPU{told}"
-    return found
+        gpu_types = {name.partition("accelerator_type:")[2] for node in nodes for name in node} - {""}
+        gpu_phrase = f", {gpus:g} GPU ({', '.join(sorted(gpu_types))})" if gpus else ""
+        hardware["cluster"] = f"{len(nodes)} node{'s' * (len(nodes) != 1)}, {cpus:g} CPU{gpu_phrase}"
+    return hardware
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     try:
-        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
+        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
     except OSError:
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
-def _gpus() -> list[str]:
-    """Asked of the driver's tool: through torch, the process would take hold of them."""
+def _gpu_names() -> list[str]:
+    """Ask nvidia-smi: through PyTorch, this process would reserve memory on the GPUs."""
     if not shutil.which("nvidia-smi"):
         return []
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True)
-    return told.stdout.splitlines() if told.returncode == 0 else []
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.splitlines() if answer.returncode == 0 else []

@@ -5,22 +5,22 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def ray_data_context(*, preserve_order: bool, patience_s: float = 3600) -> Iterator[None]:
-    """Ray Data with small blocks, so that rows flow as soon as they are made, and quiet.
+def ray_data_context(*, preserve_order: bool, no_progress_timeout_s: float = 3600) -> Iterator[None]:
+    """Run the pipelines of a block with small data blocks, without progress bars, and with user errors as they are.
 
-    patience_s: without a block moving for so long, as while machines are on their way, it errs; -1 is for ever.
+    Blocks of 1 MiB pass rows on as soon as they are made.
+
+    preserve_order: yield rows in the order of the input. no_progress_timeout_s: raise an error if no block was finished
+    for so long, for instance because no node has room; -1 waits forever.
     """
     from ray.data import DataContext
 
-    saved = DataContext.get_current()
-    context = saved.copy()
+    context = DataContext.get_current().copy()
     context.execution_options.preserve_order = preserve_order
     context.target_max_block_size = 1 << 20
-    context.execution_no_progress_timeout_s = patience_s
+    context.execution_no_progress_timeout_s = no_progress_timeout_s
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    DataContext._set_current(context)
-    try:
+    context.raise_original_map_exception = True  # Ray's UserCodeException loses its cause when it is pickled.
+    with DataContext.current(context):
         yield
-    finally:
-        DataContext._set_current(saved)

@@ -1,74 +1,79 @@
-"""One model on a GPU: this process's own, or a worker's on a cluster, whose jobs start on a head that has none."""
+"""Load a model on a GPU, in this process or in an actor.
 
+A job submitted to a cluster runs on the head node, which usually has no GPU. If this process has none but the cluster
+has, the model is loaded in an actor on a GPU node and method calls are forwarded to it.
+"""
+
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
-
+from rayjobs.cluster.device import default_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
 
 Model = TypeVar("Model")
 
+logger = logging.getLogger(__name__)
 
-def on_gpu(make: Callable[[str], Model]) -> Model:
-    """`make(device)`, or what calls its methods in an actor, where this process has no GPU and its cluster has some.
 
-    `make` is pickled then, and an iterator that a method returns comes as a list.
+def load_on_gpu(load: Callable[[str], Model]) -> Model:
+    """Return `load(device)`, or a proxy whose methods run in an actor that has called `load("cuda")`.
+
+    For the actor, `load` is pickled, and a method that returns an iterator returns a list instead. Without any GPU the
+    model is loaded in this process, on the CPU.
     """
-    if torch.cuda.is_available() or "RAY_ADDRESS" not in os.environ:
-        return make(_device())
+    if default_device() == "cuda" or "RAY_ADDRESS" not in os.environ:
+        return load(default_device())
     connect()
     import ray
 
     from rayjobs.cluster.capacity import cluster_capacity
 
-    have = cluster_capacity()
-    if not have.total("GPU"):
-        if not have.known:
-            told = "no GPU is there, and what may come cannot be seen: the model runs on this machine's CPU"
-            print(f"{told}; to have it on a GPU, bring a machine with one up first", file=sys.stderr, flush=True)
-        return make(_device())
-    holder = ray.remote(ModelActor).options(num_cpus=1, num_gpus=1).remote()
+    capacity = cluster_capacity()
+    if not capacity.total("GPU"):
+        if not capacity.is_upper_limit:
+            logger.warning(
+                "the cluster has no GPU yet, and rayjobs cannot see whether nodes with GPUs may be added: the model "
+                "runs on this node's CPU. To run it on a GPU, add a node that has one before starting the job"
+            )
+        return load(default_device())
+    actor = ray.remote(ModelActor).options(num_cpus=1, num_gpus=1).remote()
     with reraise_user_errors():
-        ray.get(holder.hold.remote(make))
-    elsewhere: Any = RemoteModel(holder)
-    return elsewhere
+        ray.get(actor.load.remote(load))
+    return cast(Model, RemoteModel(actor))
 
 
 class ModelActor:
-    """An actor that holds the model."""
+    """The actor that holds the model."""
 
-    def hold(self, make: Callable[[str], Any]) -> None:
-        self.model = make(_device())
+    def load(self, load: Callable[[str], Any]) -> None:
+        self.model = load(default_device())
 
-    def call(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        found = getattr(self.model, method)(*given, **named)
-        return list(found) if isinstance(found, Iterator) else found
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = getattr(self.model, method)(*args, **kwargs)
+        return list(result) if isinstance(result, Iterator) else result
 
 
 class RemoteModel:
-    """Has the methods of the model that its actor holds."""
+    """Proxy with the methods of the model that a `ModelActor` holds."""
 
-    def __init__(self, holder: Any) -> None:
-        self._holder = holder
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
+        return RemoteMethod(self._actor, method)
+
+
+class RemoteMethod:
+    """One method of a `RemoteModel`: a call waits for the actor's result."""
+
+    def __init__(self, actor: Any, method: str) -> None:
+        self._actor, self._method = actor, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         import ray
 
-        def called(*given: Any, **named: Any) -> Any:
-            with reraise_user_errors():
-                return ray.get(self._holder.call.remote(method, given, named))
-
-        return called
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_device() -> str:
-    """Where this process alone would put a model."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        with reraise_user_errors():
+            return ray.get(self._actor.call.remote(self._method, args, kwargs))

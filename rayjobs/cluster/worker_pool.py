@@ -1,4 +1,4 @@
-"""The frozen LLaMA that a job names, and what may run copies of it."""
+"""Number of worker processes and the resources that each reserves."""
 
 from typing import Annotated, Any
 
@@ -6,20 +6,21 @@ from pydantic import BeforeValidator, Field
 
 from rayjobs.cluster.capacity import Capacity, cluster_capacity
 from rayjobs.config import config
-from rayjobs.errors import UserError
+from rayjobs.errors import ResourceError, UserError
 
 RAY_DATA_CPUS = 0.5
-"""Of every node, for Ray Data, which would otherwise wait for ever beside workers that hold all there is."""
+"""CPUs per node left unreserved for Ray Data tasks. If workers reserved every CPU, their data could never be read, and
+they would wait forever."""
 
 
 @config
 class WorkerRange:
-    """Processes that hold the model, each on its own device: as many as there is room for, within bounds."""
+    """Bounds of the number of workers. A single number N in a config stands for {min: N, max: N}."""
 
     min: int = Field(default=1, ge=1)
-    """What it takes to start, and to go on when machines are lost; `workers: 8` is short for 8 in both."""
+    """Minimum number of workers: needed to start, and to continue after losing nodes."""
     max: int = 1
-    """What it grows to, and grows back to when machines come (again)."""
+    """Maximum number of workers: the run grows to it when nodes are added."""
 
     def __post_init__(self) -> None:
         if self.max < self.min:
@@ -29,7 +30,7 @@ class WorkerRange:
         return str(self.max) if self.min == self.max else f"{self.min} to {self.max}"
 
 
-def _both(workers: Any) -> Any:
+def _parse_worker_range(workers: Any) -> Any:
     if isinstance(workers, int):
         return WorkerRange(min=workers, max=workers)
     if not isinstance(workers, WorkerRange | dict):
@@ -39,42 +40,44 @@ def _both(workers: Any) -> Any:
 
 @config
 class WorkerPoolConfig:
-    """How many workers, and what each may use."""
+    """Number of workers and the resources of each."""
 
-    workers: Annotated[WorkerRange, BeforeValidator(_both)] = WorkerRange()
+    workers: Annotated[WorkerRange, BeforeValidator(_parse_worker_range)] = WorkerRange()
+    """Number of workers, or bounds such as {min: 2, max: 8}."""
     cpus_per_worker: float | None = Field(default=None, gt=0)
-    """CPUs that a worker reserves; null leaves a share for Ray Data."""
+    """CPUs that each worker reserves. null takes 1, or a fraction of it if the nodes have too few."""
     gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs that a worker reserves; null is 1 where the cluster has any, else 0."""
+    """GPUs that each worker reserves. null takes 1 if the cluster has any GPU, else 0."""
 
-    def resources(self, *, beside: float = RAY_DATA_CPUS) -> dict[str, float]:
-        """Per worker, on the cluster as it is or may grow. Raises ValueError at once for what can never fit.
+    def resources(self, *, reserved_cpus: float = RAY_DATA_CPUS) -> dict[str, float]:
+        """Return what each worker reserves on the connected cluster, including nodes that its autoscaler may add.
 
-        beside: CPUs of each node that no worker takes.
+        reserved_cpus: CPUs of each node that workers leave free. Raises ResourceError if `workers.min` can never fit.
         """
-        return self.fit(cluster_capacity(), beside)
+        return self.fit(cluster_capacity(), reserved_cpus)
 
-    def fit(self, have: Capacity, beside: float) -> dict[str, float]:
-        """`resources` of a cluster that has so much."""
+    def fit(self, capacity: Capacity, reserved_cpus: float) -> dict[str, float]:
+        """Return what each worker reserves on a cluster of this capacity. See `resources`."""
         fewest, gpus = self.workers.min, self.gpus_per_worker
         if gpus is None:
-            if not have.known and not have.total("GPU"):
-                raise UserError(
-                    "no GPU is there yet, and what may come cannot be seen: set gpus_per_worker, 0 for none"
+            if not capacity.is_upper_limit and not capacity.total("GPU"):
+                raise ResourceError(
+                    "the cluster has no GPU yet, and rayjobs cannot see whether nodes with GPUs may be added: "
+                    "set gpus_per_worker; 0 runs on CPUs"
                 )
-            gpus = 1.0 if have.total("GPU") else 0.0
-        tried = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus in self._cpus()]
-        for worker in tried:
-            if not have.known or have.room(worker, beside) >= fewest:
-                return worker
-        wanted = " and ".join(f"{amount:g} {name}" for name, amount in tried[0].items())
-        kept = f", of which every node keeps {beside:g} CPU for Ray Data" if beside else ""
-        without = "; gpus_per_worker=0 runs them on CPUs" if gpus and self.gpus_per_worker is None else ""
-        raise UserError(
-            f"{fewest} worker{'s' * (fewest > 1)} of {wanted} each can never run: there is room for "
-            f"{have.room(tried[0], beside)}; the cluster has {have}{kept}{without}"
+            gpus = 1.0 if capacity.total("GPU") else 0.0
+        candidates = [{"CPU": cpus, **({"GPU": gpus} if gpus else {})} for cpus in self._cpu_candidates()]
+        for per_worker in candidates:
+            if not capacity.is_upper_limit or capacity.max_workers(per_worker, reserved_cpus) >= fewest:
+                return per_worker
+        each = " and ".join(f"{amount:g} {name}" for name, amount in candidates[0].items())
+        reserved = f", of which every node keeps {reserved_cpus:g} CPU for Ray Data" if reserved_cpus else ""
+        hint = "; gpus_per_worker=0 runs them on CPUs" if gpus and self.gpus_per_worker is None else ""
+        raise ResourceError(
+            f"{fewest} worker{'s' * (fewest > 1)} of {each} each can never run: there is room for "
+            f"{capacity.max_workers(candidates[0], reserved_cpus)}; the cluster has {capacity}{reserved}{hint}"
         )
 
-    def _cpus(self) -> tuple[float, ...]:
-        """Powers of two: Ray divides by them, and other fractions do not add up."""
+    def _cpu_candidates(self) -> tuple[float, ...]:
+        """Return powers of two: Ray rounds resources to 1/10,000, so that other fractions do not add up to a CPU."""
         return (self.cpus_per_worker,) if self.cpus_per_worker else (1.0, 0.5, 0.25, 0.125, 0.0625)

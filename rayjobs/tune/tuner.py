@@ -1,6 +1,5 @@
 """Run Ray Tune: one experiment, whose state is removed when it ends. Results are the trials' own files."""
 
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,8 +28,6 @@ def run_tuner(
         callback: is told of every trial's end.
         max_failures: times that Tune starts a failed trial again.
     """
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the trials write their own results
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the whole job, not only Tune's part
     experiment = folder / uuid.uuid4().hex[:8]
     run_config = tune.RunConfig(
         name=experiment.name,

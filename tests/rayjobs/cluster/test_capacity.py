@@ -31,23 +31,23 @@ def test_room_is_what_can_be_placed_on_whole_nodes() -> None:
     for _ in range(200):
         nodes = [{"CPU": draw.randint(1, 9), "GPU": draw.randint(0, 4)} for _ in range(5)]
         worker = {"CPU": draw.choice([0.5, 1, 2, 3]), "GPU": draw.choice([0.5, 1, 2])}
-        assert Capacity(nodes=tuple(nodes)).room(worker) == placed(nodes, worker)
+        assert Capacity(nodes=tuple(nodes)).max_workers(worker) == placed(nodes, worker)
         at_most = draw.randint(1, 3)
-        grown = Capacity(nodes=tuple(nodes[:2]), more=tuple(nodes[2:]), at_most=at_most)
+        grown = Capacity(nodes=tuple(nodes[:2]), addable=tuple(nodes[2:]), max_added=at_most)
         chosen = itertools.combinations(nodes[2:], at_most)
-        assert grown.room(worker) == max(placed([*nodes[:2], *more], worker) for more in chosen)
+        assert grown.max_workers(worker) == max(placed([*nodes[:2], *more], worker) for more in chosen)
 
 
 def test_three_nodes_of_three_cpus_hold_three_workers_of_two() -> None:
     nodes = ({"CPU": 3.0},) * 3
-    assert Capacity(nodes=nodes).room({"CPU": 2}) == 3
-    assert Capacity(nodes=nodes).room({"CPU": 2}, beside=1.5) == 0
+    assert Capacity(nodes=nodes).max_workers({"CPU": 2}) == 3
+    assert Capacity(nodes=nodes).max_workers({"CPU": 2}, reserved_cpus=1.5) == 0
 
 
 def test_a_cluster_scaled_to_zero_has_what_its_file_may_bring() -> None:
     given = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     have = autoscaler_capacity(given, [{"CPU": 4.0}])
-    assert have.room({"CPU": 1, "GPU": 1}, RAY_DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
+    assert have.max_workers({"CPU": 1, "GPU": 1}, RAY_DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
     assert str(have) == "1 node and up to 8 more, 68 CPU and 8 GPU in all"
 
 
@@ -58,8 +58,8 @@ def test_workers_take_gpus_where_there_are_any_and_never_fall_back_to_cpus_in_si
         WorkerPoolConfig(workers=5).fit(four, RAY_DATA_CPUS)
     assert WorkerPoolConfig(workers=5, gpus_per_worker=0.5).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
     assert WorkerPoolConfig(workers=5, gpus_per_worker=0).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0}
-    with pytest.raises(ValueError, match="no GPU is there yet, and what may come cannot be seen: set gpus_per"):
-        WorkerPoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), known=False), RAY_DATA_CPUS)
+    with pytest.raises(ValueError, match="the cluster has no GPU yet, .*set gpus_per"):
+        WorkerPoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), is_upper_limit=False), RAY_DATA_CPUS)
 
 
 def test_bounds_fit_where_the_fewest_do() -> None:
@@ -99,8 +99,8 @@ def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
 def test_a_machine_of_ones_own_that_is_off_may_still_come(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for workers, known in (([], True), (["10.0.0.2"], False)):
         file = {"provider": {"type": "local", "worker_ips": workers}, "max_workers": len(workers)}
-        monkeypatch.setattr("rayjobs.cluster.capacity._autoscaler_config", lambda _, file=file: file)
-        assert cluster_capacity().known == known
+        monkeypatch.setattr("rayjobs.cluster.capacity.find_autoscaler_config", lambda _, file=file: file)
+        assert cluster_capacity().is_upper_limit == known
     assert WorkerPoolConfig(workers=99, gpus_per_worker=0).resources() == {"CPU": 1.0}, "it waits"
 
 
@@ -112,4 +112,4 @@ def test_ray_data_keeps_a_share_of_every_node(cluster: None) -> None:
     }
     with pytest.raises(ValueError, match=r"every node keeps 0\.5 CPU for Ray Data"):
         WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources()
-    assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources(beside=0) == {"CPU": cpus}
+    assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources(reserved_cpus=0) == {"CPU": cpus}

@@ -261,9 +261,9 @@ def test_what_would_go_with_the_job_is_refused(given: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("base.path=weights/llama-7b", "base.path is weights/llama-7b, which git ignores"),
-        ("data.path=[/mnt/a.json,data/b.json]", "data.path is data/b.json, which git ignores"),
-        ("base.tokenizer=..", "base.tokenizer is .., which git ignores or which is not below"),
+        ("base.path=weights/llama-7b", "base.path is weights/llama-7b, which is not uploaded, because git ignores"),
+        ("data.path=[/mnt/a.json,data/b.json]", "data.path is data/b.json, which is not uploaded, because git ignores"),
+        ("base.tokenizer=..", "base.tokenizer is .., which is not uploaded, because git ignores it or it is not below"),
     ],
 )
 def test_a_path_that_is_not_uploaded_is_refused(given: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_one_instruction_is_answered_by_a_worker_with_a_gpu(
         env=head[1], capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(actors.stdout[actors.stdout.index("[") :])
-    assert [actor["required_resources"] for actor in found if actor["class_name"] == "Holder"] == [{"CPU": 1, "GPU": 1}]
+    assert [actor["required_resources"] for actor in found if actor["class_name"] == "ModelActor"] == [{"CPU": 1, "GPU": 1}]
 
 
 def test_who_submitted_may_leave_come_back_and_stop_the_job(
@@ -181,10 +181,10 @@ def test_who_submitted_may_leave_come_back_and_stop_the_job(
     first.process.send_signal(signal.SIGINT)
     code, output = first.end()
     assert code == 130
-    assert f"what was submitted goes on: the same command, or ray job logs -f {first.name}, shows it again" in output
+    assert f"the submitted job keeps running; the same command, or ray job logs -f {first.name}, follows it again" in output
 
     again = Submitted(head, *arguments)
-    assert again.told == f"already there as {first.name}"
+    assert again.told == f"already running as {first.name}"
     alone = subprocess.run(
         [sys.executable, "-m", "rayjobs", *arguments],
         cwd=ROOT,

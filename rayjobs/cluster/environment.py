@@ -1,0 +1,82 @@
+"""Environment variables that Ray, DeepSpeed and their libraries read. No other module of rayjobs writes `os.environ`.
+
+Every worker process imports this module as it starts, so it imports nothing that takes long.
+"""
+
+import os
+
+from rayjobs.console import verbose
+
+QUIET = {
+    "DS_LOG_LEVEL": "error",  # DeepSpeed logs its whole configuration at level INFO.
+    "RAY_AIR_NEW_OUTPUT": "0",  # Ray Tune's status tables would overwrite the progress bar.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core logs connections that a lost node closes as errors.
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # Ray Data draws a bar for each operator of a pipeline.
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",  # Ray Data logs each user error with the pipeline's traceback.
+    "RAY_SCHEDULER_EVENTS": "0",  # The autoscaler prints its decisions to the driver's terminal.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train repeats through its logger what a worker prints.
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # PyTorch's process groups warn about host names and retried connections.
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorBoard's libraries announce the CPU features that they use.
+    "TQDM_DISABLE": "1",  # Progress bars of libraries would overwrite ours.
+}
+"""What libraries print or log. `--verbose` leaves these out, so nothing here may change how a job runs."""
+
+BEHAVIOUR = {
+    # Ask at most 4 s apart whether a worker process or node that does not answer is lost. The pause otherwise grows to
+    # 60 s. Ray names these two and the next two in its C++ source only.
+    "RAY_core_worker_rpc_server_reconnect_timeout_max_s": "4",
+    "RAY_raylet_rpc_server_reconnect_timeout_max_s": "4",
+    # Test a silent connection after 15 s and give it up 20 s later. Otherwise a task on a node that lost its power is
+    # waited for about seven minutes.
+    "RAY_grpc_client_keepalive_time_ms": "15000",
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    # Collect the workers' reports every 0.1 s. The default of 2 s delays runs with short steps.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Try again after 10 s, with fewer workers if the run is elastic, when there is no room for them. Default: 60 s.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # Tokenizers warn about threads in forked processes unless this is set either way. Ray parallelizes over processes.
+    "TOKENIZERS_PARALLELISM": "false",
+    # Workers whose peer has died end after 3 s instead of waiting 30 s for its process group.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+    # Trials write their own result files; Tune would add a CSV, a JSON and a TensorBoard file for each.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ctrl-C ends the whole job. Tune's own handler would end the current sweep only.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+"""What changes how Ray and PyTorch work."""
+
+
+def environment() -> dict[str, str]:
+    """Return the variables for this process and for every worker. Values that are set already are kept."""
+    variables = BEHAVIOUR if verbose() else {**BEHAVIOUR, **QUIET}
+    return {name: os.environ.get(name, value) for name, value in variables.items()}
+
+
+def set_environment(*, show_library_output: bool = False) -> None:
+    """Set the variables of `environment()` in this process. Ray and DeepSpeed read some of them when imported."""
+    if show_library_output:
+        os.environ["RAYJOBS_VERBOSE"] = "1"
+    os.environ.update(environment())
+
+
+def set_auth_mode(mode: str) -> None:
+    """Tell Ray whether to send its token ("token" or "disabled"), unless RAY_AUTH_MODE says so already.
+
+    Ray reads the variable when it is imported.
+    """
+    os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or mode
+
+
+def set_gloo_interface() -> None:
+    """Let Gloo use the network interface of the address by which Ray knows this node. Ray runs this in every worker.
+
+    By default Gloo takes the address of the machine's name, which on many machines is a loopback address that no other
+    machine reaches. A value that is set already is kept.
+    """
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

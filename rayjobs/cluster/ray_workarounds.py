@@ -1,0 +1,48 @@
+"""What relies on internals of Ray 2.60 outside Ray Train, because Ray has no public way.
+
+tests/rayjobs/cluster/test_ray_workarounds.py fails when a workaround can go.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rayjobs.storage.yaml_file import parse_yaml
+
+HEAD_RESOURCE = "node:__internal_head__"
+"""The resource that only the head node has. Ray has no public way to tell which node is the head."""
+
+
+@contextmanager
+def discard_stderr() -> Iterator[None]:
+    """Discard what is written to file descriptor 2: Ray's C++ core writes a line before it has read its log level."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def find_autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
+    """Return the cluster file that the autoscaler of this cluster was started with; None if none runs on this machine.
+
+    `ray up` starts the autoscaler on the head node. Ray has no public way to ask it for its limits, so that the file is
+    found through the command line of the autoscaler's process.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        arguments = dict(part.partition("=")[::2] for part in process.info["cmdline"] or [])
+        if arguments.get("--gcs-address") == gcs_address and "--autoscaling-config" in arguments:
+            return parse_yaml(Path(arguments["--autoscaling-config"]).expanduser().read_text())
+    return None
+
+
+def autoscaled_by_kubernetes() -> bool:
+    """Return whether KubeRay's operator starts this cluster's nodes, so that Ray does not know how many may come."""
+    return "--no-monitor" in os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")

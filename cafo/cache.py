@@ -1,14 +1,15 @@
-"""The cache: few-shot and generated images as keys, their classes as values, and the keys' training.
+"""The key-value cache and the training of its keys.
 
 CaFo (arXiv 2303.02151), section 3.3:
+
+The keys are features of the few-shot and generated images, the values their classes:
 
     F_s  = normalise(mean over views of f_s)        keys of source s, one row per image                  (eq. 3-5)
     φ(x) = exp(-β (1 - x))
     p_s  = φ(F_s f_sᵀ) summed over each class's keys                                                     (eq. 6-7)
 
-The paper writes the last step as a product with one-hot values L; a one-hot product is a sum over classes, and is
-done as one. Only the keys learn: the encoders are frozen, so a view's features never change and training needs
-features alone.
+The paper writes the last step as a product with one-hot values L. That product is a sum over each class's keys, and is
+computed as one. Only the keys are trained. The encoders are frozen, so training needs features alone, not images.
 
 Legend: M keys, B images, N classes, V views, C width of a source's features.
 """
@@ -37,10 +38,10 @@ _ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cache:
-    """Everything one classifier needs besides the encoders.
+    """Everything that a classifier needs besides the encoders.
 
     Raises:
-        ValueError: shapes that do not fit each other, a label outside the class list, a zero-shot source without keys.
+        CafoError: shapes that do not fit each other, a label outside the class list, a zero-shot source without keys.
     """
 
     keys: Mapping[str, Tensor]
@@ -50,9 +51,9 @@ class Cache:
     classifier: Tensor
     """(C, N) float32: CLIP's zero-shot weights W"""
     class_names: tuple[str, ...]
-    """N names; the width of every prediction comes from here, never from the labels"""
+    """the N classes; every prediction has N columns, whatever labels occur"""
     zero_shot_source: str = "clip"
-    """the source whose features W reads"""
+    """the source whose features are multiplied with W"""
     encoders: Mapping[str, str] = field(default_factory=dict)
     """source name → identity of the encoder that made its keys"""
     alpha: float = 1.0
@@ -75,17 +76,21 @@ class Cache:
             )
 
     def affinities(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """F_s f_sᵀ for every source: {name: (M, B)} from {name: (B, C)}."""
+        """Return F_s f_sᵀ for every source: {name: (B, C)} → {name: (M, B)}.
+
+        Raises:
+            CafoError: features of a source are missing.
+        """
         if missing := set(self.keys) - set(features):
             raise CafoError(f"the cache needs features of {', '.join(sorted(missing))}, which were not given")
         return {name: affinity(keys, features[name]) for name, keys in self.keys.items()}
 
     def zero_shot(self, features: Mapping[str, Tensor]) -> Tensor:
-        """p_ZS = 100 f W: (B, N)."""
+        """Return p_ZS = 100 f W: (B, N)."""
         return zero_shot_logits(features[self.zero_shot_source], self.classifier)
 
     def combine(self, features: Mapping[str, Tensor]) -> Combination:
-        """Eq. 3-9 at the cache's β and ensemble, before α: each part (B, N)."""
+        """Return eq. 3-9 at the cache's β and ensemble, before α is applied: each part (B, N)."""
         predictions = {
             name: class_logits(a, self.labels, len(self.class_names), self.beta)
             for name, a in self.affinities(features).items()
@@ -93,8 +98,8 @@ class Cache:
         return combine(self.zero_shot(features), predictions, self.ensemble)
 
     @torch.no_grad()
-    def combined(self, features: Mapping[str, Tensor]) -> Combination:
-        """`combine` for any number of images: some rows at a time, and without gradients."""
+    def combine_in_blocks(self, features: Mapping[str, Tensor]) -> Combination:
+        """Return `combine` for any number of images, block by block and without gradients."""
         rows = max(len(features[self.zero_shot_source]), 1)
         blocks = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, rows, _ROWS_AT_ONCE)]
         parts = [self.combine({n: f[block] for n, f in features.items()}) for block in blocks]
@@ -102,32 +107,40 @@ class Cache:
         return Combination(base, term, shares, parts[0].sources)
 
     def logits(self, features: Mapping[str, Tensor]) -> Tensor:
-        """The CaFo prediction (B, N) at the cache's α, β and ensemble, without gradients."""
-        return self.combined(features).logits(self.alpha)
+        """Return the logits of eq. 9, (B, N), at the cache's α, β and ensemble, without gradients."""
+        return self.combine_in_blocks(features).logits(self.alpha)
 
 
 def mean_key(views: Tensor) -> Tensor:
-    """Keys from V views' features: (V, M, C) → (M, C), averaged over views, then unit-norm (section 3.3)."""
+    """Average features over V views and scale them to unit norm (section 3.3): (V, M, C) → keys (M, C)."""
     return F.normalize(views.float().mean(dim=0), dim=-1)
 
 
 def affinity(keys: Tensor, features: Tensor) -> Tensor:
-    """F fᵀ: (M, B), a row per key, so that a class sum adds whole rows. Always float32: β multiplies its error."""
+    """Return F fᵀ, (M, B): one row for each key, so that the sum over a class adds whole rows.
+
+    It is computed in float32 whatever the features' type, since β multiplies its error.
+
+    Args:
+        keys: (M, C).
+        features: (B, C).
+    """
     return keys.float() @ features.float().T
 
 
 def zero_shot_logits(features: Tensor, classifier: Tensor) -> Tensor:
-    """p_ZS = 100 f W: (B, C), (C, N) → (B, N)."""
+    """Return p_ZS = 100 f W: (B, C), (C, N) → (B, N)."""
     return 100.0 * features.float() @ classifier.float()
 
 
 def class_logits(affinity: Tensor, labels: Tensor, num_classes: int, beta: float) -> Tensor:
-    """Eq. 6-7, p = φ(F fᵀ) L, up to a factor per image: (M, B) → (B, N).
+    """Return p = φ(F fᵀ) L of eq. 6-7, up to a factor per image: (M, B) → (B, N).
 
-    φ is taken relative to the image's nearest key, exp(-β (max - x)): at large β the paper's form underflows to zeros
-    for an image far from every key, and z(p) of eq. 8, the only use of p, does not see a factor per image.
+    φ is computed relative to the image's nearest key, exp(-β (max - x)). At large β the paper's form underflows to
+    zeros for an image far from every key. The factor per image does not matter: p is used only in z(p) of eq. 8, which
+    divides by its standard deviation.
     """
-    if not len(affinity):  # K = 0 and nothing generated: no evidence for any class
+    if not len(affinity):  # K = 0 and no generated images: no evidence for any class
         return affinity.new_zeros(affinity.shape[1], num_classes)
     nearest = affinity.detach().amax(dim=0)
     phi = torch.exp(beta * (affinity - nearest))
@@ -136,30 +149,31 @@ def class_logits(affinity: Tensor, labels: Tensor, num_classes: int, beta: float
 
 @dataclass(frozen=True, kw_only=True)
 class KeyTraining:
-    """The paper's recipe (section 4.1)."""
+    """Hyperparameters of the keys' training; the defaults are the paper's (section 4.1)."""
 
     epochs: int = 20
     batch: int = 256
+    """images per step"""
     lr: float = 1e-3
     eps: float = 1e-4
     weight_decay: float = 0.01
     seed: int = 0
-    """order of the images in each epoch"""
+    """seed of the order of the images in each epoch"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One line of progress; epoch 0 is the cache before training."""
+    """Metrics of one epoch; epoch 0 is the cache before training."""
 
     epoch: int
     loss: float
     """mean cross-entropy over the epoch's images; NaN at epoch 0"""
     val_accuracy: float
-    """share of validation images, at the initial α and β"""
+    """share of validation images that are correct, at the initial α and β"""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose first largest logit is their label's: (B, N), (B,)."""
+    """Return the share of images whose (first) largest logit is their label's: (B, N), (B,)."""
     return int((logits.argmax(dim=-1) == labels).sum()) / max(len(labels), 1)
 
 
@@ -172,24 +186,25 @@ def train_keys(
     training: KeyTraining,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> tuple[Cache, Epoch]:
-    """Fine-tune the keys by cross-entropy on the ensembled logits at the cache's α and β (section 3.3).
+    """Train the keys by cross-entropy on the ensembled logits at the cache's α and β (section 3.3).
 
-    Epoch e passes once over the images with their view e mod V; the cosine runs over all steps, so the learning rate
-    falls to zero exactly at the last. The keys with the best validation accuracy are kept, the earliest on ties, and
-    the untrained keys compete too. Test plays no part.
+    Epoch e passes once over the images, each with view e mod V. The learning rate falls along a cosine over all steps,
+    to zero after the last. The keys with the best validation accuracy are returned, the earliest on ties; the
+    untrained keys compete too. Test images play no part.
 
     Args:
-        cache: the start; it is left as it is.
-        views: {source: (V, M', C)} unit features of the training images, V the same for all sources.
+        cache: the cache before training; it is not changed.
+        views: {source: (V, M', C)} unit features of the training images, with the same V for all sources.
         labels: (M',) int64.
-        val_features, val_labels: {source: (B, C)} and (B,).
+        val_features, val_labels: {source: (B, C)} and (B,) int64.
+        training: the hyperparameters.
         report: called after every epoch; an exception from it ends the training.
 
     Returns:
-        The cache with the best keys, and the epoch they come from.
+        The cache with the best keys, and the epoch that they come from.
 
     Raises:
-        ValueError: no images, or a loss that is not finite (with its step and learning rate).
+        CafoError: no images or views, or a loss that is not finite; the message gives its step and learning rate.
     """
     num_views, images = next(iter(views.values())).shape[:2]
     if not images or not num_views:
@@ -199,38 +214,45 @@ def train_keys(
     optimizer = torch.optim.AdamW(keys.values(), lr=training.lr, eps=training.eps, weight_decay=training.weight_decay)
     steps = training.epochs * -(-images // training.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    order = torch.Generator().manual_seed(training.seed)
+    rng = torch.Generator().manual_seed(training.seed)
 
     best = Epoch(epoch=0, loss=float("nan"), val_accuracy=accuracy(learner.logits(val_features), val_labels))
-    best_keys = {name: k.detach().clone() for name, k in keys.items()}
+    best_keys = _copy_keys(keys)
     report(best)
-    for epoch in range(1, training.epochs + 1):
-        total = 0.0
-        for step, rows in enumerate(torch.randperm(images, generator=order).split(training.batch)):
+    for number in range(1, training.epochs + 1):
+        total_loss = 0.0
+        for step, rows in enumerate(torch.randperm(images, generator=rng).split(training.batch), start=1):
             rows = rows.to(labels.device)
-            batch = {name: v[(epoch - 1) % num_views, rows] for name, v in views.items()}
+            batch = {name: v[(number - 1) % num_views, rows] for name, v in views.items()}
             loss = F.cross_entropy(learner.combine(batch).logits(cache.alpha), labels[rows])
-            if not torch.isfinite(loss):
-                raise CafoError(
-                    f"the loss is {loss.item()} at epoch {epoch}, step {step + 1} (images {rows[:5].tolist()}…, "
-                    f"learning rate {schedule.get_last_lr()[0]:.3g}); lower the learning rate or check the features"
-                )
+            _check_finite(loss, f"epoch {number}, step {step}", rows, schedule.get_last_lr()[0])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(rows)
-        current = Epoch(
-            epoch=epoch, loss=total / images, val_accuracy=accuracy(learner.logits(val_features), val_labels)
-        )
-        if current.val_accuracy > best.val_accuracy:
-            best, best_keys = current, {name: k.detach().clone() for name, k in keys.items()}
-        report(current)
+            total_loss += loss.item() * len(rows)
+        val_accuracy = accuracy(learner.logits(val_features), val_labels)
+        epoch = Epoch(epoch=number, loss=total_loss / images, val_accuracy=val_accuracy)
+        if epoch.val_accuracy > best.val_accuracy:
+            best, best_keys = epoch, _copy_keys(keys)
+        report(epoch)
     return replace(cache, keys=best_keys), best
 
 
+def _copy_keys(keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: k.detach().clone() for name, k in keys.items()}
+
+
+def _check_finite(loss: Tensor, when: str, rows: Tensor, lr: float) -> None:
+    if not torch.isfinite(loss):
+        raise CafoError(
+            f"the loss is {loss.item()} at {when} (images {rows[:5].tolist()}…, learning rate {lr:.3g}); "
+            "lower the learning rate or check the features"
+        )
+
+
 def save_cache(cache: Cache, path: str | Path) -> None:
-    """Write `cache.safetensors`: keys, labels and W as tensors, everything else in the header. Whole or not at all."""
+    """Write a cache atomically as safetensors: keys, labels and W as tensors, everything else in the header."""
     tensors = {f"keys.{name}": k.detach().float().cpu().contiguous() for name, k in cache.keys.items()}
     tensors |= {"labels": cache.labels.cpu(), "classifier": cache.classifier.float().cpu().contiguous()}
     header = {
@@ -247,10 +269,10 @@ def save_cache(cache: Cache, path: str | Path) -> None:
 
 
 def load_cache(path: str | Path) -> Cache:
-    """Read what `save_cache` wrote.
+    """Read a cache that `save_cache` wrote.
 
     Raises:
-        ValueError: the file is missing, or is not a cache of this format.
+        CafoError: the file is missing, or is not a cache of this format.
     """
     if not Path(path).is_file():
         raise CafoError(f"no cache at {path}; train one first")
@@ -258,7 +280,7 @@ def load_cache(path: str | Path) -> Cache:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise CafoError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
-        # copied, since a product's last bits may depend on where in memory its factors begin
+        # Copied, since the last bits of a product may depend on the memory alignment of its factors.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     ensemble = json.loads(header["ensemble"])
     if ensemble["sources"] is not None:

@@ -1,4 +1,4 @@
-"""Which frozen tower is meant. Importing this imports no tower: that takes seconds."""
+"""The name of a frozen encoder. Importing this module loads neither open_clip nor timm, which takes seconds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,17 +8,17 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Which tower to load; small and plain enough for a config file."""
+    """Which encoder to load, in plain values that fit in a config file."""
 
     kind: Literal["clip", "dino", "timm", "pixels"]
-    """`pixels` is no tower but the picture itself, shrunk: the floor under every encoder"""
+    """library of the encoder; `pixels` is the image itself, scaled down: the baseline that every encoder should beat"""
     name: str = ""
-    """architecture in open_clip's or timm's spelling, or a folder in timm's format; a custom CLIP takes it from its
-    JSON, timm from the folder of the weights, DINO is `resnet50` by default; of `pixels`, the side"""
+    """architecture in open_clip's or timm's spelling, or a folder in timm's format; the side in pixels for `pixels`.
+    Empty: a custom CLIP takes it from its JSON, timm from the folder of the weights, and DINO is `resnet50`."""
     weights: str = ""
-    """open_clip's pretrained tag, a local file or folder, or `random:SEED` for an untrained tower"""
+    """open_clip's pretrained tag, a local file or folder, or `random:SEED` for an untrained encoder"""
     config: str = ""
-    """open_clip model JSON of a custom CLIP; found beside the weights when empty"""
+    """open_clip model JSON of a custom CLIP; empty: the one beside the weights"""
     quick_gelu: bool | None = None
-    """a statement about the weights, needed only where they cannot tell: were they trained with QuickGELU?"""
+    """whether the weights were trained with QuickGELU; needed only where neither the file nor its name tells"""
     precision: Precision = "fp32"

@@ -1,9 +1,11 @@
-"""Weights into towers: reading state dicts safely, and building CLIP with the activation its weights were trained with.
+"""Read encoder weights safely, and build CLIP with the activation that its weights were trained with.
 
-Nothing in a weight file tells whether a CLIP was trained with QuickGELU, x·σ(1.702x), or GELU: both load, both run,
-and the wrong one loses several points. What does tell, in this order: the model JSON that lies beside the weights;
-open_clip's table, by pretrained tag or by the digest that it records for a file; the three scalars that only OpenAI's
-archives carry. Where none speaks, the caller must.
+A weight file does not record whether CLIP was trained with QuickGELU, x·σ(1.702x), or GELU. Both load and run, and the
+wrong one loses several points of accuracy. The activation is taken from the first of these that is there:
+- the model JSON beside the weights;
+- open_clip's table, by pretrained tag or by the file's digest;
+- three scalars that only OpenAI's archives hold;
+- `quick_gelu`, stated by the caller.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cafo.errors import CafoError
+from cafo.errors import EncoderError
 from cafo.files import read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
 
@@ -37,30 +39,32 @@ _HEAD = re.compile(r"^(head|fc|classifier|projection_head|prototypes|last_layer|
 
 
 class BuiltClip(NamedTuple):
-    """A CLIP with its weights in, and what belongs to it."""
+    """A CLIP with its weights loaded, its tokenizer and its preprocessing."""
 
     model: nn.Module
     tokenizer: Any
     name: str
     architecture: str
-    """its model JSON"""
+    """the model's config as JSON"""
     preprocess: Preprocess
 
 
 def read_state(path: Path) -> State:
-    """Tensors of a weight file by name; wrappers such as `teacher` opened. No object of the file is ever built.
+    """Read the tensors of a weight file by name, from inside wrappers such as `teacher`. No code of the file is run.
 
     Raises:
-        ValueError: missing; a TorchScript archive; anything but tensors inside.
+        EncoderError: the file is missing, is a TorchScript archive, or holds other objects than tensors.
     """
     if not path.is_file():
-        raise CafoError(f"no weight file {path}; give a local file, a folder, or a pretrained tag that open_clip knows")
+        raise EncoderError(
+            f"no weight file {path}; give a local file, a folder, or a pretrained tag that open_clip knows"
+        )
     if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any("/code/" in name for name in archive.namelist()):
-                raise CafoError(
+                raise EncoderError(
                     f"{path} is a TorchScript archive: a program, not a state dict. If you trust it, convert it once "
                     "with `torch.save(torch.jit.load(path).state_dict(), new_path)`"
                 )
@@ -68,11 +72,11 @@ def read_state(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise CafoError(f"{path} does not load as plain tensors ({reason}); save its state dict alone") from error
+        raise EncoderError(f"{path} does not load as plain tensors ({reason}); save its state dict alone") from error
     while isinstance(content, Mapping) and (key := next((k for k in _WRAPPERS if _is_state(content.get(k))), None)):
         content = content[key]
     if not _is_state(content):
-        raise CafoError(f"{path} holds no state dict of named tensors")
+        raise EncoderError(f"{path} holds no state dict of named tensors")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
@@ -81,19 +85,19 @@ def _is_state(content: Any) -> bool:
 
 
 def clean_state(state: State, *, heads: bool = False) -> State:
-    """Names without the wrappers' prefixes (`module.`, `backbone.`); with `heads`, training heads are left out."""
+    """Remove prefixes such as `module.` and `backbone.` from the names and, with `heads`, drop training heads."""
     clean = {_PREFIX.sub("", name): tensor for name, tensor in state.items()}
     return {name: t for name, t in clean.items() if not (heads and _HEAD.match(name))}
 
 
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Load every tensor into its place.
+def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load a state dict into a module; every tensor of either must have its counterpart.
 
     Raises:
-        ValueError: a missing, a left-over or a wrongly shaped tensor, with the first names of each.
+        EncoderError: tensors that are missing, left over or of another shape, with the first names of each.
     """
     own = module.state_dict()
-    # batch norm's step counter is no weight, and older files lack it
+    # older files lack batch norm's step counter, which inference does not use
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in own]
     shapes = [
@@ -103,60 +107,80 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     ]
     if missing or extra or shapes:
         parts = [("missing", missing), ("not expected", extra), ("shape", shapes)]
-        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
-        raise CafoError(f"{path} does not fit {type(module).__name__} ({told}); check the architecture's name")
-    module.load_state_dict(dict(state), strict=False)  # the counters; all else was just proven
+        problems = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+        raise EncoderError(f"{path} does not fit {type(module).__name__} ({problems}); check the architecture's name")
+    module.load_state_dict(dict(state), strict=False)  # not strict because of the counters alone
 
 
 def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | None = None) -> BuiltClip:
-    """CLIP by open_clip's name and tag, by local file or folder, or by a model JSON of one's own.
+    """Build CLIP from open_clip's name and tag, from a local file or folder, or from a custom model JSON.
+
+    The arguments are the fields of `EncoderSpec`.
 
     Raises:
-        ValueError: as `load_encoder`.
+        EncoderError: an unknown name or tag, a missing file, tensors that do not fit, or another activation than the
+            weights were trained with.
     """
-    name = name.replace("/", "-")
     path = Path(weights)
-    local = path.exists()
-    file = weight_file(path)
-    own = _own_config(file, config) if local or config else None
-    if own is not None:
-        model_config, preprocess_config = own
-        name = name or (path.name if path.is_dir() else path.stem)
-    else:
-        model_config, preprocess_config = open_clip.get_model_config(name), {}
-        if model_config is None:
-            raise CafoError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them")
+    clip = _find_config(name.replace("/", "-"), path, config)
     if weights.startswith("random:"):
-        return _assemble(name, model_config, preprocess_config, own is None, None, path, int(weights[7:]))
-
-    tag = open_clip.get_pretrained_cfg(name, weights) if not local and own is None else {}
-    if tag:
-        file = Path(open_clip.download_pretrained(tag))
-    elif not local:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise CafoError(f"{weights!r} is neither a file, nor a folder, nor a tag of {name} (its tags: {tags})")
+        return _assemble(clip, None, path, seed=int(weights.removeprefix("random:")))
+    file, entry = _find_weights(clip, path, weights)
     state = clean_state(read_state(file))
-    if own is None:
-        tag = tag or _published(file)
-        preprocess_config = preprocess_config or tag
-        trained = bool(tag.get("quick_gelu", False)) if tag else quick_gelu
+    quick_gelu_built = bool(clip.model.get("quick_gelu", False))
+    if clip.built_in:
+        entry = entry or _published_entry(file)
+        clip = clip._replace(preprocess=entry)
+        trained = bool(entry.get("quick_gelu", False)) if entry else quick_gelu
         if all(scalar in state for scalar in _OPENAI_SCALARS):
             trained = True
-        _match_activation(name, bool(model_config.get("quick_gelu", False)), trained, quick_gelu, weights)
-    elif quick_gelu is not None and quick_gelu != bool(model_config.get("quick_gelu", False)):
-        raise CafoError(f"the model JSON of {weights} says quick_gelu={not quick_gelu}, the config {quick_gelu}")
+        _check_activation(clip.name, quick_gelu_built, trained, quick_gelu, weights)
+    elif quick_gelu is not None and quick_gelu != quick_gelu_built:
+        raise EncoderError(f"the model JSON of {weights} says quick_gelu={not quick_gelu}, the config {quick_gelu}")
     for scalar in _OPENAI_SCALARS:
         state.pop(scalar, None)
-    return _assemble(name, model_config, preprocess_config, own is None, state, file, 0)
+    return _assemble(clip, state, file)
 
 
-def _assemble(
-    name: str, config: dict, preprocess: Mapping[str, Any], built_in: bool, state: State | None, path: Path, seed: int
-) -> BuiltClip:
-    architecture, config = json.dumps(config, sort_keys=True), copy.deepcopy(config)
+class _ClipConfig(NamedTuple):
+    """The architecture and preprocessing of a CLIP."""
+
+    name: str
+    model: dict[str, Any]
+    """open_clip's model config"""
+    preprocess: Mapping[str, Any]
+    built_in: bool
+    """open_clip knows the architecture by its name"""
+
+
+def _find_config(name: str, path: Path, config: str) -> _ClipConfig:
+    """Return the config of a custom CLIP if a JSON is given or lies beside the weights, else open_clip's by name."""
+    custom = _read_custom_config(weight_file(path), config) if path.exists() or config else None
+    if custom is not None:
+        return _ClipConfig(name or (path.name if path.is_dir() else path.stem), *custom, built_in=False)
+    model = open_clip.get_model_config(name)
+    if model is None:
+        raise EncoderError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them")
+    return _ClipConfig(name, model, {}, built_in=True)
+
+
+def _find_weights(clip: _ClipConfig, path: Path, weights: str) -> tuple[Path, dict[str, Any]]:
+    """Return the weight file, downloaded if `weights` is a pretrained tag, and open_clip's entry of that tag, or {}."""
+    if path.exists():
+        return weight_file(path), {}
+    entry = open_clip.get_pretrained_cfg(clip.name, weights) if clip.built_in else {}
+    if entry:
+        return Path(open_clip.download_pretrained(entry)), entry
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(clip.name)) or "none"
+    raise EncoderError(f"{weights!r} is neither a file, nor a folder, nor a tag of {clip.name} (its tags: {tags})")
+
+
+def _assemble(clip: _ClipConfig, state: State | None, path: Path, seed: int = 0) -> BuiltClip:
+    """Build a CLIP and load its weights; with `state` None, they are random by `seed`."""
+    name, architecture, config = clip.name, json.dumps(clip.model, sort_keys=True), copy.deepcopy(clip.model)
     custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     if "multimodal_cfg" in config:
-        raise CafoError(f"{name} is a captioner (CoCa); CaFo needs a plain CLIP")
+        raise EncoderError(f"{name} is a captioning model (CoCa); CaFo needs a plain CLIP")
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
@@ -168,13 +192,15 @@ def _assemble(
             state = open_clip.model.convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:
             state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-        load_exactly(model, state, path)
+        load_state(model, state, path)
     window = config["text_cfg"].get("context_length", 77)
-    tokenizer = open_clip.get_tokenizer(name) if built_in else open_clip.SimpleTokenizer(context_length=window)
+    tokenizer = open_clip.get_tokenizer(name) if clip.built_in else open_clip.SimpleTokenizer(context_length=window)
     vocabulary = config["text_cfg"].get("vocab_size", 49408)
     if isinstance(tokenizer, open_clip.SimpleTokenizer) and vocabulary < tokenizer.vocab_size:
-        raise CafoError(f"{name} has room for {vocabulary} tokens; CLIP's tokenizer has {tokenizer.vocab_size}")
-    return BuiltClip(model, tokenizer, name, architecture, _clip_preprocess(name, model, preprocess))
+        raise EncoderError(
+            f"{name} has a vocabulary of {vocabulary} tokens; CLIP's tokenizer needs {tokenizer.vocab_size}"
+        )
+    return BuiltClip(model, tokenizer, name, architecture, _clip_preprocess(name, model, clip.preprocess))
 
 
 def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> Preprocess:
@@ -182,8 +208,9 @@ def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> P
     side = size if isinstance(size, int) else size[0]
     mode = given.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash") or (not isinstance(size, int) and len({*size}) > 1):
-        raise CafoError(
-            f"{name} wants images of {size}, resize mode {mode!r}; only squares, shortest or squash, are known"
+        raise EncoderError(
+            f"{name} needs images of {size} with resize mode {mode!r}; only square images with shortest or squash are "
+            "supported"
         )
     return Preprocess(
         size=side,
@@ -196,43 +223,43 @@ def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> P
 
 
 def weight_file(path: Path) -> Path:
-    """The file itself, or the one that a folder in open_clip's or timm's format holds.
+    """Return the path of a weight file, or of the weight file in a folder in open_clip's or timm's format.
 
     Raises:
-        ValueError: a folder with no weight file, or several of which none has the format's own name.
+        EncoderError: the folder has no weight file, or several of which none has the format's standard name.
     """
     if not path.is_dir():
         return path
-    found = [path / name for name in ("open_clip_model.safetensors", "model.safetensors") if (path / name).is_file()]
-    found = found[:1] or sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
-    if len(found) != 1:
-        listed = ", ".join(p.name for p in found) or "none"
-        raise CafoError(
+    standard = [path / name for name in ("open_clip_model.safetensors", "model.safetensors") if (path / name).is_file()]
+    files = standard[:1] or sorted(p for p in path.iterdir() if p.suffix in _WEIGHT_SUFFIXES)
+    if len(files) != 1:
+        listed = ", ".join(p.name for p in files) or "none"
+        raise EncoderError(
             f"{path} should hold one weight file ({', '.join(_WEIGHT_SUFFIXES)}), found {listed}; give the file"
         )
-    return found[0]
+    return files[0]
 
 
 def config_beside(weights: Path) -> Path | None:
-    """A custom CLIP's JSON beside its weight file: `<weights>.json`, or `open_clip_config.json`."""
-    beside = (weights.with_suffix(".json"), weights.with_name("open_clip_config.json"))
-    return next((path for path in beside if path.is_file()), None)
+    """Return the JSON beside a custom CLIP's weight file: `<weights>.json` or `open_clip_config.json`, else None."""
+    names = (weights.with_suffix(".json"), weights.with_name("open_clip_config.json"))
+    return next((path for path in names if path.is_file()), None)
 
 
-def _own_config(weights: Path, config: str) -> tuple[dict, dict] | None:
-    """Model and preprocessing of a custom CLIP's JSON: the one given, or the one beside."""
+def _read_custom_config(weights: Path, config: str) -> tuple[dict, dict] | None:
+    """Read model and preprocessing config of a custom CLIP from the JSON given, or from the one beside the weights."""
     path = Path(config) if config else config_beside(weights)
     if path is None:
         return None
     content = read_json(path, "give an open_clip model JSON")
     model = content.get("model_cfg", content) if isinstance(content, dict) else {}
     if lacking := {"embed_dim", "vision_cfg", "text_cfg"} - set(model):
-        raise CafoError(f"{path} is no open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
+        raise EncoderError(f"{path} is not an open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
     return model, content.get("preprocess_cfg", {})
 
 
-def _published(path: Path) -> dict[str, Any]:
-    """open_clip's entry for a local copy of a published file, known by the digest in the file's address; or nothing."""
+def _published_entry(path: Path) -> dict[str, Any]:
+    """Return open_clip's entry for a local copy of a published file, found by the digest in its URL, else {}."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -240,27 +267,34 @@ def _published(path: Path) -> dict[str, Any]:
     digest = sha256.hexdigest()
     for architecture, tag in open_clip.list_pretrained():
         entry = open_clip.get_pretrained_cfg(architecture, tag)
-        address = entry.get("url", "")
-        if f"/{digest}/" in address or f"-{digest[:8]}.pt" in address:
+        url = entry.get("url", "")
+        if f"/{digest}/" in url or f"-{digest[:8]}.pt" in url:
             return entry
     return {}
 
 
-def _match_activation(name: str, built: bool, trained: bool | None, stated: bool | None, weights: str) -> None:
+def _check_activation(name: str, built: bool, trained: bool | None, stated: bool | None, weights: str) -> None:
+    """Check that an architecture has the activation that its weights were trained with.
+
+    Args:
+        built: the architecture has QuickGELU.
+        trained: the weights were trained with QuickGELU; None if that is unknown.
+        stated: what the caller says of the weights.
+    """
     plain = name.removesuffix("-quickgelu")
     variants = {plain, f"{plain}-quickgelu"} & set(open_clip.list_models())
     if trained is None:
         if built or len(variants) < 2:
-            return  # the name says QuickGELU in so many words, or there is nothing to confuse
-        raise CafoError(
-            f"{weights} does not tell whether it was trained with QuickGELU, and {name} means GELU; state quick_gelu: "
+            return  # the name says QuickGELU, or the architecture has one variant only
+        raise EncoderError(
+            f"{weights} does not tell whether it was trained with QuickGELU, and {name} means GELU; set quick_gelu to "
             f"true (then name {plain}-quickgelu) or false, or put the model's JSON beside the file"
         )
     if stated is not None and stated != trained:
-        raise CafoError(
+        raise EncoderError(
             f"{weights} is known to be trained with quick_gelu={trained}, but quick_gelu={stated} is stated"
         )
     if trained != built:
-        right = f"{plain}-quickgelu" if trained else plain
+        fitting = f"{plain}-quickgelu" if trained else plain
         words = ("QuickGELU", "GELU") if trained else ("GELU", "QuickGELU")
-        raise CafoError(f"{weights} was trained with {words[0]}, but {name} computes {words[1]}; use {right}")
+        raise EncoderError(f"{weights} was trained with {words[0]}, but {name} computes {words[1]}; use {fitting}")

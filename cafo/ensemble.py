@@ -1,15 +1,15 @@
-"""Adaptive inference: how the predictions of several caches join CLIP's zero-shot prediction.
+"""Adaptive inference: combine the predictions of several caches with CLIP's zero-shot prediction.
 
 CaFo (arXiv 2303.02151), section 3.4 and table 5:
 
     z(p)   = (p - mean(p)) / std(p)                 over the classes of one image
-    w_i    = Σ_n z(p_i)_n · z(p_ZS)_n               how far source i agrees with the baseline            (eq. 8)
+    w_i    = Σ_n z(p_i)_n · z(p_ZS)_n               agreement of source i with the baseline              (eq. 8)
     p      = p_ZS + α · Σ_i softmax(w / τ)_i · s_i · z(p_i)                                              (eq. 9)
 
-τ = 1 and s_i = 1 are the paper's. Every rule here has the form `base + α · term` with a term that α does not touch; the
-search lives off that, and training, search and evaluation all call `combine`.
+The paper has τ = 1 and s_i = 1. Every rule here has the form `base + α · term` with a term that does not depend on α,
+which the search relies on. Training, search and evaluation all call `combine`.
 
-Legend: B images, N classes, S sources that take part.
+Legend: B images, N classes, S sources that are combined.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ NOTHING = "nothing"
 
 Rule = Literal["adaptive", "average", "maximum"]
 
-# Below this share of the largest magnitude a spread over classes is rounding, not signal.
+# A standard deviation over the classes below this share of the mean's magnitude is rounding error.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """One way to join predictions.
+    """One way to combine predictions.
 
     A single name in `sources` is the paper's "CLIP only" or "DINO only": a softmax over one source is 1.
 
     Raises:
-        ValueError: an unknown rule, a temperature or a scale that is not positive, a baseline with a rule that has
-        none.
+        CafoError: an unknown rule, a temperature or a scale that is not positive, a baseline with a rule that has none.
     """
 
     rule: Rule = "adaptive"
-    """`adaptive` weighs by eq. 8; `average` is the mean and `maximum` the largest z(p_i), class by class."""
+    """`adaptive` weights by eq. 8; `average` takes the mean and `maximum` the largest z(p_i) of each class."""
     baseline: str = ZERO_SHOT
-    """What eq. 8 compares with: `zero_shot`; the name of a source, which then changes places with p_ZS; or `nothing`,
-    which leaves p_ZS out and weighs all alike: the DINO cache of the paper's table 4 knows no text."""
+    """The prediction that eq. 8 compares with: `zero_shot`; the name of a source, which then changes places with p_ZS;
+    or `nothing`, which leaves p_ZS out and weights all sources equally, like the DINO cache of the paper's table 4,
+    which has no text."""
     sources: tuple[str, ...] | None = None
-    """The caches that take part; None for all."""
+    """names of the caches to combine; None for all"""
     temperature: float = 1.0
-    """τ of the softmax; w is a sum over N classes, so τ = 1 nearly picks one source."""
+    """τ of the softmax; w is a sum over N classes, so τ = 1 gives nearly all weight to one source"""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """s_i by source; 1 where absent."""
+    """s_i by source; 1 where absent"""
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
@@ -67,26 +67,27 @@ class Ensemble:
 
 
 class Combination(NamedTuple):
-    """What `combine` returns; the logits are `base + α · term`."""
+    """The parts of combined predictions; the logits are `base + α · term`."""
 
     base: Tensor
     """(…, B, N)"""
     term: Tensor
-    """(…, B, N), free of α"""
+    """(…, B, N), independent of α"""
     shares: Tensor
-    """(…, B, S): the softmax of eq. 8, 1/S for the average, the share of classes won for the maximum"""
+    """(…, B, S), weight of each source: the softmax of eq. 8; 1/S for the average; for the maximum, the share of the
+    classes where the source is the largest"""
     sources: tuple[str, ...]
     """names of the S sources, in the order of `shares`"""
 
     def logits(self, alpha: float) -> Tensor:
-        """Eq. 9: (…, B, N)."""
+        """Return the logits of eq. 9: (…, B, N)."""
         return self.base + alpha * self.term
 
 
 def standardise(p: Tensor) -> Tensor:
-    """z(p) of eq. 8: zero mean and unit variance (unbiased, N - 1) over the classes of each image; (…, N) → (…, N).
+    """Return z(p) of eq. 8: zero mean and unit variance (unbiased, N - 1) over the classes; (…, N) → (…, N).
 
-    A prediction that is flat up to rounding has no opinion and becomes zeros rather than noise blown up to unit size.
+    A prediction that is equal for all classes up to rounding becomes zeros, not rounding errors of unit variance.
     """
     mean = p.mean(dim=-1, keepdim=True)
     centred = p - mean
@@ -96,30 +97,29 @@ def standardise(p: Tensor) -> Tensor:
 
 
 def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble) -> Combination:
-    """Eq. 8-9 and the alternatives of table 5.
+    """Combine predictions by eq. 8-9 or by one of the alternatives of table 5.
 
     Args:
         zero_shot: p_ZS, (B, N).
-        caches: p_i by source name, each (…, B, N); leading axes (the values of β in a search) carry through to the
-        result.
-            Any positive factor per image leaves the result as it is.
+        caches: p_i by source name, each (…, B, N). Leading axes, such as the values of β in a search, are kept in the
+            result. A positive factor per image does not change the result.
         ensemble: the rule.
 
     Raises:
-        ValueError: fewer than two classes, an unknown source, or none left to add.
+        CafoError: fewer than two classes, an unknown source, or no source to combine.
     """
     if zero_shot.shape[-1] < 2:
         raise CafoError("an ensemble over classes needs at least two classes")
     names = tuple(caches) if ensemble.sources is None else ensemble.sources
-    wanted = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT, NOTHING})
-    if unknown := wanted - set(caches):
+    required = {*names, *ensemble.scales} | ({ensemble.baseline} - {ZERO_SHOT, NOTHING})
+    if unknown := required - set(caches):
         raise CafoError(f"no cache named {', '.join(sorted(unknown))}; there are {', '.join(caches) or 'none'}")
     base, predictions = zero_shot, {name: caches[name] for name in names}
     if ensemble.baseline == NOTHING:
         base = torch.zeros_like(zero_shot)
     elif ensemble.baseline != ZERO_SHOT:
-        # Table 5's other baselines: p_i and p_ZS change places. The sum of φ has no natural size (it shrinks with β),
-        # so the new base enters standardised, which keeps α comparable across β.
+        # Table 5's other baselines: p_i and p_ZS change places. The size of a sum of φ depends on β, so the new base is
+        # standardised, which keeps α comparable across β.
         base = standardise(caches[ensemble.baseline])
         predictions = {ZERO_SHOT: zero_shot} | {n: p for n, p in predictions.items() if n != ensemble.baseline}
     if not predictions:
@@ -127,8 +127,8 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
     z = [standardise(p) for p in predictions.values()]
     scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
     if ensemble.rule == "adaptive":
-        against = standardise(base)
-        agreement = torch.stack([(zi * against).sum(dim=-1) for zi in z])  # (S, …, B)
+        z_base = standardise(base)
+        agreement = torch.stack([(zi * z_base).sum(dim=-1) for zi in z])  # (S, …, B)
         shares = torch.softmax(agreement / ensemble.temperature, dim=0)
         term = torch.stack([share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)]).sum(dim=0)
     elif ensemble.rule == "average":
@@ -141,7 +141,7 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
 
 
 def table5(sources: tuple[str, ...]) -> dict[str, Ensemble]:
-    """The rows of the paper's table 5 for any number of sources, by label; and each source alone, without p_ZS."""
+    """Return the rows of the paper's table 5, by label, for any number of sources; and each source without p_ZS."""
     return {
         **{f"{name} alone": Ensemble(baseline=NOTHING, sources=(name,)) for name in sources},
         **{f"{name} only": Ensemble(sources=(name,)) for name in sources},

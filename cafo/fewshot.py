@@ -1,8 +1,8 @@
-"""The K-shot choice: seeded, independent of file order, saved with the run.
+"""Choose K training images of each class by a seed, independently of the order of files.
 
 CaFo (arXiv 2303.02151), section 4.1: K = 1, 2, 4, 8, 16 training images per class. Images are ranked within their class
 by a hash of seed and path, and the first K are taken. So the order of a listing does not matter, the same seed gives
-the same images on every machine, and the choices nest: K = 4 is part of K = 8.
+the same images on every machine, and choices of one seed nest: K = 4 is part of K = 8.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Literal
 
 from cafo.datasets import Item, stable_uniform
-from cafo.errors import CafoError
+from cafo.errors import CafoError, DatasetError
 from cafo.files import read_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """A choice, and the classes that could not give K images."""
+    """A few-shot choice, and the classes that have fewer than K images."""
 
     shots: int
     seed: int
     items: tuple[Item, ...]
     """by label, then by rank"""
     short: dict[str, int]
-    """{class name: images it has} where that is fewer than K; they are in `items` once each, never repeated"""
+    """{class name: number of images} of the classes with fewer than K; their images are in `items` once each"""
 
 
 def choose(
@@ -37,40 +37,46 @@ def choose(
     seed: int,
     short: Literal["error", "report"] = "error",
 ) -> FewShot:
-    """K images of every class of the class list.
+    """Choose K images of every class of the class list.
 
     Args:
-        short: what to do with a class that has fewer than K images: `error`, or `report` it in the result.
+        items: the training images.
+        class_names: the class list; label n is class_names[n].
+        shots: K.
+        seed: seed of the choice.
+        short: what to do with a class that has fewer than K images: raise an error, or report it in the result.
 
     Raises:
-        ValueError: a negative K, or a class with too few images under `error`.
+        CafoError: K is negative.
+        DatasetError: a class has fewer than K images and `short` is `error`.
     """
     if shots < 0:
         raise CafoError(f"shots must be at least 0, got {shots}")
     ranked: list[list[Item]] = [[] for _ in class_names]
     for item in sorted(set(items), key=lambda item: (stable_uniform(seed, item.path), item.path)):
         ranked[item.label].append(item)
-    lacking = {name: len(found) for name, found in zip(class_names, ranked, strict=True) if len(found) < shots}
+    counts = {name: len(images) for name, images in zip(class_names, ranked, strict=True)}
+    lacking = {name: count for name, count in counts.items() if count < shots}
     if lacking and short == "error":
         listed = ", ".join(f"{name} ({count})" for name, count in list(lacking.items())[:10])
-        raise CafoError(
+        raise DatasetError(
             f"{len(lacking)} of {len(class_names)} classes have fewer than {shots} training images: {listed}; "
             "take fewer shots, or allow short classes"
         )
-    chosen = tuple(item for found in ranked for item in found[:shots])
+    chosen = tuple(item for images in ranked for item in images[:shots])
     return FewShot(shots=shots, seed=seed, items=chosen, short=lacking)
 
 
 def save(choice: FewShot, path: str | Path) -> None:
-    """Write the choice as JSON, whole or not at all."""
+    """Write a choice as JSON, atomically."""
     write_json(path, asdict(choice))
 
 
 def load(path: str | Path) -> FewShot:
-    """Read a saved choice.
+    """Read a choice that `save` wrote.
 
     Raises:
-        ValueError: a missing or malformed file.
+        CafoError: the file is missing or malformed.
     """
     content = read_json(path, "give the few-shot file of an earlier run, or a seed")
     try:

@@ -1,9 +1,12 @@
-"""Step 1, prompt: a language model describes the classes, and CLIP's text tower turns the sentences into a classifier.
+"""Step 1, prompt: a language model describes the classes, and CLIP's text encoder makes a classifier of the sentences.
 
 CaFo (arXiv 2303.02151), section 3.2: five commands per class, ten answers each. Every sentence is encoded and
 normalised, the mean of a class is normalised again, and the N means are the columns of W ∈ R^{C×N}: p_ZS = 100 f W.
 
-File: JSON `{class name: [sentence, …]}`, CaFo's own format. A class name matches with underscores or with spaces.
+File: JSON `{class name: [sentence, …]}`, CaFo's own format. Class names are compared with underscores and spaces taken
+as equal.
+
+Legend: C width of CLIP's features, N classes, T sentences.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from cafo.errors import CafoError
 from cafo.files import as_path, read_json, write_json
 from cafo.openai_client import Endpoint, RateLimitedClient
 
-if TYPE_CHECKING:  # a protocol alone should not import the towers' libraries
+if TYPE_CHECKING:  # for a protocol only; importing it would import open_clip and timm
     from cafo.encoders import TextEncoder
 
 COMMANDS = (
@@ -31,21 +34,24 @@ COMMANDS = (
     "Describe an image from the internet of a {}",
     "A caption of an image of a {}:",
 )
-ANSWERS = 10
+"""The paper's five commands, with `{}` for the class name."""
 
-_TEXTS_AT_ONCE = 256
+ANSWERS = 10
+"""Answers to each command in the paper."""
+
+_TEXTS_PER_BATCH = 256
 
 
 class LanguageModel(Protocol):
-    """Whatever can answer a command about a class."""
+    """A model that answers a command about a class."""
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
-        """Up to `n` answers to `command`, in which `{}` stands for the class name."""
+        """Return up to `n` answers to `command`, in which `{}` stands for the class name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an endpoint's answers are drawn: varied, and short enough for CLIP's window."""
+    """Sampling settings of an endpoint; the defaults give varied answers that are short enough for CLIP's window."""
 
     temperature: float = 0.99
     max_tokens: int = 50
@@ -59,11 +65,11 @@ class EndpointModel:
         self._client, self._sampling = RateLimitedClient(endpoint), sampling or Sampling()
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
-        """Ask until there are `n` answers: many servers give one, whatever `n` says.
+        """Send requests until there are `n` answers: many servers return one per request, whatever `n` says.
 
         Raises:
-            ValueError: the endpoint's client or key is missing.
-            openai.OpenAIError: the endpoint refuses, or still fails after its retries.
+            CafoError: the `openai` package or the endpoint's key is missing.
+            openai.OpenAIError: the endpoint refuses the request, or still fails after the retries.
         """
         sampling = self._sampling
         answers: list[str] = []
@@ -93,44 +99,52 @@ def describe_classes(
     answers: int = ANSWERS,
     report: Callable[[str, int], None] = lambda class_name, sentences: None,
 ) -> dict[str, list[str]]:
-    """Ask every command about every class and write CaFo's JSON; classes already in the file are not asked again.
+    """Ask the model every command about every class, and write the answers as CaFo's JSON.
 
-    The file is rewritten, whole, after each class, so that a stop at any time loses one class at most.
+    Classes that the file already has are not asked again. The file is rewritten atomically after each class, so an
+    interruption loses one class at most.
 
     Args:
-        report: called with each class that was asked and how many sentences it got.
+        model: the language model.
+        class_names: the classes.
+        path: the JSON file.
+        commands: commands with one `{}` for the class name.
+        answers: answers to each command.
+        report: called after each class with its name and its number of sentences.
 
     Returns:
         {class name: sentences} of all classes.
 
     Raises:
-        ValueError: a command without `{}`, or a class to which the model answers nothing.
+        CafoError: a command without exactly one `{}`, or a class about which the model answers nothing.
     """
     if wrong := [command for command in commands if command.count("{}") != 1]:
         raise CafoError(f"a command needs one {{}} for the class name: {wrong[0]!r}")
     path = Path(path)
-    known = _read(path) if path.exists() else {}
+    known = _read_sentences(path) if path.exists() else {}
     for name in class_names:
-        if _find(known, name):
+        if _lookup(known, name):
             continue
         replies = [model.describe(name, command, answers) for command in commands]
         sentences = [" ".join(text.split()) for texts in replies for text in texts if text.strip()]
         if not sentences:
-            raise CafoError(f"the language model says nothing about {name!r}; what it said of others is kept")
+            raise CafoError(
+                f"the language model gave no answer about {name!r}; run again to retry, other classes are in {path}"
+            )
         known[name] = sentences
         write_json(path, known)
         report(name, len(sentences))
-    return {name: _find(known, name) for name in class_names}
+    return {name: _lookup(known, name) for name in class_names}
 
 
 def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list[str]]:
-    """{class name: sentences} of the class list from a file in CaFo's format; other classes of the file are left out.
+    """Read the sentences of the given classes from a file in CaFo's format: {class name: sentences}.
 
     Raises:
-        ValueError: the file is missing or malformed, or classes have no sentence (all named).
+        CafoError: the file is missing or malformed, or classes have no sentence; they are named.
     """
-    known = _read(as_path(path))
-    prompts = {name: _find(known, name) for name in class_names}
+    known = _read_sentences(as_path(path))
+    prompts = {name: _lookup(known, name) for name in class_names}
     if without := [name for name, sentences in prompts.items() if not sentences]:
         listed = ", ".join(without[:20]) + (" …" if len(without) > 20 else "")
         raise CafoError(
@@ -141,12 +155,12 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
 
 
 def template_prompts(templates: Sequence[str], class_names: Sequence[str]) -> dict[str, list[str]]:
-    """The fallback without a language model: the data set's templates, filled in."""
+    """Return the templates filled in with each class name; they take the place of a language model's sentences."""
     return {name: [template.format(with_spaces(name)) for template in templates] for name in class_names}
 
 
 def with_spaces(class_name: str) -> str:
-    """A class name as one says it: spaces for underscores."""
+    """Return a class name with spaces in place of underscores, as it is written in a sentence."""
     return class_name.replace("_", " ")
 
 
@@ -156,31 +170,36 @@ class Classifier(NamedTuple):
     weights: Tensor
     """W, (C, N) float32, columns of unit norm"""
     sentences: int
-    """how many were encoded"""
+    """number of sentences that were encoded"""
     truncated: tuple[str, ...]
-    """those over CLIP's window, which were cut"""
+    """sentences longer than CLIP's text window, which were cut"""
 
 
 def zero_shot_classifier(
     encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], class_names: Sequence[str]
 ) -> Classifier:
-    """Encode, normalise, average per class, normalise (section 3.2).
+    """Encode the sentences, average them for each class, and scale the means to unit norm (section 3.2).
+
+    Args:
+        encoder: CLIP's text encoder.
+        prompts: {class name: sentences}.
+        class_names: the N classes, in the order of the columns of W.
 
     Raises:
-        ValueError: classes without a sentence, all named.
+        CafoError: classes without a sentence; they are named.
     """
     if without := [name for name in class_names if not prompts.get(name)]:
         raise CafoError(f"no sentence for {len(without)} of {len(class_names)} classes: {', '.join(without[:20])}")
     texts = [text for name in class_names for text in prompts[name]]
     counts = [len(prompts[name]) for name in class_names]
-    batches = [texts[i : i + _TEXTS_AT_ONCE] for i in range(0, len(texts), _TEXTS_AT_ONCE)]
+    batches = [texts[i : i + _TEXTS_PER_BATCH] for i in range(0, len(texts), _TEXTS_PER_BATCH)]
     features = torch.cat([encoder.encode_text(batch).cpu() for batch in batches])  # (T, C)
     means = torch.stack([part.mean(dim=0) for part in features.split(counts)])
     truncated = tuple(text for text in texts if encoder.is_truncated(text))
     return Classifier(F.normalize(means, dim=-1).T.contiguous(), len(texts), truncated)
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def _read_sentences(path: Path) -> dict[str, list[str]]:
     content = read_json(path, "run the prompt step, or use templates")
     if not isinstance(content, dict):
         raise CafoError(f"{path} should be an object of class names and sentences, got a {type(content).__name__}")
@@ -190,5 +209,6 @@ def _read(path: Path) -> dict[str, list[str]]:
     return content
 
 
-def _find(known: Mapping[str, list[str]], name: str) -> list[str]:
+def _lookup(known: Mapping[str, list[str]], name: str) -> list[str]:
+    """Return the sentences of a class, whether its name is written with underscores or spaces."""
     return known.get(name) or known.get(with_spaces(name)) or known.get(name.replace(" ", "_")) or []

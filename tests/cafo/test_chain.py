@@ -1,4 +1,4 @@
-"""The library's parts in a row on real images: data set → choice → views → keys → training → search → file → test."""
+"""The library's parts in a row on images: data set → choice → views → keys → training → search → file → test."""
 
 import json
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from cafo import fewshot
@@ -18,25 +17,22 @@ from cafo.prompt import read_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
 from tests.cafo.test_encoders import RESNET
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "few_shot"
-
 
 def labels(items):
     return torch.tensor([item.label for item in items])
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no sample data at {SHARED}")
-def test_from_images_to_a_test_accuracy(tmp_path):
-    dataset = load_dataset("caltech101", SHARED)
+def test_from_images_to_a_test_accuracy(tmp_path, caltech):
+    dataset = load_dataset("caltech101", caltech)
     (tmp_path / "tiny.json").write_text(json.dumps(RESNET))
     encoders = {
         "clip": load_encoder(EncoderSpec(kind="clip", weights="random:0", config=str(tmp_path / "tiny.json"))),
         "dino": load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights="random:1")),
     }
-    prompts = read_prompts(SHARED / "caltech_prompts.json", dataset.class_names)
+    prompts = read_prompts(caltech / "caltech_prompts.json", dataset.class_names)
     prompts = {name: sentences[:2] for name, sentences in prompts.items()}
     classifier = zero_shot_classifier(encoders["clip"], prompts, dataset.class_names)
-    assert classifier.truncated  # the tiny tower's window is 11 tokens
+    assert classifier.truncated  # the tiny CLIP's text window is 11 tokens
 
     def features(items, view=None):
         images = [(item.path, load_image(dataset.image_root / item.path)) for item in items]
@@ -50,7 +46,7 @@ def test_from_images_to_a_test_accuracy(tmp_path):
     few = fewshot.choose(dataset.train, dataset.class_names, shots=2, seed=0)
     each = [features(few.items, view) for view in range(2)]
     views = {name: torch.stack([view[name] for view in each]) for name in encoders}
-    val = dataset.val[::4]
+    val = dataset.val
     cache = Cache(
         keys={name: mean_key(v) for name, v in views.items()},
         labels=labels(few.items),
@@ -72,7 +68,7 @@ def test_from_images_to_a_test_accuracy(tmp_path):
     assert right == found.correct  # search and prediction are one formula
     assert found.accuracy >= best.val_accuracy
     save_cache(chosen, tmp_path / "cache.safetensors")
-    test = dataset.open_test()[::8]
+    test = dataset.open_test()
     test_features = features(test)
     assert torch.equal(load_cache(tmp_path / "cache.safetensors").logits(test_features), chosen.logits(test_features))
 

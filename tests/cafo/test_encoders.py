@@ -39,7 +39,7 @@ def folder(tmp_path, config=VIT, model=None, **json_extra):
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
-def test_clip_is_open_clips_own_tower(tmp_path, config):
+def test_clip_equals_open_clips_own_model(tmp_path, config):
     model = tiny(config)
     encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path, config, model))))
     batch = torch.randn(3, 3, 32, 32)
@@ -84,7 +84,7 @@ def test_pooled_stages_of_a_resnet(tmp_path):
     torch.testing.assert_close(F.normalize(got[-1], dim=1), encoder.encode_image(batch))
 
 
-def test_a_tower_learns_nothing_while_others_train(tmp_path):
+def test_an_encoder_stays_frozen_while_others_train(tmp_path):
     """Not even the running means of its batch norms move, to the bit."""
     encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path, RESNET))))
     before = {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
@@ -168,7 +168,9 @@ def activation(name, path, **kwargs):
 
 
 def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("cafo.encoder_weights._assemble", lambda *a: (_ for _ in ()).throw(ValueError("assembled")))
+    monkeypatch.setattr(
+        "cafo.encoder_weights._assemble", lambda *a, **k: (_ for _ in ()).throw(ValueError("assembled"))
+    )
     plain, openai = tmp_path / "plain.pt", tmp_path / "openai.pt"
     torch.save({"w": torch.zeros(1)}, plain)
     scalars = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
@@ -184,7 +186,7 @@ def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
     assert "is stated" in activation("RN50-quickgelu", openai, quick_gelu=False)
     assert activation("RN50-quickgelu", openai) == "assembled"
     # a published file is known by its digest
-    monkeypatch.setattr("cafo.encoder_weights._published", lambda path: {"quick_gelu": False})
+    monkeypatch.setattr("cafo.encoder_weights._published_entry", lambda path: {"quick_gelu": False})
     assert "use ViT-B-32" in activation("ViT-B-32-quickgelu", plain)
     assert activation("ViT-B-32", plain) == "assembled"
     # a tag is known by open_clip's table
@@ -197,15 +199,15 @@ def test_the_activation_must_match_the_weights(tmp_path, monkeypatch):
 def test_published_files_are_recognised_by_digest(tmp_path, monkeypatch):
     import hashlib
 
-    from cafo.encoder_weights import _published
+    from cafo.encoder_weights import _published_entry
 
     (tmp_path / "w.pt").write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
     entry = {"url": f"https://example.org/models/{digest}/RN50.pt", "quick_gelu": True}
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: entry)
-    assert _published(tmp_path / "w.pt") == entry
+    assert _published_entry(tmp_path / "w.pt") == entry
     (tmp_path / "w.pt").write_bytes(b"other")
-    assert _published(tmp_path / "w.pt") == {}
+    assert _published_entry(tmp_path / "w.pt") == {}
 
 
 def test_unknown_names_and_files_say_so(tmp_path):
@@ -224,7 +226,7 @@ def test_unknown_names_and_files_say_so(tmp_path):
             load_encoder(spec)
 
 
-def test_random_towers_are_reproducible_and_leave_the_rng_alone():
+def test_random_encoders_are_reproducible_and_leave_the_rng_alone():
     state = torch.random.get_rng_state()
     one, same, other = (
         load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=f"random:{seed}")) for seed in (3, 3, 4)
@@ -302,9 +304,9 @@ def test_pixels_are_the_picture_itself():
     torch.testing.assert_close(encoder.encode_image(encoder.preprocess(image)[None])[0], F.normalize(flat, dim=0))
 
 
-def test_a_tower_of_ones_own_and_features_that_are_not_finite():
-    tower = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 5 * 5, 7))
-    encoder = ImageEncoder(tower, name="own", preprocess=Preprocess(size=5, resize=5))
+def test_a_custom_network_and_features_that_are_not_finite():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 5 * 5, 7))
+    encoder = ImageEncoder(network, name="own", preprocess=Preprocess(size=5, resize=5))
     assert encoder.width == 7
     batch = torch.randn(3, 3, 5, 5)
     assert encoder.encode_image(batch).norm(dim=1).tolist() == pytest.approx([1, 1, 1])

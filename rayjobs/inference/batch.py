@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
     """the file of their rows"""
     records: str
     """JSON"""
-    count: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class BatchGenerator:
         missing = [chunk for chunk in chunks if not chunk.part.exists()]
         if missing:
             connect(self.parts)
-            total, left = (sum(chunk.count for chunk in some) for some in (chunks, missing))
+            total, left = (sum(chunk.size for chunk in some) for some in (chunks, missing))
             progress = Progress("generate", unit="records", total=total, done=total - left)
             with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
                 for row in self._generated(missing).iter_rows():

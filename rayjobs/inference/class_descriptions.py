@@ -14,8 +14,8 @@ from cafo.prompt import (
 )
 from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig
-from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.download import cached_path
+from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import AnyPath, FileOrName
 
 

@@ -1,9 +1,12 @@
-"""ScienceQA over workers: every problem answered by greedy decoding or by the likelihood of its options, then the
-paper's table."""
+"""Evaluate on ScienceQA: generate every problem's answer, or score its options by likelihood; then the paper's table.
+
+Decoding is greedy. An answer is read out of the generated text; a text that names no option counts as wrong.
+"""
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,81 +24,91 @@ from rayjobs.storage.files import write_text
 Reading = Literal["generate", "likelihood"]
 
 MAX_ANSWER_TOKENS = 32
-"""Tokens of an answer; `The answer is (A).` has about eight."""
+"""Maximum number of generated tokens; `The answer is (A).` has about eight."""
 
 PREDICTIONS = pa.schema(
     [
         ("pid", pa.string()),
-        ("text", pa.string()),  # what was generated; empty where options were scored
-        ("predicted", pa.string()),  # the option's letter; null where the text names none
+        ("text", pa.string()),  # the generated text; empty if options were scored
+        ("predicted", pa.string()),  # the option's letter; null if the text names none, or the best options are tied
         ("answer", pa.string()),
         ("correct", pa.bool_()),
-        ("log_likelihoods", pa.list_(pa.float64())),  # of every option's answer, where they were scored
-        ("error", pa.string()),  # why it could not be asked at all
-        ("shortened", pa.bool_()),  # whether its context lost its beginning, for the prompt to fit
+        ("log_likelihoods", pa.list_(pa.float64())),  # of every option's answer, if options were scored
+        ("error", pa.string()),  # why the problem could not be put to the model
+        ("shortened", pa.bool_()),  # whether its context lost its beginning to fit into the window
         ("image_error", pa.string()),  # why its image could not be read; it was then answered without
     ]
 )
 
 
+@dataclass(frozen=True)
 class AnswerProblems:
-    """What a worker does with a chunk of problems."""
+    """A `GenerationTask`: predicts the answers of a chunk of problem records."""
 
-    def __init__(self, template: PromptTemplate, reading: Reading, max_length: int) -> None:
-        self.template, self.reading, self.max_length = template, reading, max_length
+    template: PromptTemplate
+    reading: Reading
+    max_length: int
+    """tokens of a prompt with its answer"""
 
-    def __call__(self, base: AdaptedModel) -> Callable[[list[Record], list[Tensor | None]], list[Record]]:
-        return lambda records, images: list(self.answered(base, records, images))
-
-    def answered(self, base: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> Iterator[Record]:
+    def __call__(self, model: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> list[Record]:
         """A row of `PREDICTIONS` for each problem."""
-        window = min(base.model.config.max_seq_len, self.max_length)
-        generating = self.reading == "generate"
-        asked: list[list[Example]] = []
-        for record in records:
-            outputs = [record["output"]] if generating else record["outputs"]
-            try:
-                asked.append([self._example(record, o, base, window - MAX_ANSWER_TOKENS * generating) for o in outputs])
-            except RecordError as error:
-                asked.append([])
-                record["error"] = str(error)
-        examples = [example for mine in asked for example in mine]
-        seen = [image for image, mine in zip(images, asked, strict=True) for _ in mine]
-        if generating:
+        window = min(model.model.config.max_seq_len, self.max_length)
+        prompt_window = window - MAX_ANSWER_TOKENS if self.reading == "generate" else window
+        encoded = [self._encode(record, model, prompt_window) for record in records]
+        examples = [example for of_problem, _ in encoded for example in of_problem]
+        seen = [image for image, (of_problem, _) in zip(images, encoded, strict=True) for _ in of_problem]
+        outputs: Iterator[Any]
+        if self.reading == "generate":
             prompts = [example.ids[: example.label_start] for example in examples]
-            texts = iter(base.continue_ids(prompts, images=seen, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0))
+            outputs = iter(
+                model.generate_from_ids(prompts, images=seen, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
+            )
         else:
-            losses = iter(base.losses(examples, images=seen))
-        for record, mine in zip(records, asked, strict=True):
-            predicted, text, scores = None, "", None
-            if mine and generating:
-                text = next(texts)
-                predicted = read_answer(text, record["choices"])
-            elif mine:
-                scores = [-next(losses) for _ in mine]
-                best = max(scores)
-                predicted = scores.index(best) if scores.count(best) == 1 else None
-            yield {
-                "pid": record["pid"],
-                "text": text,
-                "predicted": None if predicted is None else LETTERS[predicted],
-                "answer": LETTERS[record["answer"]],
-                "correct": predicted == record["answer"],
-                "log_likelihoods": scores,
-                "error": record.get("error", ""),
-                "shortened": any(example.input != record["input"] for example in mine),
-                "image_error": record.get("image_error", ""),
-            }
+            outputs = iter(model.losses(examples, images=seen))
+        return [
+            self._prediction(record, of_problem, [next(outputs) for _ in of_problem], error)
+            for record, (of_problem, error) in zip(records, encoded, strict=True)
+        ]
 
-    def _example(self, record: Record, output: str, base: AdaptedModel, length: int) -> Example:
-        example = encode_record({**record, "output": output}, base.tokenizer, self.template, max_length=length)
-        pieces = base.tokenizer.encode(record["options"], bos=False, eos=False)
-        if example.input != record["input"] and not example.input.endswith(base.tokenizer.decode(pieces)):
+    def _encode(self, record: Record, model: AdaptedModel, window: int) -> tuple[list[Example], str]:
+        """The problem with its own answer, or with each option's if options are scored; or why it does not fit."""
+        outputs = [record["output"]] if self.reading == "generate" else record["outputs"]
+        try:
+            return [self._example(record, output, model, window) for output in outputs], ""
+        except RecordError as error:
+            return [], str(error)
+
+    def _example(self, record: Record, output: str, model: AdaptedModel, length: int) -> Example:
+        example = encode_record({**record, "output": output}, model.tokenizer, self.template, max_length=length)
+        options = model.tokenizer.encode(record["options"], bos=False, eos=False)
+        if example.input != record["input"] and not example.input.endswith(model.tokenizer.decode(options)):
             raise RecordError(f"question and options are more than fit into {length} tokens: options would be lost")
         return example
 
+    def _prediction(self, record: Record, examples: list[Example], outputs: list[Any], error: str) -> Record:
+        """outputs: the generated text, or each option's loss; empty if there was an error."""
+        predicted, text, scores = None, "", None
+        if outputs and self.reading == "generate":
+            (text,) = outputs
+            predicted = read_answer(text, record["choices"])
+        elif outputs:
+            scores = [-loss for loss in outputs]
+            best = max(scores)
+            predicted = scores.index(best) if scores.count(best) == 1 else None
+        return {
+            "pid": record["pid"],
+            "text": text,
+            "predicted": None if predicted is None else LETTERS[predicted],
+            "answer": LETTERS[record["answer"]],
+            "correct": predicted == record["answer"],
+            "log_likelihoods": scores,
+            "error": error,
+            "shortened": any(example.input != record["input"] for example in examples),
+            "image_error": record.get("image_error", ""),
+        }
 
-def asked(problem: Problem) -> Record:
+
+def problem_record(problem: Problem) -> Record:
     """A problem as a record for `AnswerProblems`."""
     outputs = [problem.record(i)["output"] for i in range(len(problem.choices))]
     return {
@@ -108,12 +121,19 @@ def asked(problem: Problem) -> Record:
     }
 
 
-def summarise(name: str, problems: list[Problem], predictions: pa.Table, folder: Path) -> dict[str, Any]:
-    """The result of an evaluation; writes its table as `table.md` and `table.csv`."""
+def rejected_problems(predictions: pa.Table) -> list[dict[str, str]]:
+    """{pid, reason} of the problems that did not fit, or were answered without their image."""
+    rows = predictions.select(["pid", "error", "image_error"]).to_pylist()
+    reasons = [{"pid": row["pid"], "reason": row["error"] or row["image_error"]} for row in rows]
+    return [row for row in reasons if row["reason"]]
+
+
+def summarize(name: str, problems: list[Problem], predictions: pa.Table, folder: Path) -> dict[str, Any]:
+    """The result of an evaluation; its table is also written as `table.md` and `table.csv`."""
     letters = predictions["predicted"].to_pylist()
-    found = [None if letter is None else LETTERS.index(letter) for letter in letters]
-    counts, rows = tabulate(name, problems, found)
-    columns, lines = table(counts, rows)
+    predicted = [None if letter is None else LETTERS.index(letter) for letter in letters]
+    counts, rows = tabulate(name, problems, predicted)
+    columns, lines = accuracy_table(counts, rows)
     rule = ["---"] + ["---:"] * (len(columns) - 1)
     write_text(folder / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in [columns, rule, *lines]))
     written = io.StringIO()
@@ -132,26 +152,27 @@ def summarise(name: str, problems: list[Problem], predictions: pa.Table, folder:
     }
 
 
-def examples(
-    problems: Sequence[Problem], answered: Sequence[Mapping[str, Any]], root: Path
+def prediction_examples(
+    problems: Sequence[Problem], predictions: Sequence[Mapping[str, Any]], root: Path
 ) -> tuple[list[tuple[Path, str]], str]:
-    """Some problems with an image for `write_examples`: question and options, and the option that was taken.
+    """Some problems with an image, for `write_examples`: (image, caption), and a note.
 
-    answered: a row of `PREDICTIONS` for each problem. root: what the images' paths start from.
+    A caption is the question and the predicted option. predictions: a row of `PREDICTIONS` for each problem. root: the
+    folder that image paths start from.
     """
-    seen = [i for i, problem in enumerate(problems) if problem.image]
-    wrong, right = ([i for i in seen if answered[i]["correct"] == correct] for correct in (False, True))
-    shown = []
+    with_image = [i for i, problem in enumerate(problems) if problem.image]
+    wrong, right = ([i for i in with_image if predictions[i]["correct"] == correct] for correct in (False, True))
+    examples = []
     for i in mistakes_first(wrong, right):
         options = dict(zip(LETTERS, problems[i].choices, strict=False))
-        taken = options.get(answered[i]["predicted"], "no answer")
-        truth = "" if answered[i]["correct"] else f", not {options[answered[i]['answer']]}"
-        shown.append((root / problems[i].image, f"{problems[i].question} {taken}{truth}"))
-    return shown, f"Problems with an image: {ORDER}"
+        predicted = options.get(predictions[i]["predicted"], "no answer")
+        truth = "" if predictions[i]["correct"] else f", not {options[predictions[i]['answer']]}"
+        examples.append((root / problems[i].image, f"{problems[i].question} {predicted}{truth}"))
+    return examples, f"Problems with an image: {ORDER}"
 
 
-def table(counts: dict[str, int], rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: percent by class, how many problems each class has, the baselines, the paper's."""
-    groups = (*CLASSES, AVERAGE)
-    lines = [[row.name, *(f"{row.accuracy[g]:.2f}" if g in row.accuracy else "" for g in groups)] for row in rows]
-    return ["accuracy, %", *groups], [["problems here", *(str(counts[g]) for g in groups)], *lines]
+def accuracy_table(counts: dict[str, int], rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: percent by class; the first line is the number of problems, then each model and baseline."""
+    classes = (*CLASSES, AVERAGE)
+    lines = [[row.name, *(f"{row.accuracy[c]:.2f}" if c in row.accuracy else "" for c in classes)] for row in rows]
+    return ["accuracy, %", *classes], [["problems here", *(str(counts[c]) for c in classes)], *lines]

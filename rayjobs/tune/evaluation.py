@@ -127,7 +127,7 @@ def _zero_shot_name(choice: ChosenSetting) -> str:
 def _score_cache(
     target: str, choice: ChosenSetting, seed: int, cache: Cache, features: dict[str, Tensor], labels: Tensor
 ) -> TargetScore:
-    combination = cache.combined(features)
+    combination = cache.combine_in_blocks(features)
     winner = combination.shares.argmax(dim=1)
     return TargetScore(
         target=target,

@@ -1,4 +1,4 @@
-"""ScienceQA over workers: the real problems, a really trained tiny LLaMA, images read by an encoder, and going on."""
+"""ScienceQA over workers: problems of every class, a trained small LLaMA, images read by an encoder, and going on."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from adapter.adaption import AdaptionConfig
 from adapter.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.config import load, to_dict
 from rayjobs.inference.batch import GenerationWorker, read_pixels
-from rayjobs.inference.scienceqa import AnswerProblems, Reading, asked
+from rayjobs.inference.scienceqa import AnswerProblems, Reading, problem_record
 from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import write_json, write_jsonl
@@ -23,17 +23,17 @@ from tests.rayjobs.cafo_dataset import make_encoders
 
 
 @pytest.fixture
-def settings(shared: Path, tmp_path: Path) -> adapter_eval.Config:
-    """A random adapter that reads images, on stories260K."""
+def settings(trained_llama: Path, scienceqa: Path, tmp_path: Path) -> adapter_eval.Config:
+    """A random adapter that reads images, on the trained LLaMA."""
     encoder = make_encoders(tmp_path / "encoders")["clip"]
-    base = AdaptedModel.from_pretrained(shared / "llama" / "stories260K")
+    base = AdaptedModel.from_pretrained(trained_llama)
     given = {
-        "base": {"path": str(shared / "llama" / "stories260K")},
+        "base": {"path": str(trained_llama)},
         "adapter": str(tmp_path / "adapter.safetensors"),
         "vision": {"encoder": encoder, "bottleneck": 5},
         "task": "scienceqa",
-        "data": {"path": [str(shared / "scienceqa")]},
-        "batch_size": 64,
+        "data": {"path": [str(scienceqa)]},
+        "batch_size": 12,
         "run": {"name": "eval", "storage": str(tmp_path / "runs")},
     }
     built = load(adapter_eval.Config, given)
@@ -46,20 +46,20 @@ def settings(shared: Path, tmp_path: Path) -> adapter_eval.Config:
 
 
 @pytest.mark.ray
-def test_the_real_problems_are_answered_tabled_and_taken_up_again(
-    settings: adapter_eval.Config, shared: Path, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+def test_problems_are_answered_tabled_and_taken_up_again(
+    settings: adapter_eval.Config, scienceqa: Path, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copied = tmp_path / "scienceqa"
-    shutil.copytree(shared / "scienceqa", copied)
+    shutil.copytree(scienceqa, copied)
     problems = read_problems(copied, "test")
     pictured = [problem for problem in problems if problem.image]
     (copied / pictured[0].image).unlink()
     (copied / pictured[1].image).write_bytes(b"no image")
     built = load(adapter_eval.Config, {**to_dict(settings), "data": {"path": [str(copied)]}})
     result = adapter_eval.run(built)
-    assert (result["problems"], result["with_image"], result["unreadable_images"]) == (361, 167, 2)
+    assert (result["problems"], result["with_image"], result["unreadable_images"]) == (60, 24, 2)
     counts = result["accuracy_by_class"][0]
-    assert [counts[name] for name in ("NAT", "IMG", "NO", "average")] == ["186", "167", "124", "361"]
+    assert [counts[name] for name in ("NAT", "IMG", "NO", "average")] == ["20", "24", "12", "60"]
     table = (built.run.folder / "table.md").read_text()
     assert re.search(r"\| LLaMA-Adapter 7B \(1.8 M\), published \| 84.37 \|", table)
     assert "average" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
     report = unescape((built.run.folder / "report.html").read_text())
     assert all(row["image_error"] in report for row in predictions)
     right = sum(row["correct"] for row in predictions)
-    assert result["accuracy"] == pytest.approx(100 * right / 361, abs=0.01)
+    assert result["accuracy"] == pytest.approx(100 * right / 60, abs=0.01)
 
     parts = sorted((built.run.folder / "parts").glob("*.parquet"))
     stamps = [path.stat().st_mtime_ns for path in parts]
@@ -92,11 +92,11 @@ def test_the_real_problems_are_answered_tabled_and_taken_up_again(
 
 @pytest.mark.ray
 def test_blind_answers_say_how_many_images_were_left_out(
-    settings: adapter_eval.Config, shared: Path, tmp_path: Path, cluster: None
+    settings: adapter_eval.Config, scienceqa: Path, tmp_path: Path, cluster: None
 ) -> None:
-    few, problems = tmp_path / "few", read_problems(shared / "scienceqa", "test")[:9]
+    few, problems = tmp_path / "few", read_problems(scienceqa, "test")[:9]
     few.mkdir()
-    shutil.copy(shared / "scienceqa" / "problems.json", few)
+    shutil.copy(scienceqa / "problems.json", few)
     write_json(few / "pid_splits.json", {"test": [problem.pid for problem in problems]})
     built = load(adapter_eval.Config, {**to_dict(settings), "data": {"path": [str(few)]}, "blind": True})
     result = adapter_eval.run(built)
@@ -122,7 +122,7 @@ def test_an_adapter_that_reads_images_is_given_its_own_encoder_or_told_to_be_bli
             {"vision": {**given["vision"], "encoder": {**given["vision"]["encoder"], "precision": "bf16"}}},
             "was trained with",
         ),
-        ({"adapter": None}, "a bare base cannot read images"),
+        ({"adapter": None}, "the base model alone cannot read images"),
         ({"adapter": text_only}, r"text\.safetensors cannot read images"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -138,18 +138,18 @@ def test_an_adapter_that_reads_images_is_given_its_own_encoder_or_told_to_be_bli
         adapter_generate.plan(load(adapter_generate.Config, {**question, "image": "a.png"}))
 
 
-def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, shared: Path) -> None:
+def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, scienceqa: Path) -> None:
     conditioning = settings.vision.open()
-    problems = [problem for problem in read_problems(shared / "scienceqa", "test") if problem.image][:3]
-    pixels = [read_pixels(shared / "scienceqa" / problem.image, conditioning)[0] for problem in problems]
-    worker = GenerationWorker(
-        AnswerProblems(TEMPLATE, "likelihood", 512), None, settings.base, settings.adapter, conditioning, "cpu"
-    )
-    rows = worker.answer([asked(problem) for problem in problems], worker.see(pixels))
-    blind = worker.answer([asked(problem) for problem in problems], [None] * 3)
+    problems = [problem for problem in read_problems(scienceqa, "test") if problem.image][:3]
+    pixels = [read_pixels(scienceqa / problem.image, conditioning)[0] for problem in problems]
+    task = AnswerProblems(TEMPLATE, "likelihood", 512)
+    worker = GenerationWorker(task, None, settings, conditioning, "cpu")
+    features = worker.encode_images(pixels)
+    rows = task(worker.model, [problem_record(problem) for problem in problems], features)
+    blind = task(worker.model, [problem_record(problem) for problem in problems], [None] * 3)
     base = AdaptedModel.from_pretrained(settings.base.path)
     base.load_adapter(settings.adapter)
-    for problem, row, unseen, image in zip(problems, rows, blind, worker.see(pixels), strict=True):
+    for problem, row, unseen, image in zip(problems, rows, blind, features, strict=True):
         assert len(row["log_likelihoods"]) == len(problem.choices)
         assert row["log_likelihoods"] != pytest.approx(unseen["log_likelihoods"], abs=1e-3)
         record = problem.record(1)
@@ -161,22 +161,22 @@ def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter
             TEMPLATE.render(record["instruction"], record["input"]) + record["output"], bos=True, eos=True
         )
         answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else answer
-        log_p = base.model(torch.tensor([prompt + answer]), images=base.model.images([image]))[0].log_softmax(-1)
+        log_p = base.model(torch.tensor([prompt + answer]), images=base.model.batch_images([image]))[0].log_softmax(-1)
         expected = sum(log_p[len(prompt) + i - 1, id].item() for i, id in enumerate(answer))
         assert row["log_likelihoods"][1] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("reading", ["generate", "likelihood"])
-def test_context_gives_way_and_options_never(shared: Path, reading: Reading) -> None:
+def test_context_gives_way_and_options_never(trained_llama: Path, scienceqa: Path, reading: Reading) -> None:
     """A problem that is too long for question and options to fit is told, and counts as unanswered: never as an A."""
-    base = AdaptedModel.from_pretrained(shared / "llama" / "stories260K")
-    problem = next(problem for problem in read_problems(shared / "scienceqa", "test") if not problem.hint)
-    asked_as_is = asked(problem)
-    no_room = {**asked_as_is, "instruction": "why " * 600}
-    shortened = asked(replace(problem, hint="why " * 600))
-    options_lost = asked(replace(problem, choices=("red " * 150, "blue " * 150)))
-    given = [no_room, shortened, options_lost, asked_as_is]
-    rows = list(AnswerProblems(TEMPLATE, reading, 512).answered(base, given, [None] * 4))
+    base = AdaptedModel.from_pretrained(trained_llama)
+    problem = next(problem for problem in read_problems(scienceqa, "test") if not problem.hint)
+    as_it_is = problem_record(problem)
+    no_room = {**as_it_is, "instruction": "why " * 600}
+    shortened = problem_record(replace(problem, hint="why " * 600))
+    options_lost = problem_record(replace(problem, choices=("red " * 150, "blue " * 150)))
+    given = [no_room, shortened, options_lost, as_it_is]
+    rows = AnswerProblems(TEMPLATE, reading, 512)(base, given, [None] * 4)
     assert [row["shortened"] for row in rows] == [False, True, False, False]
     assert "leaves no label" in rows[0]["error"]
     assert "options would be lost" in rows[2]["error"]
@@ -192,5 +192,5 @@ def test_equally_likely_options_are_no_answer(tiny_base: Path, monkeypatch: pyte
     problem = Problem(
         pid="1", question="the", choices=("a", "b", "c"), answer=0, hint="", image="", subject="social science", grade=1
     )
-    found = AnswerProblems(TEMPLATE, "likelihood", 512).answered(base, [asked(problem)] * 2, [None] * 2)
+    found = AnswerProblems(TEMPLATE, "likelihood", 512)(base, [problem_record(problem)] * 2, [None] * 2)
     assert [row["predicted"] for row in found] == [None, "A"]

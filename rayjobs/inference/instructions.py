@@ -1,0 +1,77 @@
+"""Answer instruction records: the decoding settings, the task of a worker, and the file of answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pydantic import Field
+from torch import Tensor
+
+from adapter.instruct import PromptTemplate
+from adapter.model import AdaptedModel
+from rayjobs.config import config
+from rayjobs.inference.batch import Record
+from rayjobs.storage.files import write_jsonl, write_parquet
+
+ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
+
+
+@config
+class DecodingConfig:
+    """How answers are decoded; the defaults are those of LLaMA-Adapter."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Maximum number of tokens of an answer."""
+    temperature: float = Field(default=0.1, ge=0)
+    """Sampling temperature; 0 is greedy decoding."""
+    top_p: float = Field(default=0.75, gt=0, le=1)
+    """Sample from the most likely tokens whose probabilities add up to this."""
+    seed: int = Field(default=0, ge=0)
+    """Sampling seed."""
+
+
+@dataclass(frozen=True)
+class AnswerInstructions:
+    """A `GenerationTask`: answers a chunk of instruction records."""
+
+    template: PromptTemplate
+    decoding: DecodingConfig
+
+    def __call__(self, model: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> list[Record]:
+        """A row of `ANSWERS` for each record."""
+        answers = self.answers(model, [(record["instruction"], record["input"]) for record in records], images)
+        return [
+            {**{name: record.get(name) or "" for name in ANSWERS.names}, "answer": answer}
+            for record, answer in zip(records, answers, strict=True)
+        ]
+
+    def answers(
+        self, model: AdaptedModel, instructions: Sequence[tuple[str, str]], images: Sequence[Tensor | None]
+    ) -> list[str]:
+        """Answers to (instruction, input) pairs.
+
+        The space that the tokenizer puts before the first word is removed.
+        """
+        texts = model.generate(
+            [self.template.render(instruction, text) for instruction, text in instructions],
+            images=images,
+            max_new_tokens=self.decoding.max_new_tokens,
+            temperature=self.decoding.temperature,
+            top_p=self.decoding.top_p,
+            seed=self.decoding.seed,
+        )
+        return [text.strip() for text in texts]
+
+
+def write_answers(path: Path, answers: pa.Table) -> None:
+    """Write answers as Parquet or JSONL, by the path's suffix."""
+    if path.suffix == ".parquet":
+        write_parquet(path, answers)
+    else:
+        write_jsonl(path, answers.to_pylist())
+
+
+def evenly_spaced(rows: list[Record], count: int = 12) -> list[Record]:
+    """Up to `count` of the rows, at equal distances."""
+    return rows[:: max(1, len(rows) // count)][:count]

@@ -3,8 +3,6 @@
 Decoding is greedy. An answer is read out of the generated text; a text that names no option counts as wrong.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from adapter.model import AdaptedModel
 from adapter.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from rayjobs.inference.batch import Record
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
+from rayjobs.reporting.tables import markdown_table, write_csv
 from rayjobs.storage.files import write_text
 
 Reading = Literal["generate", "likelihood"]
@@ -134,11 +133,8 @@ def summarize(name: str, problems: list[Problem], predictions: pa.Table, folder:
     predicted = [None if letter is None else LETTERS.index(letter) for letter in letters]
     counts, rows = tabulate(name, problems, predicted)
     columns, lines = accuracy_table(counts, rows)
-    rule = ["---"] + ["---:"] * (len(columns) - 1)
-    write_text(folder / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in [columns, rule, *lines]))
-    written = io.StringIO()
-    csv.writer(written, lineterminator="\n").writerows([columns, *lines])
-    write_text(folder / "table.csv", written.getvalue())
+    write_text(folder / "table.md", markdown_table(columns, lines))
+    write_csv(folder / "table.csv", columns, lines)
     return {
         "headline": f"{rows[0].accuracy[AVERAGE]:.2f}% of {len(problems):,} problems",
         "problems": len(problems),

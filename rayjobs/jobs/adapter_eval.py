@@ -14,7 +14,7 @@ from adapter.scienceqa import read_problems
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
-from rayjobs.console import show_table
+from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
@@ -97,8 +97,7 @@ def run(settings: Config) -> dict[str, Any]:
     else:
         result = measure_loss(settings, tokenizer, conditioning)
     write_json(settings.run.folder / "result.json", result)
-    plain = [[name.replace("_", " "), str(value)] for name, value in result.items() if not isinstance(value, list)]
-    show_table(settings.run.name, ["", ""], plain)
+    show_result(settings.run.name, result)
     return result
 
 

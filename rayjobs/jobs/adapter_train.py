@@ -19,7 +19,7 @@ from adapter.image_projection import ImageProjectionConfig as Projected
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
-from rayjobs.console import show_table
+from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
 from rayjobs.data.records import DataConfig
@@ -144,7 +144,7 @@ def run(settings: Config) -> dict[str, Any]:
     if not (folder / "result.json").exists():
         _train(settings, checkpoint, tokenizer, conditioning)
     result = read_json(folder / "result.json")
-    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    show_result(settings.run.name, result)
     return result
 
 
@@ -202,7 +202,7 @@ def _train(settings: Config, checkpoint: Checkpoint, tokenizer: Path, conditioni
         adaption=adaption,
         store=store,
         weights=tuple(source.weight for source in settings.data.sources()),
-        pictures=pictures,
+        images=pictures,
         encoder=conditioning.encoder if isinstance(pictures, StreamedImages) and conditioning else None,
         train=settings.train,
         optimizer=settings.optimizer,

@@ -17,7 +17,7 @@ from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import Features, open_encoders, prepare_features
+from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list
 from rayjobs.errors import ConfigError, DataError
@@ -150,14 +150,14 @@ def encode(
     encoders = open_encoders({name: swept.encoders[name] for name in used})
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     check_same_encoders(chosen, settings.run.folder / "trials", identities)
-    return prepare_features(
-        lists,
-        encoders,
-        swept.features,
-        swept.run.cache_folder,
+    store = FeatureStore(
+        encoders=encoders,
+        settings=swept.features,
+        cache=swept.run.cache_folder,
         workers=settings.scale.workers.max,
         resources=resources,
     )
+    return store.load(lists)
 
 
 def _headline(target: str, scores: Sequence[TargetScore], chosen: Sequence[ChosenSetting]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
-from rayjobs.console import show_table
-from rayjobs.data.feature_store import FeaturesConfig, open_encoders, prepare_features
+from rayjobs.console import show_result, show_table
+from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.lifecycle import job
@@ -76,14 +76,14 @@ def run(settings: Config) -> dict[str, Any]:
     folder: Path = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     resources = settings.scale.resources()
-    found = prepare_features(
-        lists,
-        open_encoders(settings.encoders),
-        settings.features,
-        settings.run.cache_folder,
+    store = FeatureStore(
+        encoders=open_encoders(settings.encoders),
+        settings=settings.features,
+        cache=settings.run.cache_folder,
         workers=settings.scale.workers.max,
         resources=resources,
     )
+    found = store.load(lists)
     rejected = [reject for features in found.values() for reject in features.rejected]
     write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
     encoded = sum(len(features.rows) for features in found.values())
@@ -92,5 +92,5 @@ def run(settings: Config) -> dict[str, Any]:
     result |= {f"{role}_images": len(features.rows) for role, features in found.items()}
     result |= {"rejected_images": len(rejected)}
     write_json(folder / "result.json", result)
-    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    show_result(settings.run.name, result)
     return result

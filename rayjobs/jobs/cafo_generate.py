@@ -16,7 +16,7 @@ from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
-from rayjobs.console import Progress, show_table
+from rayjobs.console import Progress, show_result, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import UserError
@@ -223,7 +223,7 @@ def run(settings: Config) -> dict[str, Any]:
         "list": str(settings.list_path),
     }
     write_json(folder / "result.json", result)
-    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    show_result(settings.run.name, result)
     return result
 
 

@@ -22,7 +22,7 @@ from cafo.prompt import (
 )
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
-from rayjobs.console import Progress, show_table
+from rayjobs.console import Progress, show_result, show_table
 from rayjobs.data.class_names import ClassNames, check_template, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import UserError
@@ -131,7 +131,7 @@ def run(settings: Config) -> dict[str, Any]:
         "prompts": str(path),
     }
     write_json(folder / "result.json", result)
-    show_table(settings.run.name, ["", ""], [[name.replace("_", " "), str(value)] for name, value in result.items()])
+    show_result(settings.run.name, result)
     return result
 
 

@@ -16,7 +16,7 @@ from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import FeaturesConfig, open_encoders, prepare_features
+from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.data.text_classifier import prepare_classifier
@@ -161,9 +161,14 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], fol
         plain_list("val", dataset.image_root, dataset.val),
     ]
     lists = [images for images in lists if images.items]
-    features = prepare_features(
-        lists, encoders, settings.features, cache, workers=settings.scale.workers.max, resources=resources
+    store = FeatureStore(
+        encoders=encoders,
+        settings=settings.features,
+        cache=cache,
+        workers=settings.scale.workers.max,
+        resources=resources,
     )
+    features = store.load(lists)
     classifiers = {
         (name, kind): prepare_classifier(
             encoders[name],

@@ -9,6 +9,7 @@ import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,10 +34,10 @@ from rayjobs.jobs import adapter_eval, adapter_train, cafo
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import write_examples
-from rayjobs.reporting.figures import save_plot
+from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
 from rayjobs.runs.record import REPORT_FILE
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_jsonl, write_json, write_text
+from rayjobs.storage.files import read_jsonl, write_json
 from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
 
@@ -214,11 +215,10 @@ def cafo_table(settings: Config, world: World, names: Mapping[str, str]) -> Tabl
     path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
     write_yaml(path, values)
     rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
-    for number, kind in enumerate(PLOTS):
-        for path in (run.folder / "test").glob(f"{kind}-*.svg"):
-            drawing = path.read_text(encoding="utf-8")
-            if kind == "shots" or f"<title>{HEADLINE}, " in drawing:
-                write_text(folder / f"cafo-{number}-{kind}.svg", drawing)
+    for kind in PLOTS:
+        for figure in read_figures(run.folder / "test"):
+            if figure.file.startswith(kind) and (kind == "shots" or figure.group.startswith(f"{HEADLINE}, ")):
+                copy_figure(run.folder / "test", replace(figure, folded=False), folder)
     return [{"method": method, **row} for method, row in rows.items()]
 
 

@@ -1,7 +1,5 @@
-"""Test accuracies as tables in the paper's shape, with the paper's own figures where they belong."""
+"""Tables of test accuracies as the paper prints them, with the paper's own accuracies beside ours."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,13 +10,15 @@ from cafo import paper_results
 from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
 from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.reporting.tables import markdown_table, write_csv
 from rayjobs.storage.files import write_text
 
 ZERO_SHOT = "CLIP zero-shot"
+PUBLISHED = "CaFo, published"
 
 
 def summary(accuracies: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, in percent; the mean alone where nothing varies, as without shots."""
+    """Mean ± sample standard deviation, in percent; the mean alone if all values are equal, as without shots."""
     mean = f"{100 * statistics.mean(accuracies):.2f}"
     return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(set(accuracies)) > 1 else mean
 
@@ -26,41 +26,64 @@ def summary(accuracies: Sequence[float]) -> str:
 def published_rows(
     data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[int, float]]:
-    """{row: {shots: the paper's accuracy in percent}} where data sets and encoders are the paper's; else nothing.
+    """The paper's accuracies, {row: {shots: percent}}, where data sets and encoders are the paper's; else no rows.
 
     Args:
-        data_set: the one that was tuned on.
-        target: the one whose test images are scored; another one is a distribution shift.
-        settings: those that were chosen, as `chosen.json` has them: they tell which rows of the cascade to show.
+        data_set: the data set that was tuned on.
+        target: the data set whose test images are scored; if it is another one, there is a distribution shift.
+        encoders: the configured encoders by name.
+        settings: the chosen settings, as in `chosen.json`; they decide which rows of the paper's cascade are shown.
     """
-    sets = dict.fromkeys(tuple(setting["encoders"]) for setting in settings)
-    pairs = {names: pair for names in sets if _papers_clip(pair := {name: encoders[name] for name in names})}
+    pairs = _papers_pairs(encoders, settings)
     if len(pairs) > 1:  # several CLIPs side by side: a row for each
-        found = {names: published_rows(data_set, target, pair, []) for names, pair in pairs.items()}
-        return {f"{' + '.join(names)}, published": row for names, rows in found.items() for row in rows.values()}
+        return {
+            f"{' + '.join(names)}, published": row
+            for names, pair in pairs.items()
+            for row in _published_by_clip(data_set, target, _papers_clip(pair)).values()
+        }
     clip = _papers_clip(encoders)
+    rows = _published_by_clip(data_set, target, clip)
+    if rows and target == data_set == "imagenet" and clip == "RN50":
+        return {**_published_cascade(encoders, settings), **rows}
+    return rows
+
+
+def _papers_pairs(
+    encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
+) -> dict[tuple[str, ...], dict[str, VisionEncoderConfig]]:
+    """The sets of encoders among the settings that are the paper's, by their names."""
+    sets = dict.fromkeys(tuple(setting["encoders"]) for setting in settings)
+    pairs = {names: {name: encoders[name] for name in names} for names in sets}
+    return {names: pair for names, pair in pairs.items() if _papers_clip(pair)}
+
+
+def _published_by_clip(data_set: str, target: str, clip: str) -> dict[str, dict[int, float]]:
+    """The paper's row of the full method with one of its CLIPs, if it has one."""
     if target != data_set:
         shift = data_set == "imagenet" and clip == "RN50" and target in paper_results.SHIFT
-        return {"CaFo, published": {16: paper_results.SHIFT[target]}} if shift else {}
+        return {PUBLISHED: {16: paper_results.SHIFT[target]}} if shift else {}
     if clip == "RN50" and data_set in paper_results.RN50:
-        row = dict(zip(paper_results.SHOTS, paper_results.RN50[data_set], strict=True))
-    elif data_set == "imagenet" and clip in paper_results.IMAGENET_16_SHOT:
-        row = {16: paper_results.IMAGENET_16_SHOT[clip]}
-    else:
-        return {}
-    if data_set != "imagenet" or clip != "RN50":
-        return {"CaFo, published": row}
+        zero_shot = {0: paper_results.IMAGENET_ZERO_SHOT} if data_set == "imagenet" else {}
+        return {PUBLISHED: {**zero_shot, **dict(zip(paper_results.SHOTS, paper_results.RN50[data_set], strict=True))}}
+    if data_set == "imagenet" and clip in paper_results.IMAGENET_16_SHOT:
+        return {PUBLISHED: {16: paper_results.IMAGENET_16_SHOT[clip]}}
+    return {}
+
+
+def _published_cascade(
+    encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[int, float]]:
+    """The paper's ImageNet rows of parts of the cascade, for the parts that some setting stands for."""
     parts = dict.fromkeys(_cascade_row(encoders, setting) for setting in settings)
-    cascade = {
-        f"{name}, published": dict(zip(paper_results.CASCADE_SHOTS, paper_results.IMAGENET_CASCADE[name], strict=True))
-        for name in parts
-        if name and name != "all"
+    return {
+        f"{part}, published": dict(zip(paper_results.CASCADE_SHOTS, paper_results.IMAGENET_CASCADE[part], strict=True))
+        for part in parts
+        if part and part != "all"
     }
-    return {**cascade, "CaFo, published": {0: paper_results.IMAGENET_ZERO_SHOT, **row}}
 
 
 def _papers_clip(encoders: Mapping[str, VisionEncoderConfig]) -> str:
-    """The CLIP of a pair of OpenAI's CLIP and DINO's ResNet-50; empty for anything else."""
+    """The name of the CLIP, if the encoders are one of OpenAI's CLIPs and DINO's ResNet-50; else empty."""
     clips = {e.name.removesuffix("-quickgelu") for e in encoders.values() if e.kind == "clip" and e.weights == "openai"}
     dinos = [
         e for e in encoders.values() if e.kind == "dino" and e.name in ("", "resnet50") and "random:" not in e.weights
@@ -69,9 +92,10 @@ def _papers_clip(encoders: Mapping[str, VisionEncoderConfig]) -> str:
 
 
 def _cascade_row(encoders: Mapping[str, VisionEncoderConfig], setting: Mapping[str, Any]) -> str:
+    """The paper's name for the part of the cascade that a setting stands for; empty if the paper has no such part."""
     rule = table5(tuple(setting["encoders"]))[setting["ensemble"]]
     kinds = {encoders[name].kind for name in rule.sources or setting["encoders"]}
-    # the paper's DINO cache knows no text; all other rows stand on p_ZS
+    # The paper's DINO cache has no text part; all other rows build on p_ZS.
     if rule.rule != "adaptive" or rule.baseline != (NOTHING if kinds == {"dino"} else ON_ZERO_SHOT):
         return ""
     return paper_results.cascade_row(
@@ -83,49 +107,49 @@ def _cascade_row(encoders: Mapping[str, VisionEncoderConfig], setting: Mapping[s
 
 
 def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, list[float]]], dict[str, float]]:
-    """{method: {shots: accuracies in percent}} and {method: accuracy} of what has no shots, from rows of one target, in
-    the table's order."""
-    methods: dict[str, dict[int, list[float]]] = {}
-    level: dict[str, float] = {}
-    for row in sorted(rows, key=_most_first):
+    """Accuracies in percent, from rows {method, shots, accuracy} of one target, in the order of the table.
+
+    Returns {method: {shots: accuracies over seeds}}, and {method: accuracy} of the methods that use no shots.
+    """
+    few_shot: dict[str, dict[int, list[float]]] = {}
+    zero_shot: dict[str, float] = {}
+    for row in sorted(rows, key=_most_shots_first):
         if row["shots"] is None:
-            level[row["method"]] = 100 * row["accuracy"]
+            zero_shot[row["method"]] = 100 * row["accuracy"]
         else:
-            methods.setdefault(row["method"], {}).setdefault(row["shots"], []).append(100 * row["accuracy"])
-    return methods, level
+            few_shot.setdefault(row["method"], {}).setdefault(row["shots"], []).append(100 * row["accuracy"])
+    return few_shot, zero_shot
 
 
 def accuracy_table(
     rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Shots across, methods down: (columns, lines) from rows {method, shots, accuracy} of one target.
+    """Columns and lines of a table, shots across and methods down, from rows {method, shots, accuracy} of one target.
 
-    A row without shots holds at all of them. The paper's rows follow, where they have one of our shots.
+    A method without shots has its accuracy in every column. The paper's rows follow, where they have one of our shots.
     """
     shots = sorted({row["shots"] for row in rows if row["shots"] is not None})
+    # Every method has cells at the most shots; with K = 0 only those that use generated images do.
+    methods = dict.fromkeys(row["method"] for row in sorted(rows, key=_most_shots_first))
     lines = []
-    # the most shots know all methods in their order; K = 0 only those with generated images
-    for name in dict.fromkeys(row["method"] for row in sorted(rows, key=_most_first)):
-        mine = [row for row in rows if row["method"] == name]
-        cells = [[row["accuracy"] for row in mine if row["shots"] in (None, k)] for k in shots]
-        lines.append([name, *[summary(cell) if cell else "" for cell in cells]])
-    for name, row in paper.items():
-        if set(row) & set(shots):
-            lines.append([name, *[f"{row[k]:.2f}" if k in row else "" for k in shots]])
+    for method in methods:
+        of_method = [row for row in rows if row["method"] == method]
+        cells = [[row["accuracy"] for row in of_method if row["shots"] in (None, k)] for k in shots]
+        lines.append([method, *[summary(cell) if cell else "" for cell in cells]])
+    for name, published in paper.items():
+        if set(published) & set(shots):
+            lines.append([name, *[f"{published[k]:.2f}" if k in published else "" for k in shots]])
     return ["method", *[f"{k} shots" if k != 1 else "1 shot" for k in shots]], lines
 
 
-def _most_first(row: Mapping[str, Any]) -> float:
+def _most_shots_first(row: Mapping[str, Any]) -> float:
     return -math.inf if row["shots"] is None else -row["shots"]
 
 
 def write_tables(folder: Path, tables: Mapping[str, tuple[list[str], list[list[str]]]]) -> None:
-    """`table.md` with all targets, and a CSV for each."""
-    text = []
+    """Write `table.md`, which has the (columns, lines) of every target, and a `table-TARGET.csv` for each."""
+    sections = []
     for target, (columns, lines) in tables.items():
-        cells = [columns, ["---"] + ["---:"] * (len(columns) - 1), *lines]
-        text.append(f"### {target}: test accuracy, %\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells))
-        written = io.StringIO()
-        csv.writer(written, lineterminator="\n").writerows([columns, *lines])
-        write_text(folder / f"table-{target}.csv", written.getvalue())
-    write_text(folder / "table.md", "\n".join(text))
+        sections.append(f"### {target}: test accuracy, %\n\n{markdown_table(columns, lines)}")
+        write_csv(folder / f"table-{target}.csv", columns, lines)
+    write_text(folder / "table.md", "\n".join(sections))

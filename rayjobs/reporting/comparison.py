@@ -1,97 +1,104 @@
-"""Several runs on one page: what they found side by side, curves over one another, and the settings that differ."""
+"""Compare several runs on one page: results side by side, curves over one another, and the settings that differ."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Plot, Section, Table, write_page
-from rayjobs.reporting.report import RUN_COLUMNS, figures, metrics, run_rows, settings, tables
+from rayjobs.reporting.report import RUN_COLUMNS, read_metrics, read_settings, read_tables, read_values, run_rows
 from rayjobs.storage.files import read_parquet
 
-Columns = Mapping[str, Mapping[str, str]]
+Values = Mapping[str, Mapping[str, str]]
 """run → {name: text}"""
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Writes the page. Raises ValueError for a folder that holds no run."""
-    told = run_rows(folders)
+    """Write the page that compares the runs to `out`. Raises UserError for a folder that holds no run."""
+    rows = run_rows(folders)
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = dict(zip(names, folders, strict=True))
-    sections: list[Section] = [Table("runs", RUN_COLUMNS, [[n, *row] for n, row in zip(names, told, strict=True)])]
-    sections += _joined({name: list(tables(folder)) for name, folder in runs.items()})
-    sections += _shots(runs)
+    sections: list[Section] = [Table("runs", RUN_COLUMNS, [[n, *row] for n, row in zip(names, rows, strict=True)])]
+    sections += _joined_tables({name: list(read_tables(folder)) for name, folder in runs.items()})
+    sections += _accuracy_plots(runs)
     for title, file in (("test", "test/result.json"), ("result", "result.json")):
-        sections += _side_by_side(title, {name: figures(folder / file) for name, folder in runs.items()})
-    curves = {name: rows for name, folder in runs.items() if (rows := metrics(folder))}
-    sections += [Plot(title, figure_svg(figure)) for title, figure in plots.training_curves(curves)]
-    given = {name: settings(folder) for name, folder in runs.items()}
-    sections += _side_by_side("settings that differ", given, differing=True)
+        sections += _side_by_side(title, {name: read_values(folder / file) for name, folder in runs.items()})
+    metrics = {name: rows for name, folder in runs.items() if (rows := read_metrics(folder))}
+    sections += [Plot(title, figure_svg(figure)) for title, figure in plots.training_curves(metrics)]
+    settings = {name: read_settings(folder) for name, folder in runs.items()}
+    sections += _side_by_side("settings that differ", settings, only_differing=True)
     return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
 
 
-def _side_by_side(title: str, columns: Columns, *, differing: bool = False) -> Iterator[Table]:
-    """A line per name and a column per run."""
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    lines = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
-    lines = [line for line in lines if not differing or len(set(line[1:])) > 1]
+def _side_by_side(title: str, values: Values, *, only_differing: bool = False) -> Iterator[Table]:
+    """A table with a line per name and a column per run."""
+    names = dict.fromkeys(name for of_run in values.values() for name in of_run)
+    lines = [[name, *(of_run.get(name, "") for of_run in values.values())] for name in names]
+    lines = [line for line in lines if not only_differing or len(set(line[1:])) > 1]
     if lines:
-        yield Table(title, ["", *columns], lines)
+        yield Table(title, ["", *values], lines)
 
 
-def _joined(found: Mapping[str, Sequence[Table]]) -> Iterator[Table]:
-    """Tables of one title as one: lines that are about the same stand under each other, with the run of each."""
-    for title in dict.fromkeys(table.title for of_run in found.values() for table in of_run):
-        having = {run: table for run, of_run in found.items() for table in of_run if table.title == title}
-        columns = list(dict.fromkeys(column for table in having.values() for column in table.columns))
-        columns.sort(key=_shots_of)
-        lines = {run: [_cells(table, row, columns) for row in table.rows] for run, table in having.items()}
-        about = _telling(columns, list(lines.values()))
-        said: dict[tuple[str, ...], list[list[str]]] = {}
-        for run, rows in lines.items():
-            for row in rows:
-                said.setdefault(tuple(row[:about]), []).append([run, *row[about:]])
-        joined = []
-        for first, of_runs in said.items():
-            same = len(of_runs) == len(having) > 1 and all(line[1:] == of_runs[0][1:] for line in of_runs)
-            shown = [["all", *of_runs[0][1:]]] if same else of_runs
-            joined += [[*(first if i == 0 else [""] * about), *line] for i, line in enumerate(shown)]
-        yield Table(title, [*columns[:about], "run", *columns[about:]], joined)
+def _joined_tables(tables: Mapping[str, Sequence[Table]]) -> Iterator[Table]:
+    """The runs' tables, those of one title joined."""
+    for title in dict.fromkeys(table.title for of_run in tables.values() for table in of_run):
+        yield _join(title, {run: table for run, of_run in tables.items() for table in of_run if table.title == title})
+
+
+def _join(title: str, tables: Mapping[str, Table]) -> Table:
+    """One table from each run's table of this title: lines with equal keys below each other, a column for the run."""
+    columns = list(dict.fromkeys(column for table in tables.values() for column in table.columns))
+    columns.sort(key=_shots_of)
+    lines = {run: [_cells(table, row, columns) for row in table.rows] for run, table in tables.items()}
+    width = _key_width(columns, list(lines.values()))
+    by_key: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
+    for run, of_run in lines.items():
+        for line in of_run:
+            by_key.setdefault(tuple(line[:width]), []).append((run, line[width:]))
+    joined = []
+    for key, entries in by_key.items():
+        values = [cells for _, cells in entries]
+        if len(entries) == len(tables) > 1 and all(cells == values[0] for cells in values):
+            entries = [("all", values[0])]
+        for i, (run, cells) in enumerate(entries):
+            joined.append([*(key if i == 0 else [""] * width), run, *cells])
+    return Table(title, [*columns[:width], "run", *columns[width:]], joined)
 
 
 def _cells(table: Table, row: Sequence[str], columns: Sequence[str]) -> list[str]:
-    named = dict(zip(table.columns, row, strict=True))
-    return [named.get(column, "") for column in columns]
+    by_column = dict(zip(table.columns, row, strict=True))
+    return [by_column.get(column, "") for column in columns]
 
 
-def _telling(columns: Sequence[str], of_runs: Sequence[Sequence[Sequence[str]]]) -> int:
-    """How many columns it takes to tell the lines of a run apart."""
-    for count in range(1, len(columns)):
-        if all(len({tuple(row[:count]) for row in rows}) == len(rows) for rows in of_runs):
-            return count
+def _key_width(columns: Sequence[str], runs: Sequence[Sequence[Sequence[str]]]) -> int:
+    """The number of leading columns that make a key: no two lines of a run have the same. 1 if no number does."""
+    for width in range(1, len(columns)):
+        if all(len({tuple(line[:width]) for line in lines}) == len(lines) for lines in runs):
+            return width
     return 1
 
 
 def _shots_of(column: str) -> int:
-    """Columns such as `4 shots` follow the others, in their order."""
+    """The order of columns: those without a number first, then `1 shot`, `4 shots` and so on."""
     number = re.match(r"\d+", column)
     return int(number[0]) if number else -1
 
 
-def _shots(runs: Mapping[str, Path]) -> Iterator[Plot]:
-    """Accuracy over shots on each test set."""
-    scored: dict[str, dict[str, list[dict]]] = {}
+def _accuracy_plots(runs: Mapping[str, Path]) -> Iterator[Plot]:
+    """A plot of accuracy over shots for each test set, with the runs that were scored on it."""
+    by_target: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, folder in runs.items():
         path = folder / "test" / "accuracy.parquet"
         for row in read_parquet(path).to_pylist() if path.is_file() else []:
-            scored.setdefault(row["target"], {}).setdefault(name, []).append(row)
-    for target, of_runs in scored.items():
+            by_target.setdefault(row["target"], {}).setdefault(name, []).append(row)
+    for target, by_run in by_target.items():
         from rayjobs.reporting.accuracy_tables import by_method  # imports torch, which other pages do without
 
-        methods, levels = {}, {}
-        for name, rows in of_runs.items():
-            methods[name], levels[name] = by_method(rows)
-        yield Plot(f"accuracy over shots, {target}'s test", figure_svg(plots.accuracy_over_shots(methods, levels)))
+        accuracies = {name: by_method(rows) for name, rows in by_run.items()}
+        few_shot = {name: methods for name, (methods, _) in accuracies.items()}
+        zero_shot = {name: methods for name, (_, methods) in accuracies.items()}
+        yield Plot(f"accuracy over shots, {target}'s test", figure_svg(plots.accuracy_over_shots(few_shot, zero_shot)))

@@ -1,38 +1,73 @@
-"""Save matplotlib figures as PNG for people and as SVG for the report."""
+"""Save matplotlib figures: a PNG to look at, an SVG for the report, and their titles in `figures.json`."""
 
 import html
+import io
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayjobs.reporting import plots
-from rayjobs.storage.files import atomic_path, write_text
+from rayjobs.storage.files import atomic_path, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-import io
-from typing import TYPE_CHECKING
+
+MANIFEST = "figures.json"
 
 
-def save_plot(path: Path, title: str, figure: "Figure") -> None:
-    """Writes a figure twice under its title: `path`, a PNG to show, and an SVG beside it for the report.
+@dataclass(frozen=True, kw_only=True)
+class SavedFigure:
+    """One entry of `figures.json`, which lists a folder's figures in the order of the report."""
 
-    A name that ends in a number, as `classes-03.png`, is of one of several things of a kind; the report folds all but
-    the first, 00, under what their titles have before the last colon.
-    """
-    drawn = figure_svg(figure)
-    start = drawn.index(">") + 1
-    write_text(path.with_suffix(".svg"), f"{drawn[:start]}<title>{html.escape(title)}</title>{drawn[start:]}")
-    figure.suptitle(plots.plain_text(title))
+    file: str
+    """Name of the SVG."""
+    title: str
+    group: str = ""
+    """What several figures are about, such as one trial; it comes before the title."""
+    folded: bool = False
+    """True to show the figure only when the reader opens its group."""
+
+    @property
+    def full_title(self) -> str:
+        return f"{self.group}: {self.title}" if self.group else self.title
+
+
+def save_plot(path: Path, title: str, figure: "Figure", *, group: str = "", folded: bool = False) -> None:
+    """Write a figure to `path`, a PNG, and as an SVG beside it, and enter it into the folder's `figures.json`."""
+    saved = SavedFigure(file=f"{path.stem}.svg", title=title, group=group, folded=folded)
+    drawing = figure_svg(figure)
+    start = drawing.index(">") + 1
+    drawing = f"{drawing[:start]}<title>{html.escape(saved.full_title)}</title>{drawing[start:]}"
+    _add_figure(path.parent, saved, drawing)
+    figure.suptitle(plots.plain_text(saved.full_title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
+def read_figures(folder: Path) -> list[SavedFigure]:
+    """The figures of a folder, in the order in which they were first saved."""
+    path = folder / MANIFEST
+    return [SavedFigure(**entry) for entry in read_json(path)] if path.is_file() else []
+
+
+def copy_figure(source: Path, saved: SavedFigure, target: Path) -> None:
+    """Copy the SVG of a figure to another folder, and enter it there."""
+    _add_figure(target, saved, (source / saved.file).read_text(encoding="utf-8"))
+
+
+def _add_figure(folder: Path, saved: SavedFigure, drawing: str) -> None:
+    write_text(folder / saved.file, drawing)
+    entries = {entry.file: entry for entry in read_figures(folder)}
+    entries[saved.file] = saved
+    write_json(folder / MANIFEST, [asdict(entry) for entry in entries.values()])
+
+
 def figure_svg(figure: "Figure") -> str:
-    """A matplotlib figure as SVG that takes on the page's own colours for text, lines and ground."""
+    """A matplotlib figure as SVG whose text, lines and background take the colours of the page."""
     import matplotlib
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayjobs"}):
         figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", dpi=200, metadata={"Date": None})
-    drawn = text.getvalue()
-    return drawn[drawn.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
+    drawing = text.getvalue()
+    return drawing[drawing.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")

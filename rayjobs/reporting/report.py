@@ -1,83 +1,80 @@
-"""What a run shows: tables on the terminal at its end, and `report.html`, made from the files that the run left.
+"""The report of a run, `report.html`, made from the files that the run left.
 
-Each kind of file has one reader here, which turns it into sections of the report; so a report can be built again at any
-time, and is as complete as the run is.
+Each kind of file has one reader here, which turns it into sections of the page. So a report can be made again at any
+time, also of a run that has not finished.
 """
 
-import html
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayjobs.cluster.hardware import HARDWARE_FILE
 from rayjobs.config import flatten, format_value
 from rayjobs.errors import UserError
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
-from rayjobs.reporting.figures import figure_svg
+from rayjobs.reporting.figures import figure_svg, read_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
 from rayjobs.storage.files import read_json, read_jsonl
 from rayjobs.storage.yaml_file import read_yaml
 
-if TYPE_CHECKING:
-    pass
-
-
-SHOWN_ROWS = 50
-SHOWN_CHARS = 300
+MAX_ROWS = 50
+"""Rows that the page shows of a long table."""
+MAX_CELL_CHARS = 300
 RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
-KINDS = ("shots", "landscape", "classes", "confusion", "sources")
-"""Of numbered and other plots, by the beginning of their file's name, in the order of the report."""
+HEADER_VALUES = ("headline", "about", "tables")
+"""Values of a result that the page shows elsewhere than in its table of values."""
 
 
 def write_report(folder: Path) -> Path:
-    """Writes `report.html` into a run's folder. Raises ValueError for a folder that holds no run."""
+    """Write `report.html` into a run's folder. Raises UserError for a folder that holds no run."""
     record = _record(folder)
     sections = [section for reader in READERS for section in reader(folder)]
     facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
     facts += [value for value in _json(folder / HARDWARE_FILE).values() if value != "none"]
-    told = {"command": record.command, "about": str(_json(folder / "result.json").get("about", ""))}
-    return write_page(folder / REPORT_FILE, folder.name, headline(folder, record), facts, sections, **told)
+    about = str(_json(folder / "result.json").get("about", ""))
+    title, line = folder.name, headline(folder, record)
+    return write_page(folder / REPORT_FILE, title, line, facts, sections, command=record.command, about=about)
 
 
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
-    """What `RUN_COLUMNS` names after the run itself, for each folder. Raises ValueError for one that holds no run."""
-    records = [_record(folder) for folder in folders]
-    return [[r.job, r.state, _time(r.started), headline(f, r)] for r, f in zip(records, folders, strict=True)]
+    """A row per run with the values of RUN_COLUMNS after the first. Raises UserError for a folder that holds no run."""
+    records = [(folder, _record(folder)) for folder in folders]
+    return [[r.job, r.state, _time(r.started), headline(folder, r)] for folder, r in records]
 
 
-def figures(path: Path) -> dict[str, str]:
-    """The plain figures of a `result.json`, but for what heads the page."""
-    told = {
+def read_values(path: Path) -> dict[str, str]:
+    """The plain values of a `result.json`, {name: text}, without those that the page shows elsewhere."""
+    values = {
         name: value
         for name, value in _json(path).items()
-        if name not in ("headline", "about", "tables") and value is not None and not _rows(value)
+        if name not in HEADER_VALUES and value is not None and not _is_table(value)
     }
-    return {_spoken(name).replace(".", ": "): text for name, text in flatten(told).items()}
+    return {_spaced(name).replace(".", ": "): text for name, text in flatten(values).items()}
 
 
-def tables(folder: Path) -> Iterator[Table]:
-    """What a run tells in rows: test accuracies, and each list of rows of its `result.json`."""
+def read_tables(folder: Path) -> Iterator[Table]:
+    """The tables of a run: its test accuracies, and each list of rows in its `result.json`."""
     for target, lines in _json(folder / "test" / "result.json").get("tables", {}).items():
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
         yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
     for name, value in _json(folder / "result.json").items():
-        if _rows(value):
+        if _is_table(value):
             columns = list(dict.fromkeys(column for row in value for column in row))
             rows = [[format_value(row.get(column)) for column in columns] for row in value]
-            yield Table(_spoken(name), [_spoken(column) for column in columns], rows, linked="report")
+            yield Table(_spaced(name), [_spaced(column) for column in columns], rows, linked="report")
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
     return read_jsonl(path) if path.is_file() else []
 
 
-def settings(folder: Path) -> dict[str, str]:
-    """{"section.key": text}"""
+def read_settings(folder: Path) -> dict[str, str]:
+    """The settings of a run's `config.yaml`, {"section.key": text}."""
     path = folder / "config.yaml"
     return flatten(read_yaml(path)) if path.is_file() else {}
 
@@ -85,107 +82,100 @@ def settings(folder: Path) -> dict[str, str]:
 def _record(folder: Path) -> RunRecord:
     record = read_record(folder)
     if record is None:
-        raise UserError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists those there are")
+        raise UserError(f"{folder} holds no run: there is no run.json; `rayjobs runs` lists the runs of a folder")
     return record.now()
 
 
-def _tables(folder: Path) -> Iterator[Section]:
-    yield from tables(folder)
-
-
 def _figures(folder: Path) -> Iterator[Section]:
+    """The figures that `save_plot` wrote: open ones first, then one fold for each group."""
+    folds: dict[str, list[Plot]] = {}
+    for source in (folder, folder / "test"):
+        for figure in read_figures(source):
+            drawing = (source / figure.file).read_text(encoding="utf-8")
+            if figure.folded:
+                folds.setdefault(figure.group, []).append(Plot(figure.title, drawing))
+            else:
+                yield Plot(figure.full_title, drawing)
+    for group, plots_of_group in folds.items():
+        yield Fold(group, plots_of_group)
+
+
+def _values(folder: Path) -> Iterator[Section]:
+    """The plain values of the test result and of the run's result."""
     for title, path in (("test", folder / "test" / "result.json"), ("result", folder / "result.json")):
-        if found := figures(path):
-            yield Table(title, ["", ""], list(map(list, found.items())))
+        if values := read_values(path):
+            yield Table(title, ["", ""], list(map(list, values.items())))
 
 
 def _curves(folder: Path) -> Iterator[Section]:
-    """A run's own, or those of a sweep's trials over one another."""
-    runs = {folder.name: metrics(folder)}
+    """The training curves of the run, or those of a sweep's trials over one another."""
+    runs = {folder.name: read_metrics(folder)}
     for path in sorted(folder.glob("trials/*/trial.json")):
         trial = read_json(path)
-        runs[f"{trial['setting']}, seed {trial['seed']}"] = metrics(path.parent)
+        runs[f"{trial['setting']}, seed {trial['seed']}"] = read_metrics(path.parent)
     for title, figure in plots.training_curves({name: rows for name, rows in runs.items() if rows}):
         yield Plot(title, figure_svg(figure))
 
 
-def _plots(folder: Path) -> Iterator[Section]:
-    """What `save_plot` drew."""
-    folded: dict[str, list[Plot]] = {}
-    for path in sorted([*folder.glob("*.svg"), *(folder / "test").glob("*.svg")], key=_place):
-        drawing = path.read_text(encoding="utf-8")
-        titled = re.search(r"<title>(.*?)</title>", drawing)
-        title = html.unescape(titled[1]) if titled else path.stem
-        if _place(path)[0] > 0:
-            of, _, what = title.rpartition(": ")
-            folded.setdefault(of, []).append(Plot(what, drawing))
-        else:
-            yield Plot(title, drawing)
-    for of, drawings in folded.items():
-        yield Fold(of, drawings)
-
-
-def _place(path: Path) -> tuple[int, int, str]:
-    """In the report: plots without a number first, then by number, then by kind."""
-    kind, _, number = path.stem.partition("-")
-    return int(number) if number.isdigit() else -1, KINDS.index(kind) if kind in KINDS else len(KINDS), path.name
-
-
 def _examples(folder: Path) -> Iterator[Section]:
+    """The images that `write_examples` kept, with their captions."""
     for path in (folder / EXAMPLES, folder / "test" / EXAMPLES):
-        found = _json(path)
-        pictures = [((path.parent / one["file"]).read_bytes(), one["caption"]) for one in found.get("images", [])]
-        if pictures:
-            yield Gallery("examples", pictures, found["note"])
+        examples = _json(path)
+        images = [
+            ((path.parent / entry["file"]).read_bytes(), entry["caption"]) for entry in examples.get("images", [])
+        ]
+        if images:
+            yield Gallery("examples", images, examples["note"])
 
 
 def _sentences(folder: Path) -> Iterator[Section]:
-    """What a language model said about each class."""
+    """The sentences of a language model about each class."""
     if prompts := _json(folder / "prompts.json"):
         rows = [[name, "\n".join(sentences)] for name, sentences in prompts.items()]
-        yield _first(Table("sentences", ["class", "sentences"], rows), "prompts.json")
+        yield _shortened(Table("sentences", ["class", "sentences"], rows), "prompts.json")
 
 
 def _rejected(folder: Path) -> Iterator[Section]:
+    """The records and images that could not be used, with the reasons."""
     for title, path in (("rejected", folder / "rejected.jsonl"), ("rejected on test", folder / "test/rejected.jsonl")):
         if rows := read_jsonl(path) if path.is_file() else []:
             columns = list(dict.fromkeys(column for row in rows for column in row if row[column] not in (None, "")))
             lines = [[format_value(row.get(column)) for column in columns] for row in rows]
-            yield _first(Table(title, [_spoken(column) for column in columns], lines), path.name)
+            yield _shortened(Table(title, [_spaced(column) for column in columns], lines), path.name)
 
 
 def _settings(folder: Path) -> Iterator[Section]:
-    found = {"settings": settings(folder), "versions": _json(folder / "versions.json")}
-    for title, values in found.items():
+    """The run's settings and the versions that it ran with, folded."""
+    for title, values in (("settings", read_settings(folder)), ("versions", _json(folder / "versions.json"))):
         if values:
             yield Fold(title, [Table("", ["", ""], [[name, str(value)] for name, value in values.items()])])
 
 
 READERS: list[Callable[[Path], Iterator[Section]]] = [
-    _tables,
-    _plots,
+    read_tables,
     _figures,
+    _values,
     _curves,
     _examples,
     _sentences,
     _rejected,
     _settings,
 ]
-"""In the order of the report."""
+"""The readers in the order of the page."""
 
 
-def _first(table: Table, file: str) -> Table:
-    """What a page has room for of a long table, with a word about the rest."""
-    rows = [[_short(cell) for cell in row] for row in table.rows[:SHOWN_ROWS]]
-    more = f"The first {SHOWN_ROWS} of {len(table.rows):,}; all are in {file}." if len(table.rows) > SHOWN_ROWS else ""
-    return Table(table.title, table.columns, rows, more)
+def _shortened(table: Table, file: str) -> Table:
+    """The first rows of a table, with long cells cut and a note that names the file with all rows."""
+    rows = [[_cut(cell) for cell in row] for row in table.rows[:MAX_ROWS]]
+    note = f"The first {MAX_ROWS} of {len(table.rows):,}; all are in {file}." if len(table.rows) > MAX_ROWS else ""
+    return Table(table.title, table.columns, rows, note)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} …"
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CELL_CHARS else f"{text[:MAX_CELL_CHARS]} …"
 
 
-def _rows(value: Any) -> bool:
+def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
@@ -197,5 +187,5 @@ def _time(iso: str) -> str:
     return iso.replace("T", " ").removesuffix("+00:00")
 
 
-def _spoken(name: str) -> str:
+def _spaced(name: str) -> str:
     return name.replace("_", " ")

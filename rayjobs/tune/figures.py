@@ -82,20 +82,23 @@ def plot_chosen(
 def _plot_landscape(folder: Path, number: int, title: str, values: dict[str, Any], chosen: tuple[float, float]) -> None:
     accuracy = [[100 * count / values["total"] for count in line] for line in values["correct"]]
     figure = plots.search_landscape(values["alphas"], values["betas"], accuracy, chosen)
-    save_plot(folder / f"landscape-{number:02d}.png", f"{title}: accuracy on val over α and β", figure)
+    save_plot(
+        folder / f"landscape-{number:02d}.png", "accuracy on val over α and β", figure, group=title, folded=number > 0
+    )
 
 
 def _plot_score(folder: Path, number: int, title: str, score: TargetScore, class_names: Sequence[str]) -> None:
+    shown: dict[str, Any] = {"group": title, "folded": number > 0}
     images = score.confusion.sum(axis=1)
     accuracy = (100 * score.confusion.diagonal() / images.clip(min=1)).tolist()
     figure = plots.class_accuracy(class_names, accuracy)
-    save_plot(folder / f"classes-{number:02d}.png", f"{title}: accuracy of each class on test", figure)
+    save_plot(folder / f"classes-{number:02d}.png", "accuracy of each class on test", figure, **shown)
     figure = plots.confusion(class_names, score.confusion.tolist())
-    save_plot(folder / f"confusion-{number:02d}.png", f"{title}: confusion on test", figure)
+    save_plot(folder / f"confusion-{number:02d}.png", "confusion on test", figure, **shown)
     if len(score.winning_sources) > 1:
         percent = {
             source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
             for source, counts in score.winning_sources.items()
         }
         figure = plots.winning_sources(class_names, percent)
-        save_plot(folder / f"sources-{number:02d}.png", f"{title}: which source weighs most on test", figure)
+        save_plot(folder / f"sources-{number:02d}.png", "which source weighs most on test", figure, **shown)

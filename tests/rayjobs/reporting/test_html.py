@@ -15,6 +15,7 @@ from PIL import Image
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
+from tests.waiting import PATIENCE_S
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAME = """<meta name="color-scheme" content="light dark">
@@ -42,7 +43,9 @@ def seen(page: Path, folder: Path, scheme: str) -> dict[str, Any]:
     flags += ["--disable-component-update", *["--no-sandbox"] * (os.geteuid() == 0)]
     flags += [f"--user-data-dir={folder / scheme}"]
     flags += [f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"]
-    done = subprocess.run([BROWSER, *flags, "--dump-dom", framed.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [BROWSER, *flags, "--dump-dom", framed.as_uri()], capture_output=True, text=True, timeout=PATIENCE_S
+    )
     told = re.search(r"<body>(\{.*?\})\s*</body>", done.stdout, flags=re.S)
     assert told, done.stderr
     return json.loads(unescape(told[1]))

@@ -1,0 +1,27 @@
+"""Write a table of text as Markdown and CSV; `console.show_table` prints one."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayjobs.storage.files import write_text
+
+Rows = Sequence[Sequence[str]]
+
+
+def markdown_table(columns: Sequence[str], rows: Rows) -> str:
+    """A Markdown table, its first column aligned left and the others right."""
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    lines = [[_cell(text) for text in columns], rule, *([_cell(text) for text in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")

@@ -1,59 +1,58 @@
-"""Encode the images of instruction records, or send them to the workers as pixels."""
+"""Prepare the images of instruction records: encode them once into a feature store, or stream them as pixels."""
 
-from __future__ import annotations
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
-import numpy as np
-import torch
-from pydantic import Field
-from torch import Tensor
-from adapter.adapter_checkpoint import read_adapter
-from adapter.image_projection import Images
-from adapter.image_projection import ImageProjectionConfig as Projected
+
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
-from rayjobs.config import config
-from rayjobs.models.encoder import VisionEncoderConfig, EncoderInfo, load_vision_encoder
 from rayjobs.data.image_source import ImageSource, StoredFeatures, StreamedImages
-from rayjobs.storage.download import cached_path
-from rayjobs.storage.paths import resolve_path
 from rayjobs.data.records import Source
-from rayjobs.models.image_conditioning import VisionConfig
-from rayjobs.models.image_conditioning import ImageConditioning
+from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
+from rayjobs.storage.paths import resolve_path
 
 
 def prepare_image_source(
     vision: VisionConfig,
     conditioning: ImageConditioning,
-    sources: list[Source],
+    sources: Sequence[Source],
     lists: Path,
     cache: Path,
     scale: WorkerPoolConfig,
     seed: int,
 ) -> ImageSource:
-    """Where training takes its images from, encoded first if they are to be stored; `lists` names them by source."""
+    """Return the source of the images of records; with `vision.mode` "stored", all of them are encoded first.
+
+    Args:
+        vision: how images are used.
+        conditioning: the encoder.
+        sources: the sources of the records.
+        lists: JSON file with the image paths of each source.
+        cache: the cache folder, for stored features.
+        scale: the workers that encode.
+        seed: seed of augmented views.
+    """
     if vision.mode == "streamed":
         return StreamedImages(
             lists=lists,
-            roots={i: source.images for i, source in enumerate(sources)},
+            roots={number: source.images for number, source in enumerate(sources)},
             preprocess=conditioning.encoder.preprocess,
             seed=seed if vision.augment else None,
             min_area=vision.min_area,
             flips=vision.flips,
         )
     from cafo.datasets import Item
-    from rayjobs.data.feature_store import FeaturesConfig, fill_store
+    from rayjobs.data.feature_store import FeaturesConfig, FeatureStore
     from rayjobs.data.image_list import plain_list
 
-    wanted = [
-        plain_list(str(i), resolve_path(source.images), [Item(path, 0, "") for path in source.image_paths()])
-        for i, source in enumerate(sources)
-    ]
-    folders = fill_store(
-        [images for images in wanted if images.items],
-        {"encoder": conditioning.encoder},
-        FeaturesConfig(batch=vision.batch),
-        cache,
+    store = FeatureStore(
+        encoders={"encoder": conditioning.encoder},
+        settings=FeaturesConfig(batch=vision.batch),
+        cache=cache,
         workers=scale.workers.max,
         resources=scale.resources(),
     )
-    return StoredFeatures(folders={int(role): found["encoder"] for role, found in folders.items()}, lists=lists)
+    image_lists = [
+        plain_list(str(number), resolve_path(source.images), [Item(path, 0, "") for path in source.image_paths()])
+        for number, source in enumerate(sources)
+    ]
+    folders = store.fill([images for images in image_lists if images.items])
+    return StoredFeatures(folders={int(role): stores["encoder"] for role, stores in folders.items()}, lists=lists)

@@ -1,51 +1,62 @@
-"""A record's image on its way to a worker, as the bytes of float32 numbers beside its tokens.
+"""Images of instruction records on their way to a worker: float32 values as bytes, sent beside the tokens.
 
-    StoredFeatures   what the feature store holds of it: workers hold no encoder
-    StreamedImages   its decoded pixels: workers hold the encoder, and training may see augmented views
+    StoredFeatures   features from the feature store; the workers need no encoder
+    StreamedImages   decoded pixels; the workers hold the encoder, and training may use augmented views
 
-Runs in Ray Data's tasks, so what takes seconds to import is imported where it is used.
+Both run in Ray Data tasks, so modules that take seconds to import are imported where they are used.
 
-F features of an image, S side of the encoder's images.
+Legend: F features of an image, S side of the encoder's images.
 """
 
-from rayjobs.errors import UserError
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
+
 import numpy as np
-from rayjobs.storage.paths import resolve_path as place_of
+
+from rayjobs.errors import DataError
 from rayjobs.storage.files import read_parquet
+from rayjobs.storage.paths import resolve_path
 
-
-STORE_IMAGES = 64
+IMAGES_PER_PART = 64
 """Images in one part of a feature store of plain views."""
 
 
 class ImageSource(Protocol):
-    """Where a stream of records takes its images from."""
+    """A source of the images of records."""
 
-    def read(self, source: int, place: int, epoch: int | None) -> bytes:
-        """The image at a place of a source's list, in an epoch of training or, with None, as it is."""
+    def read(self, source: int, index: int, epoch: int | None) -> bytes:
+        """Return image `index` of the list of a source of records, as float32 values.
+
+        epoch: the epoch of training, which an augmented view depends on; None for the image as it is.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFeatures:
-    """Features (F,) of a store."""
+    """Features (F,) from a feature store."""
 
     folders: Mapping[int, Path]
-    """source → the store of its images"""
+    """source → store of its images"""
     lists: Path
     """JSON of {source: [path, …]}"""
 
-    def read(self, source: int, place: int, epoch: int | None) -> bytes:
-        rows, features = _part(self.folders[source] / part_name(place - place % STORE_IMAGES))
-        if place not in rows:
-            path = _lists(self.lists)[str(source)][place]
-            raise UserError(f"{path}: could be read when records became tokens, and cannot be any more")
-        return features[rows[place]].tobytes()
+    def read(self, source: int, index: int, epoch: int | None) -> bytes:
+        """Return the features of an image; the epoch does not matter.
+
+        Raises:
+            DataError: the image was readable when the records became tokens, but not when it was encoded.
+        """
+        rows, features = _read_part(self.folders[source] / part_name(index - index % IMAGES_PER_PART))
+        if index not in rows:
+            path = _read_lists(self.lists)[str(source)][index]
+            raise DataError(
+                f"{path}: could be read when records became tokens, but not when it was encoded; restore the file"
+            )
+        return features[rows[index]].tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +66,21 @@ class StreamedImages:
     lists: Path
     """JSON of {source: [path, …]}"""
     roots: Mapping[int, str]
-    """source → the folder that its paths start from"""
+    """source → folder that its paths are relative to"""
     preprocess: Any
     """`cafo.images.Preprocess` of the encoder"""
     seed: int | None
-    """Of augmented views, one to an epoch; None shows every image as it is."""
+    """seed of the augmented views, one in each epoch; None for the images as they are"""
     min_area: float = 1.0
     flips: bool = False
 
-    def read(self, source: int, place: int, epoch: int | None) -> bytes:
-        path = _lists(self.lists)[str(source)][place]
+    def read(self, source: int, index: int, epoch: int | None) -> bytes:
+        """Return the pixels of an image, or of the augmented view of an epoch.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        path = _read_lists(self.lists)[str(source)][index]
         image = read_image(self.roots[source], path)
         if self.seed is None or epoch is None:
             return self.preprocess(image).numpy().tobytes()
@@ -73,24 +89,29 @@ class StreamedImages:
 
 
 def read_image(root: str, path: str) -> Any:
-    """An image of a folder or URL. Raises `cafo.images.ImageError` for one that cannot be used."""
+    """Decode an image below a folder or URL to a PIL image.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
     from cafo.images import load_image
 
-    return load_image(place_of(root) / path, name=path)
+    return load_image(resolve_path(root) / path, name=path)
 
 
 def part_name(first: int) -> str:
-    """The file of a feature store's part, by the place of its first image."""
+    """Return the file name of a feature store's part, from the index of its first image."""
     return f"part-{first:08d}.parquet"
 
 
 @lru_cache(maxsize=128)
-def _part(path: Path) -> tuple[dict[int, int], np.ndarray]:
+def _read_part(path: Path) -> tuple[dict[int, int], np.ndarray]:
+    """Read a part of a store of plain views: {image index: row}, and the rows (n, F)."""
     table = read_parquet(path)
-    rows = {place: row for row, place in enumerate(table["row"].to_pylist())}
+    rows = {index: row for row, index in enumerate(table["row"].to_pylist())}
     return rows, table["features"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
 
 
 @lru_cache(maxsize=4)
-def _lists(path: Path) -> dict[str, list[str]]:
+def _read_lists(path: Path) -> dict[str, list[str]]:
     return json.loads(path.read_text(encoding="utf-8"))

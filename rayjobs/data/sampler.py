@@ -1,175 +1,245 @@
-"""The order of training: a function of (store, seed, epoch, step), whatever the number of workers.
+"""A deterministic order of training records that does not depend on the number of workers.
 
-    epoch   the parts in an order drawn from (seed, epoch), laid end to end; of a source of weight w, w of its records
-    window  the next `shuffle_records` rows of that line, shuffled by (seed, epoch, window)
-    step    the next `global_batch` rows of the window
-    micro   those rows sorted by length and cut under the token budget, evenly for W workers
+This is known as elastic determinism (MosaicML Streaming, https://docs.mosaicml.com/projects/streaming). The order is a
+function of (store, seed, epoch, step):
 
-and micro-batch j goes to worker j mod W, with empty ones added until all workers have as many. How a step is cut does
-not change its gradient. So every record is seen once per epoch, one worker computes what two do, and a run may resume
-at any step with any number of workers. A source of weight w is shuffled afresh whenever all of it was seen, and each
-epoch goes on where the last one stopped: no record is ever seen twice more than another. Memory is bounded by a window.
-Runs in Ray Data's tasks, so it does not import torch, which takes seconds.
+    epoch        the parts of the store, in an order shuffled by (seed, epoch), one after the other
+    window       the next `shuffle_records` records of the epoch, shuffled by (seed, epoch, window)
+    step         the next `global_batch` records of the window
+    micro-batch  records of a step of similar length, within the token budget
+
+For W workers, a step is cut into a multiple of W micro-batches, of which the last may be empty; micro-batch j goes to
+worker j mod W. The cut does not change the gradient of the step. So every record is trained on once per epoch, one
+worker computes what many do, and a run can resume at any step with any number of workers.
+
+A source with weight w contributes w × its size records per epoch. It is read in passes; each pass is a new permutation,
+and an epoch continues in the pass where the previous one ended. So the counts of any two records of a source never
+differ by more than one.
+
+Memory is bounded by one window. The code runs in Ray Data tasks, so it does not import torch, which takes seconds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+
 import numpy as np
 import pyarrow as pa
+
 from adapter.batching import micro_batches
 from rayjobs.data.image_source import ImageSource
-from rayjobs.data.token_store import TOKENS
+from rayjobs.data.token_store import TOKEN_SCHEMA, Split, TokenStore, part_source, source_of
 from rayjobs.storage.files import read_parquet
-from rayjobs.data.token_store import Split, TokenStore, part_source, source_of
 
+RECORD_SCHEMA = pa.schema([*[field for field in TOKEN_SCHEMA if field.name != "image"], ("image", pa.large_binary())])
+"""A record with the bytes of its image, from an `ImageSource`, in place of the image's index."""
 
-ROW = pa.schema([*[field for field in TOKENS if field.name != "image"], ("image", pa.large_binary())])
-"""A record with its image as `rayjobs.pictures` reads it, in place of the image's place."""
-
-MICRO_BATCH = pa.schema(
+MICRO_BATCH_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # counted from 0 over all epochs
-        ("last", pa.bool_()),  # whether the worker's part of the step ends here
-        ("step_labels", pa.int64()),  # labelled tokens in the whole step, over all workers: the loss's denominator
-        ("rows", pa.list_(pa.struct(ROW))),  # none in a micro-batch that only keeps the workers even
+        ("last", pa.bool_()),  # this is the worker's last micro-batch of the step
+        ("step_labels", pa.int64()),  # labelled tokens of the step over all workers: the denominator of the loss
+        ("rows", pa.list_(pa.struct(RECORD_SCHEMA))),  # empty in a micro-batch that keeps the workers in step
     ]
 )
 
 
+class PartSlice(NamedTuple):
+    """What an epoch takes from a part of the store."""
+
+    part: str
+    """file name"""
+    rows: np.ndarray | None
+    """row numbers, rising; None for all rows"""
+    count: int
+    """number of rows"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ElasticBatchSampler:
-    """How a split is walked."""
+    """The order of a split of a token store."""
 
     store: TokenStore
     split: Split
     global_batch: int
+    """records per step, over all workers"""
     token_budget: int
+    """tokens per micro-batch, padding included"""
     shuffle_records: int
-    """Rows shuffled together; rounded up to whole steps."""
+    """records that are shuffled together; rounded up to whole steps"""
     seed: int | None
-    """None keeps the order of the source."""
+    """None keeps the order of the sources"""
     weights: tuple[float, ...] = ()
-    """How often the records of each source are seen in an epoch; sources past the end are seen once."""
-    pictures: ImageSource | None = None
-    """Where images come from; None leaves them out."""
+    """how often each source is read in an epoch; 1 for sources past the end"""
+    images: ImageSource | None = None
+    """where the records' images come from; None leaves images out"""
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-sum(self._wanted(source) for source in self._sources) // self.global_batch)
-
-    @cached_property
-    def _sources(self) -> dict[int, list[tuple[str, int]]]:
-        """Each source's parts."""
-        found: dict[int, list[tuple[str, int]]] = {}
-        for name, rows in self.store.parts[self.split]:
-            found.setdefault(part_source(name), []).append((name, rows))
-        return found
-
-    def _wanted(self, source: int) -> int:
-        """Rows of a source in one epoch."""
-        rows = sum(rows for _, rows in self._sources[source])
-        return rows if source >= len(self.weights) else max(1, round(self.weights[source] * rows))
-
-    def _pieces(self, epoch: int) -> list[tuple[str, np.ndarray | None, int]]:
-        """What an epoch takes of each part: (file, which of its rows or None for all, how many)."""
-        pieces: list[tuple[str, np.ndarray | None, int]] = []
-        for source, parts in self._sources.items():
-            total, wanted = sum(rows for _, rows in parts), self._wanted(source)
-            if wanted == total:
-                pieces += [(name, None, rows) for name, rows in parts]
-                continue
-            start, taken = epoch * wanted, []
-            for turn in range(start // total, (start + wanted - 1) // total + 1):
-                line = np.random.default_rng([self.seed or 0, source, turn]).permutation(total)
-                taken.append(line[max(0, start - turn * total) : start + wanted - turn * total])
-            rows_taken, first = np.sort(np.concatenate(taken)), 0
-            for name, rows in parts:
-                mine = rows_taken[(rows_taken >= first) & (rows_taken < first + rows)] - first
-                pieces += [(name, mine, len(mine))] if len(mine) else []
-                first += rows
-        return pieces
-
-    @property
-    def windows_per_epoch(self) -> int:
-        return -(-self.steps_per_epoch // self.steps_per_window)
+        """Number of steps in an epoch; the last may be smaller than the others."""
+        return -(-sum(self._records_per_epoch(source) for source in self._parts_of_sources) // self.global_batch)
 
     @property
     def steps_per_window(self) -> int:
+        """Number of steps in a window; the last window of an epoch may be smaller."""
         return -(-self.shuffle_records // self.global_batch)
 
+    @property
+    def windows_per_epoch(self) -> int:
+        """Number of windows in an epoch."""
+        return -(-self.steps_per_epoch // self.steps_per_window)
+
     def steps(self, epoch: int, window: int) -> range:
-        """The steps that a window holds, counted from 0 over all epochs."""
-        before = epoch * self.steps_per_epoch
-        first = before + window * self.steps_per_window
-        return range(first, min(first + self.steps_per_window, before + self.steps_per_epoch))
+        """Return the steps of a window, counted from 0 over all epochs."""
+        epoch_start = epoch * self.steps_per_epoch
+        first = epoch_start + window * self.steps_per_window
+        return range(first, min(first + self.steps_per_window, epoch_start + self.steps_per_epoch))
 
     def rows(self, epoch: int, window: int) -> pa.Table:
-        """The rows of one window, in the order in which they are trained on."""
-        parts = self._pieces(epoch)
-        order = range(len(parts))
+        """Return the records of a window, in the order in which they are trained on."""
+        slices = self._slices(epoch)
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(parts)).tolist()
+            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(slices)).tolist()
+            slices = [slices[i] for i in shuffled]
         size = self.steps_per_window * self.global_batch
-        skip, tables, found = window * size, [], 0
-        for part in order:
-            name, which, rows = parts[part]
-            if skip >= rows:
-                skip -= rows
-                continue
-            table = read_parquet(f"{self.store.folder}/{name}")
-            tables.append((table if which is None else table.take(which)).slice(skip, size - found))
-            found, skip = found + tables[-1].num_rows, 0
-            if found == size:
-                break
-        table = pa.concat_tables(tables)
+        table = self._read_range(slices, start=window * size, size=size)
         if self.seed is not None:
             table = table.take(np.random.default_rng([self.seed, epoch, window + 1]).permutation(table.num_rows))
         return table
 
-    def picture(self, row: dict[str, Any], epoch: int) -> bytes | None:
-        """A row's image as a worker gets it."""
-        if self.pictures is None or row["image"] is None:
+    def read_image(self, row: dict[str, Any], epoch: int) -> bytes | None:
+        """Return the bytes of a record's image for a worker; None if it has none or images are left out."""
+        if self.images is None or row["image"] is None:
             return None
-        return self.pictures.read(source_of(row["id"]), row["image"], None if self.seed is None else epoch)
+        return self.images.read(source_of(row["id"]), row["image"], None if self.seed is None else epoch)
+
+    @cached_property
+    def _parts_of_sources(self) -> dict[int, list[tuple[str, int]]]:
+        """{source: [(file name, rows), …]}."""
+        parts: dict[int, list[tuple[str, int]]] = {}
+        for name, rows in self.store.parts[self.split]:
+            parts.setdefault(part_source(name), []).append((name, rows))
+        return parts
+
+    def _records_per_epoch(self, source: int) -> int:
+        size = sum(rows for _, rows in self._parts_of_sources[source])
+        return size if source >= len(self.weights) else max(1, round(self.weights[source] * size))
+
+    def _slices(self, epoch: int) -> list[PartSlice]:
+        """Return what an epoch takes from each part, in the order of the store."""
+        slices: list[PartSlice] = []
+        for source, parts in self._parts_of_sources.items():
+            size, count = sum(rows for _, rows in parts), self._records_per_epoch(source)
+            if count == size:
+                slices += [PartSlice(name, None, rows) for name, rows in parts]
+            else:
+                slices += _slice_parts(parts, self._weighted_rows(source, size, epoch * count, count))
+        return slices
+
+    def _weighted_rows(self, source: int, size: int, start: int, count: int) -> np.ndarray:
+        """Return the rows of a source that an epoch trains on, sorted; a row occurs once for each pass that has it.
+
+        All passes over the source, each a permutation of its `size` rows, form one sequence. The epoch takes `count`
+        rows of it from `start` on.
+
+        Example: a source of 10 rows with weight 2.5 has count 25. Epoch 0 takes positions 0-24: passes 0 and 1 whole,
+        and the first 5 rows of pass 2. Epoch 1 starts at 25 and takes positions 25-49: the last 5 rows of pass 2, and
+        passes 3 and 4 whole.
+        """
+        first_pass, last_pass = start // size, (start + count - 1) // size
+        rows = []
+        for number in range(first_pass, last_pass + 1):
+            permutation = np.random.default_rng([self.seed or 0, source, number]).permutation(size)
+            begin, end = start - number * size, start + count - number * size
+            rows.append(permutation[max(0, begin) : end])
+        return np.sort(np.concatenate(rows))
+
+    def _read_range(self, slices: Sequence[PartSlice], start: int, size: int) -> pa.Table:
+        """Read up to `size` rows from position `start` of the slices, laid one after the other."""
+        skip, tables, found = start, [], 0
+        for part in slices:
+            if skip >= part.count:
+                skip -= part.count
+                continue
+            table = read_parquet(f"{self.store.folder}/{part.part}")
+            tables.append((table if part.rows is None else table.take(part.rows)).slice(skip, size - found))
+            found, skip = found + tables[-1].num_rows, 0
+            if found == size:
+                break
+        return pa.concat_tables(tables)
+
+
+def _slice_parts(parts: Sequence[tuple[str, int]], rows: np.ndarray) -> list[PartSlice]:
+    """Divide sorted row numbers of a source among its parts."""
+    slices, first = [], 0
+    for name, size in parts:
+        part_rows = rows[(rows >= first) & (rows < first + size)] - first
+        if len(part_rows):
+            slices.append(PartSlice(name, part_rows, len(part_rows)))
+        first += size
+    return slices
 
 
 def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
-    """Rows of one step → for each worker as many micro-batches of row indices; some workers' last may be empty.
+    """Divide the records of a step among the workers.
 
-    They are cut as small as that number allows, so that no worker is idle while another one has a full budget.
+    All workers get the same number of micro-batches; the last of some may be empty. The number is the smallest that the
+    token budget allows. The micro-batches are then cut as evenly as that number allows, so that no worker is idle while
+    another computes a full budget.
+
+    Args:
+        lengths: tokens of each record.
+        token_budget: tokens per micro-batch, padding included.
+        world: number of workers.
+
+    Returns:
+        For each worker, its micro-batches as lists of positions in `lengths`.
     """
-    micros = micro_batches(lengths, token_budget)
-    most, too_small = -(-len(micros) // world) * world, 0
-    while token_budget - too_small > 1:
-        budget = (too_small + token_budget) // 2
+    batches = micro_batches(lengths, token_budget)
+    most = -(-len(batches) // world) * world
+    fits, too_small = token_budget, 0  # bisect for the smallest budget that gives no more than `most` micro-batches
+    while fits - too_small > 1:
+        budget = (too_small + fits) // 2
         smaller = micro_batches(lengths, budget)
         if len(smaller) <= most:
-            micros, token_budget = smaller, budget
+            batches, fits = smaller, budget
         else:
             too_small = budget
-    micros += [[] for _ in range(-len(micros) % world)]
-    return [micros[rank::world] for rank in range(world)]
+    batches += [[] for _ in range(-len(batches) % world)]
+    return [batches[rank::world] for rank in range(world)]
 
 
 def window_micro_batches(
     batch: dict[str, Any], order: ElasticBatchSampler, steps: range, rank: int, world: int
 ) -> Iterator[pa.Table]:
-    """A Ray Data row {epoch, window} → one worker's micro-batches of those of its steps that are in `steps`."""
+    """Yield a worker's micro-batches of one window, for Ray Data: a table of `MICRO_BATCH_SCHEMA` for each step.
+
+    Args:
+        batch: a Ray Data row {epoch, window}.
+        order: the order of training.
+        steps: the steps to yield; others of the window are left out.
+        rank: number of the worker.
+        world: number of workers.
+    """
     epoch, window = int(batch["epoch"][0]), int(batch["window"][0])
-    table, held = order.rows(epoch, window), order.steps(epoch, window)
-    for step in held:
+    table, window_steps = order.rows(epoch, window), order.steps(epoch, window)
+    for step in window_steps:
         if step not in steps:
             continue
-        rows = table.slice((step - held.start) * order.global_batch, order.global_batch).to_pylist()
+        rows = table.slice((step - window_steps.start) * order.global_batch, order.global_batch).to_pylist()
         lengths = [len(row["tokens"]) for row in rows]
-        labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
-        mine = assign_micro_batches(lengths, order.token_budget, world)[rank]
-        for row in {row for micro in mine for row in micro}:
-            rows[row]["image"] = order.picture(rows[row], epoch)
+        step_labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
+        batches = assign_micro_batches(lengths, order.token_budget, world)[rank]
+        for i in {i for positions in batches for i in positions}:
+            rows[i]["image"] = order.read_image(rows[i], epoch)
         micros = [
-            {"step": step, "last": i == len(mine) - 1, "step_labels": labels, "rows": [rows[row] for row in micro]}
-            for i, micro in enumerate(mine)
+            {
+                "step": step,
+                "last": number == len(batches) - 1,
+                "step_labels": step_labels,
+                "rows": [rows[i] for i in positions],
+            }
+            for number, positions in enumerate(batches)
         ]
-        yield pa.Table.from_pylist(micros, MICRO_BATCH)
+        yield pa.Table.from_pylist(micros, MICRO_BATCH_SCHEMA)

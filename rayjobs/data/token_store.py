@@ -43,7 +43,7 @@ from rayjobs.storage.files import write_parquet
 from rayjobs.storage.files import read_parquet
 
 
-TOKENS = pa.schema(
+TOKEN_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # the record's place in the sources: source * 2^40 + row
         ("tokens", pa.list_(pa.int32())),
@@ -236,7 +236,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
         rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start, "image": place})
     for side, listed in rows.items():
         if listed:
-            write_parquet(folder / f"{side}-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKENS))
+            write_parquet(folder / f"{side}-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
     return {
         "first": [first],
         "records": [len(records)],

@@ -43,7 +43,7 @@ def record_losses(
         token_budget=token_budget,
         shuffle_records=4096,
         seed=None,
-        pictures=images,
+        images=images,
     )
     windows = [{"epoch": 0, "window": window} for window in range(sampler.windows_per_epoch)]
     resources = pool.resources()

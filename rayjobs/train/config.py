@@ -1,4 +1,4 @@
-"""Training settings: recipe, scale, and all that a worker needs to know."""
+"""Training settings: the recipe, the workers, and everything that a worker is given."""
 
 import math
 from dataclasses import dataclass
@@ -18,29 +18,29 @@ from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 
 @config
 class TrainConfig:
-    """The recipe; the defaults are LLaMA-Adapter's for Alpaca."""
+    """Training recipe. The defaults are those of LLaMA-Adapter on Alpaca."""
 
     epochs: float = Field(default=5, gt=0)
-    """Passes over the training records."""
+    """Number of passes over the training records."""
     warmup_epochs: float = Field(default=2, ge=0)
-    """Linear warm-up, then half a cosine down to 0."""
+    """Epochs of linear warm-up; after it the learning rate falls to 0 along half a cosine."""
     global_batch: int = Field(default=64, ge=1)
-    """Records per optimizer step, over all workers."""
+    """Records per optimizer step, over all workers. Results do not depend on the number of workers."""
     token_budget: int = Field(default=4096, ge=1)
-    """Tokens per micro-batch and worker, padding included: the knob for memory."""
+    """Tokens per micro-batch of a worker, padding included. Lower it if memory runs out."""
     shuffle_records: int = Field(default=65536, ge=1)
-    """Records shuffled together; a data set up to this size is shuffled as a whole."""
+    """Number of records shuffled together. A data set up to this size is shuffled as a whole."""
     seed: int = Field(default=0, ge=0)
-    """Of the prompts' initial values and of the order of records."""
+    """Seed for prompt initialisation and record shuffling."""
     checkpoint_activations: bool = False
-    """Recompute the adapted layers in the backward pass: less memory, about a third more time."""
+    """Recompute the adapted layers in the backward pass, which saves memory and takes about a third more time."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
-    """How much work a failure may cost."""
+    """Save a checkpoint every N steps. A failure costs the steps since the last checkpoint."""
     validate_every_steps: int | None = Field(default=None, ge=1)
-    """Validate this often, besides before the first step and after the last; null for once an epoch."""
+    """Validate every N steps, before the first step and after the last; null validates once an epoch."""
 
     def learning_rate(self, step: int, steps_per_epoch: int, peak: float) -> float:
-        """The rate of one step: reaches `peak` at the end of warm-up; the last step's is just above 0."""
+        """Return the learning rate of a step: `peak` at the end of the warm-up, just above 0 at the last step."""
         warmup, total = self.warmup_epochs * steps_per_epoch, self.total_steps(steps_per_epoch)
         if step + 1 <= warmup:
             return peak * (step + 1) / warmup
@@ -52,29 +52,31 @@ class TrainConfig:
 
 @config
 class ScaleConfig(WorkerPoolConfig):
-    """How many Ray Train workers, one DeepSpeed rank each, and what each may use."""
+    """Number of Ray Train workers, each one DeepSpeed rank, and the resources of each."""
 
     max_failures: int = Field(default=3, ge=-1)
-    """Worker failures that the run survives; -1 for any number."""
+    """Number of worker failures to recover from; -1 for any number. Preempted nodes are not counted."""
+    max_preemptions: int = Field(default=-1, ge=-1)
+    """Number of node preemptions (spot machines taken away after a notice) to recover from; -1 for any number."""
     grow_every_s: float = Field(default=60, ge=0)
-    """Below workers.max, how often it is asked whether there is room for more; growing costs a start, and the steps
-    since the last checkpoint."""
+    """Seconds between attempts to grow while there are fewer than workers.max. Growing restarts the workers from the last
+    checkpoint."""
     threads_per_worker: int | None = Field(default=None, ge=1)
-    """Threads of a worker without a GPU; null shares the machine's cores among its workers. A tiny model is fastest on
-    one, and a sum's last bits depend on how many there are."""
+    """Threads of a worker without a GPU; null shares the node's cores among its workers. A tiny model is fastest with
+    one thread. The last bits of sums depend on the number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """All that a worker needs to know."""
+    """Everything that a worker is given."""
 
     base: str
     dtype: Dtype
     adaption: AdaptionConfig
     store: TokenStore
     weights: tuple[float, ...]
-    """How often each source's records are trained on in an epoch."""
-    pictures: ImageSource | None
+    """Passes over each source in one epoch."""
+    images: ImageSource | None
     """Where images come from; None for text alone."""
     encoder: EncoderInfo | None
     """What workers encode images with, if they come as pixels."""
@@ -82,7 +84,7 @@ class TrainJob:
     optimizer: OptimizerConfig
     zero: ZeroConfig
 
-    def order(self, split: str) -> ElasticBatchSampler:
+    def sampler(self, split: str) -> ElasticBatchSampler:
         return ElasticBatchSampler(
             store=self.store,
             split="train" if split == "train" else "val",
@@ -91,17 +93,17 @@ class TrainJob:
             shuffle_records=self.train.shuffle_records,
             seed=self.train.seed if split == "train" else None,
             weights=self.weights if split == "train" else (),
-            pictures=self.pictures,
+            images=self.images,
         )
 
     @property
     def total_steps(self) -> int:
-        return self.train.total_steps(self.order("train").steps_per_epoch)
+        return self.train.total_steps(self.sampler("train").steps_per_epoch)
 
     @property
     def peak_lr(self) -> float:
         return self.optimizer.base_lr * self.train.global_batch / 256
 
     def validates_after(self, step: int) -> bool:
-        every = self.train.validate_every_steps or self.order("train").steps_per_epoch
+        every = self.train.validate_every_steps or self.sampler("train").steps_per_epoch
         return bool(self.store.rows("val")) and (step % every == 0 or step == self.total_steps)

@@ -10,7 +10,7 @@ import numpy as np
 from cafo import fewshot
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
-from rayjobs.data.feature_store import Features, Rejected
+from rayjobs.data.feature_store import Features, RejectedImage
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.text_classifier import ClassifierFile
 from rayjobs.errors import ProvenanceError
@@ -38,7 +38,7 @@ class SweepInputs:
     """encoder → what identifies its weights and preprocessing"""
 
     @property
-    def rejected(self) -> list[Rejected]:
+    def rejected(self) -> list[RejectedImage]:
         """Images that cannot be read."""
         return [image for found in self.features.values() for image in found.rejected]
 

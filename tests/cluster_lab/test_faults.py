@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,9 @@ MIDDLE = 60
 
 
 @pytest.fixture
-def run(onprem: Cluster, undisturbed: Training, shared: Path, request: pytest.FixtureRequest) -> Training:
+def run(onprem: Cluster, undisturbed: Training, request: pytest.FixtureRequest) -> Training:
     """A run in the middle of its work."""
-    made = Training(onprem, shared, request.node.name)
+    made = Training(onprem, request.node.name)
     made.submit()
     made.wait_for_step(MIDDLE)
     return made
@@ -52,8 +51,8 @@ def test_link_cut_for_half_a_minute(onprem: Cluster, run: Training, undisturbed:
     run.is_as(undisturbed)
 
 
-def test_fewer_workers_while_a_host_is_off(onprem: Cluster, shared: Path) -> None:
-    run, began = Training(onprem, shared, "elastic"), time.monotonic()
+def test_fewer_workers_while_a_host_is_off(onprem: Cluster) -> None:
+    run, began = Training(onprem, "elastic"), time.monotonic()
     run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
     run.wait_for_step(MIDDLE)
     run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began, 120)
@@ -83,7 +82,7 @@ def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: 
 
 @pytest.mark.parametrize(
     ("what", "actor", "first"),
-    [("encoding", "ChunkEncoder", "features/*/part-*"), ("trials", "ImplicitFunc", "trials/*/result.json")],
+    [("encoding", "PartEncoder", "features/*/part-*"), ("trials", "ImplicitFunc", "trials/*/result.json")],
 )
 def test_worker_host_without_power_in_a_sweep(
     onprem: Cluster, calm_sweep: Sweep, what: str, actor: str, first: str
@@ -111,8 +110,8 @@ def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> No
     run.is_as(undisturbed)
 
 
-def test_disk_full(onprem: Cluster, undisturbed: Training, shared: Path) -> None:
-    run = Training(onprem, shared, "full", storage=onprem.small)
+def test_disk_full(onprem: Cluster, undisturbed: Training) -> None:
+    run = Training(onprem, "full", storage=onprem.small)
     run.submit()
     run.wait_for_step(MIDDLE)
     mark = run.mark()

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from rayjobs.data.sampler import ElasticBatchSampler, assign_micro_batches, window_micro_batches
-from rayjobs.data.token_store import ROWS_PER_SOURCE, TOKENS, TokenStore
+from rayjobs.data.token_store import ROWS_PER_SOURCE, TOKEN_SCHEMA, TokenStore
 from rayjobs.storage.files import write_parquet
 
 PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> TokenStore:
             listed.append({"id": id, "tokens": [id] * length, "label_start": int(draw.integers(1, length))})
             id += 1
         name = f"train-{listed[0]['id']:014x}.parquet"
-        write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+        write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
         parts.append((name, rows))
     return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
 
@@ -111,7 +111,7 @@ def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
         for rows in sizes:
             listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1} for i in range(rows)]
             name = f"train-{first:014x}.parquet"
-            write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKENS))
+            write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
             parts.append((name, rows))
             first += rows
     store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
@@ -129,19 +129,19 @@ def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
     assert all(count == 4 for id, count in seen.items() if id < ROWS_PER_SOURCE)
 
 
-class Places:
-    """Pictures that tell what was asked of them."""
+class IndexedImages:
+    """An image source whose bytes name the image that was asked for."""
 
-    def read(self, source: int, place: int, epoch: int | None) -> bytes:
-        return f"{source} {place} {epoch}".encode()
+    def read(self, source: int, index: int, epoch: int | None) -> bytes:
+        return f"{source} {index} {epoch}".encode()
 
 
 def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> None:
     first = 3 * ROWS_PER_SOURCE
     listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1, "image": i if i % 2 else None} for i in range(9)]
-    write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKENS))
+    write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
     parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
-    order = order_of(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), pictures=Places())
+    order = order_of(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), images=IndexedImages())
     for epoch in (0, 1):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         for worker in walk(order, 2, steps):
@@ -149,7 +149,7 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
                 for row in micro["rows"]:
                     place = row["id"] - first
                     assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
-    plain = order_of(order.store, seed=None, pictures=Places())
+    plain = order_of(order.store, seed=None, images=IndexedImages())
     (rows,) = [row for row in walk(plain, 1, range(1))[0][0]["rows"] if row["id"] == first + 1]
     assert rows["image"] == b"3 1 None", "without a seed an image is shown as it is"
 

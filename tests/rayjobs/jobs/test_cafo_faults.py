@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rayjobs.jobs import cafo_tune
 from rayjobs.storage.files import read_json
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import world
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -56,12 +56,6 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Sweeps:
     return made
 
 
-def wait_for(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not ready() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 class Kill(threading.Thread):
     """Kills one worker of this process's cluster, by what it runs, as soon as the time has come."""
 
@@ -71,7 +65,7 @@ class Kill(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        wait_for(self.ready)
+        wait_until(self.ready, "the time to kill", pause_s=0.01)
         for process in psutil.Process().children(recursive=True):
             try:
                 if not self.killed and self.runs in " ".join(process.cmdline()):
@@ -83,7 +77,7 @@ class Kill(threading.Thread):
 
 def test_a_killed_encoder_and_a_killed_trial_change_nothing(sweeps: Sweeps) -> None:
     config = sweeps.config("killed-workers", f"run.cache={sweeps.runs / 'own'}")
-    encoder = Kill("ChunkEncoder", lambda: len(list((sweeps.runs / "own").glob("features/*/*.parquet"))) >= 2)
+    encoder = Kill("PartEncoder", lambda: len(list((sweeps.runs / "own").glob("features/*/*.parquet"))) >= 2)
     trial = Kill("ray::ImplicitFunc", lambda: len(sweeps.finished("killed-workers")) >= 2)
     cafo_tune.run(config)
     assert encoder.killed
@@ -91,9 +85,10 @@ def test_a_killed_encoder_and_a_killed_trial_change_nothing(sweeps: Sweeps) -> N
     assert sweeps.found("killed-workers") == sweeps.found("undisturbed")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_beside_another_on_the_same_store(sweeps: Sweeps) -> None:
     process = sweeps.start("killed-driver")
-    wait_for(lambda: len(sweeps.finished("killed-driver")) >= 2)
+    wait_until(lambda: len(sweeps.finished("killed-driver")) >= 2, "two finished trials", pause_s=0.01)
     process.kill()
     process.wait()
     kept = sweeps.finished("killed-driver")
@@ -101,7 +96,7 @@ def test_a_killed_sweep_goes_on_beside_another_on_the_same_store(sweeps: Sweeps)
     shutil.rmtree(sweeps.runs / "cache")  # so that both make the store, at the same time
     process = sweeps.start("killed-driver")
     cafo_tune.run(sweeps.config("beside"))
-    assert process.wait(200) == 0
+    assert process.wait(PATIENCE_S) == 0
     assert sweeps.found("beside") == sweeps.found("killed-driver") == sweeps.found("undisturbed")
     now = sweeps.finished("killed-driver")
     assert {path: now[path] for path in kept} == kept, "no finished trial is run again"

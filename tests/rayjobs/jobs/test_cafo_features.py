@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,12 @@ from cafo import fewshot
 from cafo.encoders import load_encoder
 from cafo.images import load_image
 from rayjobs.config import load
-from rayjobs.data.feature_store import open_encoders, prepare_features
+from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.jobs import cafo_features
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import world
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -31,14 +31,14 @@ def settings(given: list[str], *more: str) -> cafo_features.Config:
 
 def features(config: cafo_features.Config):
     _, lists = cafo_features.check(config)
-    return prepare_features(
-        lists,
-        open_encoders(config.encoders),
-        config.features,
-        config.run.cache_folder,
+    store = FeatureStore(
+        encoders=open_encoders(config.encoders),
+        settings=config.features,
+        cache=config.run.cache_folder,
         workers=1,
         resources=config.scale.resources(),
-    ), {images.role: images for images in lists}
+    )
+    return store.load(lists), {images.role: images for images in lists}
 
 
 def parts(config: cafo_features.Config) -> dict[Path, int]:
@@ -106,6 +106,7 @@ def test_a_restart_makes_the_missing_parts_only_and_another_encoder_its_own(tmp_
         features(config)
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_parts(tmp_path: Path, cluster: None) -> None:
     given = world(tmp_path, {"train": 50, "val": 20})
     more = ["shots=50", "seeds=[0]", "generated=0", "run.name=killed", "features.views=8"]
@@ -113,9 +114,7 @@ def test_a_killed_run_keeps_its_parts(tmp_path: Path, cluster: None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     config = settings(given, *more)
-    deadline = time.monotonic() + 200
-    while len(parts(config)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(parts(config)) >= 4, "four parts")
     process.kill()
     process.wait()
     kept = parts(config)

@@ -1,10 +1,8 @@
 """URLs serve as local paths do, proven on a real S3 server that speaks over a socket."""
 
-import json
 import platform
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -16,12 +14,13 @@ from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
-from rayjobs.data.feature_store import ChunkEncoder
+from rayjobs.data.feature_encoding import PartEncoder, PartTask
 from rayjobs.data.records import RecordsConfig
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.runs.record import find_runs
 from rayjobs.storage import sync
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import (
     atomic_path,
     read_json,
@@ -32,11 +31,11 @@ from rayjobs.storage.files import (
     write_parquet,
 )
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import remove_folder, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.conftest import upload
 from tests.rayjobs.jobs.test_adapter_train import settings
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def test_a_local_path_stays_a_plain_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,9 +150,18 @@ def test_a_worker_that_does_not_see_the_drivers_folder_says_so(tmp_path: Path) -
     assert_shared_storage(tmp_path, "s3://bucket/runs")
     with pytest.raises(ValueError, match=rf"{tmp_path}/runs is not the same folder on {platform.node()}: .* or URLs"):
         assert_shared_storage(tmp_path, tmp_path / "runs")
-    chunk = pa.table({"chunk": [json.dumps({"rows": [], "parts": {"clip": f"{tmp_path}/runs/part-0"}})]})
+    task = PartTask(
+        root="",
+        first=0,
+        paths=[],
+        views=0,
+        seed=0,
+        min_area=1.0,
+        flips=False,
+        outputs={"clip": f"{tmp_path}/runs/part-0"},
+    )
     with pytest.raises(ValueError, match="is not the same folder"):
-        ChunkEncoder({}, 1, "cpu")(chunk)
+        PartEncoder({}, 1, "cpu")(pa.Table.from_pylist([task.to_row()]))
 
 
 def test_a_list_is_sent_after_the_images_that_it_names(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +242,7 @@ def test_trains_from_and_to_a_bucket_and_goes_on_from_a_checkpoint_there(
     killed: list[int] = []
 
     def kill_a_worker() -> None:
-        while not list((given.run.folder / "train").glob("checkpoint_*/position.json")):
-            time.sleep(0.2)
+        wait_until(lambda: list((given.run.folder / "train").glob("checkpoint_*/position.json")), "a checkpoint")
         family = psutil.Process().children(recursive=True)
         worker = next(child for child in family if "RayTrainWorker" in command(child))
         worker.kill()
@@ -244,7 +251,7 @@ def test_trains_from_and_to_a_bucket_and_goes_on_from_a_checkpoint_there(
     thread = threading.Thread(target=kill_a_worker, daemon=True)
     thread.start()
     result = adapter_train.run(given)
-    thread.join(1)
+    thread.join(PATIENCE_S)
     assert killed
     steps = [row["step"] for row in read_jsonl(given.run.folder / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, result["steps"] + 1))

@@ -1,0 +1,206 @@
+"""Encode parts of image lists with Ray Data: tasks decode the images, a pool of actors encodes them and writes files.
+
+Each image is decoded once for all encoders. Legend: n images of a part, V views, C width of an encoder's features,
+S side of its images.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from PIL import Image
+from ray.data import ActorPoolStrategy
+
+from cafo.errors import ImageError
+from cafo.images import Preprocess, load_image
+from rayjobs.cluster.device import worker_device
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.console import Progress
+from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
+from rayjobs.storage.files import write_parquet
+from rayjobs.storage.paths import resolve_path
+
+REJECTED_IMAGES = pa.list_(pa.struct([("path", pa.string()), ("reason", pa.string())]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTask:
+    """One part of an image list, and the files that are missing of it."""
+
+    root: str
+    """folder that the paths are relative to"""
+    first: int
+    """position of the first image in the list"""
+    paths: list[str]
+    views: int
+    """V; 0 for the plain view"""
+    seed: int
+    min_area: float
+    flips: bool
+    outputs: dict[str, str]
+    """encoder → path of its file of this part"""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the task as a row for Ray Data; `outputs` is a list, so that all rows have one Arrow type."""
+        outputs = [{"encoder": encoder, "path": path} for encoder, path in self.outputs.items()]
+        return {"task": {**asdict(self), "outputs": outputs}}
+
+    @classmethod
+    def from_row(cls, table: pa.Table) -> "PartTask":
+        """Read the task from a table of one row."""
+        task = table["task"][0].as_py()
+        return cls(**{**task, "outputs": {output["encoder"]: output["path"] for output in task["outputs"]}})
+
+    def preprocess_image(self, preprocess: Preprocess, image: Image.Image, path: str) -> list[np.ndarray]:
+        """Return the views of an image, each (3, S, S) float32: V augmented ones, or the plain one if V is 0."""
+        if not self.views:
+            return [preprocess(image).numpy()]
+        augmentation = {"min_area": self.min_area, "flips": self.flips}
+        return [preprocess.view(image, path, i, self.seed, **augmentation).numpy() for i in range(self.views)]
+
+
+def encode_parts(
+    tasks: Sequence[PartTask],
+    encoders: Mapping[str, EncoderInfo],
+    batch: int,
+    workers: int,
+    resources: Mapping[str, float],
+) -> None:
+    """Write all missing files of the tasks.
+
+    Args:
+        tasks: the parts.
+        encoders: the encoders by name.
+        batch: views that an encoder encodes at once.
+        workers: number of actors that hold the encoders.
+        resources: what each actor reserves.
+    """
+    total = sum(len(task.paths) for task in tasks)
+    rows = ray.data.from_items([task.to_row() for task in tasks], override_num_blocks=len(tasks))
+    with (
+        ray_data_context(preserve_order=False),
+        reraise_user_errors(),
+        Progress("encode", unit="images", total=total) as progress,
+    ):
+        decoded = rows.map_batches(
+            decode_part,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=_decoding_cpus(workers, resources),
+            fn_kwargs={"preprocess": {name: encoder.preprocess for name, encoder in encoders.items()}},
+        )
+        written = decoded.map_batches(
+            PartEncoder,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=workers),
+            num_cpus=resources["CPU"],
+            num_gpus=resources.get("GPU", 0),
+            fn_constructor_args=(dict(encoders), batch, worker_device(resources)),
+        )
+        for row in written.iter_rows():
+            progress.advance(row["images"])
+
+
+def decode_part(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Table:
+    """Decode the images of a part and preprocess their views.
+
+    Args:
+        table: one row with a `PartTask`.
+        preprocess: the preprocessing of each encoder.
+
+    Returns:
+        The row with `rows`, the positions of the images that could be read; `rejected`, the others; and a column
+        `pixels<i>` of (n * V, 3, S, S) float32 for each distinct preprocessing of the encoders that lack the part.
+    """
+    task = PartTask.from_row(table)
+    kinds = _distinct_preprocessing(preprocess, task.outputs)
+    views: list[list[np.ndarray]] = [[] for _ in kinds]
+    rows: list[int] = []
+    rejected: list[dict[str, str]] = []
+    root = resolve_path(task.root)
+    for row, path in enumerate(task.paths, task.first):
+        try:
+            image = load_image(root / path, name=path)
+        except ImageError as error:
+            rejected.append({"path": path, "reason": str(error)})
+            continue
+        rows.append(row)
+        for kind, kind_views in zip(kinds, views, strict=True):
+            kind_views += task.preprocess_image(kind, image, path)
+    pixels = [b"".join(view.tobytes() for view in kind_views) for kind_views in views]
+    # All rows need the same columns, also where fewer encoders lack the part.
+    pixels += [b""] * (len(preprocess) - len(pixels))
+    columns = {f"pixels{i}": pa.array([values], pa.large_binary()) for i, values in enumerate(pixels)}
+    return pa.table(
+        {
+            "task": table["task"],
+            "rows": pa.array([rows], pa.list_(pa.int64())),
+            "rejected": pa.array([rejected], REJECTED_IMAGES),
+            **columns,
+        }
+    )
+
+
+class PartEncoder:
+    """A Ray Data actor that holds the encoders, encodes decoded parts and writes their files."""
+
+    def __init__(self, encoders: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
+        self.infos, self.batch = encoders, batch
+        self.encoders = {name: load_vision_encoder(info.spec, device) for name, info in encoders.items()}
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Write the missing files of one part; return the number of its images."""
+        task = PartTask.from_row(table)
+        assert_shared_storage(*(resolve_path(path).parent for path in task.outputs.values()))
+        kinds = _distinct_preprocessing({name: info.preprocess for name, info in self.infos.items()}, task.outputs)
+        rows, rejected = table["rows"][0].as_py(), table["rejected"][0].as_py()
+        views = max(task.views, 1)
+        for name, path in task.outputs.items():
+            column = kinds.index(self.infos[name].preprocess)
+            features = self._encode(name, table[f"pixels{column}"][0].as_buffer(), len(rows) * views)
+            _write_part(path, rows, features, views, [(image["path"], image["reason"]) for image in rejected])
+        return pa.table({"images": [len(task.paths)]})
+
+    def _encode(self, name: str, pixels: pa.Buffer, count: int) -> np.ndarray:
+        """Encode `count` views (count, 3, S, S): (count, C) float32."""
+        encoder, info = self.encoders[name], self.infos[name]
+        side = encoder.preprocess.size
+        images = np.frombuffer(pixels, np.float32).reshape(count, 3, side, side)
+        features = [
+            info.features(encoder, torch.tensor(images[at : at + self.batch])).numpy()
+            for at in range(0, count, self.batch)
+        ]
+        return np.concatenate(features) if features else np.empty((0, encoder.width), np.float32)
+
+
+def _decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
+    """Return the CPUs of a decoding task: nearly one if the encoders leave every node so much, else less than half.
+
+    It never equals what an encoder reserves, since Ray Data would then fuse decoding and encoding into one stage.
+    """
+    spare = ray.cluster_resources().get("CPU", 0) - workers * resources["CPU"]
+    return 0.9 if spare >= 0.9 * len(ray.nodes()) else 0.4
+
+
+def _distinct_preprocessing(preprocess: Mapping[str, Preprocess], names: Iterable[str]) -> list[Preprocess]:
+    """Return the preprocessing of the named encoders, each once; its index is the number of its pixel column."""
+    return list(dict.fromkeys(preprocess[name] for name in names))
+
+
+def _write_part(
+    path: str, rows: list[int], features: np.ndarray, views: int, rejected: Sequence[tuple[str, str]]
+) -> None:
+    """Write one encoder's file of a part: a row for each image with the features of all its views, (V * C,)."""
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * features.shape[1])
+    columns = pa.table({"row": pa.array(rows, pa.int64()), "features": flat})
+    metadata = {"views": str(views), "rejected": json.dumps(rejected)}
+    write_parquet(path, columns.replace_schema_metadata(metadata))

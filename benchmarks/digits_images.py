@@ -65,7 +65,7 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     adapter_tune.run(tuned)
     adapters: dict[str, Path | None] = {}
     for trial in adapter_tune.check(tuned):
-        settings = adapter_tune.training(tuned, trial)
+        settings = adapter_tune.trial_settings(tuned, trial)
         adapters[f"image-conditioned, {settings.adapter.attention}"] = settings.run.folder
     blind = load(adapter_train.Config, reading(taught, base, None, questions, run("text-only")))
     adapter_train.run(blind)

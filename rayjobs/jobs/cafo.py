@@ -4,7 +4,7 @@ It runs cafo-prompt, cafo-generate, cafo-tune and cafo-eval one after the other,
 The same command resumes an interrupted run: no class is described or drawn twice, no trial is run again.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -74,7 +74,7 @@ def tune_settings(settings: Config) -> cafo_tune.Config:
     """The settings of cafo-tune, on what the first two steps make."""
     generate, settings = generate_settings(settings), with_prompts(settings)
     data = settings.data if generate is None else replace(settings.data, generated=str(generate.list_path))
-    own = {name: getattr(settings, name) for name in cafo_tune.Config.__dataclass_fields__}
+    own = {name: getattr(settings, name) for name in _names(cafo_tune.Config)}
     return cafo_tune.Config(**{**own, "data": data})
 
 
@@ -118,7 +118,11 @@ def run(settings: Config) -> dict[str, Any]:
 
 
 def _fields(step: Any) -> dict[str, Any]:
-    return {name: getattr(step, name) for name in type(step).__dataclass_fields__}
+    return {name: getattr(step, name) for name in _names(type(step))}
+
+
+def _names(section: Any) -> list[str]:
+    return [field.name for field in fields(section)]
 
 
 def _step_run(settings: Config, step: str) -> RunConfig:

@@ -10,6 +10,7 @@ import pytest
 from rayjobs.config import load
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_tune
+from rayjobs.tune.adapter_sweep import AdapterTrial, enumerate_overrides
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
@@ -34,8 +35,8 @@ def test_grids_and_single_axes(tiny_base: Path, records: Path, tmp_path: Path) -
     axes = {"adapter.n_layers": [1, 2], "optimizer.base_lr": [0.1, 1.0, 2.0]}
     assert len(adapter_tune.check(settings(tiny_base, records, tmp_path, axes=axes, seeds=[0, 1]))) == 12
     each = settings(tiny_base, records, tmp_path, axes=axes, method="each")
-    assert adapter_tune.points(each.sweep)[2:] == [{"optimizer.base_lr": rate} for rate in (0.1, 1.0, 2.0)]
-    assert adapter_tune.training(each, ({"adapter.n_layers": 1}, 7)).train.seed == 7
+    assert enumerate_overrides(each.sweep)[2:] == [{"optimizer.base_lr": rate} for rate in (0.1, 1.0, 2.0)]
+    assert adapter_tune.trial_settings(each, AdapterTrial({"adapter.n_layers": 1}, 7)).train.seed == 7
     with pytest.raises(ConfigError, match=r"adapter.layers: unknown key; did you mean adapter.n_layers"):
         adapter_tune.check(settings(tiny_base, records, tmp_path, axes={"adapter.layers": [1]}))
 
@@ -44,7 +45,7 @@ def test_trials_that_come_to_the_same_are_one(tiny_base: Path, records: Path, tm
     axes = {"adapter.n_layers": [1, 2], "adapter.attention": ["zero-init", "prefix"], "train.epochs": [1, 2, 3]}
     each = settings(tiny_base, records, tmp_path, axes=axes, method="each")
     trials = adapter_tune.check(each)
-    names = [adapter_tune.training(each, trial).run.name for trial in trials]
+    names = [adapter_tune.trial_settings(each, trial).run.name for trial in trials]
     assert names[1] == names[2] == names[4], "the config's own values"
     assert (len(trials), len(set(names))) == (7, 5)
 
@@ -70,6 +71,7 @@ def test_what_cannot_be_swept_is_told_before_anything_starts(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_other_problems(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

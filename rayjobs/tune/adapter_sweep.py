@@ -1,0 +1,222 @@
+"""A sweep over adapter-train's settings: the settings to try, results of trials, the best setting, table and plot."""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+from ray import tune
+
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.config import config
+from rayjobs.console import Progress
+from rayjobs.data.records import SourceConfig
+from rayjobs.reporting import plots
+from rayjobs.reporting.figures import save_plot
+from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
+from rayjobs.tune.tuner import run_tuner
+
+RESULT = "trial.json"
+FIRST_STEPS = 50
+"""Steps of the loss plot: an unstable start shows in them."""
+
+
+@config
+class SweepConfig:
+    """The search space, and how its trials are run and compared."""
+
+    axes: dict[str, list[Any]] = Field(min_length=1)
+    """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init,
+    rand-init]}. Settings that are equal after all are trained once."""
+    method: Literal["grid", "each"] = "grid"
+    """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
+    others."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Training seeds; every setting is trained with each, and results are means over them."""
+    at_once: int = Field(default=1, ge=1)
+    """Trials that run at the same time, each with scale.workers workers. They share a GPU if scale.gpus_per_worker is a
+    fraction."""
+    scienceqa: SourceConfig | None = None
+    """ScienceQA folder to measure every trial's accuracy on: its val split by default. The test split is refused,
+    because a sweep chooses."""
+
+
+class AdapterTrial(NamedTuple):
+    """A setting, as overrides of the config, and a training seed."""
+
+    overrides: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTrialResult:
+    """The result of a trial: a row of `results.parquet`, and its `trial.json`."""
+
+    setting: str
+    seed: int
+    run: str
+    """the name of its run folder in `trials/`"""
+    trainable_parameters: int
+    first_loss: float
+    peak_loss: float
+    final_loss: float
+    """mean training loss of the last ten logged steps"""
+    val_loss: float | None
+    evaluated_on: str | None
+    """fingerprint of the problems that `accuracy` was measured on"""
+    accuracy: float | None = None
+    """on ScienceQA, in percent; None if the sweep does not measure it"""
+
+    def row(self) -> dict[str, Any]:
+        """The values as plain data, without the accuracy if it was not measured."""
+        return {name: value for name, value in asdict(self).items() if name != "accuracy" or value is not None}
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RESULT, self.row())
+
+
+class Metric(NamedTuple):
+    """What settings are compared by."""
+
+    name: str
+    mode: Literal["min", "max"]
+    digits: int
+
+
+ACCURACY = Metric("accuracy", "max", 2)
+VAL_LOSS = Metric("val_loss", "min", 4)
+FINAL_LOSS = Metric("final_loss", "min", 4)
+COLUMNS = (Metric("first_loss", "min", 4), Metric("peak_loss", "min", 4), FINAL_LOSS, VAL_LOSS, ACCURACY)
+
+
+def enumerate_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """The settings to try, in order, as overrides of the config."""
+    if sweep.method == "each":
+        return [{name: value} for name, values in sweep.axes.items() for value in values]
+    return [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
+
+
+def describe_overrides(overrides: dict[str, Any]) -> str:
+    """A setting's name in tables and plots, such as `n_layers 10, attention zero-init`."""
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in overrides.items())
+
+
+def read_result(folder: Path) -> AdapterTrialResult | None:
+    """The result of the trial whose run folder this is; None if it is not finished."""
+    path = folder / RESULT
+    return AdapterTrialResult(**read_json(path)) if path.exists() else None
+
+
+def comparison_metric(results: Sequence[AdapterTrialResult]) -> Metric:
+    """Accuracy if it was measured, else validation loss, else training loss."""
+    if results[0].accuracy is not None:
+        return ACCURACY
+    return FINAL_LOSS if results[0].val_loss is None else VAL_LOSS
+
+
+def best_setting(results: Sequence[AdapterTrialResult]) -> tuple[str, str]:
+    """The setting with the best mean over seeds, the first one on ties; and a phrase of it with that mean."""
+    metric = comparison_metric(results)
+    values: dict[str, list[float]] = {}
+    for result in results:
+        values.setdefault(result.setting, []).append(getattr(result, metric.name))
+    sign = 1 if metric.mode == "max" else -1
+    best = max(values, key=lambda setting: sign * statistics.mean(values[setting]))
+    return best, f"{best}, {metric.name.replace('_', ' ')} {mean_and_deviation(values[best], metric.digits)}"
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation; the mean alone of a single value."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def summarize(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
+    """The sweep's `result.json`: the best setting, and a row for each setting with means over seeds."""
+    best, phrase = best_setting(results)
+    rows = [
+        _summary_row(setting, [result for result in results if result.setting == setting])
+        for setting in dict.fromkeys(result.setting for result in results)
+    ]
+    return {"headline": f"best: {phrase}", "best": best, "trials": len(results), "settings": rows}
+
+
+def _summary_row(setting: str, results: Sequence[AdapterTrialResult]) -> dict[str, str]:
+    row = {"setting": setting, "trainable parameters": f"{results[0].trainable_parameters:,}"}
+    for metric in COLUMNS:
+        values = [value for result in results if (value := getattr(result, metric.name)) is not None]
+        if values:
+            row[metric.name.replace("_", " ")] = mean_and_deviation(values, metric.digits)
+    return row
+
+
+def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write the rows of `summarize` as a Markdown table."""
+    names = list(rows[0])
+    cells = [names, ["---"] + ["---:"] * (len(names) - 1), *([row.get(name, "") for name in names] for row in rows)]
+    write_text(path, "".join(f"| {' | '.join(line)} |\n" for line in cells))
+
+
+def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> None:
+    """Plot the training loss of the first steps: a line for each run, one colour for each setting.
+
+    runs: (setting, run folders of its seeds).
+    """
+    figure, axes = plots.panel("step", "training loss")
+    for number, (setting, folders) in enumerate(runs):
+        for i, folder in enumerate(folders):
+            losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row][:FIRST_STEPS]
+            label = "_" if i else plots.plain_text(setting)  # matplotlib leaves `_` out of the legend
+            axes.plot(range(1, len(losses) + 1), losses, color=f"C{number}", label=label, linewidth=1)
+    plots.legend_outside(figure)
+    save_plot(path, f"training loss of the first {FIRST_STEPS} steps", figure)
+
+
+class SweepProgress(tune.Callback):
+    """Shows in the progress bar how many trials are finished, and the best setting so far."""
+
+    def __init__(self, bar: Progress, read_results: Callable[[], Sequence[AdapterTrialResult]]) -> None:
+        self.bar, self.read_results = bar, read_results
+
+    def update(self) -> None:
+        results = self.read_results()
+        self.bar.update(len(results), f"best: {best_setting(results)[1]}" if results else "")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.update()
+
+
+def run_trials(
+    train: Callable[..., None],
+    count: int,
+    folder: Path,
+    at_once: int,
+    total: int,
+    read_results: Callable[[], Sequence[AdapterTrialResult]],
+) -> None:
+    """Run `train({"trial": i})` for every i < count with Ray Tune. Raises the first trial's error.
+
+    Args:
+        train: Tune's trainable; its workers reserve their own resources.
+        folder: where Tune keeps the experiment's state while it runs.
+        total: trials of the sweep, of which the others are finished.
+        read_results: reads the results of the finished trials.
+    """
+    # the trainable itself runs on the head node, where it and Ray Train's controller are as safe as this job
+    on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+    bar = Progress("tune", unit="trials", total=total, done=total - count)
+    with bar, reraise_user_errors():
+        progress = SweepProgress(bar, read_results)
+        progress.update()
+        errors = run_tuner(
+            tune.with_resources(train, on_head),
+            {"trial": tune.grid_search(list(range(count)))},
+            folder,
+            tune.TuneConfig(max_concurrent_trials=at_once),
+            progress,
+        )
+        if errors:
+            raise errors[0]

@@ -10,7 +10,7 @@ L adapted layers, K prompt length, C width, H query heads, N layers of the base.
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from torch import Tensor
 from adapter.adapter_file import FORMAT, AdapterFile, parse_adapter, some_keys, to_float32
 from adapter.adaption import Gate
 from adapter.atomic_file import atomic_path
-from adapter.checkpoint_config import DecoderSettings
+from adapter.checkpoint_config import JsonConfig, PositiveInt
 from adapter.errors import AdapterError, CheckpointError
 from adapter.tensor_files import open_tensors, read_metadata
+
+PEFT_CONFIG = "adapter_config.json"
 
 # Prompts and gates of the foreign formats; each key holds its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
@@ -28,22 +30,34 @@ _LITGPT = re.compile(r"transformer\.h\.(\d+)\.attn\.(?:(adapter_wte\.weight)|gat
 _PEFT = re.compile(r"(?:.+\.)?layers\.(\d+)\.self_attn\.adaption_(?:(prompt)|gate)")
 
 
+class PeftConfig(JsonConfig):
+    """PEFT's `adapter_config.json`."""
+
+    peft_type: Literal["ADAPTION_PROMPT"]
+    adapter_layers: PositiveInt
+    """L"""
+    adapter_len: PositiveInt
+    """K"""
+
+
 def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | None = None) -> AdapterFile:
-    """Reads any of the forms above, told apart by their content; a folder is taken for PEFT's.
+    """Read an adapter file of any format above, recognised by its content; or PEFT's folder.
 
-    gate: the convention of an official v1 file, which does not record it: identity, the default, is what the official
-    v1 inference code (and so the released weights) does; tanh is what the official training code does. The other
-    forms fix theirs, and a `gate` that contradicts is an error.
-    n_layers: L of an official v1 file that has gates on more layers than are adapted, where it cannot be inferred.
+    gate: the convention of an official v1 file, which does not state it. `identity`, the default, is what the official
+    v1 inference code applies, and so right for the released weights; `tanh` is what the official training code applies.
+    The other formats imply their convention; another `gate` is an error.
+    n_layers: L of an official v1 file that has gates on more layers than are adapted, where L cannot be inferred.
 
-    Raises CheckpointError, naming file and key, for anything else. No pickle can run code.
+    Raises CheckpointError, naming file and key, for a file that is damaged or of no known format. A pickle cannot run
+    code.
     """
     path = Path(path)
     if gate not in (None, *get_args(Gate)):
         raise AdapterError(f"gate must be 'tanh' or 'identity', got {gate!r}")
-    settings = None
     if path.is_dir():
-        path, settings = _peft_weights(path)
+        path, peft = _open_peft_folder(path)
+    else:
+        peft = None
     tensors = open_tensors(path)
     if path.suffix == ".safetensors" and (header := read_metadata(path)).get("format") == FORMAT:
         file = parse_adapter(path, header, tensors)
@@ -54,39 +68,43 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
     elif any(_PEFT.fullmatch(key) for key in tensors):
         file = _read_per_layer(path, tensors, _PEFT)
     else:
-        raise CheckpointError(f"{path}: no adapter of a known form (ours, official v1, litgpt, PEFT); {some_keys(tensors)}")
+        raise CheckpointError(
+            f"{path}: no adapter of a known format (own, official v1, litgpt, PEFT); {some_keys(tensors)}"
+        )
     if gate and gate != file.convention:
         raise CheckpointError(f"{path}: its gates are for {file.convention!r}, not {gate!r}")
     for name, tensor in (("prompt", file.prompt), ("gate", file.gate), *file.projection.items()):
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: a {name} is not finite")
-    if settings is not None:
-        stated = (settings.whole("adapter_layers"), settings.whole("adapter_len"))
-        if stated != tuple(file.prompt.shape[:2]):
-            raise CheckpointError(
-                f"{settings.file}: states adapter_layers and adapter_len {stated}, {path.name} has "
-                f"{tuple(file.prompt.shape[:2])}"
-            )
+    if peft is not None and (peft.adapter_layers, peft.adapter_len) != tuple(file.prompt.shape[:2]):
+        raise CheckpointError(
+            f"{path.with_name(PEFT_CONFIG)}: states adapter_layers and adapter_len "
+            f"{peft.adapter_layers, peft.adapter_len}, {path.name} has {tuple(file.prompt.shape[:2])}"
+        )
     return file
 
 
 def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -> None:
-    """Writes the official v1 form, for code that applies `gate`: identity is the official inference code's.
+    """Write the official v1 format, for code that applies `gate` to the gates, as the official inference code does.
 
-    The values are converted where the conventions differ, so that the outputs stay. Raises ValueError where that, or
-    the form, is impossible: an identity gate outside (-1, 1) is the tanh of nothing; N and H must be known; it knows no
-    images, and none of the ablations.
+    Gates of the other convention are converted, so that the model's outputs stay the same.
+
+    Raises AdapterError if the format cannot hold the adapter: one that reads images, or with the gate of an ablation;
+    identity gates outside (-1, 1), which are the tanh of no number; or a file that does not state N and H.
     """
     if file.vision is not None or file.convention not in ("tanh", "identity"):
-        what = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
-        raise AdapterError(f"the official v1 form cannot hold an adapter that {what}; keep our own form")
+        reason = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
+        raise AdapterError(f"the official v1 format cannot hold an adapter that {reason}; keep the own format")
     missing = [key for key in ("n_layers", "n_heads") if key not in file.base_shape]
     if missing:
-        raise AdapterError(f"the base's {' and '.join(missing)} must be known: attach the file, and use `adapter_from`")
+        raise AdapterError(
+            f"the base's {' and '.join(missing)} must be known: put the adapter on its base with `apply_adapter`, and "
+            "export what `extract_adapter` returns"
+        )
     gates = file.gate.expand(-1, file.base_shape["n_heads"])
     if gate != file.convention:
         if gate == "tanh" and (gates.abs() >= 1).any():
-            raise AdapterError("a gate of 1 or more has no counterpart under tanh; export for 'identity'")
+            raise AdapterError("a gate of 1 or more has no counterpart under tanh; export with gate='identity'")
         gates = gates.tanh() if file.convention == "tanh" else gates.atanh()
     first = file.base_shape["n_layers"] - file.config.n_layers
     state = {"adapter_query.weight": file.prompt.flatten(0, 1).clone()}
@@ -108,13 +126,13 @@ def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers:
         raise CheckpointError(f"{path}: adapter_query.weight has shape {tuple(query.shape)}, not (L·K, C)")
     gate = _stack(path, gates, "attention.gate")
     if n_layers is None:
-        # The official code keeps gates on every layer; those below the adapted ones are never trained away from zero.
+        # The official code has gates on every layer; those below the adapted layers are not trained and stay zero.
         idle = next((i for i, row in enumerate(gate) if row.any()), 0) if 0 in gates else 0
         fitting = [n for n in {len(gate), len(gate) - idle} if len(query) % n == 0]
         if len(fitting) != 1:
             raise CheckpointError(
-                f"{path}: adapter_query.weight has {len(query)} rows and there are {len(gate)} gates, {idle} of them "
-                "zero below the first other: state how many layers are adapted, n_layers="
+                f"{path}: adapter_query.weight has {len(query)} rows and there are {len(gate)} gates, of which the "
+                f"lowest {idle} are zero: state how many layers are adapted, n_layers="
             )
         n_layers = fitting[0]
     elif not 1 <= n_layers <= len(gate) or len(query) % n_layers:
@@ -127,22 +145,24 @@ def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers:
     )
 
 
-def _read_per_layer(path: Path, tensors: dict[str, Tensor], form: re.Pattern[str]) -> AdapterFile:
-    """litgpt's and PEFT's: each adapted layer has its own prompt and gate; neither applies tanh."""
+def _read_per_layer(path: Path, tensors: dict[str, Tensor], pattern: re.Pattern[str]) -> AdapterFile:
+    """Read litgpt's or PEFT's format: one prompt and gate per adapted layer; neither library applies tanh."""
     prompts: dict[int, Tensor] = {}
     gates: dict[int, Tensor] = {}
     for key, tensor in tensors.items():
-        match = form.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{path}: {key} is no part of a LLaMA-Adapter (v1)")
         layer, is_prompt = int(match[1]), match[2] is not None
-        if is_prompt and (tensor.dim() < 2 or tensor.numel() != tensor.shape[-2] * tensor.shape[-1]):
+        if not is_prompt:
+            gates[layer] = to_float32(tensor).flatten()
+        elif tensor.dim() >= 2 and tensor.numel() == tensor.shape[-2] * tensor.shape[-1]:
+            prompts[layer] = to_float32(tensor).flatten(0, -2)
+        else:
             raise CheckpointError(f"{path}: {key} has shape {tuple(tensor.shape)}, not (K, C)")
-        (prompts if is_prompt else gates)[layer] = (
-            to_float32(tensor).flatten(0, -2) if is_prompt else to_float32(tensor).flatten()
-        )
-    if odd := sorted(prompts.keys() ^ gates.keys()):
-        raise CheckpointError(f"{path}: layer {odd[0]} has a {'prompt' if odd[0] in prompts else 'gate'} only")
+    if unpaired := sorted(prompts.keys() ^ gates.keys()):
+        layer = unpaired[0]
+        raise CheckpointError(f"{path}: layer {layer} has a {'prompt' if layer in prompts else 'gate'} only")
     return AdapterFile(
         prompt=_stack(path, prompts, "prompt"),
         gate=_stack(path, gates, "gate"),
@@ -151,28 +171,28 @@ def _read_per_layer(path: Path, tensors: dict[str, Tensor], form: re.Pattern[str
     )
 
 
-def _stack(path: Path, layers: dict[int, Tensor], what: str) -> Tensor:
-    """The layers' tensors in order; they must be neighbours of one shape. The topmost is the base's last."""
+def _stack(path: Path, layers: dict[int, Tensor], kind: str) -> Tensor:
+    """Stack the tensors of consecutive layers, lowest first. The top layer is the base's last."""
     order = sorted(layers)
     if not order:
-        raise CheckpointError(f"{path}: holds no {what}")
+        raise CheckpointError(f"{path}: holds no {kind}")
     if order != list(range(order[0], order[0] + len(order))):
-        raise CheckpointError(f"{path}: the {what}s of layers {order} are not of neighbouring layers")
-    first = layers[order[0]].shape
-    if odd := next((i for i in order if layers[i].shape != first), None):
-        raise CheckpointError(
-            f"{path}: layer {odd}'s {what} has shape {tuple(layers[odd].shape)}, layer {order[0]}'s {tuple(first)}"
-        )
+        raise CheckpointError(f"{path}: the {kind}s of layers {order} are not of neighbouring layers")
+    shape = layers[order[0]].shape
+    for i in order:
+        if layers[i].shape != shape:
+            raise CheckpointError(
+                f"{path}: layer {i}'s {kind} has shape {tuple(layers[i].shape)}, layer {order[0]}'s {tuple(shape)}"
+            )
     return torch.stack([layers[i] for i in order])
 
 
-def _peft_weights(folder: Path) -> tuple[Path, DecoderSettings]:
-    if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder}: a folder without PEFT's adapter_config.json; give an adapter's file")
-    settings = DecoderSettings(folder / "adapter_config.json")
-    if settings.get("peft_type") != "ADAPTION_PROMPT":
-        raise settings.error("peft_type", "must be 'ADAPTION_PROMPT'")
+def _open_peft_folder(folder: Path) -> tuple[Path, PeftConfig]:
+    """The weights file of a PEFT folder, and its configuration."""
+    if not (folder / PEFT_CONFIG).is_file():
+        raise CheckpointError(f"{folder}: a folder without PEFT's {PEFT_CONFIG}; name an adapter file")
+    config = PeftConfig.read(folder / PEFT_CONFIG)
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
-            return folder / name, settings
+            return folder / name, config
     raise CheckpointError(f"{folder}: no adapter_model.safetensors or adapter_model.bin")

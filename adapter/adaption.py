@@ -2,18 +2,19 @@
 
 In each of the top L layers, l:
 
-    P_l ∈ R^{K×C}   trainable prompt, drawn N(0, 1)
-    g_l ∈ R^H       trainable gate, one per head, zeros
+    P_l ∈ R^{K×C}   trainable prompt, initialised N(0, 1)
+    g_l ∈ R^H       trainable gate, one per head, initialised to 0
 
     attention(x) = wo( SDPA(rope(q), rope(k), v, causal) + gate(g_l) ⊙ SDPA(rope(q), wk P_l, wv P_l) )
 
-The two softmaxes are separate, so at g = 0 the adapted model is the base model, bit for bit. The prompts' keys are not
-rotated: they have no position. `wk` and `wv` are the frozen layer's own. An image's token I (see `adapter.vision`) is
-added to the prompt; the projections have no bias, so wk (P + I) = wk P + wk I costs a row with an image one token more,
-and a row without one nothing.
+The two softmaxes are separate, so at g = 0 the adapted model equals the base model, bit for bit. The prompts' keys are
+not rotated, because prompts have no position. `wk` and `wv` are the frozen layer's own.
 
-The paper's ablations are two more gates: `one`, fixed at 1 (rand-init attention), and `prefix`, no gate at all but an
-ordinary prefix, whose keys stand beside the words' in one softmax.
+An image's token I (see `adapter.image_projection`) is added to the prompt. The projections have no bias, so
+wk (P + I) = wk P + wk I: a row with an image costs the projection of one more token, a row without one costs nothing.
+
+The paper's ablations are two more gates: `one` is fixed at 1 (rand-init attention); `prefix` has no gate but is an
+ordinary prefix, whose keys share one softmax with those of the words.
 
 B batch, T tokens, S keys, C width, H query heads, G key/value heads, D = C/H, K prompt length, n images.
 """
@@ -36,14 +37,14 @@ class AdaptionConfig:
     """The shape of an adapter."""
 
     n_layers: int = 30
-    """L, how many layers are adapted, counted from the top."""
+    """L, number of adapted layers, counted from the top."""
     prompt_length: int = 10
-    """K, prompt tokens in each adapted layer."""
+    """K, number of prompt tokens in each adapted layer."""
     gate: Gate = "tanh"
-    """What is done to g: tanh (the official training code) or nothing (official v1 inference, litgpt, PEFT); `one` and
-    `prefix` have no trainable g."""
+    """What the model applies to g: `tanh` (as the official training code does) or `identity` (as official v1 inference,
+    litgpt and PEFT do). `one` and `prefix` have no trainable g."""
     vision: ImageProjectionConfig | None = None
-    """How images are read; None for text alone."""
+    """How the adapter reads images; None for text alone."""
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.prompt_length < 1:
@@ -53,12 +54,12 @@ class AdaptionConfig:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention, grouped-query where k and v (B, G, S, D) have fewer heads than q (B, H, T, D)."""
+    """Scaled dot-product attention (B, H, T, D) of q (B, H, T, D) over k and v (B, G, S, D), grouped-query if G < H."""
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Adaption(nn.Module):
-    """One adapted layer's prompt (K, C) and gate (H,), and its attention with them."""
+    """One adapted layer's prompt (K, C) and gate (H,), and the layer's attention with them."""
 
     def __init__(self, config: AdaptionConfig, dim: int, n_heads: int) -> None:
         super().__init__()
@@ -68,24 +69,29 @@ class Adaption(nn.Module):
         self.gate = nn.Parameter(torch.empty(n_heads), requires_grad=config.gate in ("tanh", "identity"))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Prompts N(0, 1); gates zero, or one where that is what they stay."""
+        """Set prompts to N(0, 1), and gates to 0 if they are trained, else to 1."""
         nn.init.normal_(self.prompt, generator=generator)
         nn.init.constant_(self.gate, float(not self.gate.requires_grad))
 
     def keys_values(self, wk: nn.Linear, wv: nn.Linear, batch: int, images: Images | None) -> list[Tensor]:
-        """The prompt's keys and values, each (1 or B, G, K, D): the same for all rows unless some have an image."""
-        found = []
+        """The prompt's keys and values: each (1, G, K, D) for all rows, or (B, G, K, D) if some rows have an image.
+
+        batch: B. images: the image tokens (n, C) and their rows (n,).
+        """
+        keys_values = []
         for projection in (wk, wv):
-            shared = self._heads(projection, self.prompt)[None].transpose(1, 2)  # (1, G, K, D)
+            projected = self._heads(projection, self.prompt)[None].transpose(1, 2)  # (1, G, K, D)
             if images is not None:
                 tokens, rows = images
-                own = self._heads(projection, tokens)[:, :, None]  # (n, G, 1, D)
-                shared = shared.expand(batch, -1, -1, -1).index_add(0, rows, own.expand(-1, -1, shared.shape[2], -1))
-            found.append(shared)
-        return found
+                image = self._heads(projection, tokens)[:, :, None].expand(
+                    -1, -1, projected.shape[2], -1
+                )  # (n, G, K, D)
+                projected = projected.expand(batch, -1, -1, -1).index_add(0, rows, image)
+            keys_values.append(projected)
+        return keys_values
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        """x (n, C) projected, (n, G, D)."""
+        """Project x (n, C) and split it into heads, (n, G, D)."""
         return projection(x.to(projection.weight.dtype)).unflatten(-1, (-1, self.head_dim))
 
     def forward(
@@ -95,23 +101,24 @@ class Adaption(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         projections: tuple[nn.Linear, nn.Linear],
-        known: list[Tensor] | None = None,
+        cached: list[Tensor] | None = None,
         images: Images | None = None,
     ) -> Tensor:
         """Attention to words and prompt, (B, H, T, D): eq. 6-8.
 
-        q (B, H, T, D) rotated queries; k, v (B, G, S, D) of the words under `mask` (None is causal); projections: the
-        layer's frozen wk and wv; images: the batch's tokens (n, C) and their rows. The prompt's keys and values depend
-        on no word, so generation hands in the list `known`: empty at first, it is filled here and read from then on.
+        q: rotated queries (B, H, T, D). k, v: keys and values (B, G, S, D) of the words, under `mask` (None is causal).
+        projections: the layer's frozen wk and wv. images: the image tokens (n, C) and their rows (n,). cached: a list
+        that generation passes, because the prompt's keys and values are the same at every step: empty at first, filled
+        here, read from then on.
         """
-        keys, values = known or self.keys_values(*projections, len(q), images)
-        if known is not None and not known:
-            known.extend((keys, values))
+        keys, values = cached or self.keys_values(*projections, len(q), images)
+        if cached is not None and not cached:
+            cached.extend((keys, values))
         keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in (keys, values))
         if self.gate_convention == "prefix":
             if mask is None:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-            mask = F.pad(mask, (keys.shape[2], 0), value=True)  # every word sees all of the prompt
+            mask = F.pad(mask, (keys.shape[2], 0), value=True)  # every word attends to the whole prompt
             return attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask)
         gate = torch.tanh(self.gate) if self.gate_convention == "tanh" else self.gate
         words = attend(q, k, v, mask, causal=mask is None)

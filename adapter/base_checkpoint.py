@@ -1,9 +1,11 @@
-"""LLaMA checkpoints, Meta's and Hugging Face's, read into the decoder one tensor at a time; and written back.
+"""Read LLaMA checkpoints, in Meta's or Hugging Face's format, into the decoder one tensor at a time; write the latter.
 
-Meta's folder: `params.json` and `consolidated.00.pth`, ..., the model-parallel shards of one model. Hugging Face's:
-`config.json` and `model.safetensors` or `pytorch_model.bin`, whole or in indexed shards. `open_checkpoint` maps the
-files, reads their names and shapes, and proves that they are the model the configuration states before any value is
-read. Meta's wq and wk rotate adjacent pairs; their rows are permuted so that the decoder rotates halves.
+Meta's folders hold `params.json` and `consolidated.00.pth`, ..., the model-parallel shards of one model. Hugging Face's
+hold `config.json` and `model.safetensors` or `pytorch_model.bin`, as one file or as indexed shards.
+
+`open_checkpoint` maps the files, reads names and shapes, and checks that they are the model that the configuration
+states, before any value is read. In Meta's format, wq and wk are made for rotating adjacent pairs; their rows are
+permuted, so that the decoder can rotate halves.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adapter.atomic_file import atomic_path
-from adapter.checkpoint_config import DecoderSettings, hf_settings, read_hf_config, read_meta_config
+from adapter.checkpoint_config import HFConfig, HFIndex, MetaConfig, hf_config
 from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import CheckpointError
 from adapter.tensor_files import drop_pages, open_tensors
@@ -46,23 +48,27 @@ _HF_TOP = {
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one of the decoder's tensors lies: its mapped parts, the dimension that joins them, and their files."""
+    """One of the decoder's tensors in the checkpoint's files."""
 
     parts: tuple[Tensor, ...]
+    """Mapped parts of the tensor, one per shard."""
     files: tuple[Path, ...]
+    """The file of each part."""
     dim: int = 0
+    """The dimension along which the parts are joined."""
     paired_heads: int = 0
-    """Rows are in Meta's order, adjacent pairs in each of this many heads; 0 where no permutation is due."""
+    """Number of heads whose rows are in Meta's order, as adjacent pairs; 0 if no permutation is needed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
         shape = list(self.parts[0].shape)
         if len(self.parts) > 1:
             shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
         return tuple(shape)
 
     def read(self) -> Tensor:
-        """The whole tensor: the mapped one itself where nothing has to be joined or permuted."""
+        """The whole tensor; the mapped one itself if nothing has to be joined or permuted."""
         if len(self.parts) == 1 and not self.paired_heads:
             return self.parts[0]
         whole = torch.empty(self.shape, dtype=self.parts[0].dtype)
@@ -70,17 +76,18 @@ class _Source:
         return whole
 
     def copy_to(self, whole: Tensor) -> None:
-        """Fills `whole`, of any dtype and device, part by part, giving back each part's memory."""
-        for part, room in zip(self.parts, whole.split([p.shape[self.dim] for p in self.parts], self.dim), strict=True):
+        """Copy the tensor to `whole`, of any dtype and device, part by part; each part's memory is then returned."""
+        slices = whole.split([part.shape[self.dim] for part in self.parts], self.dim)
+        for part, target in zip(self.parts, slices, strict=True):
             if self.paired_heads:
                 heads, width = self.paired_heads // len(self.parts), part.shape[1]
-                room.view(heads, 2, -1, width).copy_(part.view(heads, -1, 2, width).transpose(1, 2))
+                target.view(heads, 2, -1, width).copy_(part.view(heads, -1, 2, width).transpose(1, 2))
             else:
-                room.copy_(part)
+                target.copy_(part)
             drop_pages(part)
 
     def row(self, index: int) -> Tensor:
-        """One row of the whole tensor, reading no other."""
+        """One row of the whole tensor; no other row is read."""
         if self.paired_heads:
             half = self.shape[0] // self.paired_heads // 2
             head, offset = divmod(index, 2 * half)
@@ -93,19 +100,19 @@ class _Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose names and shapes are proven to be those of `config`, with no value read yet."""
+    """A checkpoint whose names and shapes were checked against `config`, but whose values were not read yet."""
 
     path: Path
     config: LlamaConfig
     tokenizer_path: Path | None
-    """The SentencePiece model in the folder or, as in Meta's first release, beside it."""
+    """`tokenizer.model` in the folder or, as in Meta's first release, beside it; None if there is none."""
     _sources: dict[str, _Source] = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) under the decoder's names, on the CPU, in the checkpoint's dtype, one at a time.
+        """Yield (name, tensor) under the decoder's names, on the CPU, in the checkpoint's dtype, one at a time.
 
-        A tensor may be a view of the file: copy it, never write to it. Its memory is given back once the next one is
-        asked for. A tied head is not repeated.
+        A tensor may be a view of the file: copy it, never write to it. Its memory is returned when the next tensor is
+        requested. A tied head is not repeated.
         """
         for name, source in self._sources.items():
             tensor = source.read()
@@ -116,9 +123,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the base by its values: equal in either format, whatever the sharding and the precision they lie in.
+        """Identify the base by its values, independent of the files' format, sharding and precision.
 
-        A hash over the shape, all norms, and three rows of every matrix in float32: tens of megabytes at 13B.
+        A SHA-256, in hexadecimal, over the shape, all norms, and three rows of every matrix in float32. It reads tens
+        of megabytes at 13B.
         """
         config = self.config
         shape = (config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)
@@ -137,9 +145,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder in Meta's or Hugging Face's format.
+    """Open a folder in Meta's or Hugging Face's format; no value is read yet.
 
-    Raises CheckpointError, naming file and key, for a folder that is neither, an unsupported architecture, missing or
+    Raises CheckpointError, naming file and key, for a folder in neither format, an unsupported architecture, missing or
     unexpected keys, wrong shapes, truncated files, and pickles that hold more than tensors.
     """
     path = Path(path)
@@ -151,19 +159,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config, sources = _open_meta(path)
     else:
         raise CheckpointError(f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder")
-    beside = (path / "tokenizer.model", path.absolute().parent / "tokenizer.model")
-    tokenizer = next((file for file in beside if file.is_file()), None)
+    candidates = (path / "tokenizer.model", path.absolute().parent / "tokenizer.model")
+    tokenizer = next((file for file in candidates if file.is_file()), None)
     return Checkpoint(path, config, tokenizer, sources)
 
 
 def meta_llama(config: LlamaConfig) -> Llama:
-    """The decoder on the meta device: names and shapes, no memory."""
-    with torch.device("meta"), _Undrawn():
+    """The decoder on the meta device: names and shapes without memory."""
+    with torch.device("meta"), _SkipInit():
         return Llama(config)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Random initialisation does nothing. On the meta device it has no effect but to import a compiler: seconds."""
+class _SkipInit(TorchFunctionMode):
+    """Skip `torch.nn.init`. On the meta device it would only import a compiler, which takes seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -174,11 +182,15 @@ class _Undrawn(TorchFunctionMode):
 def load_llama(
     path: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Llama:
-    """The frozen decoder, placed on `device` tensor by tensor: peak host memory is the model and its largest tensor."""
+    """Load the frozen decoder, tensor by tensor, in `dtype` on `device`.
+
+    Host memory peaks at the model and its largest tensor (on a GPU, at the largest tensor). Raises CheckpointError as
+    `open_checkpoint` does.
+    """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     model = meta_llama(checkpoint.config)
     for name, source in checkpoint._sources.items():
-        # Straight from the file to its place: temporaries between lasting tensors would leave holes in the heap.
+        # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
         value = torch.empty(source.shape, dtype=dtype, device=device)
         source.copy_to(value)
         module, _, parameter = name.rpartition(".")
@@ -188,9 +200,9 @@ def load_llama(
 
 
 def save_llama(model: Llama, folder: str | Path) -> None:
-    """Writes the base, without any adaption, as a Hugging Face folder: `config.json` and `model.safetensors`.
+    """Write the base, without any adapter, in Hugging Face's format: `config.json` and `model.safetensors`.
 
-    Each file appears whole or not at all, the configuration last.
+    Each file appears complete or not at all, the configuration last.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,100 +214,104 @@ def save_llama(model: Llama, folder: str | Path) -> None:
     with atomic_path(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
     with atomic_path(folder / "config.json") as part:
-        part.write_text(json.dumps(hf_settings(model.config, model.norm.weight.dtype), indent=2) + "\n")
+        part.write_text(json.dumps(hf_config(model.config, model.norm.weight.dtype), indent=2) + "\n")
 
 
 def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
-    params = DecoderSettings(path / "params.json")
+    params = MetaConfig.read(path / "params.json")
     files = sorted(path.glob("consolidated.*.pth"))
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"{path}: expected consolidated.00.pth, 01, ... without a gap; found {names}")
-    shards = [open_tensors(file) for file in files]
-    for file, shard in zip(files, shards, strict=True):
-        shard.pop("rope.freqs", None)
-        if odd := sorted(shard.keys() ^ shards[0].keys()):
-            raise CheckpointError(f"{file}: {odd[0]} is not in both this shard and {files[0].name}")
-        for key, tensor in shard.items():
-            if tensor.dim() != shards[0][key].dim():
-                raise CheckpointError(f"{file}: {key} has another rank than in {files[0].name}")
-    dim = params.whole("dim")
-    found: dict[str, _Source] = {}
+    shards = _open_shards(files)
+    sources: dict[str, _Source] = {}
     for key, first in shards[0].items():
         kind = key.split(".")[-2] if "." in key else ""
         shard_dim = _SHARD_DIM.get(kind)
         if kind == "tok_embeddings":  # by columns in LLaMA 1 and 2, by rows since 3
-            shard_dim = 0 if first.shape[-1:] == (dim,) else 1
+            shard_dim = 0 if first.shape[-1:] == (params.dim,) else 1
         if shard_dim is None or first.dim() != 2:
-            found[key] = _Source((first,), (files[0],))
+            sources[key] = _Source((first,), (files[0],))
         else:
-            found[key] = _Source(tuple(shard[key] for shard in shards), tuple(files), shard_dim)
+            sources[key] = _Source(tuple(shard[key] for shard in shards), tuple(files), shard_dim)
     for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-        if key not in found or not found[key].shape:
+        if key not in sources or not sources[key].shape:
             raise CheckpointError(f"{files[0]}: {key} is missing or a mere number")
-    config = read_meta_config(
-        params,
-        hidden_dim=found["layers.0.feed_forward.w1.weight"].shape[0],
-        vocab_rows=found["tok_embeddings.weight"].shape[0],
-        tied_head="output.weight" not in found,
+    config = params.decoder_config(
+        hidden_dim=sources["layers.0.feed_forward.w1.weight"].shape[0],
+        vocab_rows=sources["tok_embeddings.weight"].shape[0],
+        tied_head="output.weight" not in sources,
     )
-    sources = _bind(config, found, lambda name: name, path if len(files) > 1 else files[0])
-    for name, source in sources.items():
+    bound = _bind(config, sources, lambda name: name, path if len(files) > 1 else files[0])
+    for name, source in bound.items():
         if heads := {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2]):
             if heads % len(source.parts):
                 raise CheckpointError(f"{path}: {name}: {heads} heads are not whole in {len(source.parts)} shards")
-            sources[name] = replace(source, paired_heads=heads)
-    return config, sources
+            bound[name] = replace(source, paired_heads=heads)
+    return config, bound
+
+
+def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
+    """The tensors of every shard, which must have the same keys and ranks."""
+    shards = [open_tensors(file) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        shard.pop("rope.freqs", None)
+        if unshared := sorted(shard.keys() ^ shards[0].keys()):
+            raise CheckpointError(f"{file}: {unshared[0]} is not in both this shard and {files[0].name}")
+        for key, tensor in shard.items():
+            if tensor.dim() != shards[0][key].dim():
+                raise CheckpointError(f"{file}: {key} has another rank than in {files[0].name}")
+    return shards
 
 
 def _open_hf(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
-    config = read_hf_config(DecoderSettings(path / "config.json"))
-    found: dict[str, _Source] = {}
-    promised: dict[str, str] = {}
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        if (index := path / f"{weights}.index.json").is_file():
-            promised = DecoderSettings(index).get("weight_map")
-            if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
-                raise CheckpointError(f"{index}: weight_map is missing or does not map keys to file names")
-            if outside := next((name for name in promised.values() if Path(name).name != name), None):
-                raise CheckpointError(f"{index}: {outside!r} is not the name of a file in this folder")
-            files = [path / name for name in sorted(set(promised.values()))]
-            break
-        if (path / weights).is_file():
-            files = [path / weights]
-            break
-    else:
-        raise CheckpointError(
-            f"{path}: no weights: expected model.safetensors, pytorch_model.bin, or either's .index.json"
-        )
+    config = HFConfig.read(path / "config.json").decoder_config()
+    files, weight_map = _hf_files(path)
+    sources: dict[str, _Source] = {}
     for file in files:
         for key, tensor in open_tensors(file).items():
-            if key in found:
-                raise CheckpointError(f"{file}: {key} is also in {found[key].files[0].name}")
-            found[key] = _Source((tensor,), (file,))
-    if absent := next((key for key in promised if key not in found), None):
-        raise CheckpointError(f"{path / promised[absent]}: {absent} is missing, though the index promises it")
-    ignored = [key for key in found if key.endswith("rotary_emb.inv_freq")]
-    ignored += ["lm_head.weight"] * (config.tied_head and "lm_head.weight" in found)
+            if key in sources:
+                raise CheckpointError(f"{file}: {key} is also in {sources[key].files[0].name}")
+            sources[key] = _Source((tensor,), (file,))
+    if absent := next((key for key in weight_map if key not in sources), None):
+        raise CheckpointError(f"{path / weight_map[absent]}: {absent} is missing, though the index lists it")
+    ignored = [key for key in sources if key.endswith("rotary_emb.inv_freq")]
+    ignored += ["lm_head.weight"] * (config.tied_head and "lm_head.weight" in sources)
     for key in ignored:
-        del found[key]
-    return config, _bind(config, found, _hf_key, path if len(files) > 1 else files[0])
+        del sources[key]
+    return config, _bind(config, sources, _hf_key, path if len(files) > 1 else files[0])
+
+
+def _hf_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with weights and, if there is an index, its map from key to file name."""
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if (index := path / f"{weights}.index.json").is_file():
+            weight_map = HFIndex.read(index).weight_map
+            if outside := next((name for name in weight_map.values() if Path(name).name != name), None):
+                raise CheckpointError(f"{index}: {outside!r} is not the name of a file in this folder")
+            return [path / name for name in sorted(set(weight_map.values()))], weight_map
+        if (path / weights).is_file():
+            return [path / weights], {}
+    raise CheckpointError(f"{path}: no weights: expected model.safetensors, pytorch_model.bin, or either's .index.json")
 
 
 def _bind(
-    config: LlamaConfig, found: dict[str, _Source], key_of: Callable[[str], str], where: Path
+    config: LlamaConfig, sources: dict[str, _Source], key_of: Callable[[str], str], where: Path
 ) -> dict[str, _Source]:
-    """The decoder's parameters, each with its source; raises unless the two sets match exactly, in name and shape."""
-    if config.n_layers > len(found):  # before so many are built
-        raise CheckpointError(f"{where}: {len(found)} tensors cannot be a model of {config.n_layers} layers")
+    """The source of each of the decoder's parameters.
+
+    Raises CheckpointError unless parameters and sources match exactly, in name and shape.
+    """
+    if config.n_layers > len(sources):  # checked before that many layers are built
+        raise CheckpointError(f"{where}: {len(sources)} tensors cannot be a model of {config.n_layers} layers")
     expected = {name: tuple(parameter.shape) for name, parameter in meta_llama(config).named_parameters()}
     keys = {key_of(name): name for name in expected}
-    missing, unexpected = [key for key in keys if key not in found], [key for key in found if key not in keys]
+    missing, unexpected = [key for key in keys if key not in sources], [key for key in sources if key not in keys]
     if missing or unexpected:
         faults = [f"{_some(missing)} missing"] * bool(missing) + [f"{_some(unexpected)} unexpected"] * bool(unexpected)
         raise CheckpointError(f"{where}: {'; '.join(faults)} for a model of {config.n_layers} layers")
     for key, name in keys.items():
-        source = found[key]
+        source = sources[key]
         if source.shape != expected[name]:
             hint = f" (joined from {len(source.parts)} shards; is one missing?)" if len(source.parts) > 1 else ""
             raise CheckpointError(
@@ -304,7 +320,7 @@ def _bind(
         for file, part in zip(source.files, source.parts, strict=True):
             if part.dtype not in _FLOATS:
                 raise CheckpointError(f"{file}: {key} is {part.dtype}; quantized weights are not supported")
-    return {name: found[key] for key, name in keys.items()}
+    return {name: sources[key] for key, name in keys.items()}
 
 
 def _some(keys: list[str]) -> str:

@@ -1,29 +1,56 @@
-"""Micro-batches by length, under a token budget: Alpaca's examples are about 100 tokens long, not 512.
+"""Build micro-batches: group examples by length under a token budget, and pad them into tensors.
 
-Padding is what a batch costs beyond its tokens, so neighbours in length share a micro-batch. How a global batch is cut
-does not change its gradient: losses are sums over labels, divided by the label count of the whole batch.
+Alpaca's examples are about 100 tokens long on average, not 512, so padding to a fixed length would be most of the cost.
+Examples of similar length therefore share a micro-batch. How a global batch is split does not change its gradient:
+losses are sums over labels, divided by the label count of the whole global batch.
+
+B rows, T tokens of the longest row.
 """
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from adapter.errors import AdapterError
+from adapter.loss import IGNORE
 
 
 def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cuts examples of the given lengths into micro-batches of at most `token_budget` tokens, padding included.
+    """Split examples of the given lengths into micro-batches of at most `token_budget` tokens, padding included.
 
-    Returns lists of indices into `lengths`; every index appears once. Longest first, so that memory peaks, or runs out,
-    on the first micro-batch and not in the middle of an epoch. An example longer than the budget is alone in its
-    micro-batch.
+    Returns lists of indices into `lengths`; every index appears once. The longest examples come first, so that memory
+    peaks, or runs out, on the first micro-batch and not in the middle of an epoch. An example longer than the budget is
+    alone in its micro-batch.
 
-    Raises ValueError for a budget below 1.
+    Raises AdapterError for a budget below 1.
     """
     if token_budget < 1:
         raise AdapterError(f"token_budget must be at least 1, got {token_budget}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cut: list[list[int]] = []
+    batches: list[list[int]] = []
     while order:
-        count = max(1, token_budget // max(1, lengths[order[0]]))  # all are padded to the first, the longest
-        cut.append(order[:count])
+        count = max(1, token_budget // max(1, lengths[order[0]]))  # all are padded to the first, which is the longest
+        batches.append(order[:count])
         order = order[count:]
-    return cut
+    return batches
+
+
+def collate(
+    sequences: Sequence[Sequence[int]], label_starts: Sequence[int], *, width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pad sequences of ids on the right. Returns tokens and labels, each (B, T) int64.
+
+    label_starts: the index in each sequence from which its tokens are labelled. width: T; by default the length of the
+    longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep in step.
+
+    Padding is 0 in tokens and IGNORE in labels. No real token attends to it, so which id it is does not matter.
+    """
+    width = width or max(map(len, sequences), default=1)
+    tokens = torch.zeros(max(len(sequences), 1), width, dtype=torch.int64)
+    labels = torch.full_like(tokens, IGNORE)
+    for row, (sequence, start) in enumerate(zip(sequences, label_starts, strict=True)):
+        ids = torch.tensor(sequence)
+        tokens[row, : len(ids)] = ids
+        labels[row, start : len(ids)] = ids[start:]
+    return tokens, labels

@@ -1,143 +1,203 @@
-"""A decoder's shape in a checkpoint's JSON: Meta's `params.json`, Hugging Face's `config.json`."""
+"""Read a decoder's shape from Meta's `params.json` or Hugging Face's `config.json`, and write the latter.
+
+Of each file only the keys declared below are read. Null counts as absent.
+"""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from typing_extensions import Self
 
 from adapter.decoder import LlamaConfig, RopeScaling
-from adapter.errors import CheckpointError
+from adapter.errors import AdapterError, CheckpointError
+
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class DecoderSettings:
-    """A JSON object in a file; every complaint names the file and the key."""
+class JsonConfig(BaseModel):
+    """Base class for a JSON object in a file. Every error names the file and the key."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    _file: Path = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a file. Raises CheckpointError for JSON that is malformed, or a value that is missing or unusable."""
         try:
-            self.values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are both ValueErrors
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # malformed JSON and malformed UTF-8 are both ValueErrors
             raise CheckpointError(f"{file}: not readable JSON ({error})") from error
-        if not isinstance(self.values, dict):
-            raise CheckpointError(f"{file}: holds a {type(self.values).__name__}, not an object")
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: holds a {type(values).__name__}, not an object")
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise CheckpointError(f"{file}: {_first_fault(error, values)}") from error
+        config._file = file
+        return config
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value, `default` where the key is absent or null."""
-        value = self.values.get(key)
-        return default if value is None else value
+    def error(self, message: str) -> CheckpointError:
+        """An error that names the file."""
+        return CheckpointError(f"{self._file}: {message}")
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, "must be a whole number")
-        if not 1 <= value < 2**31 and value != default:
-            raise self.error(key, "must be at least 1 and less than 2**31")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.error(key, "must be a positive number")
-        return float(value)
-
-    def error(self, key: str, complaint: str) -> CheckpointError:
-        found = f"is {self.values[key]!r}" if key in self.values else "is missing"
-        return CheckpointError(f"{self.file}: {key} {found}; it {complaint}")
-
-    def config(self, **shape: Any) -> LlamaConfig:
+    def llama_config(self, **shape: Any) -> LlamaConfig:
+        """A decoder's shape. Raises CheckpointError, naming the file, for an impossible one."""
         try:
             return LlamaConfig(**shape)
-        except ValueError as error:
-            raise CheckpointError(f"{self.file}: {error}") from error
+        except AdapterError as error:
+            raise self.error(str(error)) from error
 
 
-def read_meta_config(params: DecoderSettings, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> LlamaConfig:
-    """The shape of Meta's checkpoint.
+def _first_fault(error: ValidationError, values: dict[str, Any]) -> str:
+    fault = error.errors()[0]
+    key = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "missing":
+        return f"{key} is {'None' if key in values else 'missing'}, but required"
+    reason = fault["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{key} is {fault['input']!r}; {reason}"
 
-    The tensors settle what `params.json` leaves open: `vocab_size` -1, and the hidden width, of which `multiple_of` and
-    `ffn_dim_multiplier` only say how it was once chosen. The window is not in Meta's files either: LLaMA 1's, unless
-    `max_seq_len` says otherwise.
-    """
-    n_heads = params.whole("n_heads")
-    vocab_size = params.whole("vocab_size", -1)
-    scaling = RopeScaling(factor=params.number("rope_scaling_factor", 8.0)) if params.get("use_scaled_rope") else None
-    return params.config(
-        dim=params.whole("dim"),
-        n_layers=params.whole("n_layers"),
-        n_heads=n_heads,
-        n_kv_heads=params.whole("n_kv_heads", n_heads),
-        hidden_dim=hidden_dim,
-        vocab_size=vocab_rows if vocab_size == -1 else vocab_size,
-        norm_eps=params.number("norm_eps", 1e-5),
-        rope_theta=params.number("rope_theta", 10_000.0),
-        rope_scaling=scaling,
-        max_seq_len=params.whole("max_seq_len", 2048),
-        tied_head=tied_head,
+
+class MetaConfig(JsonConfig):
+    """Meta's `params.json`."""
+
+    dim: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = None
+    vocab_size: Annotated[int, Field(ge=-1, lt=2**31)] = -1
+    """-1 if only the embedding's shape tells."""
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10_000.0
+    use_scaled_rope: bool = False
+    rope_scaling_factor: PositiveFloat = 8.0
+    max_seq_len: PositiveInt = 2048
+    """Meta's own files do not state the window; the default is LLaMA 1's."""
+
+    def decoder_config(self, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> LlamaConfig:
+        """The decoder's shape, completed by what only the tensors tell.
+
+        hidden_dim: the feed-forward width; the file has only `multiple_of` and `ffn_dim_multiplier`, from which it was
+        once computed. vocab_rows: rows of the embedding. tied_head: whether the checkpoint has no output head.
+        """
+        return self.llama_config(
+            dim=self.dim,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads or self.n_heads,
+            hidden_dim=hidden_dim,
+            vocab_size=vocab_rows if self.vocab_size == -1 else self.vocab_size,
+            norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
+            rope_scaling=RopeScaling(factor=self.rope_scaling_factor) if self.use_scaled_rope else None,
+            max_seq_len=self.max_seq_len,
+            tied_head=tied_head,
+        )
+
+
+class RopeConfig(JsonConfig):
+    """The rotary embedding in `config.json`: the kinds that this decoder computes."""
+
+    rope_type: Literal["default", "llama3"] = Field(
+        default="default", validation_alias=AliasChoices("rope_type", "type")
     )
+    rope_theta: PositiveFloat | None = None
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+    """Only whole heads are rotated here."""
+    factor: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    original_max_position_embeddings: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _check_llama3(self) -> Self:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if self.rope_type == "llama3" and getattr(self, name) is None:
+                raise ValueError(f"it must give {name} as a positive number")
+        return self
+
+    @property
+    def scaling(self) -> RopeScaling | None:
+        """None for rope_type 'default'."""
+        if self.rope_type == "default":
+            return None
+        assert self.factor is not None  # see _check_llama3
+        assert self.low_freq_factor is not None
+        assert self.high_freq_factor is not None
+        assert self.original_max_position_embeddings is not None
+        return RopeScaling(
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            original_length=int(self.original_max_position_embeddings),
+        )
 
 
-def read_hf_config(settings: DecoderSettings) -> LlamaConfig:
-    """The shape of Hugging Face's checkpoint; raises CheckpointError for whatever this decoder does not compute."""
-    if settings.get("model_type") != "llama":
-        raise settings.error("model_type", "must be 'llama'")
-    if settings.get("hidden_act", "silu") != "silu":
-        raise settings.error("hidden_act", "must be 'silu'")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        if settings.get(key, False):
-            raise settings.error(key, "is not supported")
-    dim, n_heads = settings.whole("hidden_size"), settings.whole("num_attention_heads")
-    if settings.whole("head_dim", dim // n_heads) * n_heads != dim:
-        raise settings.error("head_dim", f"must be hidden_size / num_attention_heads = {dim} / {n_heads}")
-    theta, scaling = _rope(settings)
-    return settings.config(
-        dim=dim,
-        n_layers=settings.whole("num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=settings.whole("num_key_value_heads", n_heads),
-        hidden_dim=settings.whole("intermediate_size"),
-        vocab_size=settings.whole("vocab_size"),
-        norm_eps=settings.number("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        max_seq_len=settings.whole("max_position_embeddings", 2048),
-        tied_head=bool(settings.get("tie_word_embeddings", False)),
-    )
+class HFConfig(JsonConfig):
+    """Hugging Face's `config.json`. Whatever this decoder does not compute is refused."""
+
+    model_type: Literal["llama"]
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    quantization_config: None = None
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    vocab_size: PositiveInt
+    rms_norm_eps: PositiveFloat = 1e-6
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeConfig | None = None
+    """As transformers 5 writes it."""
+    rope_scaling: RopeConfig | None = None
+    """As transformers 4 writes it, beside `rope_theta`."""
+    rope_theta: PositiveFloat = 10_000.0
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
+
+    def decoder_config(self) -> LlamaConfig:
+        """The decoder's shape. Raises CheckpointError for an impossible one."""
+        dim, n_heads = self.hidden_size, self.num_attention_heads
+        if self.head_dim is not None and self.head_dim * n_heads != dim:
+            raise self.error(
+                f"head_dim is {self.head_dim}; it must be hidden_size / num_attention_heads = {dim} / {n_heads}"
+            )
+        rope = self.rope_parameters or self.rope_scaling or RopeConfig()
+        return self.llama_config(
+            dim=dim,
+            n_layers=self.num_hidden_layers,
+            n_heads=n_heads,
+            n_kv_heads=self.num_key_value_heads or n_heads,
+            hidden_dim=self.intermediate_size,
+            vocab_size=self.vocab_size,
+            norm_eps=self.rms_norm_eps,
+            rope_theta=rope.rope_theta or self.rope_theta,
+            rope_scaling=rope.scaling,
+            max_seq_len=self.max_position_embeddings,
+            tied_head=self.tie_word_embeddings,
+        )
 
 
-def _rope(settings: DecoderSettings) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
-    rope = settings.get(key, {})
-    if not isinstance(rope, dict):
-        raise settings.error(key, "must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
-    if kind not in ("default", "llama3") or partial != 1.0:
-        raise settings.error(key, "must be of kind 'default' or 'llama3', over whole heads")
-    numbers = {name: rope[name] for name in rope if name not in ("rope_type", "type")}
-    numbers.setdefault("rope_theta", settings.get("rope_theta", 10_000.0))
-    wanted = ["rope_theta"]
-    if kind == "llama3":
-        wanted += ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for name in wanted:
-        value = numbers.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise settings.error(key, f"must give {name} as a positive number")
-    theta = float(numbers["rope_theta"])
-    if kind == "default":
-        return theta, None
-    return theta, RopeScaling(
-        factor=float(numbers["factor"]),
-        low_freq_factor=float(numbers["low_freq_factor"]),
-        high_freq_factor=float(numbers["high_freq_factor"]),
-        original_length=int(numbers["original_max_position_embeddings"]),
-    )
+class HFIndex(JsonConfig):
+    """Hugging Face's index of a checkpoint in several files."""
+
+    weight_map: dict[str, str]
+    """Key of each tensor → name of its file."""
 
 
-def hf_settings(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a decoder, readable by transformers 4 and 5."""
+def hf_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json` for a decoder, which transformers 4 and 5 can read."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := config.rope_scaling:
         rope = {

@@ -1,9 +1,9 @@
-"""LLaMA, the frozen decoder (arXiv 2302.13971), with one hook: an attention layer may hold an adaption.
+"""LLaMA, the frozen decoder (arXiv 2302.13971), with one place for an adapter: an attention layer may hold an adaption.
 
     h = x + wo(SDPA(rope(wq n), rope(wk n), wv n, causal)),  n = RMSNorm(x)
     y = h + w2(silu(w1 m) * w3 m),                           m = RMSNorm(h)
 
-RoPE rotates halves, (0, D/2), (1, D/2 + 1), ..., as Hugging Face's checkpoints do; Meta's are permuted on load.
+RoPE rotates the pairs (0, D/2), (1, D/2 + 1), ..., as Hugging Face's checkpoints do; Meta's are permuted on load.
 
 B batch, T tokens, S keys seen so far (S = T without a cache), V vocabulary, C width, N layers, H query heads,
 G key/value heads, D = C/H.
@@ -12,6 +12,7 @@ G key/value heads, D = C/H.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +21,46 @@ from torch.utils.checkpoint import checkpoint
 
 from adapter.adaption import Adaption, AdaptionConfig, attend
 from adapter.errors import AdapterError
-from adapter.image_projection import Images, Projection, gather
+from adapter.image_projection import ImageProjection, Images, batch_images
 from adapter.loss import labelled_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's stretching of RoPE: wavelengths past `original_length / low_freq_factor` are divided by `factor`."""
+    """Llama 3's scaling of RoPE to longer windows.
+
+    Frequencies whose wavelength exceeds `original_length / low_freq_factor` tokens are divided by `factor`; those below
+    `original_length / high_freq_factor` are unchanged; those in between are interpolated.
+    """
 
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    """The window that the model was first trained with, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """A decoder's shape; `adapter.weights` reads it from `params.json` or `config.json`."""
+    """A decoder's shape; `adapter.base_checkpoint` reads it from a checkpoint's `params.json` or `config.json`."""
 
     dim: int
+    """C, the model's width."""
     n_layers: int
     n_heads: int
+    """H, query heads."""
     n_kv_heads: int
+    """G, key/value heads."""
     hidden_dim: int
+    """Width of the feed-forward layers."""
     vocab_size: int
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     max_seq_len: int = 2048
+    """The window: how many tokens a sequence may have."""
     tied_head: bool = False
+    """The output head shares the embedding's weights."""
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
@@ -62,6 +74,8 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -77,12 +91,11 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's rotation, float32, each (*positions.shape, D); halves repeat."""
+    """cos and sin of every position's rotation, each (*positions.shape, D) float32; the two halves of D are equal."""
     frequencies = 1.0 / config.rope_theta ** (
         torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     )
     if scaling := config.rope_scaling:
-        # Wavelengths are left alone when short, divided by `factor` when long, and blended in between.
         turns = scaling.original_length * frequencies / (2 * math.pi)
         keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = keep.clamp(0, 1)
@@ -93,16 +106,17 @@ def rope_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (B, H, T, D) by cos, sin (B or 1, 1, T, D)."""
+    """Rotate queries or keys x (B, H, T, D) by cos and sin, each (B or 1, 1, T, D)."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far. Slot s of a row holds its token at position s.
+    """The keys and values of the tokens seen so far. Slot s of a row holds its token at position s.
 
-    Rows may differ in length: a batch padded on the right is run, then `trim`med to the real lengths, and the slots of
-    padding are written over. It also keeps the prompts' keys and values, which depend on no word.
+    Rows may differ in length: run a batch padded on the right, then `truncate` it to the real lengths; later tokens
+    overwrite the slots of padding. The cache also holds the keys and values of the adapter's prompts, which do not
+    depend on the tokens.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -112,14 +126,17 @@ class KVCache:
         self.prompts: list[list[Tensor]] = [[] for _ in range(config.n_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.used = 0
-        """The longest row's length, known without asking the device."""
+        """Length of the longest row, as a Python number, so that reading it does not wait for the device."""
 
     def positions(self, n_tokens: int) -> Tensor:
-        """Where each row's next tokens go, (B, T)."""
+        """The positions of each row's next `n_tokens` tokens, (B, T)."""
         return self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts (B, G, T, D) behind what a layer holds; returns all S slots. `advance` follows the last layer."""
+        """Append a layer's k and v, each (B, G, T, D). Returns that layer's keys and values of all S slots.
+
+        Call `advance` once all layers are extended.
+        """
         T = k.shape[2]
         slots = (torch.arange(len(k), device=k.device)[:, None], self.positions(T))
         self.keys[layer][slots] = k.transpose(1, 2)
@@ -128,22 +145,36 @@ class KVCache:
         return self.keys[layer][:, :end].transpose(1, 2), self.values[layer][:, :end].transpose(1, 2)
 
     def advance(self, n_tokens: int) -> None:
+        """Count `n_tokens` more tokens in every row."""
         self.lengths = self.lengths + n_tokens
         self.used += n_tokens
 
-    def trim(self, lengths: Tensor) -> None:
-        """Forgets what lies past each row's length, (B,)."""
+    def truncate(self, lengths: Tensor) -> None:
+        """Discard the tokens past each row's length (B,)."""
         self.lengths = lengths
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows of the batch but these."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
         self.lengths = self.lengths[rows]
         self.used = int(self.lengths.max())
         for prompt in self.prompts:
-            if prompt and len(prompt[0]) > 1:  # rows of their own, for some have an image
+            if prompt and len(prompt[0]) > 1:  # one per row, because some rows have an image
                 prompt[:] = [x[rows] for x in prompt]
         for layer in range(len(self.keys)):  # one layer at a time: never two caches in memory
             self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
+
+
+class AttentionInputs(NamedTuple):
+    """What every layer's attention reads besides the hidden states."""
+
+    rope: tuple[Tensor, Tensor]
+    """cos and sin, each (B or 1, 1, T, D)."""
+    mask: Tensor | None
+    """(B, 1, T, S) bool, True where a token may attend; None is the causal mask."""
+    cache: KVCache | None
+    """The keys and values of earlier tokens; None without generation."""
+    images: Images | None
+    """The image tokens (n, C) and their rows (n,); None where no row has an image."""
 
 
 class Attention(nn.Module):
@@ -160,15 +191,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.register_module("adaption", None)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KVCache | None,
-        images: Images | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         B, T, _ = x.shape
+        rope, mask, cache, images = inputs
         q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, self.n_kv_heads, -1).transpose(1, 2)  # (B, G, T, D)
         v = self.wv(x).view(B, T, self.n_kv_heads, -1).transpose(1, 2)
@@ -178,13 +203,13 @@ class Attention(nn.Module):
         if self.adaption is None:
             y = attend(q, k, v, mask, causal=mask is None)
         else:
-            known = None if cache is None else cache.prompts[self.layer]
-            y = self.adaption(q, k, v, mask, (self.wk, self.wv), known, images)
+            cached = None if cache is None else cache.prompts[self.layer]
+            y = self.adaption(q, k, v, mask, (self.wk, self.wv), cached, images)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """The SwiGLU feed-forward layer."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -197,6 +222,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """One decoder layer."""
+
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -204,20 +231,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KVCache | None,
-        images: Images | None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, images)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), inputs)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Head(nn.Linear):
-    """Final states (..., C) to logits (..., V), or, given labels, straight to the summed loss (see `adapter.loss`)."""
+    """Final hidden states (..., C) to logits (..., V) or, given labels, to the summed loss (see `adapter.loss`)."""
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
@@ -226,9 +246,9 @@ class Head(nn.Linear):
 
 
 class Llama(nn.Module):
-    """The decoder. Parameter names are Meta's; a tied head shares the embedding's parameter."""
+    """The decoder, with its adapter if it holds one. Parameter names are Meta's."""
 
-    vision: Projection | None
+    vision: ImageProjection | None
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -243,41 +263,42 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Lets a tied head share the embedding again after either parameter object was replaced."""
+        """Share the embedding's parameter with a tied head; call it after either parameter object was replaced."""
         if self.config.tied_head:
             self.output.weight = self.tok_embeddings.weight
 
     @property
     def blocks(self) -> Iterator[Block]:
+        """The layers, lowest first."""
         return (block for block in self.layers if isinstance(block, Block))
 
     @property
     def first_adapted(self) -> int:
-        """The lowest layer that needs a gradient; all N of them need one when the base itself is being trained."""
+        """Lowest layer that needs gradients: the lowest adapted one, or 0 without an adapter, to train the base."""
         if self.adaption_config is None:
             return 0
         return self.config.n_layers - self.adaption_config.n_layers
 
     @property
     def adaptions(self) -> list[Adaption]:
-        """The adapted layers' trainable parts, lowest layer first; empty on a bare base."""
-        found = (block.attention.adaption for block in self.blocks)
-        return [adaption for adaption in found if adaption is not None]
+        """The adaptions of the adapted layers, lowest layer first; empty without an adapter."""
+        adaptions = (block.attention.adaption for block in self.blocks)
+        return [adaption for adaption in adaptions if adaption is not None]
 
     @property
-    def adapter_modules(self) -> list[Adaption | Projection]:
-        """All that an adapter adds to the base, in the order in which it is drawn."""
+    def adapter_modules(self) -> list[Adaption | ImageProjection]:
+        """The modules that the adapter adds to the base, in the order in which they are initialised."""
         return [*self.adaptions, *([] if self.vision is None else [self.vision])]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The names and parameters of those modules; fixed gates are among them."""
-        ours = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
-        return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in ours)
+        """Names and parameters of `adapter_modules`, including gates that are not trained."""
+        adapter_ids = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
+        return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in adapter_ids)
 
-    def attach(self, config: AdaptionConfig, generator: torch.Generator | None = None) -> None:
-        """Freezes the base and puts a fresh adaption on each of the top L layers, replacing any that is there.
+    def add_adapter(self, config: AdaptionConfig, generator: torch.Generator | None = None) -> None:
+        """Freeze the base and add a freshly initialised adapter to the top L layers, in place of any that is there.
 
-        Raises ValueError if the decoder has fewer than L layers.
+        Raises AdapterError if the decoder has fewer than L layers.
         """
         if config.n_layers > self.config.n_layers:
             raise AdapterError(
@@ -289,37 +310,38 @@ class Llama(nn.Module):
         for layer, block in enumerate(self.blocks):
             adapted = layer >= self.first_adapted
             block.attention.adaption = Adaption(config, self.config.dim, self.config.n_heads) if adapted else None
-        self.vision = None if config.vision is None else Projection(config.vision, self.config.dim)
+        self.vision = None if config.vision is None else ImageProjection(config.vision, self.config.dim)
         device = self.tok_embeddings.weight.device
         if device.type != "meta":
-            self.draw_adapter(generator, device)
+            self.reset_adapter(generator, device)
 
-    def draw_adapter(self, generator: torch.Generator | None, device: torch.device | str) -> None:
-        """Gives the attached adapter its initial values, on a device: the generator's own."""
+    def reset_adapter(self, generator: torch.Generator | None, device: torch.device | str) -> None:
+        """Move the adapter to `device`, which must be the generator's own, and give it its initial values."""
         for module in self.adapter_modules:
             module.to_empty(device=device)
             module.reset_parameters(generator)
 
-    def images(self, features: Sequence[Tensor | None]) -> Images | None:
-        """Each row's features (F,), or None where it has no image, as `hidden` takes them.
+    def batch_images(self, features: Sequence[Tensor | None]) -> Images | None:
+        """Stack each row's image features (F,), None where it has no image, on the model's device.
 
-        Raises ValueError for features that the adapter cannot read.
+        Returns None if no row has an image. Raises AdapterError for features that the adapter cannot read.
         """
         if not any(one is not None for one in features):
             return None
         if self.vision is None:
             raise AdapterError("there are images, but the adapter was made for text alone: train one with vision")
-        found, rows = gather(features, self.vision.down.in_features)
+        stacked, rows = batch_images(features, self.vision.down.in_features)
         device = self.tok_embeddings.weight.device
-        return found.to(device), rows.to(device)
+        return stacked.to(device), rows.to(device)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, images: Images | None = None) -> Tensor:
-        """Final normalised states (B, T, C) of tokens (B, T), which follow those in the cache, if there is one.
+    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, images: Images | None = None) -> Tensor:
+        """Final normalised hidden states (B, T, C) of tokens (B, T) int64, which follow those in the cache, if any.
 
-        Rows padded on the right need no mask: no real token looks ahead. Layers below the first adapted one run without
-        autograd. images are features (n, F) and the rows (n,) that they belong to; with a cache, which remembers them,
-        they are given once.
+        images: features (n, F) and the rows (n,) that they belong to. With a cache they are given once, with the
+        prompts; the cache keeps what follows from them.
 
+        Rows padded on the right need no mask, because no real token looks ahead. Layers below the first adapted one run
+        without autograd.
         """
         if images is not None:
             assert self.vision is not None
@@ -333,13 +355,14 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)
         cos, sin = rope_angles(self.config, positions)
         rope = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))  # (B or 1, 1, T, D)
+        inputs = AttentionInputs(rope, mask, cache, images)
         grad = torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             with torch.set_grad_enabled(grad and layer >= self.first_adapted):
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, mask, cache, images, use_reentrant=False)
+                    x = checkpoint(block, x, inputs, use_reentrant=False)
                 else:
-                    x = block(x, rope, mask, cache, images)
+                    x = block(x, inputs)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -347,6 +370,7 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor | None = None, images: Images | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) in the model's dtype; or, given labels (B, T), the summed float32 loss.
 
-        labels[b, t] is the id that position t must be predicted as (by position t - 1), or `adapter.loss.IGNORE`.
+        labels[b, t] is the id that position t - 1 must predict at position t, or `adapter.loss.IGNORE`.
+        images: as in `hidden_states`.
         """
-        return self.output(self.hidden(tokens, images=images), labels)
+        return self.output(self.hidden_states(tokens, images=images), labels)

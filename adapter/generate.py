@@ -1,14 +1,17 @@
-"""Batched decoding with a KV cache.
+"""Batched generation with a KV cache.
 
-Prompts of unequal lengths are padded on the right and run once; from then on each row writes at its own position, so no
-token ever attends to padding. A row that ends (EOS, its allowance, the window) leaves the batch.
+Prompts of unequal lengths are padded on the right and run once. From then on each row writes at its own position, so no
+token ever attends to padding. A row that has ended leaves the batch.
 
-B rows still running, V vocabulary, C width.
+B rows still running, V vocabulary, C width, F features of an image.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,76 +20,109 @@ from adapter.decoder import KVCache, Llama
 from adapter.errors import AdapterError
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How answers are sampled, and how long they may be. The defaults are those of LLaMA-Adapter's code."""
+
+    max_new_tokens: int = 256
+    """Maximum number of tokens in an answer."""
+    temperature: float = 0.1
+    """Sampling temperature; 0 takes the likeliest token (greedy), whatever `top_p`."""
+    top_p: float = 0.75
+    """Sample from the smallest set of likeliest tokens whose probabilities sum to at least this."""
+    seed: int | None = 0
+    """Sampling seed; None samples with torch's global generator."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise AdapterError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise AdapterError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise AdapterError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
+    config: GenerationConfig | None = None,
     *,
     eos_id: int,
     images: Sequence[Tensor | None] | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.1,
-    top_p: float = 0.75,
-    seed: int | None = None,
+    **overrides: Any,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, EOS left out. images: each prompt's features (F,), or None where it has none.
+    """Generate the ids that follow each prompt of ids, without EOS.
 
-    A row ends at EOS, after max_new_tokens, or where prompt and answer fill the window (`config.max_seq_len`); a prompt
-    that fills it alone gets no answer. temperature 0 takes the likeliest token, whatever top_p; else the draw is from
-    the smallest set of tokens whose probability reaches top_p.
+    config: sampling settings; the defaults if None. overrides: single fields of it, such as `max_new_tokens=64`.
+    images: each prompt's image features (F,), or None where the prompt has no image.
 
-    With a seed, a row's draws depend on the seed, on its own prompt and on how many equal prompts stand before it, not
-    on the rest of the batch (matrix products round differently at different batch sizes: a near tie may still fall
-    otherwise). Without one they follow torch's global generator.
+    A row ends at EOS, after `max_new_tokens`, or when prompt and answer fill the window (`max_seq_len` of the model). A
+    prompt that fills the window alone gets an empty answer.
 
-    Raises ValueError for a prompt that is empty, exceeds the window or holds an id outside the vocabulary, and for
-    settings out of range.
+    With a seed, a row's random numbers depend on the seed, on its own prompt, and on how many equal prompts precede it,
+    but not on the rest of the batch. (Matrix products round differently at different batch sizes, so where two tokens
+    are nearly equally likely the choice may still differ.)
+
+    Raises AdapterError for a prompt that is empty, longer than the window, or holds an id outside the vocabulary, and
+    for settings out of range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
+    config = replace(config or GenerationConfig(), **overrides)
+    _check_prompts(model, prompts)
     window, weight = model.config.max_seq_len, model.tok_embeddings.weight
     answers: list[list[int]] = [[] for _ in prompts]
-    room = [min(max_new_tokens, window - len(prompt)) for prompt in prompts]
-    running = [row for row in range(len(prompts)) if room[row] > 0]
+    limits = [min(config.max_new_tokens, window - len(prompt)) for prompt in prompts]
+    running = [row for row in range(len(prompts)) if limits[row] > 0]
     if not running:
         return answers
 
-    dice = _dice(prompts, seed)
-    lengths = torch.tensor([len(prompts[row]) for row in running], device=weight.device)
-    slots = max(len(prompts[row]) + room[row] for row in running)
-    cache = KVCache(model.config, len(running), slots, weight.dtype, weight.device)
-    tokens = torch.zeros(len(running), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(running):
-        tokens[i, : len(prompts[row])] = torch.tensor(prompts[row])
-    seen = None if images is None else model.images([images[row] for row in running])
-    hidden = model.hidden(tokens.to(weight.device), cache, seen)
-    cache.trim(lengths)
-    last = hidden[torch.arange(len(running), device=weight.device), lengths - 1]  # (B, C)
-
+    generators = _row_generators(prompts, config.seed)
+    cache_length = max(len(prompts[row]) + limits[row] for row in running)
+    cache = KVCache(model.config, len(running), cache_length, weight.dtype, weight.device)
+    row_images = None if images is None else [images[row] for row in running]
+    last = _run_prompts(model, [prompts[row] for row in running], row_images, cache)  # (B, C)
     while True:
-        draws = torch.stack([torch.rand((), generator=dice[row]) for row in running]) if temperature else None
-        chosen = choose(model.output(last), temperature, top_p, draws)
-        going = []
-        for i, token in enumerate(chosen.tolist()):
-            answer = answers[running[i]]
+        draws = None
+        if config.temperature:
+            draws = torch.stack([torch.rand((), generator=generators[row]) for row in running])
+        chosen = sample(model.output(last), config.temperature, config.top_p, draws)  # (B,)
+        unfinished = []  # places within the batch
+        for place, token in enumerate(chosen.tolist()):
+            answer = answers[running[place]]
             if token != eos_id:
                 answer.append(token)
-                if len(answer) < room[running[i]]:
-                    going.append(i)
-        if not going:
+                if len(answer) < limits[running[place]]:
+                    unfinished.append(place)
+        if not unfinished:
             return answers
-        if len(going) < len(running):
-            running = [running[i] for i in going]
-            rows = torch.tensor(going, device=weight.device)
-            cache.keep(rows)
+        if len(unfinished) < len(running):
+            running = [running[place] for place in unfinished]
+            rows = torch.tensor(unfinished, device=weight.device)
+            cache.select_rows(rows)
             chosen = chosen[rows]
-        last = model.hidden(chosen[:, None], cache)[:, 0]
+        last = model.hidden_states(chosen[:, None], cache)[:, 0]
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor | None) -> Tensor:
-    """One token per row (B,) from logits (B, V); draws (B,) are uniform on [0, 1), unused at temperature 0.
+def _run_prompts(
+    model: Llama, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None] | None, cache: KVCache
+) -> Tensor:
+    """Fill the cache with the prompts. Returns the final hidden state of each prompt's last token, (B, C)."""
+    device = model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    batch_images = None if images is None else model.batch_images(images)
+    hidden = model.hidden_states(tokens.to(device), cache, batch_images)
+    cache.truncate(lengths)
+    return hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
-    Inverse-CDF sampling: a draw picks the first token, from the likeliest down, at which the running sum of
-    probabilities exceeds it. One number per row, so that rows can have their own generators.
+
+def sample(logits: Tensor, temperature: float, top_p: float, draws: Tensor | None) -> Tensor:
+    """One token per row (B,) from logits (B, V), given draws (B,) uniform on [0, 1); temperature 0 needs no draws.
+
+    Nucleus sampling by inverse CDF: a draw picks the first token, from the likeliest down, at which the cumulative
+    probability exceeds it. It takes one number per row, so that each row can have a generator of its own.
     """
     if not temperature or draws is None:
         return logits.argmax(-1)
@@ -100,29 +136,21 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor | Non
     return token.gather(-1, place)[:, 0]
 
 
-def _dice(prompts: Sequence[Sequence[int]], seed: int | None) -> list[torch.Generator]:
-    """One generator per row, on the CPU so that every device draws the same numbers."""
+def _row_generators(prompts: Sequence[Sequence[int]], seed: int | None) -> list[torch.Generator]:
+    """One random generator per row. They live on the CPU, so that every device gets the same numbers."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    seen: Counter[tuple[int, ...]] = Counter()
-    dice = []
+    repeats: Counter[tuple[int, ...]] = Counter()
+    generators = []
     for row in prompts:
         prompt = tuple(map(int, row))
-        digest = hashlib.sha256(repr((seed, seen[prompt], prompt)).encode()).digest()
-        dice.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
-        seen[prompt] += 1
-    return dice
+        digest = hashlib.sha256(repr((seed, repeats[prompt], prompt)).encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+        repeats[prompt] += 1
+    return generators
 
 
-def _check(
-    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float
-) -> None:
-    if max_new_tokens < 1:
-        raise AdapterError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise AdapterError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise AdapterError(f"top_p must be in (0, 1], got {top_p}")
+def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> None:
     window, vocabulary = model.config.max_seq_len, model.config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:

@@ -1,8 +1,8 @@
-"""Instruction records to token ids and labels.
+"""Read instruction records, and encode them as token ids and labels.
 
-A record is `{instruction, input?, output, image?}`, the image a path, which is no part of the sequence: that is BOS +
-prompt + output + EOS, and only output and EOS carry a label. Files are read record by record, never whole: JSON (an
-array), JSONL and Parquet.
+A record is `{instruction, input?, output, image?}`. Its sequence is BOS + prompt + output + EOS, of which only output
+and EOS are labelled. The image is a path and no part of the sequence. Files are JSON (an array), JSONL or Parquet; they
+are read record by record, never whole.
 """
 
 import json
@@ -12,20 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ijson
 import pyarrow.parquet as pq
 
 from adapter.errors import AdapterError, RecordError
 from adapter.tokenizer import Tokenizer
 
-READ_CHARS = 1 << 20
+READ_BYTES = 1 << 16
+"""How much of a JSON file is read at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """How an instruction, with or without an input, becomes a prompt."""
+    """The text that an instruction is put into, with or without an input."""
 
     with_input: str
+    """Contains `{instruction}` and `{input}`."""
     without_input: str
+    """Contains `{instruction}`."""
 
     def __post_init__(self) -> None:
         for name, fields in (("with_input", ("{instruction}", "{input}")), ("without_input", ("{instruction}",))):
@@ -34,14 +38,18 @@ class PromptTemplate:
                     raise AdapterError(f"prompt template {name!r} must contain {field}")
 
     def render(self, instruction: str, input: str = "") -> str:
+        """The prompt of an instruction; an empty input counts as none."""
         text = self.with_input if input else self.without_input
-        # In one pass and not by str.format: braces in the user's own text are no fields.
+        # One pass of `re.sub`, not str.format: braces in the user's own text are not fields.
         fields = {"{instruction}": instruction, "{input}": input}
         return re.sub("{instruction}|{input}", lambda field: fields[field.group()], text)
 
     @classmethod
     def read(cls, path: str | Path) -> "PromptTemplate":
-        """Reads `{"with_input": …, "without_input": …}` from a JSON file. Raises ValueError naming what is missing."""
+        """Read `{"with_input": …, "without_input": …}` from a JSON file.
+
+        Raises AdapterError, naming the file, if it is not JSON or a template or field is missing.
+        """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(with_input=fields["with_input"], without_input=fields["without_input"])
@@ -63,26 +71,26 @@ ALPACA = PromptTemplate(
         "### Instruction:\n{instruction}\n\n### Response:"
     ),
 )
-"""The two templates of Stanford Alpaca, which LLaMA-Adapter was trained with."""
+"""The two templates of Stanford Alpaca, which LLaMA-Adapter is trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One record as ids; ids[label_start:] are labelled."""
+    """One record as token ids, of which ids[label_start:] are labelled."""
 
     ids: list[int]
     label_start: int
     input: str = ""
-    """What is left of the record's input."""
+    """The record's input, shortened if the sequence would have been too long."""
 
 
 def encode_record(
     record: dict[str, str], tokenizer: Tokenizer, template: PromptTemplate = ALPACA, *, max_length: int = 512
 ) -> Example:
-    """A record's BOS + prompt + output + EOS in at most `max_length` ids.
+    """Encode a record as BOS + prompt + output + EOS, in at most `max_length` ids.
 
     A sequence that is too long loses tokens from the left of its input first, then from the right of its output; EOS
-    stays. Raises RecordError if not even one token of the output would be left beside EOS.
+    stays. Raises RecordError if not even one token of the output would be left before EOS.
     """
     output, input = record["output"], record.get("input") or ""
     prompt = tokenizer.encode(template.render(record["instruction"], input), bos=True, eos=False)
@@ -104,9 +112,9 @@ def encode_record(
 def _encode_answer(
     record: dict[str, str], prompt: list[int], tokenizer: Tokenizer, template: PromptTemplate
 ) -> list[int]:
-    """Output + EOS as the pieces that follow the prompt when both are encoded together, as the official code does.
+    """The ids of output + EOS that follow the prompt's when both are encoded together, as the official code does.
 
-    Where a piece straddles the boundary, the output is encoded alone, so that a prompt's ids are always those that
+    Where a piece would span the end of the prompt, the output is encoded alone, so that the prompt's ids are those that
     generation will see.
     """
     text = template.render(record["instruction"], record.get("input") or "") + record["output"]
@@ -117,20 +125,25 @@ def _encode_answer(
 
 
 def read_records(path: str | Path, *, answered: bool = True) -> Iterator[dict[str, str]]:
-    """Every record of a `.json` (array), `.jsonl` or `.parquet` file, checked, in order, in bounded memory.
+    """Read and check the records of a `.json` (array), `.jsonl` or `.parquet` file, in order, in bounded memory.
 
-    Records that are yet to be answered need no `output`; theirs is then ''.
+    Yields records with the text fields instruction, input, output and image; a missing input or image is ''.
+    answered: False for records that are still to be answered, which need no `output`; a missing one is ''.
 
-    Raises RecordError naming file and line (or row) of whatever is malformed, or of a field that is missing or no text.
+    Raises RecordError, naming the file and the item, line or row, for malformed content and for fields that are missing
+    or not text.
     """
     for place, record in read_rows(path):
         yield _checked(record, f"{path}, {place}", answered)
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Every item of a `.json` (array), `.jsonl` or `.parquet` file with its line or row, unchecked, in bounded memory.
+    """Read the rows of a `.json` (array), `.jsonl` or `.parquet` file, in order, unchecked, in bounded memory.
 
-    Raises RecordError naming file and line (or row) of whatever is malformed.
+    Yields (place, row), the place as "item 3" of an array, counted from 1, "line 3" of a JSONL file, counted from 1, or
+    "row 3" of a Parquet file, counted from 0.
+
+    Raises RecordError, naming the file and the place, for malformed content.
     """
     path = Path(path)
     if not path.is_file():
@@ -166,57 +179,24 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON array's items, decoded one by one from a sliding window of text."""
-    decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8") as file:
-        text, at, line, ended = file.read(READ_CHARS), 0, 1, False
-
-        def refill() -> None:
-            nonlocal text, at, ended
-            more = file.read(max(READ_CHARS, len(text)))
-            ended = not more
-            text, at = text[at:] + more, 0
-
-        def skip_space() -> str:
-            """Moves to the next character that is no white space, and returns it ('' at the end of the file)."""
-            nonlocal at, line
-            while True:
-                while at < len(text) and text[at] in " \t\r\n":
-                    line += text[at] == "\n"
-                    at += 1
-                if at < len(text) or ended:
-                    return text[at : at + 1]
-                refill()
-
-        if (first := skip_space()) != "[":
-            hint = "an object per line belongs in a .jsonl file" if first == "{" else "the file is no JSON array"
-            raise RecordError(f"{path}, line {line}: expected a JSON array of records; {hint}")
-        at += 1
-        if skip_space() == "]":
-            return
-        while True:
-            try:
-                skip_space()
-                record, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                if not ended:  # the record may only be cut by the window
-                    refill()
-                    continue
-                where = line + text.count("\n", at, error.pos)
-                raise RecordError(f"{path}, line {where}: malformed JSON: {error.msg}") from error
-            if end == len(text) and not ended and not isinstance(record, dict):  # a number may go on
-                refill()
-                continue
-            yield f"line {line}", record
-            line += text.count("\n", at, end)
-            at = end
-            if (follows := skip_space()) not in ("", ",", "]"):
-                raise RecordError(f"{path}, line {line}: malformed JSON: expected ',' or ']' after a record")
-            at += 1
-            if follows == "]":
-                return
-            if not follows:
-                raise RecordError(f"{path}, line {line}: malformed JSON: the file ends inside the array")
+    with path.open("rb") as file:
+        start = file.read(1)
+        while start and start in b" \t\r\n":
+            start = file.read(1)
+        if start != b"[":
+            hint = "an object per line belongs in a .jsonl file" if start == b"{" else "the file is no JSON array"
+            raise RecordError(f"{path}: expected a JSON array of records; {hint}")
+        file.seek(0)
+        number = 0
+        try:
+            for number, record in enumerate(ijson.items(file, "item", buf_size=READ_BYTES, use_float=True), 1):
+                yield f"item {number}", record
+        except ijson.JSONError as error:
+            message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+            summary = message.splitlines()[0]
+            if "trailing garbage" in summary:
+                summary = f"the array ends after item {number}, but the file goes on"
+            raise RecordError(f"{path}, item {number + 1}: malformed JSON: {summary}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,10 @@
-"""Cross-entropy over the labelled positions only.
+"""Cross-entropy over the labelled positions only, in chunks.
 
-In instruction data about half of all positions carry a label, and at a vocabulary of 32,000 the head is a large part of
-a step, so the head sees labelled rows only. While the head is frozen, the gradient with respect to the hidden states is
-known as soon as the logits are: (softmax - one_hot) W. It is taken chunk by chunk in the forward pass, so no more than
-`CHUNK_ROWS` rows of float32 logits ever exist, and the backward pass needs neither logits nor head.
+In instruction data about half of all positions carry a label, and with a vocabulary of 32,000 the head is a large part
+of a training step, so the head computes the labelled rows only. While the head is frozen, the gradient with respect to
+the hidden states is known as soon as the logits are: (softmax - one_hot) W. The forward pass computes it chunk by
+chunk, so at most `CHUNK_ROWS` rows of float32 logits exist at a time, and the backward pass needs neither the logits
+nor the head.
 
 B batch, T tokens, C width, V vocabulary, n labelled rows.
 """
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-"""The label of a position without one; outside every vocabulary, so never mistaken for padding or `<unk>`."""
+"""The label of a position that is not to be predicted. It is outside every vocabulary, so it cannot be a real id."""
 
 CHUNK_ROWS = 512
+"""Labelled rows whose logits are computed at a time."""
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy that computes its gradient in the forward pass."""
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         need_grad = ctx.needs_input_grad[0]
@@ -46,15 +50,17 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
 
 
 def labelled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The summed float32 cross-entropy of next-token prediction at labelled positions.
+    """Summed float32 cross-entropy of next-token prediction at the labelled positions.
 
-    hidden (B, T, C), weight (V, C), labels (B, T) aligned with the input tokens: row t - 1 predicts labels[:, t]. The
-    sum, not the mean: the caller divides by the label count of the whole global batch, so that the loss does not depend
-    on how examples are split over micro-batches and workers. Without a label it is 0, still attached to `hidden`.
+    hidden (B, T, C), weight (V, C), labels (B, T) aligned with the tokens: hidden[:, t - 1] predicts labels[:, t].
+
+    It is the sum, not the mean: the caller divides by the label count of the whole global batch, so that the loss does
+    not depend on how examples are split over micro-batches and workers. Without any label it is 0, and `hidden` still
+    gets a gradient (of 0).
     """
     targets = labels[:, 1:]
-    wanted = targets != IGNORE
-    rows, targets = hidden[:, :-1][wanted], targets[wanted]
+    labelled = targets != IGNORE
+    rows, targets = hidden[:, :-1][labelled], targets[labelled]
     if weight.requires_grad:
         return F.cross_entropy(F.linear(rows, weight).float(), targets, reduction="sum")
     return _FrozenHeadCrossEntropy.apply(rows, weight, targets)

@@ -1,8 +1,10 @@
-"""The short public face: a frozen base, its tokenizer, and at most one adapter at a time.
+"""The library's main class: a frozen base, its tokenizer, and at most one adapter at a time.
 
-base = AdaptedModel.from_pretrained("llama-7b")
-base.load_adapter("adapter.safetensors")
-print(base.ask("Give three tips for staying healthy."))
+    model = AdaptedModel.from_pretrained("llama-7b")
+    model.load_adapter("adapter.safetensors")
+    print(model.answer("Give three tips for staying healthy."))
+
+T tokens of a text, V vocabulary, F features of an image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,22 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter.adapter_checkpoint import adapter_from, attach_file, read_adapter
+from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama, open_checkpoint
+from adapter.batching import collate
 from adapter.decoder import Llama
 from adapter.errors import AdapterError
-from adapter.generate import generate
+from adapter.generate import GenerationConfig, generate
 from adapter.instruct import ALPACA, Example, PromptTemplate
-from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 
 
 class AdaptedModel:
-    """A frozen decoder that can be adapted, asked, and told apart from others by its fingerprint."""
+    """A frozen decoder with its tokenizer, to which an adapter can be added, loaded and saved.
+
+    `fingerprint` identifies the base by its weights (`Checkpoint.fingerprint`); it is saved with adapters, which are
+    then refused on another base. None if it is not known.
+    """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
-        """Raises TokenizerError if the tokenizer has pieces that the model does not embed."""
+        """Raises TokenizerError if the tokenizer has more pieces than the model embeds."""
         tokenizer.check_fits(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
@@ -42,135 +49,140 @@ class AdaptedModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "AdaptedModel":
-        """Loads a folder in Meta's or Hugging Face's format; its `tokenizer.model` unless another is given.
+        """Load a folder in Meta's or Hugging Face's format.
 
-        Raises CheckpointError or TokenizerError, both ValueErrors, before any weight is read.
+        tokenizer: a SentencePiece model; `tokenizer.model` in the folder or beside it by default. dtype: precision of
+        the frozen weights; the adapter is always float32.
+
+        Raises CheckpointError or TokenizerError, before any weight is read, for files that are missing, damaged, or do
+        not fit together.
         """
         checkpoint = open_checkpoint(path)
-        words = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
-        words.check_fits(checkpoint.config.vocab_size)
+        pieces = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
+        pieces.check_fits(checkpoint.config.vocab_size)
         model = load_llama(checkpoint, dtype=dtype, device=device)
-        return cls(model, words, fingerprint=checkpoint.fingerprint)
+        return cls(model, pieces, fingerprint=checkpoint.fingerprint)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self.model.tok_embeddings.weight.device
 
     def add_adapter(self, config: AdaptionConfig, *, seed: int = 0) -> None:
-        """Puts a fresh adapter on the base; with its gates at zero it changes nothing until it is trained."""
-        device = self.model.tok_embeddings.weight.device
-        self.model.attach(config, torch.Generator(device).manual_seed(seed))
+        """Add a freshly initialised adapter, in place of any that is there.
+
+        Its gates start at 0, so it does not change the model's outputs until it is trained. seed: of its prompts.
+        Raises AdapterError if the base has fewer layers than the adapter.
+        """
+        self.model.add_adapter(config, torch.Generator(self.device).manual_seed(seed))
 
     def load_adapter(self, path: str | Path, *, gate: Gate | None = None, encoder: str | None = None) -> None:
-        """Loads an adapter file of any known form; `gate` is an official v1 file's convention (see `read_adapter`).
+        """Load an adapter file of any known format, in place of any adapter that is there.
 
-        encoder: the identity of the encoder whose features it will be given. Raises CheckpointError if it was made for
-        another base, tokenizer or encoder.
+        gate: the gate convention of an official v1 file, which does not state it (see `read_adapter`).
+        encoder: identity of the image encoder whose features the adapter will be given; not compared if None.
+
+        Raises CheckpointError if the file cannot be read, or if the adapter was made for another base, tokenizer or
+        image encoder.
         """
         file = read_adapter(path, gate=gate)
-        known = {"fingerprint": self.fingerprint, "tokenizer_sha256": self.tokenizer.sha256, "encoder": encoder}
-        attach_file(self.model, file, **known)
+        apply_adapter(
+            self.model,
+            file,
+            fingerprint=self.fingerprint,
+            tokenizer_sha256=self.tokenizer.sha256,
+            encoder=encoder,
+        )
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-        """Writes the adapter alone, marked with this base and tokenizer."""
-        adapter_from(
+        """Save the adapter alone, with the identities of this base and tokenizer.
+
+        extra: notes to save in the file's header, as JSON values. Raises AdapterError if there is no adapter.
+        """
+        file = extract_adapter(
             self.model, base_fingerprint=self.fingerprint, tokenizer_sha256=self.tokenizer.sha256, extra=extra
-        ).save(path)
+        )
+        file.save(path)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str], *, images: Sequence[Tensor | None] | None = None) -> list[Tensor]:
-        """Each text's next-token logits (T, V) after BOS and each of its T - 1 pieces, in the model's dtype.
+        """Next-token logits (T, V) of each text, in the model's dtype: after BOS and after each of its T - 1 pieces.
 
-        images: each text's features (F,) from the adapter's encoder, or None where it has none.
+        images: each text's image features (F,), or None where it has no image.
+
+        Raises AdapterError for a text that does not fit the base's window, and for features that the adapter cannot
+        read.
         """
-        rows = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
-        if not rows:
+        sequences = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+        if not sequences:
             return []
-        width = max(map(len, rows))
-        limit = self.model.config.max_seq_len
-        if width > limit:
-            raise AdapterError(f"a text of {width} tokens does not fit the base's window of {limit}")
-        pad = self.tokenizer.pad_id  # on the right, where causal attention keeps it from every real token
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-        seen = None if images is None else self.model.images(images)
-        logits = self.model(ids.to(self.model.tok_embeddings.weight.device), images=seen)
-        return [row_logits[: len(row)] for row_logits, row in zip(logits, rows, strict=True)]
+        longest, window = max(map(len, sequences)), self.model.config.max_seq_len
+        if longest > window:
+            raise AdapterError(f"a text of {longest} tokens does not fit the base's window of {window}")
+        tokens, _ = collate(sequences, label_starts=[0] * len(sequences))
+        batch_images = None if images is None else self.model.batch_images(images)
+        logits = self.model(tokens.to(self.device), images=batch_images)
+        return [row[: len(sequence)] for row, sequence in zip(logits, sequences, strict=True)]
 
-    def ask(
+    def answer(
         self,
         instruction: str,
         input: str = "",
+        config: GenerationConfig | None = None,
         *,
         image: Tensor | None = None,
         template: PromptTemplate = ALPACA,
-        max_new_tokens: int = 256,
-        temperature: float = 0.1,
-        top_p: float = 0.75,
-        seed: int = 0,
+        **overrides: Any,
     ) -> str:
-        """Answers one instruction, put into the words that adapters are trained on. Temperature 0 is greedy.
+        """Answer one instruction, which is put into the template that adapters are trained on.
 
-        image: features (F,) from the adapter's encoder.
+        input: the text that the instruction refers to, if any. image: the features (F,) of its image, if any.
+        config, overrides: as in `generate`.
         """
-        (answer,) = self.generate(
-            [template.render(instruction, input)],
-            images=[image],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-        return answer.strip()  # the tokenizer puts a space before the first word
+        (text,) = self.generate([template.render(instruction, input)], config, images=[image], **overrides)
+        return text.strip()  # the tokenizer puts a space before the first word
 
     def generate(
         self,
         prompts: Sequence[str],
+        config: GenerationConfig | None = None,
         *,
         images: Sequence[Tensor | None] | None = None,
-        max_new_tokens: int,
-        temperature: float = 0.1,
-        top_p: float = 0.75,
-        seed: int = 0,
+        **overrides: Any,
     ) -> list[str]:
-        """Continues each prompt until EOS or `max_new_tokens`; only the new text. Temperature 0 is greedy.
+        """Continue each prompt. Returns the new text only.
 
-        images: each prompt's features (F,) from the adapter's encoder, or None where it has none.
+        config: sampling settings; those of `GenerationConfig()` if None. overrides: single fields of it, such as
+        `max_new_tokens=64`, `temperature=0`. images: each prompt's image features (F,), or None where it has no image.
+
+        Raises AdapterError for a prompt that is longer than the base's window, and for settings out of range.
         """
-        ids = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        return self.continue_ids(
-            ids, images=images, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
+        sequences = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return self.generate_from_ids(sequences, config, images=images, **overrides)
 
-    def continue_ids(
+    def generate_from_ids(
         self,
         prompts: Sequence[Sequence[int]],
+        config: GenerationConfig | None = None,
         *,
         images: Sequence[Tensor | None] | None = None,
-        max_new_tokens: int,
-        temperature: float = 0.1,
-        top_p: float = 0.75,
-        seed: int = 0,
+        **overrides: Any,
     ) -> list[str]:
-        """As `generate`, for prompts that are ids already, BOS included."""
-        new = generate(
-            self.model,
-            prompts,
-            eos_id=self.tokenizer.eos_id,
-            images=images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
-        return [self.tokenizer.decode(row) for row in new]
+        """Continue prompts that are token ids already, BOS included; otherwise as `generate`."""
+        new_ids = generate(self.model, prompts, config, eos_id=self.tokenizer.eos_id, images=images, **overrides)
+        return [self.tokenizer.decode(row) for row in new_ids]
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], *, images: Sequence[Tensor | None] | None = None) -> list[float]:
-        """Each example's cross-entropy, summed over its labels: how unlikely its output is after its prompt."""
+        """Each example's cross-entropy in nats, summed over its labels: -log p(output | prompt).
+
+        images: each example's image features (F,), or None where it has no image.
+        """
         if not examples:
             return []
-        tokens = torch.zeros(len(examples), max(len(example.ids) for example in examples), dtype=torch.int64)
-        labels = torch.full_like(tokens, IGNORE)
-        for row, example in enumerate(examples):
-            ids, start = torch.tensor(example.ids), example.label_start
-            tokens[row, : len(ids)], labels[row, start : len(ids)] = ids, ids[start:]
-        device = self.model.tok_embeddings.weight.device
-        hidden = self.model.hidden(tokens.to(device), images=None if images is None else self.model.images(images))
-        labels = labels.to(device)
+        tokens, labels = collate([example.ids for example in examples], [example.label_start for example in examples])
+        batch_images = None if images is None else self.model.batch_images(images)
+        hidden = self.model.hidden_states(tokens.to(self.device), images=batch_images)
+        labels = labels.to(self.device)
+        # One row at a time: the head returns the sum over all rows that it is given.
         return [self.model.output(hidden[i : i + 1], labels[i : i + 1]).item() for i in range(len(examples))]

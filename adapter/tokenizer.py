@@ -13,20 +13,20 @@ _JSON_ONLY = "{}: a Hugging Face fast tokenizer; a SentencePiece tokenizer.model
 
 
 class Tokenizer:
-    """A SentencePiece `.model`: text to ids and back. Pickles as the model's own bytes, so it needs no file elsewhere.
+    """A SentencePiece model: text to ids and back. It pickles as the model's bytes, so it can be sent to other hosts.
 
-    Three things that are not a word are kept apart:
-    - `unk_id`, a real piece, for text the vocabulary cannot spell;
-    - `pad_id`, what fills a row up to its batch's length. LLaMA's tokenizers define none (SentencePiece says -1, which
-      indexes nothing), and filling with `unk_id` would hide real unknowns, so padding is then `eos_id`: a valid row of
-      every base's embedding. No code may tell padding by its id; masks and labels say what is padding;
-    - `adapter.loss.IGNORE`, which is a label and never an id.
+    Three things that are not words must not be confused:
+    - `unk_id` is a real piece, for text that the vocabulary cannot spell;
+    - `pad_id` is an id that may fill a row up to its batch's length. LLaMA's tokenizers define none (SentencePiece
+      returns -1, which indexes nothing). It is then `eos_id`, which every base embeds; `unk_id` would hide real
+      unknowns. Code must not recognise padding by its id: masks and labels say what is padding;
+    - `adapter.loss.IGNORE` is a label and never an id.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises TokenizerError for a file that is missing, corrupt, or no SentencePiece model.
+        """Load a `.model` file, or `tokenizer.model` from a folder.
 
-        path is the `.model` file or a folder that holds `tokenizer.model`.
+        Raises TokenizerError for a file that is missing, corrupt, or no SentencePiece model.
         """
         path = Path(path)
         if path.is_dir():
@@ -67,13 +67,13 @@ class Tokenizer:
         return f"Tokenizer({self._name!r}, {self.vocab_size} pieces)"
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """Ids of the text, between BOS and EOS where asked. Text that spells a control piece stays text."""
+        """The ids of a text, with BOS and EOS if wanted. Text that spells a control piece stays text."""
         return [self.bos_id] * bos + self._processor.encode(text, out_type=int) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Control pieces have none, nor have ids past the last piece: a base may embed more rows.
+        """The text of ids. Control pieces, and ids past the last piece (a base may embed more), have no text.
 
-        Raises TokenizerError for a negative id: a label's IGNORE, or a padding taken for a word.
+        Raises TokenizerError for a negative id, such as the label IGNORE.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
@@ -82,6 +82,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of pieces."""
         return self._processor.vocab_size()
 
     @property
@@ -104,11 +105,11 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the model file's bytes."""
+        """SHA-256 of the model file's bytes, in hexadecimal."""
         return hashlib.sha256(self._proto).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises TokenizerError if ids could lie outside a base's embedding of `vocab_size` rows."""
+        """Raise TokenizerError if ids could exceed a base's embedding of `vocab_size` rows."""
         if self.vocab_size > vocab_size:
             raise TokenizerError(
                 f"{self._name}: has {self.vocab_size} pieces, the base's vocabulary only {vocab_size}; "

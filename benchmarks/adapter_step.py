@@ -108,7 +108,7 @@ def our_model() -> Llama:
     """Random weights; small non-zero gates, so that the first loss already depends on the prompts."""
     model = Llama(BASE)
     generator = torch.Generator().manual_seed(0)
-    model.attach(ADAPTER, generator)
+    model.add_adapter(ADAPTER, generator)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() == 1:

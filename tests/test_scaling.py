@@ -39,7 +39,7 @@ def test_operations_are_those_that_pytorch_counts() -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
-    model.attach(AdaptionConfig(n_layers=adapted, prompt_length=1))
+    model.add_adapter(AdaptionConfig(n_layers=adapted, prompt_length=1))
     tokens = torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[:, : length - labelled] = -100

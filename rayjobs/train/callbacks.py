@@ -13,10 +13,14 @@ from rayjobs.storage.sync import SyncedFolder
 
 
 class MetricsLog(ray.train.UserCallback):
-    """Writes rank 0's rows to `metrics.jsonl` and to trackers, from the controller, which sits beside the driver."""
+    """Writes the rows that rank 0 reports to `metrics.jsonl` and to trackers.
 
-    def __init__(self, grown: SyncedFolder, track: TrackConfig) -> None:
-        self.grown, self.track = grown, track
+    It runs in Ray Train's controller, a process on the driver's node. Steps that a resumed run makes again replace
+    their earlier rows.
+    """
+
+    def __init__(self, synced: SyncedFolder, track: TrackConfig) -> None:
+        self.synced, self.track = synced, track
         self.last_step = math.inf
         self.trackers: list[Tracker] = []
 
@@ -24,15 +28,16 @@ class MetricsLog(ray.train.UserCallback):
         rows = metrics[0]["rows"]
         if not rows:
             return
-        path = self.grown.fetch("metrics.jsonl")
-        if rows[0]["step"] <= self.last_step and path.exists():  # resumed: these steps are being done again
-            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < rows[0]["step"]])
+        path = self.synced.fetch("metrics.jsonl")
+        first_step = rows[0]["step"]
+        if first_step <= self.last_step and path.exists():  # the run has resumed from an earlier step
+            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] < first_step])
         self.last_step = rows[-1]["step"]
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if not self.trackers:
-            there = open_trackers(self.grown.folder, self.track)
-            self.trackers = [TensorBoard(self.grown.local, rows[0]["step"]), *there]
+            opened = open_trackers(self.synced.folder, self.track)
+            self.trackers = [TensorBoard(self.synced.local, first_step), *opened]
         log_all(self.trackers, [(row["step"], numbers(row)) for row in rows])
-        with suppress(OSError):  # it may be back by the next report, and is told of at the end if not
-            self.grown.send(now=checkpoint is not None)
+        with suppress(OSError):  # the next report sends it again; an error at the end of the run is raised
+            self.synced.send(now=checkpoint is not None)

@@ -1,10 +1,11 @@
-"""The training state on disk: a folder per checkpoint. The newest whole one is read, whatever became of the others.
+"""Save and restore training checkpoints, one directory each.
 
-Ray Train copies the folders to the run's storage, keeps two, and notes them in a file of its own.
+Ray Train copies the directories to the run's storage, keeps the last two and records them in a file of its own. Resume
+uses the newest checkpoint that can be read completely; damaged ones are reported on stderr and skipped.
 """
 
 import json
-import sys
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,64 +17,90 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from rayjobs.errors import UserError
+from rayjobs.errors import StorageError
 
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingCheckpoint(NamedTuple):
-    """A training state, and the steps that led to it."""
+    """Training state after `step` optimizer steps."""
 
     state: dict[str, Tensor]
     step: int
     rows: list[dict[str, Any]]
-    """Metrics that are reported together with this checkpoint: who dies in between does not take them along."""
+    """Metrics reported together with this checkpoint. A run that resumes from it reports them again, in case the run
+    ended between the checkpoint and the metrics."""
 
 
-def write_checkpoint(folder: str | Path, kept: TrainingCheckpoint) -> None:
-    save_file(kept.state, Path(folder) / STATE_FILE)
-    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": kept.step, "rows": kept.rows}))
+def write_checkpoint(folder: str | Path, checkpoint: TrainingCheckpoint) -> None:
+    save_file(checkpoint.state, Path(folder) / STATE_FILE)
+    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": checkpoint.step, "rows": checkpoint.rows}))
+
+
+def new_checkpoint_name(storage: str, step: int) -> str:
+    """Return a directory name that no checkpoint in Train's folder has; names sort by step.
+
+    A step that is done again, because its checkpoint was damaged or cut off by a failure, gets a number appended. Ray
+    would otherwise delete the new checkpoint together with the old one of the same name.
+    """
+    name = f"checkpoint_{step:08d}"
+    taken = {Path(checkpoint.path).name for checkpoint in list_checkpoints(storage)}
+    again = (f"{name}.{number:03d}" for number in range(1, 1000))
+    return name if name not in taken else next(candidate for candidate in again if candidate not in taken)
+
+
+def list_checkpoints(storage: str) -> list[Checkpoint]:
+    """Return all checkpoints in Train's folder, the newest first.
+
+    storage: a path or URI. Names of `new_checkpoint_name` sort by step. Before them come, in time, Ray's own names
+    `checkpoint_<date>_<time>`, which runs begun with rayjobs 0.1.0 have.
+    """
+    files, path = FileSystem.from_uri(storage)
+    entries = files.get_file_info(FileSelector(path, allow_not_found=True))
+    names = [
+        entry.base_name
+        for entry in entries
+        if entry.type == FileType.Directory and entry.base_name.startswith("checkpoint_")
+    ]
+    newest_first = sorted(names, key=lambda name: ("-" not in name, name), reverse=True)
+    return [Checkpoint(f"{path}/{name}", files) for name in newest_first]
 
 
 def newest_readable(checkpoints: Iterable[Checkpoint]) -> TrainingCheckpoint | None:
-    """The first that is whole; those before it are named on stderr. Raises OSError if a storage does not answer: what
-    cannot be read now may be whole."""
+    """Return the first checkpoint that can be read completely; damaged ones before it are reported on stderr.
+
+    Raises OSError if a storage does not answer: the checkpoint may be whole, and resuming from an older one, or from
+    none, would lose work.
+    """
     for checkpoint in checkpoints:
         try:
-            state = load(_read(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
-            position = json.loads(_read(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
+            state = load(read_bytes(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
+            position = json.loads(read_bytes(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
             return TrainingCheckpoint(state, position["step"], position["rows"])
         except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
-            told = f"{checkpoint.path} is damaged ({error}); going on from the checkpoint before it"
-            print(told, file=sys.stderr, flush=True)
+            logger.warning("%s is damaged (%s); resuming from the checkpoint before it", checkpoint.path, error)
     return None
 
 
 def find_resumable(storage: str) -> TrainingCheckpoint | None:
-    """Where this run goes on: from the newest whole checkpoint that its workers have reported. For a worker to ask.
+    """Return the checkpoint from which this run resumes; None at its start. Call it in a Train worker.
 
-    storage: Train's folder, a path or URI; its listing stands in where Ray's note was lost. Raises ValueError if all
-    that were reported are damaged: to begin anew would write over the run's figures.
+    storage: Train's folder, a path or URI. Its listing is used if Ray's own record is lost. Raises StorageError if
+    checkpoints were reported and none can be read: to start again would overwrite the run's metrics.
     """
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
-    known = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
-    kept = newest_readable(known[::-1] or list_checkpoints(storage))
-    if known and kept is None:
-        raise UserError(
-            f"{storage}: none of the {len(known)} checkpoints that are kept can be read; the same command begins anew "
-            "once that folder is removed"
+    reported = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
+    checkpoint = newest_readable(reported[::-1] or list_checkpoints(storage))
+    if reported and checkpoint is None:
+        raise StorageError(
+            f"{storage}: none of the {len(reported)} checkpoints can be read; remove that folder to let the same "
+            "command train from the beginning"
         )
-    return kept
+    return checkpoint
 
 
-def list_checkpoints(storage: str) -> list[Checkpoint]:
-    """All checkpoints in Train's folder, the newest first: they are named after the time."""
-    files, path = FileSystem.from_uri(storage)
-    found = files.get_file_info(FileSelector(path, allow_not_found=True))
-    paths = [one.path for one in found if one.type == FileType.Directory and one.base_name.startswith("checkpoint_")]
-    return [Checkpoint(path, files) for path in sorted(paths, reverse=True)]
-
-
-def _read(files: FileSystem, path: str) -> bytes:
+def read_bytes(files: FileSystem, path: str) -> bytes:
     with files.open_input_stream(path) as stream:
         return bytes(stream.read())

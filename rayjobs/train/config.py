@@ -37,7 +37,7 @@ class TrainConfig:
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Save a checkpoint every N steps. A failure costs the steps since the last checkpoint."""
     validate_every_steps: int | None = Field(default=None, ge=1)
-    """Validate every N steps, before the first step and after the last; null validates once an epoch."""
+    """Validate every N steps, and also before the first step and after the last; null validates once an epoch."""
 
     def learning_rate(self, step: int, steps_per_epoch: int, peak: float) -> float:
         """Return the learning rate of a step: `peak` at the end of the warm-up, just above 0 at the last step."""
@@ -59,8 +59,8 @@ class ScaleConfig(WorkerPoolConfig):
     max_preemptions: int = Field(default=-1, ge=-1)
     """Number of node preemptions (spot machines taken away after a notice) to recover from; -1 for any number."""
     grow_every_s: float = Field(default=60, ge=0)
-    """Seconds between attempts to grow while there are fewer than workers.max. Growing restarts the workers from the last
-    checkpoint."""
+    """Seconds between attempts to grow while there are fewer than workers.max. Growing restarts the workers from the
+    last checkpoint."""
     threads_per_worker: int | None = Field(default=None, ge=1)
     """Threads of a worker without a GPU; null shares the node's cores among its workers. A tiny model is fastest with
     one thread. The last bits of sums depend on the number of threads."""
@@ -77,9 +77,9 @@ class TrainJob:
     weights: tuple[float, ...]
     """Passes over each source in one epoch."""
     images: ImageSource | None
-    """Where images come from; None for text alone."""
+    """Source of the records' images; None for text alone."""
     encoder: EncoderInfo | None
-    """What workers encode images with, if they come as pixels."""
+    """Encoder that workers run on images that come as pixels; None if features are stored."""
     train: TrainConfig
     optimizer: OptimizerConfig
     zero: ZeroConfig

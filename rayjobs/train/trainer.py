@@ -1,111 +1,142 @@
-"""Ray Train around the engine: one training run that reports, checkpoints, and resumes wherever it was cut off.
+"""Run Ray Train from the driver: start or resume a training run, show its progress and return the trained weights.
 
-The global batch is the unit: loss is the mean over its labelled tokens and the learning rate a function of the step, so
-neither knows the number of workers. A checkpoint holds the trainable state and the step; the stream does the rest.
+The global batch is the unit: the loss is the mean over its labelled tokens and the learning rate a function of the
+step, so that neither depends on the number of workers. A checkpoint holds the trainable state and the step; the sampler
+derives the position in the data from the step.
 """
 
 import threading
 import time
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import ray.train
-import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
 
 from rayjobs.cluster.capacity import cluster_capacity
+from rayjobs.cluster.environment import environment
 from rayjobs.cluster.errors import reraise_user_errors
-from rayjobs.cluster.ray_init import environment
 from rayjobs.console import Progress, verbose
-from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train.callbacks import MetricsLog
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig, TrainJob
-from rayjobs.train.ray_workarounds import Network, RefreshClusterResources, Trainer, delete_truncated_snapshot
-from rayjobs.train.worker import train_worker
+from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+from rayjobs.train.worker import WorkerResult, train_worker
 
-SILENT_S = 30.0
-"""Without a step for so long, the progress display says what there is to run on."""
+EXPERIMENT = "train"
+"""Folder of Ray Train within the run's folder."""
+REFRESH_S = 0.5
+WAITING_AFTER_S = 30.0
+"""Time without a step after which the progress line shows what the run needs and what the cluster has."""
 
 
-def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, torch.Tensor]:
-    """Trains, or resumes what `folder` holds, with a progress bar. Returns the final trainable state.
+def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, Tensor]:
+    """Train, or resume the run in `folder`, and return the final trainable state.
 
-    Raises NonFiniteLossError if the loss ceased to be finite, ValueError if the workers can never fit.
+    Raises NonFiniteLossError if the loss becomes infinite or NaN, ResourceError if the workers can never fit.
     """
-    resources, grown = scale.resources(), SyncedFolder(folder)
-    fewest, most = scale.workers.min, scale.workers.max
-    storage = f"{folder}/train"
+    storage, synced = f"{folder}/{EXPERIMENT}", SyncedFolder(folder)
     delete_truncated_snapshot(storage)
-    trainer = Trainer(
+    trainer = build_trainer(job, scale, folder, MetricsLog(synced, track))
+    with synced:
+        result = run_with_progress(trainer, synced.local / "metrics.jsonl", job.total_steps, scale)
+    return read_result(result, storage, job.total_steps)
+
+
+def build_trainer(job: TrainJob, scale: ScaleConfig, folder: Path, metrics_log: MetricsLog) -> TorchTrainer:
+    """Return the trainer with the scaling, failure and checkpoint settings of a run."""
+    resources = scale.resources()
+    fewest, most = scale.workers.min, scale.workers.max
+    return TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "storage": storage, "threads": scale.threads_per_worker},
+        train_loop_config={"job": job, "storage": f"{folder}/{EXPERIMENT}", "threads": scale.threads_per_worker},
         scaling_config=ray.train.ScalingConfig(
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=scale.grow_every_s,
         ),
-        torch_config=Network(backend="nccl" if "GPU" in resources else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
         run_config=ray.train.RunConfig(
-            name="train",
+            name=EXPERIMENT,
             storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=scale.max_failures, max_preemption_failures=scale.max_preemptions
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[MetricsLog(grown, track), RefreshClusterResources()],
+            callbacks=[metrics_log, RefreshClusterResources()],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),
     )
-    outcome: dict[str, Any] = {}
 
-    def work() -> None:
+
+class FitThread(threading.Thread):
+    """Runs `trainer.fit()`, so that the main thread can draw the progress bar and receives Ctrl-C.
+
+    A daemon, because the process must be able to end after Ctrl-C while `fit` is still waiting.
+    """
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True)
+        self.trainer = trainer
+        self.future: Future[ray.train.Result] = Future()
+
+    def run(self) -> None:
         try:
-            outcome["result"] = trainer.fit()
+            self.future.set_result(self.trainer.fit())
         except BaseException as error:
-            outcome["error"] = error
+            self.future.set_exception(error)
 
-    # In a thread of its own, so that Ctrl-C reaches this one, and this one can draw the bar.
-    thread = threading.Thread(target=work, daemon=True)
+
+def run_with_progress(trainer: TorchTrainer, metrics: Path, total_steps: int, scale: ScaleConfig) -> ray.train.Result:
+    """Run the trainer to its end; meanwhile show the last row of the metrics file.
+
+    Raises what the workers raised, a user error without Ray's wrapping.
+    """
+    thread = FitThread(trainer)
     thread.start()
-    with grown, Progress("train", unit="steps", total=job.total_steps) as progress:
-        shown, stepped = (0, ""), time.monotonic()
-        while thread.is_alive():
-            thread.join(0.5)
-            now = _last_step(grown.local / "metrics.jsonl")
-            silent = time.monotonic() - stepped
-            if now != shown:
-                progress.update(*now)
-                shown, stepped = now, time.monotonic()
-            elif silent > SILENT_S and thread.is_alive():
-                told = f"no step for {silent:.0f} s: {scale.workers} workers are wanted, there are {cluster_capacity()}"
-                progress.update(now[0], told)
+    with Progress("train", unit="steps", total=total_steps) as progress:
+        shown, stepped_at = (0, ""), time.monotonic()
+        while not thread.future.done():
+            wait([thread.future], timeout=REFRESH_S)
+            current = last_step(metrics)
+            waiting_s = time.monotonic() - stepped_at
+            if current != shown:
+                progress.update(*current)
+                shown, stepped_at = current, time.monotonic()
+            elif waiting_s > WAITING_AFTER_S and not thread.future.done():
+                needs = f"the run needs {scale.workers} workers, the cluster has {cluster_capacity()}"
+                progress.update(current[0], f"no step for {waiting_s:.0f} s: {needs}")
     with reraise_user_errors():
-        if "error" in outcome:
-            raise outcome["error"]
-        result = outcome["result"]
+        result = thread.future.result()
         if result.error is not None:
             raise result.error
-    returned = result.return_value or {}
-    if refused := returned.get("refused"):
-        raise UserError(refused)
-    if stopped := returned.get("stopped"):
-        raise NonFiniteLossError(stopped)
+    return result
+
+
+def read_result(result: ray.train.Result, storage: str, total_steps: int) -> dict[str, Tensor]:
+    """Return the trainable state of the last checkpoint, or raise the error that the workers returned."""
+    returned: WorkerResult | None = result.return_value  # None if Ray found the run finished and started no worker
+    if returned and returned.error:
+        raise returned.error
     final = newest_readable([result.checkpoint] if result.checkpoint else list_checkpoints(storage))
-    if final is None or final.step < job.total_steps:
+    if final is None or final.step < total_steps:
         raise OSError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
     return final.state
 
 
-def _last_step(metrics: Path) -> tuple[int, str]:
-    """The last step, 0 before the first, and its figures in words."""
+def last_step(metrics: Path) -> tuple[int, str]:
+    """Return the last step in the metrics file, 0 before the first, and a phrase with its metrics."""
     rows = read_jsonl(metrics, last_bytes=1 << 14) if metrics.exists() else []
-    losses = [row for row in rows if "loss" in row]
-    if not losses:
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
         return 0, "starting"
-    last = losses[-1]
-    told = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
+    last = steps[-1]
+    phrase = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
     validated = [row["val_loss"] for row in rows if "val_loss" in row]
-    return last["step"], told + (f"  val {validated[-1]:.4f}" if validated else "")
+    return last["step"], phrase + (f"  val {validated[-1]:.4f}" if validated else "")

@@ -4,7 +4,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray.train
@@ -12,151 +13,254 @@ import torch
 import torch.distributed as dist
 
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.data.loader import load_micro_batches
+from rayjobs.data.loader import MicroBatch, load_micro_batches
+from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
-from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, write_checkpoint
+from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
 from rayjobs.train.config import TrainJob
 from rayjobs.train.engine import Engine, adapted_model
 
 REPORT_EVERY_S = 1.0
 
 
-def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
-    """What one Ray Train worker does. Returns {"stopped": reason} if the loss ceased to be finite, {"refused": reason}
-    for what another attempt would not change."""
-    job: TrainJob = loop["job"]
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    unseen = _everyones(_unseen(os.path.dirname(loop["storage"]), job.store.folder))
-    if any(unseen):
-        return {"refused": next(filter(None, unseen))}
-    if device.type == "cpu":
-        torch.set_num_threads(loop["threads"] or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    model = adapted_model(job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=device)
-    model.checkpoint_activations = job.train.checkpoint_activations
-    engine, featurizer = Engine(model, job.zero, job.optimizer), ImageFeaturizer(job.encoder, device)
-    step = 0
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Metrics of one optimizer step: a row of metrics.jsonl."""
+
+    step: int
+    epoch: float
+    loss: float
+    """Mean over the global batch's labelled tokens."""
+    lr: float
+    tokens_per_s: int
+    """Over all workers, padding left out."""
+    busy: float
+    """Percentage of the step's time, averaged over workers, that was not spent waiting for data."""
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerResult:
+    """What a worker returns to the driver."""
+
+    steps: int = 0
+    error: UserError | None = None
+
+
+class AgreedError(Exception):
+    """Carries a user error that all workers raise at the same point, so that none waits for another.
+
+    Such an error is returned to the driver. Ray Train would restart the workers `max_failures` times for a raised one.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def train_worker(arguments: dict[str, Any]) -> WorkerResult:
+    """Train as one of the workers. `arguments` are those of `TrainingLoop`."""
     try:
-        begun: list[Any] = [find_resumable(loop["storage"]) if rank == 0 else None]
-    except ValueError as error:
-        begun = [{"refused": str(error)}]
-    dist.broadcast_object_list(begun, device=device)  # one worker reads, so that all of them go on from the same step
-    if isinstance(begun[0], dict):
-        return begun[0]
-    kept: TrainingCheckpoint | None = begun[0]
-    if kept:
-        engine.load_state(kept.state)
-        step = kept.step
+        return WorkerResult(steps=TrainingLoop(**arguments).run())
+    except AgreedError as agreed:
+        return WorkerResult(error=agreed.error)
 
-    order = job.order("train")
-    rows: list[dict[str, Any]] = kept.rows if kept else []
-    if step == 0 and job.validates_after(0):
-        rows.append({"step": 0, "val_loss": validate(engine, featurizer, job, rank, world)})
-    began = reported = time.monotonic()
-    for micros in _by_step(load_micro_batches(order, rank, world, range(step, job.total_steps))):
-        waited = time.monotonic() - began
-        lr = job.train.learning_rate(step, order.steps_per_epoch, job.peak_lr)
-        losses = []
-        for micro in micros:
-            loss = engine.loss(micro.tokens, micro.labels, featurizer.images(micro.images)) / micro.step_labels
-            engine.backward(loss)
-            losses.append(loss.detach())
-        total = torch.stack(losses).sum().item()  # the step's one wait for the device
-        due = rank == 0 and time.monotonic() - reported > REPORT_EVERY_S
-        tokens = sum(micro.n_tokens for micro in micros)
-        mine = [total, float(due), float(tokens), waited / (time.monotonic() - began)]
-        shared = torch.tensor(mine, dtype=torch.float64, device=engine.device)
-        dist.all_reduce(shared)
-        mean_loss, due_any, all_tokens, idle = shared.tolist()
-        if not math.isfinite(mean_loss):
-            bad = [id for micro, loss in zip(micros, losses, strict=True) if not loss.isfinite() for id in micro.ids]
-            ray.train.report({"rows": rows})  # which lead up to it
-            return {"stopped": _blame(step, lr, mean_loss, bad)}
-        engine.step(lr)
-        step += 1
-        rows.append(
-            {
-                "step": step,
-                "epoch": round(step / order.steps_per_epoch, 4),
-                "loss": mean_loss,
-                "lr": lr,
-                "tokens_per_s": round(all_tokens / (time.monotonic() - began)),
-                "busy": round(100 * (1 - idle / world), 1),
-                "workers": world,
-            }
+
+class TrainingLoop:
+    """One worker's part of a training run.
+
+    storage: Train's folder, a path or URI. threads: PyTorch's threads on a CPU; None shares the node's cores among its
+    workers.
+    """
+
+    def __init__(self, job: TrainJob, storage: str, threads: int | None) -> None:
+        self.job, self.storage = job, storage
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.sampler = job.sampler("train")
+        self.step = 0
+        self.rows: list[dict[str, Any]] = []
+        self.seen_preemption: Any = None
+
+    def run(self) -> int:
+        """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
+        self.check_folders()
+        self.setup()
+        self.resume()
+        if self.step == 0 and self.job.validates_after(0):
+            self.log_validation()
+        self.step_began = self.reported = time.monotonic()
+        steps = range(self.step, self.job.total_steps)
+        for micro_batches in group_by_step(load_micro_batches(self.sampler, self.rank, self.world, steps)):
+            report_due = self.train_step(micro_batches)
+            if self.job.validates_after(self.step):
+                self.log_validation()
+            self.report(report_due)
+            self.step_began = time.monotonic()
+        if self.rows:  # those of a last checkpoint: no step was left that would report them
+            ray.train.report({"rows": self.rows})
+        return self.step
+
+    def check_folders(self) -> None:
+        """Raise the StorageError of a node that does not see the run's folder or the token store."""
+        error = None
+        try:
+            assert_shared_storage(os.path.dirname(self.storage), self.job.store.folder)
+        except UserError as own:
+            error = own
+        for agreed in filter(None, gather_objects(error)):
+            raise AgreedError(agreed)
+
+    def setup(self) -> None:
+        """Build the model, the engine and the image encoder."""
+        job = self.job
+        model = adapted_model(
+            job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=self.device
         )
-        if job.validates_after(step):
-            rows.append({"step": step, "val_loss": validate(engine, featurizer, job, rank, world)})
-        if step % job.train.checkpoint_every_steps == 0 or step == job.total_steps:
-            _report(rows, rank, engine, step)
-            rows = []
-        elif due_any:
-            ray.train.report({"rows": rows})
-            rows = []
-        if not rows:
-            reported = time.monotonic()
-        began = time.monotonic()
-    if rows:  # of a last checkpoint after which nothing was left to do
-        ray.train.report({"rows": rows})
-    return {"steps": step}
+        model.checkpoint_activations = job.train.checkpoint_activations
+        self.engine = Engine(model, job.zero, job.optimizer)
+        self.featurizer = ImageFeaturizer(job.encoder, self.device)
+
+    def resume(self) -> None:
+        """Load the newest checkpoint. Rank 0 chooses and reads it, so that all workers resume from the same step."""
+        found: list[TrainingCheckpoint | UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                found = [find_resumable(self.storage)]
+            except UserError as error:
+                found = [error]
+        dist.broadcast_object_list(found, device=self.device)
+        checkpoint = found[0]
+        if isinstance(checkpoint, UserError):
+            raise AgreedError(checkpoint)
+        if checkpoint is not None:
+            self.engine.load_state(checkpoint.state)
+            self.step, self.rows = checkpoint.step, checkpoint.rows
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> bool:
+        """Make one optimizer step and log it; return whether a report is due.
+
+        Raises AgreedError with a NonFiniteLossError, before the weights are changed, if the loss is infinite or NaN.
+        """
+        waited = time.monotonic() - self.step_began
+        lr = self.job.train.learning_rate(self.step, self.sampler.steps_per_epoch, self.job.peak_lr)
+        losses = []
+        for micro in micro_batches:
+            images = self.featurizer.images(micro.images)
+            loss = self.engine.loss(micro.tokens, micro.labels, images) / micro.step_labels
+            self.engine.backward(loss)
+            losses.append(loss.detach())
+        local_loss = torch.stack(losses).sum().item()  # the step's only wait for the device
+        report_due = self.rank == 0 and time.monotonic() - self.reported > REPORT_EVERY_S
+        tokens = sum(micro.n_tokens for micro in micro_batches)
+        idle = waited / (time.monotonic() - self.step_began)
+        sums = torch.tensor(
+            [local_loss, float(report_due), float(tokens), idle], dtype=torch.float64, device=self.engine.device
+        )
+        dist.all_reduce(sums)
+        loss, any_due, all_tokens, all_idle = sums.tolist()
+        if not math.isfinite(loss):
+            self.stop_at_nonfinite_loss(loss, lr, micro_batches, losses)
+        self.engine.step(lr)
+        self.step += 1
+        metrics = StepMetrics(
+            step=self.step,
+            epoch=round(self.step / self.sampler.steps_per_epoch, 4),
+            loss=loss,
+            lr=lr,
+            tokens_per_s=round(all_tokens / (time.monotonic() - self.step_began)),
+            busy=round(100 * (1 - all_idle / self.world), 1),
+            workers=self.world,
+        )
+        self.rows.append(asdict(metrics))
+        return bool(any_due)
+
+    def stop_at_nonfinite_loss(
+        self, loss: float, lr: float, micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]
+    ) -> None:
+        """Report the steps before this one, and raise AgreedError with a NonFiniteLossError that names the records."""
+        pairs = zip(micro_batches, losses, strict=True)
+        local_ids = [id for micro, part in pairs if not part.isfinite() for id in micro.ids]
+        ids = sorted(id for part in gather_objects(local_ids) for id in part)
+        ray.train.report({"rows": self.rows})
+        raise AgreedError(
+            NonFiniteLossError(
+                f"the loss became {loss} at step {self.step + 1} (lr {lr:.3g}) on records with ids {ids}; the weights "
+                "were not changed. Lower optimizer.base_lr, set optimizer.clip_norm, or look at these records; the "
+                "same command resumes from the last checkpoint"
+            )
+        )
+
+    def log_validation(self) -> None:
+        loss = validation_loss(self.engine, self.featurizer, self.job, self.rank, self.world)
+        self.rows.append({"step": self.step, "val_loss": loss})
+
+    def report(self, due: bool) -> None:
+        """Report metrics if `due`, with a checkpoint if one is due too. All workers report at the same steps."""
+        checkpoint_due = self.step % self.job.train.checkpoint_every_steps == 0 or self.step == self.job.total_steps
+        if checkpoint_due or (due and self.is_newly_preempted()):
+            self.report_checkpoint()
+        elif due:
+            ray.train.report({"rows": self.rows})
+        else:
+            return
+        self.rows = []
+        self.reported = time.monotonic()
+
+    def is_newly_preempted(self) -> bool:
+        """Return whether a node of this run is about to be taken away, of which no earlier call has told.
+
+        All workers get the same answer, and wait for each other: hence this is asked with reports, not at every step.
+        """
+        info = ray.train.get_preemption_info()
+        is_new = info is not None and info != self.seen_preemption
+        self.seen_preemption = info
+        return is_new
+
+    def report_checkpoint(self) -> None:
+        """Report with a checkpoint, which rank 0 writes. Gathering the state takes all workers."""
+        state = self.engine.state()
+        if self.rank:
+            ray.train.report({"rows": self.rows})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(folder, TrainingCheckpoint(state, self.step, self.rows))
+            ray.train.report(
+                {"rows": self.rows},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=new_checkpoint_name(self.storage, self.step),
+            )
 
 
-def validate(engine: Engine, featurizer: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
-    """The mean loss per labelled token of the whole validation split."""
-    order = job.order("val")
+def validation_loss(engine: Engine, featurizer: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
+    """Return the mean loss per labelled token of the whole validation split."""
+    sampler = job.sampler("val")
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    engine.engine.eval()
+    engine.deepspeed.eval()
     with torch.no_grad():
-        for micro in load_micro_batches(order, rank, world, range(order.steps_per_epoch)):
+        for micro in load_micro_batches(sampler, rank, world, range(sampler.steps_per_epoch)):
             total[0] += engine.loss(micro.tokens, micro.labels, featurizer.images(micro.images))
             total[1] += micro.step_labels if micro.last and rank == 0 else 0
-    engine.engine.train()
+    engine.deepspeed.train()
     dist.all_reduce(total)
     return float(total[0] / total[1])
 
 
-def _by_step(micros: Iterator[Any]) -> Iterator[list[Any]]:
-    """Micro-batches in the lists that make a step."""
-    mine = []
-    for micro in micros:
-        mine.append(micro)
+def group_by_step(micro_batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Yield the micro-batches of one optimizer step at a time."""
+    step = []
+    for micro in micro_batches:
+        step.append(micro)
         if micro.last:
-            yield mine
-            mine = []
+            yield step
+            step = []
 
 
-def _report(rows: list[dict[str, Any]], rank: int, engine: Engine, step: int) -> None:
-    """Reports with a checkpoint, which rank 0 writes; gathering the state takes all ranks."""
-    state = engine.state()
-    if rank:
-        ray.train.report({"rows": rows})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, TrainingCheckpoint(state, step, rows))
-        ray.train.report({"rows": rows}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _unseen(*folders: str) -> str | None:
-    """Why this worker cannot work with the driver's folders, if it cannot."""
-    try:
-        assert_shared_storage(*folders)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _everyones(mine: Any) -> list[Any]:
-    """What every worker has to say, by rank."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def _blame(step: int, lr: float, loss: float, bad: list[int]) -> str:
-    ids = sorted(id for part in _everyones(bad) for id in part)
-    return (
-        f"the loss became {loss} at step {step + 1} (lr {lr:.3g}) on records with ids {ids}; nothing was updated. "
-        "Lower optimizer.base_lr, set optimizer.clip_norm, or look at these records; the same command resumes from "
-        "the last checkpoint"
-    )
+def gather_objects(local: Any) -> list[Any]:
+    """Return every worker's object, by rank."""
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, local)
+    return objects

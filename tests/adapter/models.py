@@ -59,7 +59,7 @@ def llama(shape: dict[str, Any], adaption: AdaptionConfig | None = None, seed: i
     """A decoder with random weights, its adapter's gates included."""
     model = Llama(LlamaConfig(**shape))
     if adaption is not None:
-        model.attach(adaption)
+        model.add_adapter(adaption)
     randomise(model, seed)
     return model
 

@@ -17,7 +17,7 @@ def kept(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
-    model.to(dtype).attach(AdaptionConfig(n_layers=adapted, prompt_length=10))
+    model.to(dtype).add_adapter(AdaptionConfig(n_layers=adapted, prompt_length=10))
     model.checkpoint_activations = checkpointed
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found: dict[int, int] = {}

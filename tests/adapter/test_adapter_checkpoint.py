@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from adapter.adapter_checkpoint import AdapterFile, adapter_from, attach_file, export_v1, read_adapter
+from adapter.adapter_checkpoint import export_v1, read_adapter
+from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama
 from adapter.decoder import Llama, LlamaConfig
@@ -38,7 +39,7 @@ def base(config: LlamaConfig = CONFIG) -> Llama:
 
 def adapted(gate: Gate = "tanh") -> Llama:
     model = base()
-    model.attach(AdaptionConfig(n_layers=L, prompt_length=K, gate=gate), torch.Generator().manual_seed(1))
+    model.add_adapter(AdaptionConfig(n_layers=L, prompt_length=K, gate=gate), torch.Generator().manual_seed(1))
     with torch.no_grad():
         for adaption in model.adaptions:
             adaption.gate.uniform_(-0.9, 0.9)
@@ -57,7 +58,9 @@ def same(left: AdapterFile, right: AdapterFile) -> bool:
 @pytest.mark.parametrize("gate", ["tanh", "identity"])
 def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     model = adapted(gate)
-    file = adapter_from(model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "encoder": ["a", None]})
+    file = extract_adapter(
+        model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "lr": ["a", None]}
+    )
     path = tmp_path / "new" / "adapter.safetensors"
     file.save(path)
     again = read_adapter(path)
@@ -66,14 +69,14 @@ def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     assert (again.base_fingerprint, again.tokenizer_sha256, again.extra) == (
         "f1",
         "t1",
-        {"steps": 3, "encoder": ["a", None]},
+        {"steps": 3, "lr": ["a", None]},
     )
     assert again.base_shape == {
         "dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "hidden_dim": HIDDEN,
         "vocab_size": VOCAB,
     }  # fmt: skip
     fresh = base()
-    attach_file(fresh, again, fingerprint="f1", tokenizer_sha256="t1")
+    apply_adapter(fresh, again, fingerprint="f1", tokenizer_sha256="t1")
     torch.testing.assert_close(logits(fresh), logits(model), rtol=0, atol=0)
     assert not torch.equal(logits(fresh), logits(base()))
     trainable = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
@@ -83,14 +86,14 @@ def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "adapter.safetensors"
-    file = adapter_from(adapted())
+    file = extract_adapter(adapted())
     file.save(path)
 
     def fail(tensors: dict, part: Path, **_) -> None:
         part.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("adapter.adapter_checkpoint.save_file", fail)
+    monkeypatch.setattr("adapter.adapter_file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         file.save(path)
     assert same(read_adapter(path), file)
@@ -99,7 +102,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_nothing_to_save_is_an_error() -> None:
     with pytest.raises(ValueError, match="holds no adapter"):
-        adapter_from(base())
+        extract_adapter(base())
 
 
 @pytest.mark.parametrize("change", ["dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size"])
@@ -109,20 +112,20 @@ def test_a_base_of_another_shape_is_refused(change: str) -> None:
     with pytest.raises(
         CheckpointError, match=rf"wants {change} {getattr(CONFIG, change)}, this base has {bigger[change]}"
     ):
-        attach_file(other, adapter_from(adapted()))
+        apply_adapter(other, extract_adapter(adapted()))
     assert other.adaption_config is None
 
 
 def test_other_weights_or_tokenizer_are_refused() -> None:
-    file = adapter_from(adapted(), base_fingerprint="f1", tokenizer_sha256="t1")
+    file = extract_adapter(adapted(), base_fingerprint="f1", tokenizer_sha256="t1")
     model = base()
     with pytest.raises(CheckpointError, match="other weights: fingerprint f1…, here f2…"):
-        attach_file(model, file, fingerprint="f2")
+        apply_adapter(model, file, fingerprint="f2")
     with pytest.raises(CheckpointError, match="another tokenizer: sha256 t1…, here t2…"):
-        attach_file(model, file, fingerprint="f1", tokenizer_sha256="t2")
+        apply_adapter(model, file, fingerprint="f1", tokenizer_sha256="t2")
     assert model.adaption_config is None
-    attach_file(model, file)  # what is not known is not compared
-    attach_file(model, replace(file, base_fingerprint=None), fingerprint="f2")
+    apply_adapter(model, file)  # what is not known is not compared
+    apply_adapter(model, replace(file, base_fingerprint=None), fingerprint="f2")
 
 
 @pytest.mark.parametrize(("header", "message"), [
@@ -136,7 +139,7 @@ def test_other_weights_or_tokenizer_are_refused() -> None:
 ])  # fmt: skip
 def test_own_files_that_are_refused(tmp_path: Path, header: dict[str, str], message: str) -> None:
     path = tmp_path / "adapter.safetensors"
-    adapter_from(adapted()).save(path)
+    extract_adapter(adapted()).save(path)
     with safe_open(path, framework="pt") as file:
         good = file.metadata()
     save_file({key: tensor.clone() for key, tensor in load_file(path).items()}, path, metadata={**good, **header})
@@ -149,7 +152,7 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     with pytest.raises(CheckpointError, match="no such file"):
         read_adapter(path)
-    file = adapter_from(adapted())
+    file = extract_adapter(adapted())
     file.save(path)
     with pytest.raises(CheckpointError, match="gates are for 'tanh', not 'identity'"):
         read_adapter(path, gate="identity")
@@ -162,7 +165,7 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a prompt is not finite"):
         read_adapter(path)
     save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match=r"no adapter of a known form.*it holds weight"):
+    with pytest.raises(CheckpointError, match=r"no adapter of a known format.*it holds weight"):
         read_adapter(path)
 
 
@@ -184,14 +187,14 @@ def test_a_pickle_never_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_official_v1_per_head_gates(tmp_path: Path, convention: Gate, shape: tuple[int, ...]) -> None:
     """As the official release is: gates on every layer, those below the adapted ones still zero."""
     model = adapted(convention)
-    file = adapter_from(model)
+    file = extract_adapter(model)
     state = {f"layers.{i}.attention.gate": torch.zeros(HEADS).view(shape) for i in range(LAYERS)}
     state |= {f"layers.{i}.attention.gate": gate.view(shape) for i, gate in enumerate(file.gate, LAYERS - L)}
     torch.save({**state, "adapter_query.weight": file.prompt.view(L * K, DIM)}, tmp_path / "v1.pth")
     read = read_adapter(tmp_path / "v1.pth", gate=convention)
     assert same(read, file)
     fresh = base()
-    attach_file(fresh, read, fingerprint="anything: the file has none")
+    apply_adapter(fresh, read, fingerprint="anything: the file has none")
     torch.testing.assert_close(logits(fresh), logits(model), rtol=0, atol=0)
 
 
@@ -203,7 +206,7 @@ def test_official_v1_scalar_gates_in_half_precision(tmp_path: Path) -> None:
     assert file.convention == "identity"
     assert torch.equal(file.gate, gate[:, None].float())
     model = base()
-    attach_file(model, file)
+    apply_adapter(model, file)
     assert torch.equal(model.adaptions[1].gate, gate[1].float().expand(HEADS))
     state = {key: value.squeeze() for key, value in state.items()}  # without a dimension at all
     torch.save({**state, "adapter_query.weight": prompt.view(-1, DIM)}, tmp_path / "v1.pth")
@@ -225,19 +228,19 @@ def test_official_v1_layers_that_cannot_be_inferred(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["tanh", "identity"])
 def test_export_v1_keeps_the_outputs(tmp_path: Path, convention: Gate, target: Gate) -> None:
     model = adapted(convention)
-    export_v1(adapter_from(model), tmp_path / "v1.pth", gate=target)
+    export_v1(extract_adapter(model), tmp_path / "v1.pth", gate=target)
     state = torch.load(tmp_path / "v1.pth", weights_only=True)
     assert state.pop("adapter_query.weight").shape == (L * K, DIM)
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
         f"layers.{i}.attention.gate": (1, HEADS, 1, 1) for i in (2, 3, 4)
     }
     fresh = base()
-    attach_file(fresh, read_adapter(tmp_path / "v1.pth", gate=target))
+    apply_adapter(fresh, read_adapter(tmp_path / "v1.pth", gate=target))
     torch.testing.assert_close(logits(fresh), logits(model), rtol=0, atol=1e-5)
 
 
 def test_export_v1_of_the_impossible(tmp_path: Path) -> None:
-    file = adapter_from(adapted("identity"))
+    file = extract_adapter(adapted("identity"))
     with pytest.raises(ValueError, match="no counterpart under tanh"):
         export_v1(replace(file, gate=file.gate + 2), tmp_path / "v1.pth", gate="tanh")
     with pytest.raises(ValueError, match="n_heads must be known"):
@@ -248,7 +251,7 @@ def test_export_v1_of_the_impossible(tmp_path: Path) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_litgpt(tmp_path: Path, nested: bool) -> None:
     model = adapted("identity")
-    file = adapter_from(model)
+    file = extract_adapter(model)
     state = {}
     for layer, (prompt, gate) in enumerate(zip(file.prompt, file.gate, strict=True), LAYERS - L):
         state[f"transformer.h.{layer}.attn.gating_factor"] = gate.view(1, 1, HEADS, 1)
@@ -310,10 +313,10 @@ def test_peft_logits(peft_folder: tuple[Path, Tensor], tmp_path: Path) -> None:
     for path in (folder / "adapter", folder / "adapter" / "adapter_model.safetensors"):
         file = read_adapter(path)
         assert file.config == AdaptionConfig(n_layers=L, prompt_length=K, gate="identity")
-        attach_file(model, file)
+        apply_adapter(model, file)
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
     assert (wanted - bare).abs().max() > 0.1
-    adapter_from(model).save(tmp_path / "ours.safetensors")  # per head from here on
+    extract_adapter(model).save(tmp_path / "ours.safetensors")  # per head from here on
     assert read_adapter(tmp_path / "ours.safetensors").gate.shape == (L, HEADS)
 
 
@@ -338,6 +341,6 @@ def test_peft_folders_that_are_refused(peft_folder: tuple[Path, Tensor], tmp_pat
 def test_a_foreign_adapter_for_more_layers_is_refused(peft_folder: tuple[Path, Tensor]) -> None:
     file = read_adapter(peft_folder[0] / "adapter")
     with pytest.raises(CheckpointError, match="wants n_layers 5, this base has 2"):
-        attach_file(Llama(replace(CONFIG, n_layers=2)), file)
+        apply_adapter(Llama(replace(CONFIG, n_layers=2)), file)
     with pytest.raises(CheckpointError, match="has 3 layers, this base has only 2"):
-        attach_file(Llama(replace(CONFIG, n_layers=2)), replace(file, base_shape={}))
+        apply_adapter(Llama(replace(CONFIG, n_layers=2)), replace(file, base_shape={}))

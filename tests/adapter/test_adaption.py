@@ -16,7 +16,7 @@ gates = pytest.mark.parametrize("gate", ["tanh", "identity"])
 def adapted(shape, gate="tanh", n_layers=3) -> Llama:
     """A random base with a fresh adapter."""
     model = llama(shape)
-    model.attach(AdaptionConfig(n_layers=n_layers, prompt_length=7, gate=gate), torch.Generator().manual_seed(1))
+    model.add_adapter(AdaptionConfig(n_layers=n_layers, prompt_length=7, gate=gate), torch.Generator().manual_seed(1))
     return model
 
 
@@ -26,7 +26,7 @@ def test_a_fresh_adapter_changes_no_bit_and_one_step_does(shape, gate):
     model, ids = llama(shape), tokens(2, 29)
     with torch.no_grad():
         base = model(ids)
-    model.attach(AdaptionConfig(n_layers=3, prompt_length=7, gate=gate))
+    model.add_adapter(AdaptionConfig(n_layers=3, prompt_length=7, gate=gate))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), base, rtol=0, atol=0)
     model(ids, ids).backward()
@@ -120,14 +120,14 @@ def test_the_7b_adapter_has_1_229_760_parameters():
         model = Llama(
             LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
-        model.attach(AdaptionConfig(n_layers=30, prompt_length=10))
+        model.add_adapter(AdaptionConfig(n_layers=30, prompt_length=10))
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616 + 1_229_760
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_229_760
 
 
 def test_prompts_are_standard_normal_and_gates_zero():
     model = llama({**MHA, "dim": 606})
-    model.attach(AdaptionConfig(n_layers=3, prompt_length=11), torch.Generator().manual_seed(3))
+    model.add_adapter(AdaptionConfig(n_layers=3, prompt_length=11), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     for adaption in model.adaptions:
         assert torch.equal(adaption.prompt, torch.empty(11, 606).normal_(generator=generator))
@@ -137,7 +137,7 @@ def test_prompts_are_standard_normal_and_gates_zero():
 
 def test_attaching_again_replaces_the_adapter():
     model = adapted(MHA)
-    model.attach(AdaptionConfig(n_layers=1, prompt_length=2, gate="identity"))
+    model.add_adapter(AdaptionConfig(n_layers=1, prompt_length=2, gate="identity"))
     assert [name for name, p in model.named_parameters() if "adaption" in name] == [
         "layers.4.attention.adaption.prompt",
         "layers.4.attention.adaption.gate",

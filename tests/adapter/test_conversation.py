@@ -65,13 +65,13 @@ RAW = {"id": "x7", "conversations": turns("a", "b")}
 def test_an_odd_conversation_is_rejected_with_its_place_and_reason(tmp_path, row, message):
     first, odd, last = read_conversations(write(tmp_path / "a.json", RAW, {**RAW, **row}, RAW))
     assert first == last
-    assert re.search(rf"a\.json, line 1, conversation 1, id 'x7': .*{message}", odd["rejected"])
+    assert re.search(rf"a\.json, item 2, conversation 1, id 'x7': .*{message}", odd["rejected"])
     assert not odd["output"]
 
 
 def test_what_is_no_list_of_conversations_is_named(tmp_path):
     (tmp_path / "a.json").write_text("[{]")
-    with pytest.raises(RecordError, match=r"a\.json, line 1: malformed JSON"):
+    with pytest.raises(RecordError, match=r"a\.json, item 1: malformed JSON"):
         list(read_conversations(tmp_path / "a.json"))
     (odd,) = read_conversations(write(tmp_path / "a.json", "text"))
     assert "conversation 0: a conversation is an object" in odd["rejected"]

@@ -134,8 +134,8 @@ def test_right_padding_does_not_change_the_loss_or_its_gradient():
 def test_pieces_through_the_cache_equal_the_whole(shape, cuts):
     model, ids = llama(shape, AdaptionConfig(n_layers=3, prompt_length=7)), tokens(2, 17)
     cache = KVCache(model.config, 2, 17, torch.float32, torch.device("cpu"))
-    pieces = [model.hidden(piece, cache) for piece in ids.split(list(cuts), dim=1)]
-    close(torch.cat(pieces, dim=1), model.hidden(ids), atol=1e-4)
+    pieces = [model.hidden_states(piece, cache) for piece in ids.split(list(cuts), dim=1)]
+    close(torch.cat(pieces, dim=1), model.hidden_states(ids), atol=1e-4)
 
 
 @torch.no_grad()
@@ -143,14 +143,14 @@ def test_rows_of_a_cache_may_differ_in_length_and_leave():
     model, ids = llama(GQA, AdaptionConfig(n_layers=3, prompt_length=7)), tokens(3, 13)
     lengths, more = torch.tensor([13, 2, 7]), tokens(3, 5, seed=1)
     cache = KVCache(model.config, 3, 18, torch.float32, torch.device("cpu"))
-    model.hidden(ids, cache)  # the second row's last 11 tokens and the third's last 6 stand for padding
-    cache.trim(lengths)
-    first = model.hidden(more[:, :2], cache)
-    cache.keep(torch.tensor([1, 2]))
+    model.hidden_states(ids, cache)  # the second row's last 11 tokens and the third's last 6 stand for padding
+    cache.truncate(lengths)
+    first = model.hidden_states(more[:, :2], cache)
+    cache.select_rows(torch.tensor([1, 2]))
     assert cache.used == 9
-    second = model.hidden(more[1:, 2:], cache)
+    second = model.hidden_states(more[1:, 2:], cache)
     for row, length in enumerate(lengths.tolist()):
-        whole = model.hidden(torch.cat([ids[row, :length], more[row]])[None])[0, length:]
+        whole = model.hidden_states(torch.cat([ids[row, :length], more[row]])[None])[0, length:]
         close(first[row], whole[:2], atol=1e-4)
         if row > 0:
             close(second[row - 1], whole[2:], atol=1e-4)
@@ -203,4 +203,4 @@ def test_an_impossible_shape_is_an_error(change, message):
 
 def test_more_adapted_layers_than_layers_is_an_error():
     with pytest.raises(ValueError, match=r"wants 6 adapted layers, the base has 5: set n_layers to at most 5"):
-        Llama(LlamaConfig(**MHA)).attach(AdaptionConfig(n_layers=6))
+        Llama(LlamaConfig(**MHA)).add_adapter(AdaptionConfig(n_layers=6))

@@ -5,7 +5,7 @@ import torch
 
 from adapter.adaption import Adaption, AdaptionConfig
 from adapter.decoder import Llama
-from adapter.generate import choose, generate
+from adapter.generate import generate, sample
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
@@ -107,7 +107,7 @@ def test_a_row_draws_the_same_whatever_shares_its_batch(model):
 
 
 def test_without_a_seed_the_global_generator_decides(model):
-    settings = {"eos_id": NEVER, "temperature": 1.0, "top_p": 1.0}
+    settings = {"eos_id": NEVER, "temperature": 1.0, "top_p": 1.0, "seed": None}
     torch.manual_seed(0)
     first, second = generate(model, PROMPTS, **settings), generate(model, PROMPTS, **settings)
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_cold_or_narrow_sampling_is_greedy(model, settings):
 def test_draws_follow_the_nucleus(temperature, top_p):
     logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.0, 1.0, -3.0])
     draws = (torch.arange(10_007) + 0.5) / 10_007  # evenly spaced, so shares are probabilities
-    chosen = choose(logits.expand(10_007, 7), temperature, top_p, draws)
+    chosen = sample(logits.expand(10_007, 7), temperature, top_p, draws)
     shares = {token: count / 10_007 for token, count in Counter(chosen.tolist()).items()}
     expected = reference.nucleus(logits.tolist(), temperature, top_p)
     assert shares.keys() == expected.keys()
@@ -134,7 +134,7 @@ def test_draws_follow_the_nucleus(temperature, top_p):
 
 def test_the_largest_draw_stays_in_the_nucleus():
     logits = torch.randn(997, 101, generator=torch.Generator().manual_seed(0))
-    chosen = choose(logits, 1.0, 0.75, torch.full((997,), 1 - 2**-24))
+    chosen = sample(logits, 1.0, 0.75, torch.full((997,), 1 - 2**-24))
     for row, token in zip(logits.tolist(), chosen.tolist(), strict=True):
         assert token in reference.nucleus(row, 1.0, 0.75)
 

@@ -1,16 +1,19 @@
 """Images in prompts: what the equations say, nothing where there is none, and no gradient where none belongs."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from adapter.adapter_checkpoint import adapter_from, attach_file, export_v1, read_adapter
+from adapter.adapter_checkpoint import export_v1, read_adapter
+from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import CheckpointError
 from adapter.generate import generate
 from adapter.image_projection import ImageProjectionConfig
+from adapter.tensor_files import read_metadata
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
@@ -34,7 +37,7 @@ def test_each_row_sees_its_own_image_as_the_equations_say(shape, gate):
     adaption = config(n_layers=1, gate=gate)
     model, ids = llama({**shape, "n_layers": 2}, adaption), tokens(3, 5)
     one, two = features(2)
-    logits = model(ids, images=model.images([one, None, two]))
+    logits = model(ids, images=model.batch_images([one, None, two]))
     text_only = model(ids)
     for row, image in enumerate([one, None, two]):
         state = model.state_dict()
@@ -51,30 +54,30 @@ def test_each_row_sees_its_own_image_as_the_equations_say(shape, gate):
 @torch.no_grad()
 def test_a_row_without_an_image_is_the_text_only_adapter_to_the_bit(shape):
     model, ids = llama(shape, config()), tokens(3, 17)
-    mixed = model(ids, images=model.images([features(1)[0], None, None]))
+    mixed = model(ids, images=model.batch_images([features(1)[0], None, None]))
     assert torch.equal(mixed[1:], model(ids)[1:])
     assert torch.equal(model(ids, images=(torch.zeros(0, sum(WIDTHS)), torch.zeros(0, dtype=torch.long))), model(ids))
-    assert model.images([None, None, None]) is None
+    assert model.batch_images([None, None, None]) is None
 
 
 @torch.no_grad()
 def test_a_fresh_adapter_with_images_changes_no_bit():
     model, ids = llama(GQA), tokens(2, 17)
     base = model(ids)
-    model.attach(config(), torch.Generator().manual_seed(1))
-    assert torch.equal(model(ids, images=model.images(features(2))), base)
+    model.add_adapter(config(), torch.Generator().manual_seed(1))
+    assert torch.equal(model(ids, images=model.batch_images(features(2))), base)
 
 
 @shapes
 def test_three_steps_reach_prompts_gates_and_projection_and_nothing_else(shape):
     model = llama(shape)
-    model.attach(config(), torch.Generator().manual_seed(1))
+    model.add_adapter(config(), torch.Generator().manual_seed(1))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(3):
         ids = tokens(3, 13, seed=step)
         optimizer.zero_grad()
-        model(ids, ids, model.images([*features(2, seed=step), None])).backward()
+        model(ids, ids, model.batch_images([*features(2, seed=step), None])).backward()
         optimizer.step()
     ours = {name for name, _ in model.adapter_parameters()}
     assert {name for name in ours if "adaption" not in name} == {
@@ -100,11 +103,11 @@ def test_a_batch_without_images_still_gives_the_projection_a_gradient_of_zero():
 def test_recomputed_layers_give_the_same_gradients(checkpointed):
     model, ids = llama(GQA, config()), tokens(2, 13)
     model.checkpoint_activations = checkpointed
-    model(ids, ids, model.images([None, features(1)[0]])).backward()
+    model(ids, ids, model.batch_images([None, features(1)[0]])).backward()
     grad = model.vision.down.weight.grad
     model.zero_grad()
     model.checkpoint_activations = False
-    model(ids, ids, model.images([None, features(1)[0]])).backward()
+    model(ids, ids, model.batch_images([None, features(1)[0]])).backward()
     torch.testing.assert_close(grad, model.vision.down.weight.grad, rtol=0, atol=1e-6)
 
 
@@ -114,7 +117,7 @@ def test_the_7b_adapter_with_images_has_1_8_million_parameters(widths):
         model = Llama(
             LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
-        model.attach(AdaptionConfig(vision=ImageProjectionConfig(widths=widths)))
+        model.add_adapter(AdaptionConfig(vision=ImageProjectionConfig(widths=widths)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     F = sum(widths)
     assert trainable == 1_229_760 + 72 * (F + 1) + 4096 * (72 + 1)
@@ -136,7 +139,7 @@ def test_generation_keeps_every_rows_image(gate):
     longer = [*prompts[2]]
     for token in alone[2]:
         with torch.no_grad():
-            assert model(torch.tensor([longer]), images=model.images(images[2:]))[0, -1].argmax() == token
+            assert model(torch.tensor([longer]), images=model.batch_images(images[2:]))[0, -1].argmax() == token
         longer.append(token)
     assert alone != [generate(model, [p], eos_id=-1, max_new_tokens=9, temperature=0)[0] for p in prompts]
 
@@ -144,9 +147,9 @@ def test_generation_keeps_every_rows_image(gate):
 def test_images_that_cannot_be_read_are_refused():
     model = llama(MHA, config())
     with pytest.raises(ValueError, match=r"reads 19 features of an image, got \(20,\)"):
-        model.images([torch.zeros(20)])
+        model.batch_images([torch.zeros(20)])
     with pytest.raises(ValueError, match="text alone"):
-        llama(MHA, config(vision=None)).images([torch.zeros(19)])
+        llama(MHA, config(vision=None)).batch_images([torch.zeros(19)])
     with pytest.raises(ValueError, match="bottleneck"):
         ImageProjectionConfig(widths=())
 
@@ -155,28 +158,31 @@ def test_images_that_cannot_be_read_are_refused():
 def test_a_file_holds_projection_encoder_and_preprocessing(tmp_path, gate):
     model, ids = llama(MHA, config(gate=gate)), tokens(2, 11)
     path = tmp_path / "a.safetensors"
-    file = adapter_from(model)
+    file = extract_adapter(model)
     file.save(path)
     again = read_adapter(path)
+    assert json.loads(read_metadata(path)["vision"])["tower"] == "encoder-1", "files keep their spelling"
     assert again.config == config(gate=gate)
     assert (again.vision.encoder, again.vision.preprocess) == ("encoder-1", "32 pixels")
     assert again.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     fresh = llama(MHA, config(gate=gate))
-    fresh.attach(AdaptionConfig(n_layers=1))
-    attach_file(fresh, again, encoder="encoder-1")
+    fresh.add_adapter(AdaptionConfig(n_layers=1))
+    apply_adapter(fresh, again, encoder="encoder-1")
     with torch.no_grad():
-        assert torch.equal(fresh(ids, images=fresh.images(features(2))), model(ids, images=model.images(features(2))))
+        assert torch.equal(
+            fresh(ids, images=fresh.batch_images(features(2))), model(ids, images=model.batch_images(features(2)))
+        )
     with pytest.raises(CheckpointError, match=r"another image encoder.*encoder-1, here encoder-2"):
-        attach_file(fresh, again, encoder="encoder-2")
+        apply_adapter(fresh, again, encoder="encoder-2")
     with pytest.raises(CheckpointError, match="text alone"):
-        attach_file(fresh, replace(again, vision=None, projection={}), encoder="encoder-1")
+        apply_adapter(fresh, replace(again, vision=None, projection={}), encoder="encoder-1")
     with pytest.raises(ValueError, match="cannot hold"):
         export_v1(file, tmp_path / "v1.pth")
 
 
 def test_damaged_projections_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    file = adapter_from(llama(MHA, config()))
+    file = extract_adapter(llama(MHA, config()))
     for broken, message in [
         (replace(file, projection={}), "expected the tensors .*vision.up.weight"),
         (replace(file, projection={**file.projection, "up.bias": torch.zeros(3)}), r"vision.up.bias has shape \(3,\)"),

@@ -90,12 +90,12 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 ROWS = [record(f'out {i} "q" é', input="x" * (i % 7), instruction=f"do\n{i}") for i in range(57)]
 
 
-@pytest.mark.parametrize("read_chars", [3, 50, 1 << 20])
+@pytest.mark.parametrize("read_bytes", [3, 50, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_formats_agree_whatever_the_window(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_chars: int, indent: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, indent: int | None
 ) -> None:
-    monkeypatch.setattr(instruct, "READ_CHARS", read_chars)
+    monkeypatch.setattr(instruct, "READ_BYTES", read_bytes)
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=indent))
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
@@ -106,13 +106,17 @@ def test_formats_agree_whatever_the_window(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '[{"instruction": "i", "output": "o"},\n {"instruction": "i" "output"}]', "line 2: malformed JSON"),
-        ("a.json", '[{"instruction": "i", "output": "o"}\n\n', "line 3: malformed JSON: the file ends"),
-        ("a.json", '[\n{"instruction": "i", "output": "o"},\n{"instruction": "i"', "line 3: malformed JSON"),
-        ("a.json", '{"instruction": "i", "output": "o"}', r"line 1: .*an object per line belongs in a \.jsonl"),
-        ("a.json", '[{"instruction": "i", "output": "o"} 5]', "line 1: malformed JSON: expected ','"),
-        ("a.json", '[{"instruction": "i"}]', "line 1: the record has no 'output'"),
-        ("a.json", "[17]", "line 1: a record must be an object"),
+        ("a.json", '[{"instruction": "i", "output": "o"},\n {"instruction": "i" "output"}]', "item 2: malformed JSON"),
+        ("a.json", '[{"instruction": "i", "output": "o"}\n\n', "item 2: malformed JSON: .*premature EOF"),
+        ("a.json", '[\n{"instruction": "i", "output": "o"},\n{"instruction": "i"', "item 2: malformed JSON"),
+        ("a.json", '{"instruction": "i", "output": "o"}', r"a\.json: .*an object per line belongs in a \.jsonl"),
+        ("a.json", '[{"instruction": "i", "output": "o"} 5]', "item 2: malformed JSON"),
+        ("a.json", '[{"instruction": "i"}]', "item 1: the record has no 'output'"),
+        ("a.json", "[17]", "item 1: a record must be an object"),
+        ("a.json", '[{"instruction": "i", "output": "o"}]\n[]', "ends after item 1, but the file goes on"),
+        ("a.json", '[{"instruction": "i", "output": "o"}] and more', "ends after item 1, but the file goes on"),
+        ("a.json", " []]", "ends after item 0, but the file goes on"),
+        ("a.json", "", "expected a JSON array of records; the file is no JSON array"),
         ("a.jsonl", '{"instruction": "i", "output": "o"}\n{"instruction": \n', "line 2: malformed JSON"),
         ("a.jsonl", '\n{"instruction": "i", "output": 7}\n', "line 2: 'output' must be text, got 7"),
         ("a.parquet", "no parquet", "not a readable Parquet file"),

@@ -47,10 +47,10 @@ def test_ask_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
     base = AdaptedModel.from_pretrained(tiny_base)
     greedy = {"max_new_tokens": 9, "temperature": 0.0}
     (told,) = base.generate([ALPACA.render("Say it", "again")], **greedy)
-    assert base.ask("Say it", "again", **greedy) == told.strip() != ""
+    assert base.answer("Say it", "again", **greedy) == told.strip() != ""
     mine = PromptTemplate(with_input="{instruction}: {input}", without_input="{instruction}!")
     (told,) = base.generate(["Say it!"], **greedy)
-    assert base.ask("Say it", template=mine, **greedy) == told.strip()
+    assert base.answer("Say it", template=mine, **greedy) == told.strip()
 
 
 def test_load_adapt_ask_save(folder: Path, tmp_path: Path) -> None:

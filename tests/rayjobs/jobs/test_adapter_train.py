@@ -20,7 +20,7 @@ from adapter.adaption import AdaptionConfig
 from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image
 from rayjobs.config import load
-from rayjobs.data.loader import collate, load_micro_batches
+from rayjobs.data.loader import collate_micro_batch, load_micro_batches
 from rayjobs.data.records import RecordsConfig, prompt_template
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
@@ -91,9 +91,9 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         table = order.rows(epoch, 0)
         for step in range(per_epoch):
             rows = table.slice(step * 8, 8).to_pylist()
-            images = base.model.images([None if row["image"] is None else seen[row["image"]] for row in rows])
+            images = base.model.batch_images([None if row["image"] is None else seen[row["image"]] for row in rows])
             images = images or (torch.zeros(0, 32 + 64 + 128 + 256 + 19), torch.zeros(0, dtype=torch.int64))
-            batch = collate({"step": 0, "last": True, "step_labels": 0, "rows": rows})
+            batch = collate_micro_batch({"step": 0, "last": True, "step_labels": 0, "rows": rows})
             labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
             loss = base.model(batch.tokens, batch.labels, images) / labels
             optimizer.zero_grad()
@@ -220,7 +220,7 @@ def test_eval_agrees_with_training_and_with_the_model(
         if record["image"] in BAD:
             continue
         example = encode_record(record, base.tokenizer, max_length=200)
-        images = base.model.images([features(pictured, trained, record["image"])])
+        images = base.model.batch_images([features(pictured, trained, record["image"])])
         log_p = base.model(torch.tensor([example.ids]), images=images)[0].log_softmax(-1)
         for place in range(example.label_start, len(example.ids)):
             total -= log_p[place - 1, example.ids[place]].item()
@@ -271,7 +271,7 @@ def test_generate_answers_a_file_as_the_library_does(
     assert pq.read_table(tmp_path / "there.parquet").to_pylist() == rows
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing is answered twice"
     with pytest.raises(ValueError, match="holds answers from other settings"):
-        adapter_generate.run(replace(config, decoding=adapter_generate.Decoding(max_new_tokens=8)))
+        adapter_generate.run(replace(config, decoding=adapter_generate.DecodingConfig(max_new_tokens=8)))
     assert read_record(folder).state == "done", "what is refused leaves no trace"
     with pytest.raises(ValueError, match=r"run\.name: required"):
         adapter_generate.run(replace(config, run=None))
@@ -312,7 +312,7 @@ def test_tokens_are_prepared_once_and_held_out_by_content(
 
 
 def test_formats_mix_in_one_store_with_their_images(
-    cluster: None, tiny_base: Path, pictured: Path, shared: Path, tmp_path: Path
+    cluster: None, tiny_base: Path, pictured: Path, scienceqa: Path, tmp_path: Path
 ) -> None:
     talk = [{"from": "human", "value": "<image> the cat"}, {"from": "gpt", "value": "sat"}]
     talks = [{"image": "plain.png", "conversations": talk * 2}, {"id": "odd", "conversations": talk[::-1]}]
@@ -321,7 +321,7 @@ def test_formats_mix_in_one_store_with_their_images(
         RecordsConfig,
         {
             "path": [
-                {"path": str(shared / "scienceqa"), "format": "scienceqa", "split": "test"},
+                {"path": str(scienceqa), "format": "scienceqa", "split": "test"},
                 {"path": str(tmp_path / "talk.json"), "format": "llava", "images": str(pictured.parent)},
                 {"path": str(pictured)},
             ],
@@ -334,11 +334,11 @@ def test_formats_mix_in_one_store_with_their_images(
     told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
     assert [row["id"] % 2**40 for row in rejected if "conversation 1, id 'odd'" in row["reason"]] == [2]
     assert len(rejected) == len(told) + len(BAD) + 1
-    assert store.rows("train") == 361 + 2 + 101 - len(told)
-    assert store.images("train") == 167 + 2 + 50 - sum(bool(row["image"]) for row in told)
+    assert store.rows("train") == 60 + 2 + 101 - len(told)
+    assert store.images("train") == 24 + 2 + 50 - sum(bool(row["image"]) for row in told)
     blind = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
     assert (blind.images("train"), blind.rejected) == (0, len(told) + 1)
-    assert (store.images_left_out, blind.images_left_out) == (0, 167 + 2 + 50 + len(BAD))
+    assert (store.images_left_out, blind.images_left_out) == (0, 24 + 2 + 50 + len(BAD))
 
 
 def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,262 @@
+"""An adapter in memory: take it out of a model, put it into a model, save it in this project's own format.
+
+The own format is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32. An adapter that reads images
+adds its projection under `vision.*`. The header states the format's version, the gate convention, the base's shape and
+fingerprint, the tokenizer's hash, and the image encoder's identity and preprocessing. `adapter.adapter_checkpoint`
+reads this format and the foreign ones.
+
+L adapted layers, K prompt length, C width, H query heads.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapter.adaption import AdaptionConfig, Gate
+from adapter.atomic_file import atomic_path
+from adapter.decoder import Llama, LlamaConfig
+from adapter.errors import AdapterError, CheckpointError
+from adapter.image_projection import ImageProjection, ImageProjectionConfig
+
+FORMAT = "llama-adapter"
+VERSION = 1
+_SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+_VISION_KEYS = {"encoder": "tower"}
+"""Field of `ImageProjectionConfig` → its key in the header, where format version 1 spells it differently."""
+_TEXT_TENSORS, _PROJECTION_PREFIX = {"prompt", "gate"}, "vision."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterFile:
+    """The content of an adapter file. Tensors are float32 on the CPU."""
+
+    prompt: Tensor
+    """(L, K, C), lowest adapted layer first."""
+    gate: Tensor
+    """(L, H), or (L, 1) where one gate serves all heads."""
+    convention: Gate
+    """What the model applies to the gates (see `AdaptionConfig.gate`)."""
+    base_shape: Mapping[str, int] = field(default_factory=dict)
+    """Fields of the base's `LlamaConfig`, as far as the file states them; foreign files state few."""
+    base_fingerprint: str | None = None
+    """`Checkpoint.fingerprint` of the base; None in foreign files."""
+    tokenizer_sha256: str | None = None
+    """SHA-256 of the tokenizer's file; None in foreign files."""
+    vision: ImageProjectionConfig | None = None
+    """How the adapter reads images, and with which encoder; None for text alone."""
+    projection: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of `ImageProjection`, by name."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further notes, as JSON values."""
+
+    @property
+    def config(self) -> AdaptionConfig:
+        """The adapter's shape."""
+        n_layers, prompt_length, _ = self.prompt.shape
+        return AdaptionConfig(n_layers=n_layers, prompt_length=prompt_length, gate=self.convention, vision=self.vision)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        gates = self.gate.numel() if self.convention in ("tanh", "identity") else 0
+        return self.prompt.numel() + gates + sum(tensor.numel() for tensor in self.projection.values())
+
+    def save(self, path: str | Path) -> None:
+        """Write the own format. The file appears complete or not at all. Raises OSError if it cannot be written."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "gate": self.convention,
+            "n_layers": str(self.config.n_layers),
+            "prompt_length": str(self.config.prompt_length),
+            "base_shape": json.dumps(dict(self.base_shape)),
+            "base_fingerprint": self.base_fingerprint or "",
+            "tokenizer_sha256": self.tokenizer_sha256 or "",
+            "extra": json.dumps(dict(self.extra)),
+        }
+        if self.vision is not None:
+            header["vision"] = json.dumps({_VISION_KEYS.get(k, k): v for k, v in asdict(self.vision).items()})
+        tensors = {"prompt": self.prompt, "gate": self.gate}
+        tensors |= {_PROJECTION_PREFIX + name: tensor for name, tensor in self.projection.items()}
+        with atomic_path(path) as part:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
+
+
+def extract_adapter(
+    model: Llama,
+    *,
+    base_fingerprint: str | None = None,
+    tokenizer_sha256: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> AdapterFile:
+    """A copy of the model's adapter, with what identifies its base and tokenizer.
+
+    Raises AdapterError if the model has no adapter.
+    """
+    if model.adaption_config is None:
+        raise AdapterError("the model holds no adapter to save; add or load one first")
+    return AdapterFile(
+        prompt=torch.stack([to_float32(adaption.prompt) for adaption in model.adaptions]),
+        gate=torch.stack([to_float32(adaption.gate) for adaption in model.adaptions]),
+        convention=model.adaption_config.gate,
+        base_shape=_base_shape(model.config),
+        base_fingerprint=base_fingerprint,
+        tokenizer_sha256=tokenizer_sha256,
+        vision=model.adaption_config.vision,
+        projection={} if model.vision is None else {n: to_float32(t) for n, t in model.vision.state_dict().items()},
+        extra=extra or {},
+    )
+
+
+def apply_adapter(
+    model: Llama,
+    file: AdapterFile,
+    *,
+    fingerprint: str | None = None,
+    tokenizer_sha256: str | None = None,
+    encoder: str | None = None,
+) -> None:
+    """Put a file's adapter on the model, in place of any that is there.
+
+    fingerprint, tokenizer_sha256, encoder: identities of the base, the tokenizer and the image encoder in use. An
+    identity that is not given, or that the file does not state, is not compared.
+
+    Raises CheckpointError, and leaves the model as it was, if the adapter was made for a base of another shape, or for
+    a base, tokenizer or image encoder of another identity.
+    """
+    _check_base_shape(file, model.config)
+    _check_identities(file, fingerprint, tokenizer_sha256, encoder)
+    model.add_adapter(file.config)
+    with torch.no_grad():
+        for adaption, prompt, gate in zip(model.adaptions, file.prompt, file.gate, strict=True):
+            adaption.prompt.copy_(prompt)
+            adaption.gate.copy_(gate.expand_as(adaption.gate))
+        if model.vision is not None:
+            model.vision.load_state_dict(dict(file.projection))
+
+
+def _check_base_shape(file: AdapterFile, config: LlamaConfig) -> None:
+    n_layers, _, dim = file.prompt.shape
+    actual = _base_shape(config)
+    expected = {"dim": dim, **file.base_shape}
+    if file.gate.shape[1] != 1:
+        expected["n_heads"] = file.gate.shape[1]
+    if wrong := [f"{k} {value}, this base has {actual[k]}" for k, value in expected.items() if actual[k] != value]:
+        raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
+    if n_layers > config.n_layers:
+        raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {config.n_layers}")
+
+
+def _check_identities(
+    file: AdapterFile, fingerprint: str | None, tokenizer_sha256: str | None, encoder: str | None
+) -> None:
+    if encoder and file.vision is None:
+        raise CheckpointError("the adapter was made for text alone and cannot read images: leave out the image encoder")
+    for subject, expected, actual in (
+        ("base of the same shape but other weights: fingerprint", _short(file.base_fingerprint), _short(fingerprint)),
+        ("tokenizer: sha256", _short(file.tokenizer_sha256), _short(tokenizer_sha256)),
+        ("image encoder, preprocessing or precision:", file.vision and file.vision.encoder, encoder),
+    ):
+        if expected and actual and expected != actual:
+            raise CheckpointError(f"the adapter was made for another {subject} {expected}, here {actual}")
+
+
+def _short(digest: str | None) -> str | None:
+    """The beginning of a digest: enough for a person to tell two apart."""
+    return digest and f"{digest[:12]}…"
+
+
+def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
+    """The content of a file in the own format, given its header and tensors.
+
+    Raises CheckpointError, naming the file, if the version is unknown, the header is damaged, or the tensors are not
+    those that the header states.
+    """
+    if header.get("version") != str(VERSION):
+        raise CheckpointError(f"{path}: format version {header.get('version')!r}; this code reads version {VERSION}")
+    try:
+        convention: Any = header["gate"]
+        vision = _parse_vision(header["vision"]) if "vision" in header else None
+        stated = (int(header["n_layers"]), int(header["prompt_length"]))
+        base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
+        if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
+            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
+        if unknown := base_shape.keys() - set(_SHAPE_KEYS):
+            raise AdapterError(f"base_shape holds {sorted(unknown)}")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
+    names = _TEXT_TENSORS | {_PROJECTION_PREFIX + name for name in _projection_shapes(vision, 1)}
+    if tensors.keys() != names:
+        raise CheckpointError(f"{path}: expected the tensors {', '.join(sorted(names))}; {some_keys(tensors)}")
+    prompt, gate = to_float32(tensors["prompt"]), to_float32(tensors["gate"])
+    if prompt.dim() != 3 or gate.dim() != 2 or stated != prompt.shape[:2] or len(gate) != len(prompt):
+        raise CheckpointError(
+            f"{path}: prompt {tuple(prompt.shape)} and gate {tuple(gate.shape)} are not the {stated[0]} layers of "
+            f"{stated[1]} prompts that the header states"
+        )
+    return AdapterFile(
+        prompt=prompt,
+        gate=gate,
+        convention=convention,
+        vision=vision,
+        projection=_projection_tensors(path, tensors, vision, prompt.shape[2]),
+        base_shape=base_shape,
+        base_fingerprint=header.get("base_fingerprint") or None,
+        tokenizer_sha256=header.get("tokenizer_sha256") or None,
+        extra=extra,
+    )
+
+
+def _parse_vision(header: str) -> ImageProjectionConfig:
+    fields = json.loads(header)
+    if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
+        raise AdapterError(f"vision {header}")
+    names = {key: name for name, key in _VISION_KEYS.items()}
+    fields = {names.get(key, key): value for key, value in fields.items()}
+    try:
+        return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
+    except TypeError as error:
+        raise AdapterError(f"vision {header}: {error}") from error
+
+
+def _projection_tensors(
+    path: Path, tensors: dict[str, Tensor], vision: ImageProjectionConfig | None, dim: int
+) -> dict[str, Tensor]:
+    """The projection's tensors by name, checked against the shapes that `vision` and the width `dim` imply."""
+    projection = {}
+    for name, shape in _projection_shapes(vision, dim).items():
+        tensor = projection[name] = to_float32(tensors[_PROJECTION_PREFIX + name])
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{path}: {_PROJECTION_PREFIX}{name} has shape {tuple(tensor.shape)}, the header states {shape}"
+            )
+    return projection
+
+
+def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
+    if vision is None:
+        return {}
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in ImageProjection(vision, dim).state_dict().items()}
+
+
+def _base_shape(config: LlamaConfig) -> dict[str, int]:
+    return {key: getattr(config, key) for key in _SHAPE_KEYS}
+
+
+def to_float32(tensor: Tensor) -> Tensor:
+    """A float32 copy on the CPU, which shares no memory with a file or a model."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def some_keys(tensors: Mapping[str, Tensor]) -> str:
+    """A short list of a file's tensors, for an error message."""
+    return f"it holds {', '.join(list(tensors)[:3]) or 'nothing'}{', …' if len(tensors) > 3 else ''}"

@@ -1,7 +1,7 @@
-"""Errors that a user can put right: they end a command with one message and exit code 2, without a traceback.
+"""Errors that a user can correct: each ends a command with one message and exit code 2, without a traceback.
 
-Each message says what is wrong, where, and what to do. Any other exception is a fault of this program and keeps its
-traceback.
+A message says what is wrong, with the value; which setting or file; and what to do. Any other exception is a fault of
+this program and keeps its traceback.
 """
 
 from adapter.errors import AdapterError
@@ -9,23 +9,23 @@ from cafo.errors import CafoError
 
 
 class UserError(ValueError):
-    """Base class of the errors about what a user gave: settings, data, files, a cluster."""
+    """Base class of the errors about a user's settings, data, files or cluster."""
 
 
 class ConfigError(UserError):
-    """Settings that are unknown, of the wrong type, out of range or in contradiction, one line each."""
+    """Settings that are unknown, of the wrong type, out of range or contradictory; one line for each."""
 
 
 class DataError(UserError):
-    """Records, images, labels or splits that cannot be used."""
+    """Records, images, labels, splits or files that cannot be used."""
 
 
 class ProvenanceError(UserError):
-    """A run folder or cache that was made with other settings or data than those of this command."""
+    """A run folder or cache whose content was made with other settings or data than those now given."""
 
 
 class ResourceError(UserError):
-    """Workers that the cluster can never hold."""
+    """Workers that can never fit into the cluster, or a run that another process holds."""
 
 
 class StorageError(UserError, OSError):
@@ -37,4 +37,4 @@ class NonFiniteLossError(UserError):
 
 
 USER_ERRORS = (UserError, AdapterError, CafoError, OSError)
-"""What a command reports in one message. OSError is the system's own: a missing file, a full disk, no permission."""
+"""The exceptions that a command reports in one message. OSError is the system's: a missing file, a full disk."""

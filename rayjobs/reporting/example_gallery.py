@@ -1,4 +1,4 @@
-"""Pictures that a run keeps to show with what was answered: small copies, and captions in `examples.json`."""
+"""Example images that a run keeps with its predictions: thumbnails, and their captions in `examples.json`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,27 +9,34 @@ from rayjobs.storage.files import atomic_path, write_json
 
 EXAMPLES = "examples.json"
 ORDER = "mistakes first, then right answers, evenly drawn."
+"""The note that says how `mistakes_first` selects."""
 
 
 def mistakes_first(wrong: Sequence[int], right: Sequence[int], of_each: int = 6) -> list[int]:
-    """Some of each kind, evenly drawn."""
-    return [place for places in (wrong, right) for place in places[:: max(1, len(places) // of_each)][:of_each]]
+    """At most `of_each` of the wrong and then of the right indices, at equal distances."""
+    chosen: list[int] = []
+    for indices in (wrong, right):
+        step = max(1, len(indices) // of_each)
+        chosen += indices[::step][:of_each]
+    return chosen
 
 
-def write_examples(folder: Path, shown: Iterable[tuple[Path, str]], note: str) -> None:
-    """Keeps pictures with a caption each, but for files that are no readable image.
+def write_examples(folder: Path, examples: Iterable[tuple[Path, str]], note: str) -> None:
+    """Write thumbnails with their captions. An image that cannot be read is left out.
 
-    shown: (image file, caption). note: what they are.
+    Args:
+        examples: (image file, caption) of each.
+        note: a sentence about all of them, which the report shows below.
     """
     images = []
-    for number, (path, caption) in enumerate(shown):
+    for number, (path, caption) in enumerate(examples):
         file = folder / "examples" / f"{number:02d}.jpg"
         try:
-            small = load_image(path)
+            thumbnail = load_image(path)
         except ImageError:
             continue
-        small.thumbnail((160, 160))
+        thumbnail.thumbnail((160, 160))
         with atomic_path(file) as temporary:
-            small.save(temporary, format="JPEG")
+            thumbnail.save(temporary, format="JPEG")
         images.append({"file": f"examples/{file.name}", "caption": caption})
     write_json(folder / EXAMPLES, {"note": note, "images": images})

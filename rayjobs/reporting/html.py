@@ -1,18 +1,13 @@
-"""One self-contained HTML page of tables, plots and pictures: no network, light and dark, readable on a phone."""
+"""One self-contained HTML page of tables, plots and images: no network, light and dark, readable on a phone."""
 
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rayjobs.storage.files import write_text
-
-if TYPE_CHECKING:
-    pass
-
 
 TEMPLATE = "page.html.jinja"
 
@@ -26,13 +21,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     linked: str = ""
-    """The column whose cells are the addresses of pages."""
+    """The column whose cells are addresses of pages."""
     kind: str = field(default="table", init=False)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing, as `svg` makes it."""
+    """A figure as SVG."""
 
     title: str
     svg: str
@@ -42,22 +37,22 @@ class Plot:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures with a caption each; a picture is a PNG or JPEG file's bytes."""
+    """Images with their captions; an image is the content of a PNG or JPEG file."""
 
     title: str
-    pictures: Sequence[tuple[bytes, str]]
+    images: Sequence[tuple[bytes, str]]
     note: str = ""
     kind: str = field(default="gallery", init=False)
 
     @property
     def sources(self) -> list[tuple[str, str]]:
-        """(data URL, caption)."""
-        return [(_data_url(picture), caption) for picture, caption in self.pictures]
+        """(data URL, caption) of each image."""
+        return [(_data_url(image), caption) for image, caption in self.images]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Sections that are shown when the reader opens them."""
+    """Sections that the reader can open."""
 
     title: str
     sections: Sequence["Section"]
@@ -67,9 +62,14 @@ class Fold:
 Section = Table | Plot | Gallery | Fold
 
 
-def _data_url(picture: bytes) -> str:
-    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def _data_url(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _unbroken_deviation(text: str) -> str:
+    """Text whose `mean ± deviation` stays on one line."""
+    return text.replace(" ± ", "\u00a0±\u00a0")
 
 
 def write_page(
@@ -82,13 +82,19 @@ def write_page(
     command: str = "",
     about: str = "",
 ) -> Path:
-    """Writes the page, whole or not at all. command: what was typed, told beneath the facts; about: the paragraph that
-    the page opens with."""
+    """Write the page to `path` and return it.
+
+    Args:
+        facts: short texts below the headline.
+        command: the command line of the run, below the facts.
+        about: a paragraph before the sections.
+    """
     environment = Environment(
         loader=PackageLoader("rayjobs.reporting", "."), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters["whole"] = lambda text: text.replace(" ± ", "\u00a0±\u00a0")  # a line does not end within it
-    told = {"title": title, "headline": headline, "facts": facts, "command": command, "about": about}
-    page = environment.get_template(TEMPLATE).render(told, sections=sections)
+    environment.filters["whole"] = _unbroken_deviation
+    page = environment.get_template(TEMPLATE).render(
+        title=title, headline=headline, facts=facts, command=command, about=about, sections=sections
+    )
     write_text(path, page)
     return path

@@ -1,4 +1,4 @@
-"""A local folder of growing files that is mirrored to a URL."""
+"""A local folder of growing files that is uploaded to a URL."""
 
 import shutil
 import tempfile
@@ -10,33 +10,36 @@ from rayjobs.storage.paths import is_url, upload_file
 
 
 class SyncedFolder:
-    """A folder for files that grow: the folder itself if it is local, else one here whose files are sent on, whole,
-    every `SEND_EVERY_S` at most and at the end."""
+    """A folder for files that grow line by line, which object stores cannot append to.
 
-    SEND_EVERY_S = 10.0
+    `local` is where to write: the folder itself if it is a local path; for a URL a temporary folder, whose files are
+    uploaded whole, every `UPLOAD_EVERY_S` seconds at most and at the end.
+    """
+
+    UPLOAD_EVERY_S = 10.0
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.sent_at = folder, 0.0
+        self.folder, self.uploaded_at = folder, 0.0
         self.local = Path(tempfile.mkdtemp(prefix="rayjobs-")) if is_url(folder) else folder
-        self.sent: dict[Path, int] = {}
+        self.uploaded_sizes: dict[Path, int] = {}
 
     def fetch(self, name: str) -> Path:
-        """The local file of this name, as an earlier start of the run left it."""
+        """The local file of this name, with the content that an earlier start of the run left."""
         if is_url(self.folder) and not (self.local / name).exists() and (self.folder / name).exists():
             (self.local / name).write_bytes((self.folder / name).read_bytes())
         return self.local / name
 
     def send(self, *, now: bool = False) -> None:
-        """Sends what has grown, if it is time."""
-        if self.local == self.folder or not (now or time.monotonic() - self.sent_at > self.SEND_EVERY_S):
+        """Upload the files that have grown, if it is time or `now`. Raises StorageError; a later call tries again."""
+        if self.local == self.folder or not (now or time.monotonic() - self.uploaded_at > self.UPLOAD_EVERY_S):
             return
-        # first what lies in folders: a list is there after the images that it names
+        # Files in subfolders go first, so that a list of images arrives after the images that it names.
         for file in sorted(self.local.rglob("*"), key=lambda file: -len(file.parts)):
-            if file.is_file() and self.sent.get(file) != file.stat().st_size:
+            if file.is_file() and self.uploaded_sizes.get(file) != file.stat().st_size:
                 size = file.stat().st_size
                 upload_file(file, self.folder / file.relative_to(self.local).as_posix())
-                self.sent[file] = size
-        self.sent_at = time.monotonic()
+                self.uploaded_sizes[file] = size
+        self.uploaded_at = time.monotonic()
 
     def __enter__(self) -> "SyncedFolder":
         return self

@@ -27,7 +27,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     sections += _accuracy_plots(runs)
     for title, file in (("test", "test/result.json"), ("result", "result.json")):
         sections += _side_by_side(title, {name: read_values(folder / file) for name, folder in runs.items()})
-    metrics = {name: rows for name, folder in runs.items() if (rows := read_metrics(folder))}
+    metrics = {name: steps for name, folder in runs.items() if (steps := read_metrics(folder))}
     sections += [Plot(title, figure_svg(figure)) for title, figure in plots.training_curves(metrics)]
     settings = {name: read_settings(folder) for name, folder in runs.items()}
     sections += _side_by_side("settings that differ", settings, only_differing=True)

@@ -167,8 +167,8 @@ def log_outcome(folder: Path, track: TrackConfig, state: str, result: Mapping[st
     A tracker that cannot be reached costs a warning: the run itself is over.
     """
     if result is None:  # a run that failed before it was known to a tracker need not become known now
-        known = {name: (folder / f"{name}.json").exists() for name in ("mlflow", "wandb")}
-        track = replace(track, **{name: getattr(track, name) if known[name] else None for name in known})
+        mlflow, wandb = ((folder / f"{name}.json").exists() for name in ("mlflow", "wandb"))
+        track = replace(track, mlflow=track.mlflow if mlflow else None, wandb=track.wandb if wandb else None)
     try:
         with SyncedFolder(folder) as synced:
             trackers = open_trackers(folder, track)

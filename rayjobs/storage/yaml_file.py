@@ -42,7 +42,8 @@ def read_yaml(path: str | Path) -> Any:
 def write_yaml(path: str | Path, value: Any) -> None:
     """Write plain values atomically, keys in the order given, a line each."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None
     yaml.allow_unicode, yaml.width = True, 1 << 20
     text = io.StringIO()
     yaml.dump(value, text)

@@ -2,15 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test lab check bench clean
+.PHONY: demo install test test-slow test-models coverage lab check bench clean
 
 demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
 	$(BIN)/python -m rayjobs demo
 
 install: .venv/installed ## Only the environment
 
-test: .venv/installed-test ## All tests
+test: .venv/installed-test ## The tests that say that everything works
 	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-test ## The tests that take long: more faults, a bucket, the commands of the documents, pretrained models
+	$(BIN)/python -m pytest -m slow
+
+test-models: .venv/installed-test ## Fetches the pretrained models of make test-slow, 120 MB; it does so itself otherwise
+	$(BIN)/python -m tests.real_models
+
+coverage: .venv/installed-test ## All tests, and which lines they do not reach
+	$(BIN)/python -m pytest -m "slow or not slow" --durations=30 --cov=adapter --cov=cafo --cov=rayjobs --cov-report=term-missing:skip-covered
 
 lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
 	$(BIN)/python -m pytest tests/cluster_lab

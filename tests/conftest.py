@@ -1,15 +1,17 @@
-"""What tests share: a tiny base with its tokenizer, records, one Ray cluster, and the real data where it is there."""
+"""What tests share: tiny and trained bases, records, generated data sets, pretrained models, one Ray cluster."""
 
 import io
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+
+from tests import real_models, sample_data
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
@@ -31,13 +33,11 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real weights and data beside the project."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"real data is not there: {folder}")
-    return folder
+def pytest_configure() -> None:
+    """One thread for this process and for all that it starts: tiny products gain nothing from a second one, and threads
+    that wait for one another on busy cores slow a test down many times."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +82,50 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"instruction": f"{words[0]} {i}", "input": " ".join(words[1:4]), "output": " ".join(words)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaMA in Meta's format that was really trained."""
+    return sample_data.train_llama(tmp_path_factory.mktemp("trained_llama"))
+
+
+@pytest.fixture(scope="session")
+def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 test problems, 24 with images, in ScienceQA's layout."""
+    return sample_data.write_scienceqa(tmp_path_factory.mktemp("scienceqa"))
+
+
+@pytest.fixture(scope="session")
+def caltech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes in Caltech101's layout with a split file, and sentences for them."""
+    return sample_data.write_caltech(tmp_path_factory.mktemp("caltech"))
+
+
+def pretrained(make: Callable[[], Path]) -> Path:
+    """The files of a pretrained model, fetched on first use; the test is skipped where that is impossible."""
+    try:
+        return make()
+    except real_models.ModelUnavailable as error:
+        pytest.skip(f"{error} (make test-models fetches it)")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The Hugging Face folder of SmolLM2-135M-Instruct."""
+    return pretrained(real_models.smollm2)
+
+
+@pytest.fixture(scope="session")
+def efficientnet_lite0() -> Path:
+    """The weights of an ImageNet encoder, for timm's `tf_efficientnet_lite0`."""
+    return pretrained(real_models.efficientnet_lite0)
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer() -> Path:
+    """A real SentencePiece tokenizer of 32,000 pieces."""
+    return pretrained(real_models.mistral_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
-from transformers import LlamaForCausalLM
 
 from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
-from adapter.decoder import LlamaConfig, RopeScaling
+from adapter.decoder import Llama, LlamaConfig, RopeScaling
 from adapter.tokenizer import Tokenizer
 
-LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "llama"
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS = 31, 24, 4, 2, 34, 3
 IDS = torch.tensor([[1, 7, 30, 2, 19, 11, 4, 23, 8, 5, 13]])
 LLAMA3_ROPE = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -281,15 +280,36 @@ def test_a_failed_save_leaves_the_old_file(
     assert not list(tmp_path.glob(".*.part"))
 
 
-@pytest.mark.skipif(not LLAMA.is_dir(), reason="the trained checkpoints of ../shared/data are not here")
-@pytest.mark.parametrize(("name", "bound"), [("stories260K", 0.39), ("babyllama-char", 0.39)])
-def test_trained_checkpoints_predict_their_own_text(name: str, bound: float) -> None:
-    """Adjacent-pair rotation taken for halves would cost 1.8 nats per token, not 0.1."""
-    checkpoint = open_checkpoint(LLAMA / name)
+def text_loss(model: Llama, ids: Tensor) -> float:
+    """Nats per token."""
+    with torch.no_grad():
+        return F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
+
+
+def test_a_trained_checkpoint_predicts_the_text_it_was_trained_on(trained_llama: Path) -> None:
+    checkpoint = open_checkpoint(trained_llama)
     assert checkpoint.tokenizer_path is not None
     tokenizer = Tokenizer(checkpoint.tokenizer_path)
     tokenizer.check_fits(checkpoint.config.vocab_size)
-    text = "Once upon a time, there was a little girl named Lily. She loved to play"
+    text = "The red cat sat on the hill. The old dog ran over the mat. The shy bird slept under the house."
     ids = torch.tensor([tokenizer.encode(text, bos=True, eos=False)])
-    logits = load_llama(checkpoint)(ids)
-    assert F.cross_entropy(logits[0, :-1], ids[0, 1:]).item() < bound
+    assert text_loss(load_llama(checkpoint), ids) < 1
+
+
+@pytest.mark.slow
+def test_a_pretrained_llama_equals_transformers_and_itself_in_metas_format(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer, theirs = AutoTokenizer.from_pretrained(smollm2), LlamaForCausalLM.from_pretrained(smollm2).eval()
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    texts = (
+        "The capital of France is Paris. Water boils at a hundred degrees.",
+        tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True),
+    )
+    given = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    with torch.no_grad():
+        expected = [theirs(ids).logits for ids in given]
+    meta = write_meta(tmp_path / "meta", theirs, rope_theta=theirs.config.rope_parameters["rope_theta"])
+    for folder in (smollm2, meta):
+        ours = load_llama(folder)
+        with torch.no_grad():
+            torch.testing.assert_close([ours(ids) for ids in given], expected, rtol=0, atol=1e-4)
+        assert text_loss(ours, given[0]) < 4, "nats per token of plain English"

@@ -10,15 +10,14 @@ from adapter.errors import TokenizerError
 from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 
-LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "llama"
 LINES = ["the cat sat on the mat", "a dog ran after the cat", "she sells sea shells"] * 5
 
 
 def train_model(path: Path, **options) -> Path:
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(LINES), model_writer=file, vocab_size=61, hard_vocab_limit=False, minloglevel=2,
-            **{"model_type": "bpe", "byte_fallback": False, **options},
+            sentence_iterator=iter(LINES), model_writer=file, hard_vocab_limit=False, minloglevel=2,
+            **{"model_type": "bpe", "vocab_size": 61, "byte_fallback": False, **options},
         )  # fmt: skip
     return path
 
@@ -96,13 +95,22 @@ def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
         Tokenizer(tmp_path / "no_bos.model")
 
 
-@pytest.mark.skipif(not LLAMA.is_dir(), reason="the real tokenizers of ../shared/data are not here")
-def test_llama_7b() -> None:
-    tokenizer = Tokenizer(LLAMA / "llama-7b" / "tokenizer.model")
+@pytest.mark.slow
+def test_a_real_tokenizer_of_llamas_kind(mistral_tokenizer: Path) -> None:
+    tokenizer = Tokenizer(mistral_tokenizer)
     assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 0, 1, 2)
     assert tokenizer.pad_id == tokenizer.eos_id
-    text = "Below is an instruction — ünïcode, 漢字 🙂\n\n### Response:"
+    check_byte_fallback(tokenizer)
+    assert tokenizer.encode("Hello world", bos=True, eos=False) == [1, 22557, 1526]
+
+
+def test_byte_fallback_spells_what_has_no_piece(tmp_path: Path) -> None:
+    path = train_model(tmp_path / "tokenizer.model", byte_fallback=True, vocab_size=331)
+    check_byte_fallback(Tokenizer(path))
+
+
+def check_byte_fallback(tokenizer: Tokenizer) -> None:
+    text = "Below is an instruction — ünïcode, 漢字 🙂 Response:"
     ids = tokenizer.encode(text, bos=True, eos=True)
     assert tokenizer.unk_id not in ids
     assert tokenizer.decode(ids) == text
-    assert tokenizer.encode("Hello world", bos=True, eos=False) == [1, 15043, 3186]

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 @contextmanager
 def serve(fail_first=0, answers_at_once=1, refuse="\0"):
-    """Yield (base URL, requests); each request is recorded as its time, path, key and body. Images of prompts with
+    """Yield (base URL, requests); each request is recorded as its path, key and body. Images of prompts with
     `refuse` in them are refused for their content."""
     requests = []
 
@@ -23,7 +22,7 @@ def serve(fail_first=0, answers_at_once=1, refuse="\0"):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             key = self.headers.get("Authorization")
-            requests.append({"at": time.monotonic(), "path": self.path, "key": key, **body})
+            requests.append({"path": self.path, "key": key, **body})
             if len(requests) <= fail_first:
                 return self.reply(429, {"error": {"message": "slow down"}})
             if refuse in body.get("prompt", ""):

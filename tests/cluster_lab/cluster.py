@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from adapter.adapter_checkpoint import read_adapter
-from rayjobs.storage.files import read_json, read_jsonl, write_json
+from rayjobs.storage.files import read_jsonl
 from tests.cluster_lab.hosts import Hosts
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import named, world
+from tests.sample_data import train_llama, write_instructions
 
 USER, HEAD, WORKERS = 0, 1, (2, 3)
 RECOVERED_S = 60
@@ -166,12 +167,16 @@ class Training:
         "scale.cpus_per_worker=1.5",  # of a host's two: the workers are on two hosts
     )
 
-    def __init__(self, cluster: Cluster, data: Path, name: str, storage: Path | None = None) -> None:
+    def __init__(self, cluster: Cluster, name: str, storage: Path | None = None) -> None:
         self.cluster, self.storage = cluster, storage or cluster.shared / "runs"
+        base, records = cluster.shared / "llama", cluster.shared / "records.json"
+        if not base.exists():
+            train_llama(base)
+            write_instructions(records, 120)  # 30 steps are an epoch
         self.folder = self.storage / name
         self.settings = [
-            f"base.path={data / 'llama' / 'stories260K'}",
-            f"data.path=[{_few(data / 'alpaca' / 'alpaca_2000.json', cluster.shared / 'records.json')}]",
+            f"base.path={base}",
+            f"data.path=[{records}]",
             f"run.storage={self.storage}",
             f"run.cache={cluster.shared / 'cache'}",
             f"run.name={name}",
@@ -293,9 +298,3 @@ class Sweep:
     def rows(self) -> list[dict[str, object]]:
         """Every trial's row, but for the time that it took."""
         return [row | {"seconds": 0} for row in pq.read_table(self.folder / "results.parquet").to_pylist()]
-
-
-def _few(records: Path, to: Path) -> Path:
-    """A few of the records: 30 steps are an epoch."""
-    write_json(to, [record for record in read_json(records) if len(str(record)) < 250][:120])
-    return to

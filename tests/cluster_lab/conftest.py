@@ -1,7 +1,6 @@
 """One cluster of several hosts for the tests of this folder, and the table of what was timed on it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ TIMINGS: list[Timing] = []
 
 
 @pytest.fixture(scope="session")
-def onprem(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Cluster]:
+def onprem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The on-premises cluster, up."""
     if why := lacking():
         pytest.skip(why)
@@ -26,9 +25,9 @@ def onprem(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[C
 
 
 @pytest.fixture(scope="session")
-def undisturbed(onprem: Cluster, shared: Path) -> Training:
+def undisturbed(onprem: Cluster) -> Training:
     """What every disturbed run must come to."""
-    run = Training(onprem, shared, "undisturbed")
+    run = Training(onprem, "undisturbed")
     with onprem.timed("adapter-train under ZeRO-3, two workers on two hosts"):
         run.submit()
         run.wait_for_step(1)

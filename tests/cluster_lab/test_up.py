@@ -18,8 +18,8 @@ def test_a_sweep_runs_too(calm_sweep: Sweep) -> None:
     assert len(calm_sweep.rows()) == 6
 
 
-def test_folders_of_one_host_alone_are_refused(onprem: Cluster, shared: Path) -> None:
-    run = Training(onprem, shared, "apart", storage=Path("/root/runs"))
+def test_folders_of_one_host_alone_are_refused(onprem: Cluster) -> None:
+    run = Training(onprem, "apart", storage=Path("/root/runs"))
     run.submit()
     code, output = run.end()
     assert code == 2
@@ -28,8 +28,8 @@ def test_folders_of_one_host_alone_are_refused(onprem: Cluster, shared: Path) ->
     assert all(onprem.hosts.address(worker) in line for worker in WORKERS)
 
 
-def test_a_stopped_job_leaves_no_process_and_is_resumed(onprem: Cluster, undisturbed: Training, shared: Path) -> None:
-    run = Training(onprem, shared, "stopped")
+def test_a_stopped_job_leaves_no_process_and_is_resumed(onprem: Cluster, undisturbed: Training) -> None:
+    run = Training(onprem, "stopped")
     run.submit()
     run.wait_for_step(60)
     mark = run.mark()

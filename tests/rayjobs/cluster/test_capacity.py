@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_three_nodes_of_three_cpus_hold_three_workers_of_two() -> None:
 def test_a_cluster_scaled_to_zero_has_what_its_file_may_bring() -> None:
     given = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     have = autoscaler_capacity(given, [{"CPU": 4.0}])
-    assert have.max_workers({"CPU": 1, "GPU": 1}, RAY_DATA_CPUS) == 8, "two kinds of 8 and 4 nodes, never more than 8 in all"
+    assert have.max_workers({"CPU": 1, "GPU": 1}, RAY_DATA_CPUS) == 8, "types of 8 and 4 nodes, 8 at most"
     assert str(have) == "1 node and up to 8 more, 68 CPU and 8 GPU in all"
 
 
@@ -58,7 +57,7 @@ def test_workers_take_gpus_where_there_are_any_and_never_fall_back_to_cpus_in_si
         WorkerPoolConfig(workers=5).fit(four, RAY_DATA_CPUS)
     assert WorkerPoolConfig(workers=5, gpus_per_worker=0.5).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0, "GPU": 0.5}
     assert WorkerPoolConfig(workers=5, gpus_per_worker=0).fit(four, RAY_DATA_CPUS) == {"CPU": 1.0}
-    with pytest.raises(ValueError, match="the cluster has no GPU yet, .*set gpus_per"):
+    with pytest.raises(ValueError, match=r"the cluster has no GPU yet, .*set gpus_per"):
         WorkerPoolConfig(workers=5).fit(Capacity(nodes=({"CPU": 2.0},), is_upper_limit=False), RAY_DATA_CPUS)
 
 
@@ -85,13 +84,11 @@ def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
         ("cafo-tune", [*images, *one], "scale"),
         ("cafo-tune", [*images, *one], "trials"),
     ):
-        began = time.monotonic()
         name = f"run.name={job}-{section}"
         assert main([job, *given, name, f"{section}.workers=2", f"{section}.cpus_per_worker=999"]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert "workers of 999 CPU" in line
         assert "can never run: there is room for 0; the cluster has 1 node, " in line
-        assert time.monotonic() - began < 30
     assert not (tmp_path / "runs" / "cache").exists(), "before any work"
 
 

@@ -21,7 +21,7 @@ from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image
 from rayjobs.config import load
 from rayjobs.data.loader import collate_micro_batch, load_micro_batches
-from rayjobs.data.records import RecordsConfig, prompt_template
+from rayjobs.data.records import DataConfig, RecordsConfig, prompt_template
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
@@ -36,7 +36,7 @@ def features(pictured: Path, config: Any, name: str | None) -> torch.Tensor | No
     """An image's features straight from the encoder."""
     if not name:
         return None
-    encoder = load_encoder(config.vision.encoder.spec())
+    encoder = load_encoder(config.vision.encoder)
     return torch.cat(encoder.multi_scale(encoder.preprocess(load_image(pictured.parent / name))[None]), dim=1)[0]
 
 
@@ -278,9 +278,8 @@ def test_generate_answers_a_file_as_the_library_does(
 
 
 def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, records: Path, tmp_path: Path) -> None:
-    store = prepare_tokens(
-        RecordsConfig(path=[str(records)]), tiny_base / "tokenizer.model", tmp_path, val_fraction=0.1
-    )
+    data = DataConfig(path=[str(records)], val_fraction=0.1)
+    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
     order = ElasticBatchSampler(
         store=store, split="train", global_batch=8, token_budget=600, shuffle_records=30, seed=1
     )
@@ -298,16 +297,16 @@ def test_the_stream_deals_every_record_once(cluster: None, tiny_base: Path, reco
 def test_tokens_are_prepared_once_and_held_out_by_content(
     cluster: None, tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:
-    config, tokenizer = RecordsConfig(path=[str(records)]), tiny_base / "tokenizer.model"
-    first = prepare_tokens(config, tokenizer, tmp_path, val_fraction=0.3)
+    config, tokenizer = DataConfig(path=[str(records)], val_fraction=0.3), tiny_base / "tokenizer.model"
+    first = prepare_tokens(config, tokenizer, tmp_path)
     (index,) = tmp_path.glob("tokens/*/index.json")
     made = index.stat().st_mtime_ns
-    assert prepare_tokens(config, tokenizer, tmp_path, val_fraction=0.3) == first
+    assert prepare_tokens(config, tokenizer, tmp_path) == first
     assert index.stat().st_mtime_ns == made
     shuffled = tmp_path / "shuffled.jsonl"
     lines = records.read_text().splitlines()
     shuffled.write_text("\n".join([*lines[::-1], lines[0]]) + "\n")
-    other = prepare_tokens(RecordsConfig(path=[str(shuffled)]), tokenizer, tmp_path, val_fraction=0.3)
+    other = prepare_tokens(DataConfig(path=[str(shuffled)], val_fraction=0.3), tokenizer, tmp_path)
     assert abs(other.rows("val") - first.rows("val")) <= 1, "by content, not by place"
 
 
@@ -349,8 +348,8 @@ def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_
     talks = [{"image": f"{i % 20}.png", "conversations": talk(str(i))} for i in range(40)]
     talks += [{"conversations": talk(f"text {i}")} for i in range(20)]
     (tmp_path / "talk.json").write_text(json.dumps(talks))
-    data = RecordsConfig(path=[str(tmp_path / "talk.json")], format="llava")
-    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, val_fraction=0.4)
+    data = DataConfig(path=[str(tmp_path / "talk.json")], format="llava", val_fraction=0.4)
+    store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
     sides: dict[str, set[str]] = {}
     for split in ("train", "val"):
         for name, _ in store.parts[split]:

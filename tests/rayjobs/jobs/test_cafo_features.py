@@ -64,7 +64,7 @@ def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, clu
         choice = fewshot.choose(dataset.train, dataset.class_names, shots=2, seed=seed)
         assert set(choice.items) <= set(lists["train"].items)
     for name, encoder in config.encoders.items():
-        loaded = load_encoder(encoder.spec())
+        loaded = load_encoder(encoder)
         for role, images in lists.items():
             values = found[role].values[name]
             assert values.shape == (3 if images.views else 1, len(found[role].rows), loaded.width)

@@ -12,6 +12,7 @@ from adapter.adaption import AdaptionConfig
 from cafo.prompt import COMMANDS, read_prompts
 from rayjobs.__main__ import main
 from rayjobs.config import load
+from rayjobs.inference.class_descriptions import LlamaModel
 from rayjobs.jobs import cafo_prompt
 from tests.cafo.server import serve
 
@@ -111,15 +112,15 @@ def test_a_llama_answers_all_commands_and_a_stop_changes_nothing(
     sentences = written(tmp_path, "whole")
     assert len({s for name in NAMES for s in sentences[name]}) > 10  # drawn, not repeated
 
-    decode = cafo_prompt.LlamaModel._decode
+    decode = LlamaModel._decode
 
-    def stopped(self: cafo_prompt.LlamaModel, class_name: str, n: int) -> dict[str, list[str]]:
+    def stopped(self: LlamaModel, class_name: str, n: int) -> dict[str, list[str]]:
         if class_name == "emu":
             raise KeyboardInterrupt
         return decode(self, class_name, n)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cafo_prompt.LlamaModel, "_decode", stopped)
+        patch.setattr(LlamaModel, "_decode", stopped)
         with pytest.raises(KeyboardInterrupt):
             cafo_prompt.run(settings(tmp_path, *more))
     assert list(written(tmp_path)) == ["joshua_tree"]
@@ -183,8 +184,7 @@ def test_the_plan_counts_what_is_still_to_be_asked(
     assert "2 classes × 5 commands × 3 answers" in capsys.readouterr().out
 
 
-def test_the_real_sentences_of_caltech(tmp_path: Path, shared: Path) -> None:
-    few_shot = shared / "few_shot"
-    more = ["source=file", f"file={few_shot / 'caltech_prompts.json'}", "data.name=caltech101", f"data.root={few_shot}"]
+def test_sentences_of_a_file_fit_a_data_set(tmp_path: Path, caltech: Path) -> None:
+    more = ["source=file", f"file={caltech / 'caltech_prompts.json'}", "data.name=caltech101", f"data.root={caltech}"]
     result = cafo_prompt.run(load(cafo_prompt.Config, None, [*more, f"run.storage={tmp_path}", "run.name=p"]))
-    assert (result["classes"], result["sentences"]) == (20, 20 * 50)
+    assert (result["classes"], result["sentences"]) == (4, 4 * 10)

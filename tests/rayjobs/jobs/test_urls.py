@@ -23,9 +23,9 @@ from rayjobs.config import load, to_dict
 from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.image_conditioning import VisionConfig
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_parquet, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, make_encoders, world
@@ -74,6 +74,7 @@ def lines(path: Path) -> list[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, tmp_path: Path) -> None:
     here = tmp_path / "world"
     given = [*world(here), "features.max_rejected_fraction=0.1"]
@@ -105,6 +106,7 @@ def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, t
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_scienceqa_on_a_bucket_is_answered_and_scored_the_same(
     cluster: None, bucket: str, tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -173,7 +175,7 @@ def test_an_encoder_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucke
     upload(clip.parent, f"{bucket}/encoders")
     for kind, name, file in (("clip", "", "clip/lone.safetensors"), ("timm", "test_resnet", "dino.pth")):
         local = load_encoder(EncoderSpec(kind=kind, name=name, weights=str(clip.parent / file)))  # type: ignore[arg-type]
-        there = VisionEncoderConfig(kind=kind, name=name, weights=f"{bucket}/encoders/{file}").spec()  # type: ignore[arg-type]
+        there = VisionEncoderConfig(kind=kind, name=name, weights=f"{bucket}/encoders/{file}")  # type: ignore[arg-type]
         assert there.weights == f"{bucket}/encoders/{file}", "other machines make copies of their own"
         assert load_vision_encoder(there).identity == local.identity
     assert dino.exists()

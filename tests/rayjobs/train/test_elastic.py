@@ -16,6 +16,7 @@ from rayjobs.config import load
 from rayjobs.errors import ConfigError
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE_S
 
 CPUS = 2
 """Of each node; a worker takes more than half of them, so that two workers need two nodes."""
@@ -44,6 +45,7 @@ def nodes() -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(
     nodes: Cluster, tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:
@@ -66,7 +68,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(
 
     def wait_for(workers: list[int]) -> None:
         """Until the metrics' steps, some checkpoints of them by the last, were made by so many workers in turn."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             rows = read_jsonl(metrics) if metrics.exists() else []
             seen = [row["workers"] for row in rows]
@@ -86,5 +88,5 @@ def test_a_run_shrinks_and_grows_with_its_cluster(
         wait_for([2, 1, 2])
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130

@@ -16,6 +16,7 @@ from adapter.adapter_checkpoint import read_adapter
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.ray
 
@@ -59,7 +60,7 @@ class Runs:
         """Waits until this process has written a row of at least this step."""
         metrics = self.storage / name / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not metrics.exists() or metrics.stat().st_mtime_ns == before or read_jsonl(metrics)[-1]["step"] < step:
             assert process.poll() is None, process.communicate()[1][-2000:]
             assert time.monotonic() < deadline
@@ -81,23 +82,29 @@ class Runs:
 def runs(
     cluster: None, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, pictured: Path, vision: list[str]
 ) -> Runs:
-    made = Runs(tmp_path_factory.mktemp("faults"), tiny_base, pictured, vision)
-    assert main([*made.arguments, "run.name=undisturbed", "scale.workers=2"]) == 0
-    return made
+    return Runs(tmp_path_factory.mktemp("faults"), tiny_base, pictured, vision)
 
 
-def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(runs: Runs) -> None:
+    """The run that every disturbed one is compared with."""
+    assert main([*runs.arguments, "run.name=undisturbed", "scale.workers=2"]) == 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs, undisturbed: None) -> None:
     process = runs.start("worker-killed", "scale.workers=2")
     runs.wait_for_step("worker-killed", 60, process)
     family = psutil.Process(process.pid).children(recursive=True)
     next(child for child in family if "RayTrainWorker" in " ".join(child.cmdline())).kill()
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors[-2000:]
     runs.is_as_undisturbed("worker-killed")
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(
-    runs: Runs, capsys: pytest.CaptureFixture[str]
+    runs: Runs, undisturbed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The driver is killed outright, the next one is interrupted by Ctrl-C, one finds no checkpoint that it can read,
     the last comes to the end."""
@@ -109,10 +116,10 @@ def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(
     runs.wait_for_step("cut-off", 100, process)
     processes = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, errors[-2000:]
     assert "the same command resumes it" in errors
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
     assert not alive, f"stray processes: {alive}"
     assert not (runs.storage / "cut-off" / "adapter.safetensors").exists()
 

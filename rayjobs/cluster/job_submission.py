@@ -34,14 +34,18 @@ def cluster_environment() -> dict[str, str]:
     }
 
 
-def job_command(job: str, config: str | None, overrides: Sequence[str], *, verbose: bool = False) -> list[str]:
+def job_command(
+    job: str, config_class: type, config: str | None, overrides: Sequence[str], *, verbose: bool = False
+) -> list[str]:
     """Return the command that runs on the head node.
+
+    config_class: the job's `Config`. config: the settings file. overrides: settings as `section.key=value`.
 
     Raises UserError for files that would be missing there, and for outputs that would be lost with the job's folder.
     """
     if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise UserError(f"--config {config} is not below {Path.cwd()}, the folder that is uploaded; copy it there")
-    settings = given_values(config, overrides)[0]
+    settings = given_values(config_class, config, overrides)[0]
     values = {"run.storage": "runs", **flatten(settings)}
     # A single answer of adapter-generate writes no run folder.
     outputs = ["run.storage", "run.cache"] if job == "demo" or values.get("run.name") else []

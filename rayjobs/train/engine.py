@@ -2,8 +2,8 @@
 
 The frozen base is held in `dtype` and the trainable parameters in float32, so that there are no separate master
 weights: DeepSpeed is not told of mixed precision and partitions gradients, optimizer state and (stage 3) parameters as
-they are. An optimizer step takes any number of micro-batches: gradients accumulate until `step`. The training state that
-`state` returns does not depend on the stage or the number of workers.
+they are. An optimizer step takes any number of micro-batches: gradients accumulate until `step`. The training state
+that `state` returns does not depend on the stage or the number of workers.
 """
 
 import collections

@@ -226,7 +226,7 @@ def test_the_kubernetes_job_asks_for_the_gpus_of_its_workers() -> None:
 def asked_for(*overrides: str, verbose: bool = False) -> list[str]:
     config = str(ROOT / "configs" / "adapter" / "alpaca_7b.yaml")
     overrides = ("base.path=s3://bucket/llama", "data.path=[/mnt/alpaca.json]", *overrides)
-    return job_command("adapter-train", config, overrides, verbose=verbose)
+    return job_command("adapter-train", adapter_train.Config, config, overrides, verbose=verbose)
 
 
 def test_the_command_for_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from rayjobs.train.checkpoint import (
     STATE_FILE,
     TrainingCheckpoint,
     list_checkpoints,
+    new_checkpoint_name,
     newest_readable,
     write_checkpoint,
 )
@@ -22,7 +23,7 @@ from rayjobs.train.ray_workarounds import delete_truncated_snapshot
 def storage(tmp_path: Path) -> Path:
     """Train's folder with the checkpoints of steps 10, 20 and 30."""
     for step in (20, 10, 30):
-        folder = tmp_path / f"checkpoint_2026-01-01_00-00-{step}.5"
+        folder = tmp_path / f"checkpoint_{step:08d}"
         folder.mkdir()
         write_checkpoint(
             folder, TrainingCheckpoint({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}])
@@ -32,45 +33,70 @@ def storage(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "size"), [(STATE_FILE, 90), (STATE_FILE, 3), (STATE_FILE, 0), (POSITION_FILE, 4)])
-def test_a_truncated_file_costs_one_checkpoint_and_is_told(
-    storage: Path, capsys: pytest.CaptureFixture[str], name: str, size: int
+def test_a_truncated_file_costs_one_checkpoint_and_is_reported(
+    storage: Path, caplog: pytest.LogCaptureFixture, name: str, size: int
 ) -> None:
     whole = newest_readable(list_checkpoints(str(storage)))
     assert whole is not None
     assert whole.step == 30
-    newest = max(storage.glob("checkpoint_2*"))
+    newest = max(storage.glob("checkpoint_0*"))
     os.truncate(newest / name, size)
     kept = newest_readable(list_checkpoints(str(storage)))
     assert kept is not None
     assert kept.step == 20
     assert kept.rows == [{"step": 20}]
     assert torch.equal(kept.state["prompt"], torch.full((5, 7), 20.0))
-    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert f"{newest} is damaged" in caplog.text
 
 
 def test_a_missing_file_costs_one_checkpoint_and_nothing_left_is_a_fresh_start(storage: Path) -> None:
-    for folder in storage.glob("checkpoint_2*"):
+    for folder in storage.glob("checkpoint_0*"):
         (folder / STATE_FILE).unlink()
     assert newest_readable(list_checkpoints(str(storage))) is None
     assert list_checkpoints(str(storage / "not-there")) == []
 
 
 def test_a_storage_that_does_not_answer_is_no_damage(storage: Path) -> None:
-    """It may answer again, and what is there be whole; to begin anew would write over it."""
-    newest = max(storage.glob("checkpoint_2*"))
+    """The checkpoint may be whole: starting again from an older one would lose work."""
+    newest = max(storage.glob("checkpoint_0*"))
     (newest / STATE_FILE).unlink()
     (newest / STATE_FILE).mkdir()  # there, and cannot be read
     with pytest.raises(OSError, match=STATE_FILE):
         newest_readable(list_checkpoints(str(storage)))
 
 
-def test_a_note_that_ray_could_not_read_is_removed(storage: Path) -> None:
-    note = storage / "checkpoint_manager_snapshot.json"
-    note.write_text(json.dumps({"whole": True}))
+def names(storage: Path) -> list[str]:
+    return [Path(checkpoint.path).name for checkpoint in list_checkpoints(str(storage))]
+
+
+def test_names_sort_by_step_and_are_never_used_twice(storage: Path) -> None:
+    assert names(storage) == ["checkpoint_00000030", "checkpoint_00000020", "checkpoint_00000010"]
+    for expected in ("checkpoint_00000020.001", "checkpoint_00000020.002"):
+        name = new_checkpoint_name(str(storage), 20)
+        assert name == expected
+        (storage / name).mkdir()
+    assert new_checkpoint_name(str(storage), 25) == "checkpoint_00000025"
+    assert names(storage)[:3] == ["checkpoint_00000030", "checkpoint_00000020.002", "checkpoint_00000020.001"]
+
+
+def test_a_run_begun_with_ray_s_own_names_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    """Those of rayjobs 0.1.0, named after the time, are older than any that is named after its step."""
+    for step, name in ((5, "2025-12-31_23-00-00.1"), (7, "2026-01-01_00-00-00.5"), (9, "00000009")):
+        folder = tmp_path / f"checkpoint_{name}"
+        folder.mkdir()
+        write_checkpoint(folder, TrainingCheckpoint({"prompt": torch.zeros(5)}, step, []))
+        resumed = newest_readable(list_checkpoints(str(tmp_path)))
+        assert resumed is not None
+        assert resumed.step == step
+
+
+def test_a_snapshot_that_ray_could_not_read_is_deleted(storage: Path) -> None:
+    snapshot = storage / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(json.dumps({"whole": True}))
     delete_truncated_snapshot(str(storage))
-    assert note.exists()
+    assert snapshot.exists()
     for cut in ("", '{"wh'):
-        note.write_text(cut)
+        snapshot.write_text(cut)
         delete_truncated_snapshot(str(storage))
-        assert not note.exists()
+        assert not snapshot.exists()
     delete_truncated_snapshot(str(storage))

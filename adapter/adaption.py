@@ -83,9 +83,8 @@ class Adaption(nn.Module):
             projected = self._heads(projection, self.prompt)[None].transpose(1, 2)  # (1, G, K, D)
             if images is not None:
                 tokens, rows = images
-                image = self._heads(projection, tokens)[:, :, None].expand(
-                    -1, -1, projected.shape[2], -1
-                )  # (n, G, K, D)
+                image = self._heads(projection, tokens)[:, :, None]  # (n, G, 1, D)
+                image = image.expand(-1, -1, projected.shape[2], -1)
                 projected = projected.expand(batch, -1, -1, -1).index_add(0, rows, image)
             keys_values.append(projected)
         return keys_values

@@ -33,10 +33,9 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
-from adapter.batching import micro_batches
+from adapter.batching import collate, micro_batches
 from adapter.decoder import Llama, LlamaConfig
 from adapter.instruct import Example, encode_record, read_records
-from adapter.loss import IGNORE
 from adapter.tokenizer import Tokenizer
 
 BASE = LlamaConfig(
@@ -63,17 +62,6 @@ PEER_NAMES = {
 Batch = list[Example]
 
 
-def collate(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens and labels (B, T), padded on the right to the longest or to `width`."""
-    width = width or max(len(example.ids) for example in batch)
-    tokens, labels = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), IGNORE)
-    for row, example in enumerate(batch):
-        ids = torch.tensor(example.ids)
-        tokens[row, : len(ids)] = ids
-        labels[row, example.label_start : len(ids)] = ids[example.label_start :]
-    return tokens, labels
-
-
 def label_count(batch: Batch) -> int:
     return sum(len(example.ids) - example.label_start for example in batch)
 
@@ -85,10 +73,11 @@ def step(
     optimizer: torch.optim.Optimizer,
     width: int | None = None,
 ) -> float:
-    """One training step over the parts of a batch; returns its loss, the mean over labels."""
+    """Run one training step over the parts of a batch. Returns its loss, the mean over labels."""
     n_labels, total = label_count(batch), 0.0
     for part in parts:
-        loss = loss_sum(*collate([batch[i] for i in part], width)) / n_labels
+        tokens, labels = collate([batch[i].ids for i in part], [batch[i].label_start for i in part], width=width)
+        loss = loss_sum(tokens, labels) / n_labels
         loss.backward()
         total += loss.item()
     optimizer.step()

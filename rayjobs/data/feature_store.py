@@ -84,8 +84,8 @@ def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, Enco
 
     infos = {}
     for name, encoder in encoders.items():
-        loaded = load_vision_encoder(encoder.spec())
-        infos[name] = EncoderInfo(encoder.spec(), loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
+        loaded = load_vision_encoder(encoder)
+        infos[name] = EncoderInfo(encoder, loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
     return infos
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 from torch import Tensor
 
+from adapter.generate import GenerationConfig
 from adapter.instruct import PromptTemplate
 from adapter.model import AdaptedModel
 from rayjobs.config import config
@@ -18,7 +19,7 @@ ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "i
 
 
 @config
-class DecodingConfig:
+class DecodingConfig(GenerationConfig):
     """How answers are decoded; the defaults are those of LLaMA-Adapter."""
 
     max_new_tokens: int = Field(default=256, ge=1)
@@ -55,11 +56,8 @@ class AnswerInstructions:
         """
         texts = model.generate(
             [self.template.render(instruction, text) for instruction, text in instructions],
+            self.decoding,
             images=images,
-            max_new_tokens=self.decoding.max_new_tokens,
-            temperature=self.decoding.temperature,
-            top_p=self.decoding.top_p,
-            seed=self.decoding.seed,
         )
         return [text.strip() for text in texts]
 

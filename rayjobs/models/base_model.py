@@ -1,4 +1,4 @@
-"""The frozen base model that a config names."""
+"""The frozen base model of a config."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ from adapter.base_checkpoint import Checkpoint, open_checkpoint
 from adapter.model import AdaptedModel
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
-from rayjobs.errors import UserError
+from rayjobs.errors import ConfigError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import AnyPath, is_url, resolve_path
 
@@ -19,35 +19,40 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @config
 class BaseModelConfig:
-    """The frozen LLaMA."""
+    """The frozen base model."""
 
     path: AnyPath
-    """A folder in Meta's format (params.json) or Hugging Face's (config.json); of a URL every node makes a copy."""
+    """Folder in Meta's format (params.json) or Hugging Face's (config.json); if it is a URL, every node copies it."""
     tokenizer: AnyPath | None = None
-    """SentencePiece model; by default `tokenizer.model` in the folder or beside it."""
+    """SentencePiece model; null for `tokenizer.model` in the folder or beside it."""
     dtype: Dtype = "fp32"
-    """What the frozen weights are held in; prompts and gates are always fp32."""
+    """Precision of the frozen weights, fp32 or bf16; the adapter is always fp32."""
 
     def open(self) -> tuple[Checkpoint, Path]:
-        """The checkpoint and its tokenizer's path, both proven to fit. Raises ValueError naming what does not."""
+        """Open the checkpoint, without reading weights, and check that its tokenizer fits.
+
+        Returns the checkpoint and the tokenizer's path. Raises CheckpointError, TokenizerError or ConfigError, naming
+        the file, for what is missing, damaged, or does not fit.
+        """
         checkpoint = open_checkpoint(cached_path(self.path))
         path = resolve_path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
-            raise UserError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
+            raise ConfigError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
         if is_url(self.path) and not self.tokenizer:
-            path = resolve_path(self.path) / path.name  # other machines have copies of their own
+            path = resolve_path(self.path) / path.name  # the URL, because each machine has its own copy
         Tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)
         return checkpoint, resolve_path(path)
 
     def load(self, adapter: str | None, device: str, *, encoder: str | None = None) -> AdaptedModel:
-        """The whole model in memory, with an adapter file of any known form if one is named.
+        """Load the base, with its adapter if a file or folder is named.
 
-        encoder: identity of the image encoder in use. Raises ValueError if the adapter was made for another one.
+        encoder: identity of the image encoder in use, if any. Raises CheckpointError if the adapter cannot be read or
+        was made for another base, tokenizer or encoder.
         """
         tokenizer = cached_path(self.tokenizer) if self.tokenizer else None
-        base = AdaptedModel.from_pretrained(
+        model = AdaptedModel.from_pretrained(
             cached_path(self.path), tokenizer=tokenizer, dtype=TORCH_DTYPES[self.dtype], device=device
         )
         if adapter is not None:
-            base.load_adapter(cached_path(adapter), encoder=encoder)
-        return base
+            model.load_adapter(cached_path(adapter), encoder=encoder)
+        return model

@@ -1,4 +1,7 @@
-"""The frozen encoder that a job names. Importing this imports no encoder: that takes seconds, and text needs none."""
+"""The frozen image encoder that a config names.
+
+Importing this module imports neither open_clip nor timm, which takes seconds and which text does not need.
+"""
 
 from __future__ import annotations
 
@@ -20,73 +23,70 @@ if TYPE_CHECKING:
     from cafo.encoders import ImageEncoder
 
 
-def _if_there(text: str) -> str:
-    """A file or folder by its absolute path, since workers need not run where the command was typed; names and URLs
-    as they are."""
+def _absolute_if_path(text: str) -> str:
+    """The absolute path of an existing file or folder, because workers may run elsewhere; other text is unchanged."""
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
-PathOrName = Annotated[str, AfterValidator(_if_there)]
+PathOrName = Annotated[str, AfterValidator(_absolute_if_path)]
 
 
 @config
-class VisionEncoderConfig:
-    """One frozen encoder."""
+class VisionEncoderConfig(EncoderSpec):
+    """A frozen encoder. It is an `EncoderSpec` whose paths may also be URLs."""
 
     kind: Literal["clip", "dino", "timm", "pixels"]
-    """Which library and preprocessing: open_clip, DINO's, or timm's; `pixels` is the picture itself, the floor."""
+    """Library and preprocessing of the encoder: open_clip's, DINO's or timm's; `pixels` is the image itself, scaled
+    down, as a baseline."""
     name: PathOrName = ""
-    """Architecture in open_clip's or timm's spelling, or a folder in timm's format; DINO is resnet50 by default; of
-    pixels, the side."""
+    """Architecture in open_clip's or timm's spelling, or a folder in timm's format; resnet50 by default for DINO; the
+    side in pixels for `pixels`."""
     weights: PathOrName = ""
-    """open_clip's pretrained tag, a file or folder, which may be a URL, or random:SEED."""
+    """Weights: open_clip's pretrained tag, a file or folder, which may be a URL, or random:SEED."""
     config: PathOrName = ""
-    """open_clip model JSON of a CLIP of your own; found beside the weights when empty."""
+    """open_clip's model JSON of a custom CLIP; found beside the weights when empty."""
     quick_gelu: bool | None = None
-    """Whether the weights were trained with QuickGELU, where they cannot tell."""
+    """The weights were trained with QuickGELU. Needed only where neither their file nor their name tells."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 or bf16."""
-
-    def spec(self) -> EncoderSpec:
-        return EncoderSpec(
-            kind=self.kind,
-            name=self.name,
-            weights=self.weights,
-            config=self.config,
-            quick_gelu=self.quick_gelu,
-            precision=self.precision,
-        )
+    """Precision of the encoder's weights and computation: fp32 or bf16."""
 
 
 class EncoderInfo(NamedTuple):
-    """What is to be known of an encoder without holding it."""
+    """What is known about an encoder without holding its weights."""
 
     spec: EncoderSpec
+    """How to load it."""
     identity: str
+    """Digest of all that its features depend on."""
     preprocess: Preprocess
+    """From an image to the encoder's pixels."""
     clip: bool
+    """Whether it also encodes text."""
     scales: int = 0
-    """0 for the embedding of unit norm, else for `multi_scale` of so many blocks, end to end."""
+    """0 for the embedding of unit norm; otherwise the number of blocks of `multi_scale`, whose features are joined."""
     batch: int = 64
-    """Images that it reads at once."""
+    """Number of images that it encodes at once."""
 
     def features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
-        """(B, 3, S, S) → (B, C) float32 on the CPU; `encoder` is this encoder, held."""
-        return torch.cat([self._features(encoder, batch).cpu() for batch in images.split(self.batch)])
+        """Features (B, C) float32, on the CPU, of images (B, 3, S, S). `encoder` is this encoder, loaded."""
+        return torch.cat([self._batch_features(encoder, batch).cpu() for batch in images.split(self.batch)])
 
-    def _features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+    def _batch_features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
         if not self.scales:
             return encoder.encode_image(batch)
         return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)
 
 
 def load_vision_encoder(spec: EncoderSpec, device: torch.device | str = "cpu") -> ImageEncoder:
-    """`cafo.encoders.load_encoder`, with this machine's copies of what lies at URLs."""
+    """Load an encoder with `cafo.encoders.load_encoder`; what is at URLs is first copied to this machine.
+
+    Raises ValueError for an encoder that cannot be loaded.
+    """
     from cafo.encoder_weights import config_beside
     from cafo.encoders import load_encoder
 
     if is_url(spec.weights) and not spec.config and (file := resolve_path(spec.weights)).is_file():
-        spec = replace(spec, config=str(config_beside(file) or ""))  # a copy of the file alone has none beside it
+        spec = replace(spec, config=str(config_beside(file) or ""))  # beside the local copy of one file there is none
     texts = {name: getattr(spec, name) for name in ("name", "weights", "config")}
     copies: Any = {name: str(cached_path(text)) for name, text in texts.items() if is_url(text)}
     return load_encoder(replace(spec, **copies), device)

@@ -10,43 +10,38 @@ from rayjobs.config import config
 
 
 @config
-class EndpointConfig:
+class EndpointConfig(Endpoint):
     """An OpenAI-compatible HTTP endpoint."""
 
     model: str
-    """The model's name there."""
+    """Name of the model at the endpoint."""
     base_url: str = ""
-    """Its address up to /v1; empty is OpenAI's own."""
+    """Address up to /v1; empty for OpenAI's own."""
     key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; empty for a server that asks for none."""
+    """Environment variable with the API key; empty for a server that needs none."""
     requests_per_minute: float = Field(default=60.0, gt=0)
-    """Requests are spaced out to this rate."""
+    """Maximum number of requests per minute; requests are spaced out evenly."""
     retries: int = Field(default=5, ge=0)
-    """Of one request that is refused for the moment or times out, with growing pauses."""
+    """Retries of a request that is temporarily refused or times out, with growing pauses."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """The longest wait for one reply."""
+    """Longest wait for one reply, in seconds."""
 
     def open(self) -> Endpoint:
-        """The endpoint, with its client and key proven to be there. Raises ValueError naming what is not."""
-        endpoint = Endpoint(
-            model=self.model,
-            base_url=self.base_url,
-            key_variable=self.key_variable,
-            requests_per_minute=self.requests_per_minute,
-            retries=self.retries,
-            timeout_s=self.timeout_s,
-        )
-        RateLimitedClient(endpoint).acquire()  # builds the client and sends nothing
-        return endpoint
+        """The endpoint, after a check that its client library and key are there; nothing is sent.
+
+        Raises ValueError naming what is missing.
+        """
+        RateLimitedClient(self).acquire()
+        return self
 
     def identity(self) -> dict[str, str]:
-        """What its answers depend on; how patiently it is asked is not part of it."""
+        """The settings that answers depend on; rate, retries and timeout are not among them."""
         return {"model": self.model, "base_url": self.base_url}
 
 
 @contextmanager
 def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
-    """Turns the client's errors into OSErrors that say which endpoint refused and that what is done is kept."""
+    """Turn the client's errors into OSErrors that name the endpoint and say how to continue."""
     if endpoint is None:
         yield
         return
@@ -57,6 +52,6 @@ def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
     except openai.OpenAIError as error:
         where = endpoint.base_url or "OpenAI"
         raise OSError(
-            f"{endpoint.model} at {where}: {' '.join(str(error).split())}; what is done is kept, the same command goes "
-            "on from there"
+            f"{endpoint.model} at {where}: {' '.join(str(error).split())}; finished answers are kept, the same command "
+            "continues from there"
         ) from error

@@ -49,12 +49,11 @@ class VisionConfig:
             raise UserError(
                 "vision.augment=true needs vision.mode=streamed: stored features are computed once, from whole images"
             )
-        spec = self.encoder.spec()
-        encoder = load_vision_encoder(spec)
+        encoder = load_vision_encoder(self.encoder)
         side = encoder.preprocess.size
         widths = tuple(scale.shape[1] for scale in encoder.multi_scale(torch.zeros(1, 3, side, side), self.scales))
         identity = f"{encoder.identity}-{len(widths)}scales"
-        info = EncoderInfo(spec, identity, encoder.preprocess, False, self.scales, self.batch)
+        info = EncoderInfo(self.encoder, identity, encoder.preprocess, False, self.scales, self.batch)
         projection = ImageProjectionConfig(
             widths=widths, bottleneck=self.bottleneck, encoder=identity, preprocess=repr(encoder.preprocess)
         )
@@ -125,7 +124,7 @@ class ImageFeaturizer:
         return self.info.features(self.encoder, numbers.view(-1, 3, side, side))
 
     def images(self, payloads: list[bytes | None]) -> Images | None:
-        """The batch's features (n, F) and their rows (n,), given one payload or None per row; None without any image."""
+        """Features (n, F) and their rows (n,), given one payload or None per row; None if no row has an image."""
         rows = [row for row, payload in enumerate(payloads) if payload is not None]
         if not rows:
             return None

@@ -1,8 +1,10 @@
 import random
 
 import pytest
+import torch
 
-from adapter.batching import micro_batches
+from adapter.batching import collate, micro_batches
+from adapter.loss import IGNORE
 
 
 @pytest.mark.parametrize("token_budget", [1, 7, 64, 101, 2048])
@@ -35,3 +37,18 @@ def test_nothing_gives_nothing():
 def test_a_budget_below_one_is_an_error(token_budget):
     with pytest.raises(ValueError, match=f"token_budget must be at least 1, got {token_budget}"):
         micro_batches([1, 2], token_budget)
+
+
+def test_collate_pads_on_the_right_and_labels_from_the_start_given():
+    tokens, labels = collate([[5, 6, 7], [8]], [1, 0])
+    assert torch.equal(tokens, torch.tensor([[5, 6, 7], [8, 0, 0]]))
+    assert torch.equal(labels, torch.tensor([[IGNORE, 6, 7], [8, IGNORE, IGNORE]]))
+    tokens, labels = collate([[5, 6]], [2], width=3)
+    assert torch.equal(tokens, torch.tensor([[5, 6, 0]]))
+    assert torch.equal(labels, torch.full((1, 3), IGNORE))
+
+
+def test_collate_of_nothing_is_one_row_of_padding():
+    tokens, labels = collate([], [])
+    assert tokens.tolist() == [[0]]
+    assert labels.tolist() == [[IGNORE]]

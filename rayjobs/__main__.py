@@ -68,7 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
             "--submit", action="store_true", help="run on a cluster, as `ray job submit` does, and wait for the end"
         )
         job.add_argument("--verbose", action="store_true", help="show the output of Ray and DeepSpeed, and tracebacks")
-        job.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+        job.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="settings that override the file's; text is taken as it is typed, any other value is YAML",
+        )
         job.set_defaults(command=run_job, parser=job)
     report = commands.add_parser("report", help="write a run's report.html again, or compare several runs on one page")
     report.add_argument("run", nargs="+", help="folder of a run")

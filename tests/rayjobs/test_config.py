@@ -1,5 +1,6 @@
 """Configs: merged in order, all errors at once; every shipped file loads."""
 
+import functools
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 from pydantic import Field
 
 from rayjobs.__main__ import JOBS
-from rayjobs.config import config, describe, load, to_dict
+from rayjobs.config import config, describe, given_values, load, to_dict
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
@@ -154,6 +155,7 @@ def value(override: str) -> Any:
     return getattr(load(Kinds, None, [f"section.{override}"]).section, override.partition("=")[0])
 
 
+TEXT_TYPES = ("text", "path", "local path", "file or name")
 TYPED = [
     "Explain issue #5",
     "#tag",
@@ -181,6 +183,25 @@ def test_text_is_taken_as_it_was_typed(text: str, tmp_path: Path, monkeypatch: p
     assert value(f"maybe={text}") == (None if text == "null" else text)
     assert value(f"path={text}") == os.path.abspath(text)
     assert load(Kinds, None, [f"named.a.text={text}"]).named["a"].text == text
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_text_setting_of_a_job_takes_its_argument_verbatim(job: str) -> None:
+    module = importlib.import_module(f"rayjobs.jobs.{job.replace('-', '_')}")
+    names = [field.name for field in describe(module.Config) if field.type.removesuffix(" or null") in TEXT_TYPES]
+    assert names
+    values, problems = given_values(module.Config, None, [f"{name}=#5: yes" for name in names])
+    assert not problems
+    for name in names:
+        assert functools.reduce(lambda section, key: section[key], name.split("."), values) == "#5: yes"
+
+
+def test_scientific_notation_reaches_deepspeed_as_a_whole_number() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = load(Config, None, [*GIVEN, "zero.options.reduce_bucket_size=5e8"]).zero
+    bucket = DeepSpeedZeroConfig(stage=2, **zero.options).reduce_bucket_size
+    assert (bucket, type(bucket)) == (500_000_000, int)
 
 
 def test_numbers_switches_lists_and_mappings_are_yaml() -> None:

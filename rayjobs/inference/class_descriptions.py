@@ -1,45 +1,53 @@
-"""A LLaMA as CaFo's language model: it writes sentences about classes."""
+"""Describe classes with a language model: an endpoint, or a LLaMA on this machine, with or without an adapter."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
 from adapter.adapter_checkpoint import read_adapter
 from adapter.instruct import ALPACA, PromptTemplate
 from adapter.model import AdaptedModel
-from cafo.prompt import (
-    Sampling,
-    with_spaces,
-)
+from cafo.files import read_json
+from cafo.prompt import ANSWERS, COMMANDS, EndpointModel, LanguageModel, Sampling, describe_classes, with_spaces
+from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
+from rayjobs.console import Progress
+from rayjobs.data.class_names import ClassNames, check_template
+from rayjobs.errors import ConfigError
 from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import AnyPath, FileOrName
+from rayjobs.storage.sync import SyncedFolder
 
 
 @config
 class LlamaConfig:
-    """A LLaMA on this machine."""
+    """A LLaMA on this machine, or on a GPU of the cluster."""
 
     base: BaseModelConfig
     adapter: AnyPath | None = None
-    """An adapter file: ours, official v1, litgpt or PEFT; null asks the bare base."""
+    """Adapter file: this project's own, official v1, litgpt or PEFT; null runs the base without an adapter."""
     template: FileOrName = "alpaca"
-    """'alpaca', or a JSON file with 'with_input' and 'without_input' prompt templates."""
+    """Prompt template: 'alpaca', or a JSON file with 'with_input' and 'without_input'."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the likeliest tokens that hold this much probability."""
+    """Sample from the most likely tokens whose probabilities add up to this."""
     seed: int = Field(default=0, ge=0)
-    """Of the draws."""
+    """Sampling seed."""
     batch_size: int = Field(default=64, ge=1)
-    """Answers decoded together; all commands of a class share its batches."""
+    """Answers per batch; all commands about a class share its batches."""
 
     def prompt_template(self) -> PromptTemplate:
         return ALPACA if self.template == "alpaca" else PromptTemplate.read(cached_path(self.template))
 
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on. Raises ValueError for a base, adapter or template that cannot be read."""
+        """What the answers depend on, by content.
+
+        Raises an error for a base, adapter or template that cannot be read.
+        """
         checkpoint, tokenizer = self.base.open()
         if self.adapter is not None:
             read_adapter(cached_path(self.adapter))
@@ -58,46 +66,125 @@ class LlamaConfig:
 
 @config
 class SamplingConfig:
-    """How the answers of an endpoint or a LLaMA are drawn."""
+    """How an endpoint or a LLaMA samples its answers."""
 
     temperature: float = Field(default=0.99, ge=0)
-    """High, so that ten answers are ten descriptions; 0 is greedy."""
+    """Sampling temperature; 0 is greedy. It is high so that ten answers to a command are ten descriptions."""
     max_tokens: int = Field(default=50, ge=1)
-    """The longest answer; CLIP's window holds 77 of its own tokens."""
+    """Maximum number of tokens of an answer; CLIP's window holds 77 of its own tokens."""
     system: str = Sampling.system
-    """What an endpoint is told before each command."""
+    """System message that an endpoint is sent before each command."""
+
+
+@config
+class DescriptionConfig:
+    """Where the class descriptions come from, and how a language model is asked for them."""
+
+    source: Literal["file", "endpoint", "llama", "templates"]
+    """Source of the descriptions: a JSON `file`, an OpenAI-compatible `endpoint`, a `llama` on this machine, or the
+    data set's `templates` alone."""
+    file: AnyPath | None = None
+    """For source=file: JSON {class name: [sentence, …]}, which is checked and copied."""
+    endpoint: EndpointConfig | None = None
+    llama: LlamaConfig | None = None
+    commands: list[str] = Field(default=list(COMMANDS), min_length=1)
+    """Commands that an endpoint or a LLaMA is given about each class, with {} for the class name."""
+    answers: int = Field(default=ANSWERS, ge=1)
+    """Number of answers to each command."""
+    sampling: SamplingConfig = SamplingConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What the descriptions depend on, apart from the classes.
+
+        Raises an error for a section that is missing, a command without {}, or a model that cannot be opened.
+        """
+        if self.source == "templates" or (self.source == "file" and self.file is not None):
+            return {"source": self.source}
+        if self.source == "endpoint" and self.endpoint is not None:
+            self.endpoint.open()
+            model = {**self.endpoint.identity(), "system": self.sampling.system}
+        elif self.source == "llama" and self.llama is not None:
+            model = self.llama.identity()
+        else:
+            needed = {"file": "file", "endpoint": "endpoint.model", "llama": "llama.base.path"}[self.source]
+            raise ConfigError(f"source is {self.source}, so {needed} is required, but not given")
+        for command in self.commands:
+            check_template("command", command)
+        sampling = {"temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
+        asked = {"commands": self.commands, "answers": self.answers}
+        return {"source": self.source, **asked, **sampling, **model}
+
+    def language_model(self) -> LanguageModel:
+        """The endpoint or the LLaMA, loaded."""
+        if self.source == "endpoint":
+            assert self.endpoint is not None
+            temperature, max_tokens = self.sampling.temperature, self.sampling.max_tokens
+            sampling = Sampling(temperature=temperature, max_tokens=max_tokens, system=self.sampling.system)
+            return EndpointModel(self.endpoint.open(), sampling)
+        assert self.llama is not None
+        llama, sampling_config, commands = self.llama, self.sampling, self.commands
+        return load_on_gpu(
+            lambda device: LlamaModel(llama.base.load(llama.adapter, device), llama, sampling_config, commands)
+        )
+
+
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """The descriptions that an earlier start of the run has written; empty if there are none."""
+    return read_json(path, "remove it to ask again") if path.exists() else {}
+
+
+def write_descriptions(settings: DescriptionConfig, classes: ClassNames, path: Path) -> dict[str, list[str]]:
+    """Ask for the descriptions that the file lacks; write the file after every class.
+
+    Raises StorageError for a file that cannot be written, and OSError for an endpoint that refuses.
+    """
+    names = list(dict.fromkeys(classes.names))
+    model = settings.language_model()
+    described = len(names) - len(classes.missing(read_descriptions(path)))
+    with (
+        endpoint_errors(settings.endpoint),
+        SyncedFolder(path.parent) as folder,
+        Progress("prompt", unit="classes", total=len(names), done=described) as bar,
+    ):
+
+        def report(name: str, sentences: int) -> None:
+            folder.send(now=True)
+            bar.advance(note=f"{name}: {sentences} sentences")
+
+        file = folder.fetch(path.name)
+        return describe_classes(model, names, file, commands=settings.commands, answers=settings.answers, report=report)
 
 
 class LlamaModel:
-    """A `LanguageModel` on this machine: the first command about a class decodes its answers to all of them."""
+    """A `LanguageModel` on this machine. The first command about a class decodes the answers to all commands."""
 
     def __init__(
-        self, base: AdaptedModel, settings: LlamaConfig, sampling: SamplingConfig, commands: Sequence[str]
+        self, model: AdaptedModel, settings: LlamaConfig, sampling: SamplingConfig, commands: Sequence[str]
     ) -> None:
-        self._base, self._settings, self._sampling = base, settings, sampling
+        self._model, self._settings, self._sampling = model, settings, sampling
         self._commands, self._template = list(dict.fromkeys(commands)), settings.prompt_template()
         self._decoded: tuple[tuple[str, int] | None, dict[str, list[str]]] = (None, {})
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
-        """`n` answers to the command as an instruction; they depend on nothing that was asked before."""
+        """`n` answers to the command as an instruction. They do not depend on earlier calls."""
         if self._decoded[0] != (class_name, n):
             self._decoded = ((class_name, n), self._decode(class_name, n))
         return self._decoded[1][command]
 
     def _decode(self, class_name: str, n: int) -> dict[str, list[str]]:
-        asked = [command for command in self._commands for _ in range(n)]
-        prompts = [self._template.render(command.format(with_spaces(class_name))) for command in asked]
-        told: dict[str, list[str]] = {command: [] for command in self._commands}
+        commands = [command for command in self._commands for _ in range(n)]
+        prompts = [self._template.render(command.format(with_spaces(class_name))) for command in commands]
+        answers: dict[str, list[str]] = {command: [] for command in self._commands}
         size = self._settings.batch_size
         for start in range(0, len(prompts), size):
-            texts = self._base.generate(
+            texts = self._model.generate(
                 prompts[start : start + size],
                 max_new_tokens=self._sampling.max_tokens,
                 temperature=self._sampling.temperature,
                 top_p=self._settings.top_p,
-                # Equal prompts of one batch draw apart by themselves; those of two batches need two seeds.
+                # equal prompts in one batch are sampled differently; equal prompts in two batches need two seeds
                 seed=self._settings.seed * 1_000_003 + start,
             )
-            for command, text in zip(asked[start : start + size], texts, strict=True):
-                told[command].append(text.strip())
-        return told
+            for command, text in zip(commands[start : start + size], texts, strict=True):
+                answers[command].append(text.strip())
+        return answers

@@ -12,6 +12,8 @@ from pydantic import Field
 from rayjobs.config import config
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import ConfigError
+from rayjobs.inference.class_descriptions import DescriptionConfig
+from rayjobs.inference.class_images import ImageGenerationConfig
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
@@ -19,7 +21,7 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 
 
 @config
-class GenerateStep(cafo_generate.Step):
+class GenerateStep(ImageGenerationConfig):
     """Images of the classes, generated and ranked by CLIP."""
 
     clip: VisionEncoderConfig | None = None
@@ -30,7 +32,7 @@ class GenerateStep(cafo_generate.Step):
 class Config(cafo_tune.Config):
     JOB: ClassVar = "cafo"
 
-    prompt: cafo_prompt.Step | None = None
+    prompt: DescriptionConfig | None = None
     """Describe the classes first, in the run's subfolder `prompt`; null uses data.prompts as it is."""
     generate: GenerateStep | None = None
     """Generate images next, in the run's subfolder `generate`; null uses data.generated as it is."""

@@ -63,6 +63,6 @@ def test_a_file_is_gone_on_with_only_by_whoever_began_it(tiny_base: Path, record
     lock_provenance(identity, model_identity(source(tiny_base, file), None))
     before = read_json(identity)
     adapter(tiny_base, tmp_path / "a.safetensors", seed=1)
-    with pytest.raises(ValueError, match=r"asked/parts holds answers .*\(adapter was [0-9a-f]{16}, now "):
+    with pytest.raises(ValueError, match=r"asked/parts holds results .*\(adapter was [0-9a-f]{16}, now "):
         adapter_generate.run(load(adapter_generate.Config, given))
     assert read_json(identity) == before

@@ -110,7 +110,7 @@ def chain(folder: Path, *more: str) -> cafo.Config:
     """All steps: sentences asked for, images taken from a folder, a sweep, and a second test set."""
     given = [one for one in world(folder) if not one.startswith(("data.prompts", "data.generated"))]
     shifted = images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
-    steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable=''"]
+    steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable="]
     steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
     steps += ["generate.source=folder", f"generate.folder={folder / 'drawn' / 'train'}"]
     steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]

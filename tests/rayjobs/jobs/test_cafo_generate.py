@@ -104,8 +104,8 @@ def test_an_endpoint_draws_a_class_once_and_a_refusal_keeps_the_rest(
 ) -> None:
     pytest.importorskip("openai")
     with serve(fail_first=1) as (url, requests):
-        more = ["source=endpoint", "endpoint.model=dall-e", f"endpoint.base_url={url}", "endpoint.key_variable=''"]
-        more += ["endpoint.requests_per_minute=60000", "endpoint.retries=0", "size=64x48", "template='art of a {}.'"]
+        more = ["source=endpoint", "endpoint.model=dall-e", f"endpoint.base_url={url}", "endpoint.key_variable="]
+        more += ["endpoint.requests_per_minute=60000", "endpoint.retries=0", "size=64x48", "template=art of a {}."]
         given = overrides(tmp_path, clip, *more)
         assert main(["cafo-generate", *given]) == 2
         told = capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_a_refusal_is_a_rejected_image_and_a_bad_request_is_an_error(
 ) -> None:
     pytest.importorskip("openai")
     with serve(refuse="green") as (url, requests):
-        more = ["source=endpoint", "endpoint.model=dall-e", f"endpoint.base_url={url}", "endpoint.key_variable=''"]
+        more = ["source=endpoint", "endpoint.model=dall-e", f"endpoint.base_url={url}", "endpoint.key_variable="]
         more += ["endpoint.requests_per_minute=60000", "endpoint.retries=0"]
         result = cafo_generate.run(settings(tmp_path, clip, *more))
         assert (result["images"], result["rejected_images"]) == (6, 5)
@@ -140,7 +140,7 @@ def test_a_refusal_is_a_rejected_image_and_a_bad_request_is_an_error(
     with serve(refuse="thing") as (url, _):
         more[2] = f"endpoint.base_url={url}"
         assert main(["cafo-generate", *overrides(tmp_path, clip, *more, "run.name=none")]) == 2
-        assert "not one usable image" in capsys.readouterr().err
+        assert "no usable image" in capsys.readouterr().err
 
 
 def test_a_stop_loses_one_class_and_changes_nothing(

@@ -25,7 +25,7 @@ def settings(tmp_path: Path, *more: str, classes: list[str] = NAMES) -> cafo_pro
 
 
 def endpoint(url: str) -> list[str]:
-    wanted = ["source=endpoint", "endpoint.model=gpt", f"endpoint.base_url={url}", "endpoint.key_variable=''"]
+    wanted = ["source=endpoint", "endpoint.model=gpt", f"endpoint.base_url={url}", "endpoint.key_variable="]
     return [*wanted, "endpoint.requests_per_minute=60000", "endpoint.retries=0", "answers=2"]
 
 

@@ -8,11 +8,10 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.demo import notes
-from rayjobs.demo.cache_dir import unfinished
 from rayjobs.demo.gpus import workers
 from rayjobs.demo.questions import write_questions
 from rayjobs.demo.world import World
-from rayjobs.storage.files import read_json, write_json, write_jsonl
+from rayjobs.storage.files import atomic_folder, read_json, write_json, write_jsonl
 
 
 @config
@@ -72,7 +71,7 @@ def write_scan_questions(world: World, folder: Path, seed: int) -> None:
         return
     split = read_json(world.digits / "split.json")
     scans = {part: [(world.digits / path, digit) for path, digit, _ in split[part]] for part in split}
-    with unfinished(folder) as new:
+    with atomic_folder(folder) as new:
         write_questions(new, scans, seed)
 
 

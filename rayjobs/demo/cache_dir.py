@@ -1,6 +1,5 @@
 """What the demo makes once: folders in the cache, named after all that their content follows from."""
 
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +21,6 @@ def kept(cache: Path, kind: str, *identity: Any) -> Path:
 
 def digest(*identity: Any) -> str:
     return fingerprint([FORMAT, *identity])[:16]
-
-
-@contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder to fill; it becomes `folder` if the block succeeds, and is removed if it does not."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if not folder.exists():  # another run may have been faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link(path: Path, target: Path) -> None:

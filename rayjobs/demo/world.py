@@ -14,7 +14,7 @@ from pydantic import Field
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.config import config, to_dict
 from rayjobs.console import Progress
-from rayjobs.demo.cache_dir import kept, threads, unfinished
+from rayjobs.demo.cache_dir import kept, threads
 from rayjobs.demo.captions import sentences
 from rayjobs.demo.clip import ClipStandIn, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
@@ -22,6 +22,7 @@ from rayjobs.demo.dino import DinoStandIn, train_dino
 from rayjobs.demo.gpus import gpus, share
 from rayjobs.demo.llama import LlamaStandIn, documents, train_llama
 from rayjobs.demo.stroke_digits import write_drawings
+from rayjobs.storage.files import atomic_folder
 
 
 @config
@@ -80,7 +81,7 @@ def world_in(cache: Path, settings: WorldConfig) -> World:
 def make_world(world: World, settings: WorldConfig) -> None:
     """Makes what is not there; what is stays as it is."""
     if not world.digits.exists():
-        with unfinished(world.digits) as new:
+        with atomic_folder(world.digits) as new:
             write_digits(settings.digits, new)
     clip, dino, notes, questions = settings.clip, settings.dino, settings.notes, settings.questions
     train_all(  # the longest first
@@ -92,7 +93,7 @@ def make_world(world: World, settings: WorldConfig) -> None:
         }
     )
     if not world.drawn.exists():
-        with unfinished(world.drawn) as new:
+        with atomic_folder(world.drawn) as new:
             write_drawings(new, settings.drawings, settings.digits.seed)
 
 
@@ -124,5 +125,5 @@ def train_all(models: Mapping[str, Training]) -> None:
 
 def trained(model: Training, device: str = "cpu") -> Iterator[Any]:
     """Trains one model into its folder, yielding each step's loss."""
-    with unfinished(model.folder) as new, threads(1):
+    with atomic_folder(model.folder) as new, threads(1):
         yield from model.train(new, device)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
         upload_file(Path(folder) / path.name, path)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary local folder to fill; it becomes `folder` if the block succeeds and is removed if it fails.
+
+    If another process has made `folder` in the meantime, its folder stays.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not folder.exists():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

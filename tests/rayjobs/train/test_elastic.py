@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -16,7 +17,7 @@ from rayjobs.config import load
 from rayjobs.errors import ConfigError
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 CPUS = 2
 """Of each node; a worker takes more than half of them, so that two workers need two nodes."""
@@ -44,49 +45,99 @@ def nodes() -> Iterator[Cluster]:
     made.shutdown()
 
 
+class ElasticRun:
+    """adapter-train on one to two nodes, in a process of its own."""
+
+    def __init__(self, nodes: Cluster, base: Path, records: Path, storage: Path, *settings: str) -> None:
+        self.metrics = storage / "elastic" / "metrics.jsonl"
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "rayjobs", "adapter-train", f"base.path={base}", f"data.path=[{records}]"),
+                *("data.val_fraction=0", "data.max_length=200", "adapter.n_layers=2", "train.epochs=10000"),
+                *("train.global_batch=10", "scale.workers={min: 1, max: 2}", "scale.cpus_per_worker=1.5"),
+                *("scale.grow_every_s=1", f"run.storage={storage}", "run.name=elastic", *settings),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.metrics) if self.metrics.exists() else []
+
+    def is_running(self) -> bool:
+        assert self.process.poll() is None, self.process.communicate()[1][-2000:]
+        return True
+
+    def wait_for(self, workers: list[int]) -> None:
+        """Wait until these numbers of workers have made the steps in turn, and the last of them 60 steps."""
+
+        def made() -> bool:
+            counts = [row["workers"] for row in self.rows()]
+            turns = [now for before, now in zip([None, *counts], counts, strict=False) if now != before]
+            return self.is_running() and turns == workers and counts[-60:] == workers[-1:] * 60
+
+        wait_until(made, f"{workers} workers in turn", 0.2)
+        rows = self.rows()
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once"
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=PATIENCE_S)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_shrinks_and_grows_with_its_cluster(
     nodes: Cluster, tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:
-    metrics = tmp_path / "elastic" / "metrics.jsonl"
     lost = nodes.add_node(num_cpus=CPUS)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "rayjobs", "adapter-train", f"base.path={tiny_base}", f"data.path=[{records}]"),
-            *("data.val_fraction=0", "data.max_length=200", "adapter.n_layers=2", "train.epochs=10000"),
-            *("train.global_batch=10", "train.checkpoint_every_steps=20", "scale.workers={min: 1, max: 2}"),
-            *("scale.cpus_per_worker=1.5", "scale.grow_every_s=1", f"run.storage={tmp_path}", "run.name=elastic"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-
-    def wait_for(workers: list[int]) -> None:
-        """Until the metrics' steps, some checkpoints of them by the last, were made by so many workers in turn."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            rows = read_jsonl(metrics) if metrics.exists() else []
-            seen = [row["workers"] for row in rows]
-            turns = [now for before, now in zip([None, *seen], seen, strict=False) if now != before]
-            if turns == workers and seen[-60:] == workers[-1:] * 60:
-                break
-            assert process.poll() is None, process.communicate()[1][-2000:]
-            assert time.monotonic() < deadline, f"{turns}, not {workers}"
-            time.sleep(0.2)
-        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once"
-
+    run = ElasticRun(nodes, tiny_base, records, tmp_path, "train.checkpoint_every_steps=20")
     try:
-        wait_for([2])
+        run.wait_for([2])
         nodes.remove_node(lost, allow_graceful=False)
-        wait_for([2, 1])
+        run.wait_for([2, 1])
         nodes.add_node(num_cpus=CPUS)
-        wait_for([2, 1, 2])
+        run.wait_for([2, 1, 2])
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
+        run.interrupt()
+    assert run.process.returncode == 130
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_preempted_node_is_no_failure_and_the_run_goes_on_from_a_checkpoint_made_in_time(
+    nodes: Cluster, tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    """The node is drained as a spot machine is after its notice. No regular checkpoint is due, no failure allowed."""
+    lost = nodes.add_node(num_cpus=CPUS)
+    run = ElasticRun(
+        nodes, tiny_base, records, tmp_path, "train.checkpoint_every_steps=1000000", "scale.max_failures=0"
+    )
+    try:
+        run.wait_for([2])
+        notice_s, noticed_at = 30, time.monotonic()
+        subprocess.run(
+            [
+                *(Path(sys.executable).parent / "ray", "drain-node", f"--address={nodes.address}"),
+                *(f"--node-id={lost.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+                f"--deadline-remaining-seconds={notice_s}",
+            ],
+            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+            check=True,
+            capture_output=True,
+        )
+        saved = run.metrics.parent / "train"
+        wait_until(lambda: run.is_running() and any(saved.glob("checkpoint_*/position.json")), "a checkpoint")
+        time.sleep(max(0.0, noticed_at + notice_s + 1 - time.monotonic()))
+        nodes.remove_node(lost, allow_graceful=False)
+        run.wait_for([2, 1])
+        (checkpoint,) = saved.glob("checkpoint_*")
+        first = next(row["step"] for row in run.rows() if row["workers"] == 1)
+        assert checkpoint.name == f"checkpoint_{first - 1:08d}"
+    finally:
+        run.interrupt()
+    assert run.process.returncode == 130

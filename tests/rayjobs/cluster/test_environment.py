@@ -1,0 +1,53 @@
+"""The environment of the driver and its workers."""
+
+import ast
+import os
+
+import pytest
+import ray
+
+from rayjobs.cluster.environment import BEHAVIOUR, QUIET, environment, set_auth_mode
+from tests.conftest import ROOT
+
+
+def test_one_module_writes_environment_variables() -> None:
+    writers = set()
+    for file in (ROOT / "rayjobs").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                writers |= {file.name} if ast.unparse(node.value) == "os.environ" else set()
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "os.environ.update", "os.environ.setdefault", "os.environ.pop", "os.putenv",
+            ):  # fmt: skip
+                writers.add(file.name)
+    assert writers == {"environment.py"}
+
+
+def test_verbose_shows_more_and_changes_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*QUIET, *BEHAVIOUR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAYJOBS_VERBOSE", "1")
+    assert environment() == BEHAVIOUR
+    monkeypatch.delenv("RAYJOBS_VERBOSE")
+    assert environment() == {**BEHAVIOUR, **QUIET}
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert environment()["TQDM_DISABLE"] == "0", "what is set already is kept"
+
+
+def test_an_auth_mode_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    set_auth_mode("token")
+    set_auth_mode("disabled")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+@pytest.mark.ray
+def test_gloo_uses_rays_network_in_every_worker_with_variables_of_its_own_or_not(cluster: None) -> None:
+    import psutil
+
+    read = ray.remote(os.getenv).options(num_cpus=0)
+    with_variables = read.options(runtime_env={"env_vars": {"A": "1"}})
+    interfaces = ray.get([read.remote("GLOO_SOCKET_IFNAME"), with_variables.remote("GLOO_SOCKET_IFNAME")])
+    assert interfaces[0] == interfaces[1]
+    addresses = {address.address for address in psutil.net_if_addrs()[interfaces[0]]}
+    assert ray.util.get_node_ip_address() in addresses

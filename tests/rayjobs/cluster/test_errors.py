@@ -1,0 +1,88 @@
+"""A user error that a worker raises reaches the user as itself, wherever Ray has put it."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import ray
+
+from rayjobs.cluster.errors import parse_user_error, reraise_user_errors
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.errors import DataError, StorageError
+from tests.conftest import ROOT
+
+
+def failing_function(batch: Any) -> Any:
+    raise DataError("record 7 has no output")
+
+
+class FailingActor:
+    """Fails in its constructor or at its first batch."""
+
+    def __init__(self, where: str) -> None:
+        if where == "constructor":
+            raise DataError("record 7 has no output")
+
+    def __call__(self, batch: Any) -> Any:
+        raise DataError("record 7 has no output")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("where", ["task", "constructor", "call"])
+def test_an_error_in_a_data_pipeline_reaches_the_driver_as_it_was_raised(cluster: None, where: str) -> None:
+    actor = {"fn": FailingActor, "fn_constructor_args": (where,), "concurrency": 1}
+    failing = {"fn": failing_function} if where == "task" else actor
+    with pytest.raises(DataError) as raised, reraise_user_errors(), ray_data_context(preserve_order=False):
+        list(ray.data.range(8).map_batches(**failing).iter_batches())
+    assert str(raised.value) == "record 7 has no output"
+
+
+SCRIPT = """
+from rayjobs.cluster.environment import set_environment
+set_environment()
+import ray
+from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.cluster.ray_init import connect
+from rayjobs.errors import USER_ERRORS
+from tests.rayjobs.cluster.test_errors import FailingActor
+connect()
+try:
+    with reraise_user_errors(), ray_data_context(preserve_order=False):
+        actors = ray.data.range(8).map_batches(FailingActor, fn_constructor_args=("constructor",), concurrency=1)
+        list(actors.iter_batches())
+except USER_ERRORS as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+def test_an_error_in_an_actor_s_constructor_is_one_line_on_the_terminal() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["record 7 has no output"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        ("rayjobs.errors.DataError: one line", DataError, "one line"),
+        ("rayjobs.errors.StorageError: two\nlines: of it\n", StorageError, "two\nlines: of it"),
+        ("FileNotFoundError: [Errno 2] No such file: '/x'", FileNotFoundError, "[Errno 2] No such file: '/x'"),
+        ("rayjobs.errors.DataError: a\nFailed to apply UDF transform after 1/1 attempts", DataError, "a"),
+    ],
+)
+def test_a_printed_traceback_gives_back_its_error(end: str, error: type[Exception], message: str) -> None:
+    parsed = parse_user_error(f'ray::Worker.__init__()\n  File "a.py", line 1, in b: c\n    d()\n{end}')
+    assert type(parsed) is error
+    assert str(parsed) == message
+
+
+def test_a_printed_fault_of_the_program_stays_one() -> None:
+    assert parse_user_error("  File a\nKeyError: 'x'") is None
+    assert parse_user_error("The actor died unexpectedly before finishing this task.\n\tclass_name: A") is None

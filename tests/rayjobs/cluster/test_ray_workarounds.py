@@ -1,0 +1,44 @@
+"""Each test here fails when Ray has made a workaround of rayjobs/cluster/ray_workarounds.py unnecessary."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import ray
+import ray.autoscaler.sdk
+
+from rayjobs.cluster.environment import BEHAVIOUR, QUIET
+from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
+
+START = "import ray; ray.init(address='local', include_dashboard=False, logging_level='ERROR', log_to_driver=False)"
+
+
+@pytest.mark.ray
+def test_ray_s_core_still_writes_to_stderr_before_it_has_read_its_log_level() -> None:
+    """Otherwise `discard_stderr` can go."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", START],
+        env={**environment, **BEHAVIOUR, **QUIET, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr
+
+
+@pytest.mark.ray
+def test_one_node_has_the_head_s_resource(cluster: None) -> None:
+    """If this fails, Ray has renamed it; `HEAD_RESOURCE` must follow."""
+    assert sum(HEAD_RESOURCE in node["Resources"] for node in ray.nodes()) == 1
+
+
+def test_the_autoscaler_still_has_no_public_way_to_ask_for_its_limits() -> None:
+    """Otherwise `find_autoscaler_config` can go."""
+    names = {name for name in dir(ray.autoscaler.sdk) if not name.startswith("_")}
+    assert names == {
+        "bootstrap_config", "configure_logging", "create_or_update_cluster", "fillout_defaults",
+        "get_docker_host_mount_location", "get_head_node_ip", "get_worker_node_ips", "register_callback_handler",
+        "request_resources", "rsync", "run_on_cluster", "sdk", "teardown_cluster",
+    }  # fmt: skip

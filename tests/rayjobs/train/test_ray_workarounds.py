@@ -1,0 +1,32 @@
+"""Each test here fails when Ray has made a workaround of rayjobs/train/ray_workarounds.py unnecessary."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.scaling_policy import elastic
+from ray.train.v2._internal.execution.storage import StorageContext
+
+from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+
+
+def test_ray_still_counts_resources_every_so_often_only() -> None:
+    """Once the elastic policy asks for a new count after a failure, `RefreshClusterResources` can go."""
+    assert "recompute=True" not in inspect.getsource(elastic)
+    hook = RefreshClusterResources.before_controller_execute_failure_decision
+    assert inspect.signature(hook).parameters.keys() == {"self", "failure_decision"}
+    for base in RefreshClusterResources.__mro__[1:2]:
+        assert hasattr(base, hook.__name__), "Ray no longer calls it"
+
+
+def test_ray_still_refuses_to_start_on_a_truncated_snapshot(tmp_path: Path) -> None:
+    """Once Ray starts in spite of it, `delete_truncated_snapshot` can go."""
+    context = StorageContext(storage_path=str(tmp_path), experiment_dir_name="train", read_only=True)
+    folder = tmp_path / "train"
+    folder.mkdir(exist_ok=True)
+    Path(context.checkpoint_manager_snapshot_path).write_text('{"ray_v')
+    with pytest.raises(Exception, match=r"snapshot|JSON|Unterminated"):
+        CheckpointManager(checkpoint_config=None, storage_context=context)
+    delete_truncated_snapshot(str(folder))
+    assert not list(folder.glob("*snapshot*"))

@@ -1,4 +1,7 @@
-"""Encode a data set's images once: every view by every encoder, kept under the cache folder for all later runs."""
+"""Encode the images of a data set with every encoder, and keep the features in the cache folder for later runs.
+
+cafo-tune and cafo-eval encode what they need themselves; this job does it beforehand, for example on other machines.
+"""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,33 +29,36 @@ class Config:
 
     data: ImageDatasetConfig
     encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
-    """The encoders, by the names that a sweep calls them."""
+    """Image encoders by name."""
     features: FeaturesConfig = FeaturesConfig()
     shots: int = Field(default=16, ge=0)
-    """K: training images of each class that are encoded, for every seed."""
+    """K: number of training images per class to encode, for every seed."""
     seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
-    """The few-shot choices that are encoded."""
+    """Seeds of the few-shot choices to encode."""
     generated: int = Field(default=0, ge=0)
-    """K': generated images of each class."""
+    """K': number of generated images per class to encode."""
     test: bool = False
-    """Encode the test images too; without it nothing looks at them."""
+    """Encode the test images too; without it they are not read."""
     scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig
 
 
 def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
-    """Everything that can be told before a worker starts. Raises ValueError."""
+    """Check everything that can be checked before a worker starts; return the data set and the images to encode.
+
+    Raises a UserError for the first problem.
+    """
     dataset = settings.data.open()
     short = settings.data.short_classes
     choices = [
         fewshot.choose(dataset.train, dataset.class_names, shots=settings.shots, seed=seed, short=short)
         for seed in settings.seeds
     ]
-    root, drawn = settings.data.generated_images(dataset, settings.generated)
+    root, generated = settings.data.generated_images(dataset, settings.generated)
     views = settings.features.views
     lists = [
         training_list(dataset, choices, views),
-        ImageList(role="generated", root=root, items=drawn, views=views),
+        ImageList(role="generated", root=root, items=generated, views=views),
         plain_list("val", dataset.image_root, dataset.val),
     ]
     if settings.test:
@@ -61,7 +67,7 @@ def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
 
 
 def plan(settings: Config) -> None:
-    """Shows what `run` would do."""
+    """Show what `run` would do."""
     dataset, lists = check(settings)
     rows = [["data set", f"{dataset.name}, {len(dataset.class_names)} classes"]]
     rows += [[images.role, f"{len(images.items)} images × {max(images.views, 1)} views"] for images in lists]
@@ -71,7 +77,7 @@ def plan(settings: Config) -> None:
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Fills the feature store; returns and writes `result.json`, with `rejected.jsonl` beside it."""
+    """Encode what the feature store lacks; return and write `result.json`, with `rejected.jsonl` beside it."""
     dataset, lists = check(settings)
     folder: Path = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
@@ -83,13 +89,13 @@ def run(settings: Config) -> dict[str, Any]:
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    found = store.load(lists)
-    rejected = [reject for features in found.values() for reject in features.rejected]
-    write_jsonl(folder / "rejected.jsonl", (reject._asdict() for reject in rejected))
-    encoded = sum(len(features.rows) for features in found.values())
+    by_role = store.load(lists)
+    rejected = [image for features in by_role.values() for image in features.rejected]
+    write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
+    encoded = sum(len(features.rows) for features in by_role.values())
     headline = f"{encoded} images through {', '.join(settings.encoders)}"
     result: dict[str, Any] = {"headline": headline, "data_set": dataset.name}
-    result |= {f"{role}_images": len(features.rows) for role, features in found.items()}
+    result |= {f"{role}_images": len(features.rows) for role, features in by_role.items()}
     result |= {"rejected_images": len(rejected)}
     write_json(folder / "result.json", result)
     show_result(settings.run.name, result)

@@ -1,8 +1,8 @@
-"""ScienceQA: problems in their original layout, as instruction records, and the paper's table of eight classes.
+"""ScienceQA: read its problems as instruction records, read answers from text, and build the paper's accuracy table.
 
-A folder holds `problems.json` {pid: {question, choices, answer, hint, image, subject, grade, split, …}},
-`pid_splits.json` {split: [pid, …]} and `images/<split>/<pid>/image.png`. A problem becomes one prompt of question,
-textual context and options; lecture and solution are left out. The answer is `The answer is (B).`
+A folder in the authors' layout holds `problems.json` {pid: {question, choices, answer, hint, image, subject, grade,
+split, …}}, `pid_splits.json` {split: [pid, …]} and `images/<split>/<pid>/image.png`. A problem becomes one prompt of
+question, textual context and options; lecture and solution are left out. The answer is `The answer is (B).`
 
 LLaMA-Adapter (arXiv 2303.16199), section 4.2; classes as in Lu et al., 2022 (arXiv 2209.09513): a problem with both a
 hint and an image counts under TXT and under IMG.
@@ -24,7 +24,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TEMPLATE = PromptTemplate(
     with_input="Question: {instruction}\n{input}\nAnswer:", without_input="Question: {instruction}\nAnswer:"
 )
-"""The input is context and options, context first: what is too long loses the beginning of its context."""
+"""The input is the context followed by the options, so that a prompt that is too long loses the start of it."""
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 CLASSES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -38,7 +38,7 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
         "LLaMA-Adapter 7B (1.8 M)": (84.37, 88.30, 84.36, 83.72, 80.32, 86.90, 85.83, 84.05, 85.19),
     }.items()
 }
-"""Percent of the whole test split, 4,241 problems."""
+"""Published accuracies, in percent, on the whole test split of 4,241 problems."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,26 +49,27 @@ class Problem:
     question: str
     choices: tuple[str, ...]
     answer: int
-    """Place of the right one among the choices."""
+    """Index of the right choice."""
     hint: str
-    """Textual context, '' where there is none."""
+    """Textual context; '' if there is none."""
     image: str
-    """Path of its image below the data's folder, '' where there is none."""
+    """Path of the image within the data's folder; '' if there is none."""
     subject: str
     grade: int
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of the paper's table that it counts under."""
-        context = [name for name, there in (("TXT", self.hint), ("IMG", self.image)) if there] or ["NO"]
+        """The classes of the paper's table that the problem belongs to."""
+        context = [name for name, present in (("TXT", self.hint), ("IMG", self.image)) if present] or ["NO"]
         return SUBJECTS[self.subject], *context, "G1-6" if self.grade <= 6 else "G7-12"
 
     @property
     def options(self) -> str:
+        """The choices with their letters, as the prompt shows them."""
         return "Options: " + " ".join(f"({x}) {choice}" for x, choice in zip(LETTERS, self.choices, strict=False))
 
     def record(self, answer: int | None = None) -> dict[str, str]:
-        """It as an instruction record; `answer` is the right one unless another is given."""
+        """The problem as an instruction record. answer: index of the choice to answer; the right one if None."""
         context = f"Context: {self.hint}\n" if self.hint else ""
         return {
             "instruction": self.question,
@@ -79,11 +80,11 @@ class Problem:
 
 
 def read_problems(folder: str | Path, split: str) -> list[Problem]:
-    """The problems of one split, in the order of `pid_splits.json`.
+    """Read the problems of one split, in the order of `pid_splits.json`.
 
-    Raises RecordError naming the file and the problem that is missing or malformed.
+    Raises RecordError, naming the file and the problem, for what is missing or malformed.
     """
-    folder = Path(folder) if isinstance(folder, str) else folder  # as it is, such as a folder in a bucket
+    folder = Path(folder) if isinstance(folder, str) else folder  # keep other path objects, such as URLs
     problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
@@ -107,48 +108,45 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _problem(path: Path, problems: dict[str, Any], pid: str, split: str) -> Problem:
-    found = problems.get(pid)
-    if not isinstance(found, dict):
+    fields = problems.get(pid)
+    if not isinstance(fields, dict):
         raise RecordError(f"{path}: no problem {pid}, which pid_splits.json lists under {split!r}")
 
-    def wrong(key: str, wanted: str) -> RecordError:
-        return RecordError(f"{path}, problem {pid}: {key!r} must be {wanted}, got {found.get(key)!r:.60}")
+    def wrong(key: str, expected: str) -> RecordError:
+        return RecordError(f"{path}, problem {pid}: {key!r} must be {expected}, got {fields.get(key)!r:.60}")
 
-    choices, answer, grade = (
-        found.get("choices"),
-        found.get("answer"),
-        re.fullmatch(r"grade(\d+)", str(found.get("grade"))),
-    )
-    if not isinstance(found.get("question"), str):
+    choices, answer = fields.get("choices"), fields.get("answer")
+    grade = re.fullmatch(r"grade(\d+)", str(fields.get("grade")))
+    if not isinstance(fields.get("question"), str):
         raise wrong("question", "text")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise wrong("choices", f"a list of 2 to {len(LETTERS)} options")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise wrong("answer", f"a choice's place, 0 to {len(choices) - 1}")
-    if found.get("subject") not in SUBJECTS:
+        raise wrong("answer", f"a choice's index, 0 to {len(choices) - 1}")
+    if fields.get("subject") not in SUBJECTS:
         raise wrong("subject", f"one of {', '.join(SUBJECTS)}")
     if grade is None:
         raise wrong("grade", "grade1 to grade12")
-    hint, image = found.get("hint") or "", found.get("image") or ""
+    hint, image = fields.get("hint") or "", fields.get("image") or ""
     for key, value in (("hint", hint), ("image", image)):
         if not isinstance(value, str):
             raise wrong(key, "text or null")
     return Problem(
         pid=pid,
-        question=found["question"],
+        question=fields["question"],
         choices=tuple(str(choice) for choice in choices),
         answer=answer,
         hint=hint if hint.strip() else "",
-        # mini splits list problems of the whole ones, and images lie under those
-        image=f"images/{found.get('split') or split}/{pid}/{image}" if image else "",
-        subject=found["subject"],
+        # A mini split lists problems of a whole split, whose folder has the images.
+        image=f"images/{fields.get('split') or split}/{pid}/{image}" if image else "",
+        subject=fields["subject"],
         grade=int(grade[1]),
     )
 
 
 _BRACKETED = r"(?<!\w)\(\s*([A-Za-z])\s*\)"
 _ALONE = r"\b([A-Z])(?=\s*(?:[.,:;()\n]|$)|\s+(?:[–—-]\s|(?:because|since|as|and|or)\b))"
-"""A capital that is no word: "B.", "B because", but not "A rose"."""
+"""A capital letter that is not a word: "B.", "B because", but not "A rose"."""
 _STATED = re.compile(rf"(?i:answer\s*(?:is|:)\s*:?|option|choice)\s*(?:{_BRACKETED}|{_ALONE})")
 _FIRST = re.compile(rf"\s*{_ALONE}")
 _LETTERED = re.compile(_BRACKETED)
@@ -159,70 +157,75 @@ _DENIED = re.compile(
 
 
 def read_answer(text: str, choices: Sequence[str]) -> int | None:
-    """The place of the choice that a generated text names; None where it names none, or several.
+    """Index of the choice that a generated text names; None if it names none, or several.
 
-    Looked for in this order: "the answer is (B)", "… B" or "option B"; the text as a bare letter; one letter in
-    brackets; one choice's own words. What is denied is not named, and a letter beyond the choices names none of them.
+    It is searched for in this order: a statement such as "the answer is (B)", "the answer is B" or "option B"; a text
+    that begins with a letter; a single letter in brackets; the words of a single choice. A choice that the text denies
+    ("not (B)") is not named, and neither is a letter beyond the choices.
     """
     plain = re.sub(r"[*_`]", "", text).translate(str.maketrans("[]", "()"))
     if stated := next(_not_denied(_STATED, plain), None) or _FIRST.match(plain):
         letter = next(letter for letter in stated.groups() if letter)
-        return None if _ANOTHER.match(plain, stated.end()) else _place(letter, choices)
+        return None if _ANOTHER.match(plain, stated.end()) else _letter_index(letter, choices)
     if any(_LETTERED.finditer(plain)):
-        letters = {lettered[1].upper() for lettered in _not_denied(_LETTERED, plain)}
-        return _place(letters.pop(), choices) if len(letters) == 1 else None
-    return _place_of_words(text, choices)
+        letters = {match[1].upper() for match in _not_denied(_LETTERED, plain)}
+        return _letter_index(letters.pop(), choices) if len(letters) == 1 else None
+    return _words_index(text, choices)
 
 
-def _not_denied(what: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    return (found for found in what.finditer(text) if not _DENIED.search(text[: found.start()]))
+def _not_denied(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """Matches of the pattern that do not follow a denial."""
+    return (match for match in pattern.finditer(text) if not _DENIED.search(text[: match.start()]))
 
 
-def _place_of_words(text: str, choices: Sequence[str]) -> int | None:
-    said = " ".join(text.split())
-    wanted = [" ".join(choice.split()) for choice in choices]
-    lowered = [words.lower() for words in wanted]
+def _words_index(text: str, choices: Sequence[str]) -> int | None:
+    """Index of the only choice whose words the text contains."""
+    text = " ".join(text.split())
+    choices = [" ".join(choice.split()) for choice in choices]
+    lowered = [choice.lower() for choice in choices]
     named = []
-    for place, words in enumerate(wanted):
-        exactly = lowered.count(lowered[place]) > 1  # a choice that differs from another in its capitals alone
+    for i, choice in enumerate(choices):
+        case_matters = lowered.count(lowered[i]) > 1  # another choice differs from this one in its capitals alone
         # "5 m" is named neither by "2.5 m" nor by "-5 m"
-        pattern = rf"(?<![\w−-])(?<!\d[.,]){re.escape(words)}(?!\w|[.,]\d)"
-        if words and any(_not_denied(re.compile(pattern, 0 if exactly else re.IGNORECASE), said)):
-            named.append(place)
-    # "4" is named by "14 km" no more than "red" by "dark red", where that is a choice too
-    named = [
-        place
-        for place in named
-        if not any(lowered[place] != lowered[other] and lowered[place] in lowered[other] for other in named)
-    ]
+        pattern = rf"(?<![\w−-])(?<!\d[.,]){re.escape(choice)}(?!\w|[.,]\d)"
+        if choice and any(_not_denied(re.compile(pattern, 0 if case_matters else re.IGNORECASE), text)):
+            named.append(i)
+    # "dark red" does not name "red" too, if both are choices
+    named = [i for i in named if not any(lowered[i] != lowered[j] and lowered[i] in lowered[j] for j in named)]
     return named[0] if len(named) == 1 else None
 
 
-def _place(letter: str, choices: Sequence[str]) -> int | None:
-    place = LETTERS.index(letter.upper())
-    return place if place < len(choices) else None
+def _letter_index(letter: str, choices: Sequence[str]) -> int | None:
+    index = LETTERS.index(letter.upper())
+    return index if index < len(choices) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: percent by class, and over all."""
+    """One line of the table."""
 
     name: str
+    """The method."""
     accuracy: Mapping[str, float]
+    """Percent of right answers by class, and over all problems."""
 
 
 def tabulate(
     name: str, problems: Sequence[Problem], predicted: Sequence[int | None]
 ) -> tuple[dict[str, int], list[Row]]:
-    """How many problems each class has, and accuracies: ours, two baselines on the very same problems, the paper's.
+    """Count the problems of each class, and compare accuracies by class.
 
-    No answer is a wrong answer. The majority baseline always gives the letter that is right most often among these
-    problems; the random one is the chance of a blind guess.
+    name: of the method that made the predictions. predicted: the index of the predicted choice of each problem, or None
+    for no answer, which counts as wrong.
 
-    Raises ValueError for no problem at all.
+    Returns {class: problems}, and one row each for the predictions, for two baselines on the same problems, and for the
+    published methods. One baseline always answers the letter that is right most often among these problems; the other
+    is the expected accuracy of a random guess.
+
+    Raises AdapterError if there is no problem.
     """
     if not problems:
-        raise AdapterError("there is no problem to score")
+        raise AdapterError("there are no problems to score")
     counts = Counter(problem.answer for problem in problems)
     letter = max(sorted(counts), key=counts.__getitem__)
     right = {
@@ -230,14 +233,18 @@ def tabulate(
         f"always ({LETTERS[letter]})": [float(problem.answer == letter) for problem in problems],
         "random": [1 / len(problem.choices) for problem in problems],
     }
-    places = {group: [i for i, problem in enumerate(problems) if group in problem.classes] for group in CLASSES}
-    places[AVERAGE] = list(range(len(problems)))
+    members = {group: [i for i, problem in enumerate(problems) if group in problem.classes] for group in CLASSES}
+    members[AVERAGE] = list(range(len(problems)))
     rows = [
         Row(
             name=method,
-            accuracy={g: 100 * sum(scores[i] for i in within) / len(within) for g, within in places.items() if within},
+            accuracy={
+                group: 100 * sum(scores[i] for i in indices) / len(indices)
+                for group, indices in members.items()
+                if indices
+            },
         )
         for method, scores in right.items()
     ]
     rows += [Row(name=method, accuracy=accuracy) for method, accuracy in PUBLISHED.items()]
-    return {group: len(within) for group, within in places.items()}, rows
+    return {group: len(indices) for group, indices in members.items()}, rows

@@ -44,7 +44,8 @@ def load(
     try:
         built = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        problems += dict.fromkeys(_explain(cls, item) for item in error.errors())
+        missing = [".".join(_keys(cls, item["loc"])) for item in error.errors() if item["type"] in _MISSING]
+        problems += dict.fromkeys(_explain(cls, item, missing) for item in error.errors())
     if problems:
         raise ConfigError("\n".join(problems))
     return built
@@ -199,15 +200,25 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
-def _explain(cls: Any, item: Any) -> str:
-    """One of pydantic's errors as a line of ours: the dotted key, what is wrong, the value."""
+_MISSING = ("missing", "missing_argument")
+
+
+def _explain(cls: Any, item: Any, missing: Sequence[str]) -> str:
+    """One of pydantic's errors as a line of ours: the dotted key, what is wrong, the value.
+
+    missing: the required keys that are not given. An unknown key of a section with one of them is taken for that one.
+    """
     key = ".".join(_keys(cls, item["loc"]))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        section = ".".join(_keys(cls, item["loc"][:-1]))
+        key = ".".join(filter(None, [section, str(item["loc"][-1])]))  # not a name of a union's member
+        if section and (siblings := [name for name in missing if name.rpartition(".")[0] == section]):
+            return f"{key}: unknown key; did you mean {siblings[0]}?"
         known = [field.name for field in describe(cls)]
         known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
-    if item["type"] in ("missing", "missing_argument"):
+    if item["type"] in _MISSING:
         return f"{key}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, got {item['input']!r}" if key else message

@@ -53,5 +53,5 @@ def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
         where = endpoint.base_url or "OpenAI"
         raise OSError(
             f"{endpoint.model} at {where}: {' '.join(str(error).split())}; finished answers are kept, the same command "
-            "continues from there"
+            "goes on from there"
         ) from error

@@ -47,6 +47,17 @@ def test_every_error_is_told_at_once_with_its_path() -> None:
     assert "run: required, but not given" in text
 
 
+def test_an_unknown_key_beside_a_missing_one_is_taken_for_it() -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Config, None, [*GIVEN, "vision.tower.kind=clip"])
+    assert str(error.value).splitlines() == [
+        "vision.encoder: required, but not given",
+        "vision.tower: unknown key; did you mean vision.encoder?",
+    ]
+    with pytest.raises(ConfigError, match=r"^vision\.scale: unknown key; did you mean vision\.scales\?$"):
+        load(Config, None, [*GIVEN, "vision.scale=3", "vision.encoder.kind=clip"])
+
+
 @pytest.mark.parametrize(("text", "message"), [("a: [1", "not valid YAML"), ("- 1", "mapping of sections")])
 def test_a_file_that_is_no_config(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"

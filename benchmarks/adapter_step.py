@@ -1,13 +1,13 @@
-"""How many instruction examples a second one training step takes in, and how many it could.
+"""Measure the speed of one training step in examples per second, against PEFT and against a lower bound of its time.
 
-A step is forward, backward and AdamW on the adapter, over one global batch of real records. In the same run, on the
-same frozen weights and the same batches, taking turns:
+A step is forward, backward and AdamW on the adapter, over one global batch of real records. All of these run in turn,
+in the same process, on the same frozen weights and batches:
 
-    ours     micro-batches of like lengths under a token budget, the head at labelled positions only
-    peft     PEFT's AdaptionPrompt on transformers (SDPA), padded to the longest of each micro-batch, no attention mask
-             (padding is on the right), at whichever micro-batch size turns out fastest
-    padded   our model with every example padded to 512
-    floor    nothing but the matrix products that no exact implementation with this frozen base can leave out, as bare
+    ours     this library: micro-batches of similar lengths under a token budget, the head at labelled positions only
+    peft     PEFT's AdaptionPrompt on transformers (SDPA), padded to the longest of each micro-batch, without attention
+             mask (padding is on the right), at the fastest micro-batch size
+    padded   this library with every example padded to 512
+    floor    only the matrix products that an exact implementation with this frozen base cannot avoid, as plain
              torch.mm: all layers forward for the real tokens; the gradient with respect to the input of every product
              above the lowest trainable prompt (so not of wq, wk, wv in the lowest adapted layer); the head forward and
              backward for the labelled rows. No attention, norms, rotations, activations, memory or optimiser.
@@ -45,7 +45,7 @@ ADAPTER = AdaptionConfig(n_layers=6, prompt_length=10, gate="identity")  # PEFT 
 WIDTH = 512
 PEFT_SIZES = (1, 2, 4, 8)
 PADDED_SHARE = 8
-"""Only every eighth example goes through `padded`, to save time: only the head's part of its cost varies."""
+"""Only every eighth example is measured in `padded`, to save time; all cost nearly the same."""
 
 PEER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -89,12 +89,12 @@ def in_order(batch: Batch, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, len(batch)))) for start in range(0, len(batch), size)]
 
 
-def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=9e-3 / 4, weight_decay=0.02)
 
 
-def our_model() -> Llama:
-    """Random weights; small non-zero gates, so that the first loss already depends on the prompts."""
+def make_our_model() -> Llama:
+    """This library's model, with random weights and non-zero gates, so that the first loss depends on the prompts."""
     model = Llama(BASE)
     generator = torch.Generator().manual_seed(0)
     model.add_adapter(ADAPTER, generator)
@@ -109,8 +109,8 @@ def our_model() -> Llama:
     return model
 
 
-def peft_model(ours: Llama) -> torch.nn.Module:
-    """PEFT's adaption prompts on transformers' decoder, all weights copied from ours."""
+def make_peft_model(ours: Llama) -> torch.nn.Module:
+    """PEFT's adaption prompts on transformers' decoder, with all weights of our model."""
     names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"} | {
         f"layers.{i}.{our}": f"model.layers.{i}.{their}"
         for i in range(BASE.n_layers)
@@ -150,10 +150,10 @@ def peft_model(ours: Llama) -> torch.nn.Module:
 
 
 class Floor:
-    """The bare products of a step; each (rows, in) times (in, out), written into memory that is there already."""
+    """The matrix products of a step, each (rows, in) times (in, out), written into preallocated memory."""
 
     CHUNK = 512
-    """Rows at a time. On one core 512 and 2,048 took the same time, within noise, and 128 a tenth more."""
+    """Rows per product. On one core, 512 and 2,048 took equal time, within noise, and 128 took a tenth more."""
 
     def __init__(self) -> None:
         dim, hidden, vocabulary = BASE.dim, BASE.hidden_dim, BASE.vocab_size
@@ -186,7 +186,31 @@ def seconds(clock: Callable[[], float], run: Callable[..., object], *args: objec
     return clock() - start
 
 
-def main() -> None:
+class Contestants:
+    """The training steps to compare, each on a batch."""
+
+    def __init__(self, token_budget: int) -> None:
+        self.token_budget = token_budget
+        self.our_model = make_our_model()
+        self.peft_model = make_peft_model(self.our_model)
+        self.our_optimizer, self.peft_optimizer = make_optimizer(self.our_model), make_optimizer(self.peft_model)
+        self.floor = Floor()
+
+    def ours(self, batch: Batch) -> float:
+        parts = micro_batches([len(example.ids) for example in batch], self.token_budget)
+        return step(batch, parts, self.our_model, self.our_optimizer)
+
+    def padded(self, batch: Batch) -> float:
+        return step(batch, in_order(batch, 4), self.our_model, self.our_optimizer, WIDTH)
+
+    def peft(self, batch: Batch, size: int) -> float:
+        def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
+            return self.peft_model(input_ids=tokens, labels=labels, num_items_in_batch=1).loss
+
+        return step(batch, in_order(batch, size), loss_sum, self.peft_optimizer)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="instruction records: JSON, JSONL or Parquet")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model of at most 32,000 pieces")
@@ -200,55 +224,47 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     args.threads = 1 if args.cpu_time else args.threads
+    return args
+
+
+def load_batches(data: str, tokenizer_path: str, batch_size: int, count: int) -> list[Batch]:
+    """`count` batches of records in random order, encoded."""
+    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer.check_fits(BASE.vocab_size)
+    records = list(read_records(data))
+    random.Random(0).shuffle(records)
+    if len(records) < batch_size * count:
+        raise SystemExit(f"{data} holds {len(records)} records, {batch_size} x {count} are needed")
+    examples = [encode_record(record, tokenizer, max_length=WIDTH) for record in records[: batch_size * count]]
+    return [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+
+
+def warm_up(contestants: Contestants, batch: Batch, clock: Callable[[], float]) -> int:
+    """Run every contestant once, and check that ours and PEFT's compute the same loss. Returns PEFT's fastest size."""
+    our_loss, peft_loss = contestants.ours(batch), contestants.peft(batch, PEFT_SIZES[0])
+    print(f"loss of the first step: ours {our_loss:.5f}, peft {peft_loss:.5f}")
+    torch.testing.assert_close(our_loss, peft_loss, rtol=1e-4, atol=0)
+    times = {size: seconds(clock, contestants.peft, batch, size) for size in PEFT_SIZES}
+    fastest = min(times, key=lambda size: times[size])
+    print(f"peft is fastest at micro-batches of {fastest}: " + ", ".join(f"{k}: {v:.1f} s" for k, v in times.items()))
+    contestants.floor(batch)
+    return fastest
+
+
+def main() -> None:
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-
-    tokenizer = Tokenizer(args.tokenizer)
-    tokenizer.check_fits(BASE.vocab_size)
-    records = list(read_records(args.data))
-    random.Random(0).shuffle(records)
-    wanted = records[: args.batch * (args.steps + 1)]
-    if len(wanted) < args.batch * (args.steps + 1):
-        parser.error(
-            f"{args.data} holds {len(records)} records, {args.batch} x ({args.steps} + 1 to warm up) are needed"
-        )
-    examples = [encode_record(record, tokenizer, max_length=WIDTH) for record in wanted]
-    warm_up, *batches = [examples[i : i + args.batch] for i in range(0, len(examples), args.batch)]
-
-    ours = our_model()
-    theirs = peft_model(ours)
-    optimizer, their_optimizer = optimizer_of(ours), optimizer_of(theirs)
-
-    def our_step(batch: Batch) -> float:
-        cut = micro_batches([len(example.ids) for example in batch], args.token_budget)
-        return step(batch, cut, ours, optimizer)
-
-    def padded_step(batch: Batch) -> float:
-        return step(batch, in_order(batch, 4), ours, optimizer, WIDTH)
-
-    def peft_step(batch: Batch, size: int) -> float:
-        def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
-            return theirs(input_ids=tokens, labels=labels, num_items_in_batch=1).loss
-
-        return step(batch, in_order(batch, size), loss_sum, their_optimizer)
-
-    # Warm up, and see that both compute the same thing, one step after another.
-    first = our_step(warm_up), peft_step(warm_up, PEFT_SIZES[0])
-    print(f"loss of the first step: ours {first[0]:.5f}, peft {first[1]:.5f}")
-    torch.testing.assert_close(first[0], first[1], rtol=1e-4, atol=0)
-    tried = {size: seconds(clock, peft_step, warm_up, size) for size in PEFT_SIZES}
-    size = min(tried, key=lambda size: tried[size])
-    print(f"peft is fastest at micro-batches of {size}: " + ", ".join(f"{k}: {v:.1f} s" for k, v in tried.items()))
-    floor = Floor()
-    floor(warm_up)
-
+    first, *batches = load_batches(args.data, args.tokenizer, args.batch, args.steps + 1)  # the first to warm up
+    contestants = Contestants(args.token_budget)
+    size = warm_up(contestants, first, clock)
     rates: dict[str, list[float]] = {"ours": [], "peft": [], "padded": [], "floor": []}
     for number, batch in enumerate(batches, 1):
-        some = batch[::PADDED_SHARE]
-        rates["ours"].append(len(batch) / seconds(clock, our_step, batch))
-        rates["peft"].append(len(batch) / seconds(clock, peft_step, batch, size))
-        rates["floor"].append(len(batch) / seconds(clock, floor, batch))
-        rates["padded"].append(len(some) / seconds(clock, padded_step, some))
+        sample = batch[::PADDED_SHARE]
+        rates["ours"].append(len(batch) / seconds(clock, contestants.ours, batch))
+        rates["peft"].append(len(batch) / seconds(clock, contestants.peft, batch, size))
+        rates["floor"].append(len(batch) / seconds(clock, contestants.floor, batch))
+        rates["padded"].append(len(sample) / seconds(clock, contestants.padded, sample))
         n_tokens = sum(len(example.ids) for example in batch)
         print(
             f"step {number}: {n_tokens} tokens, {label_count(batch)} labels; examples/s: "

@@ -1,4 +1,4 @@
-"""What images add on the demo's digits: 597 test scans, four lettered options, three bases with an adapter each.
+"""Measure what images add on the demo's digits: 597 test scans, four lettered options, three bases and seeds.
 
     python -m benchmarks.digits_images [--seeds 0 1 2] [--out runs/digits_images]
 
@@ -20,10 +20,9 @@ from typing import Any
 from rayjobs.config import load
 from rayjobs.console import show_table
 from rayjobs.demo.adapter_settings import AdaptersConfig, asking, reading, write_scan_questions
-from rayjobs.demo.cache_dir import unfinished
 from rayjobs.demo.world import WorldConfig, make_world, world_in
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import atomic_folder, read_json, write_json
 
 ATTENTION = ["zero-init", "rand-init", "prefix"]
 
@@ -36,30 +35,30 @@ def main() -> None:
     rows = [row for seed in given.seeds for row in measure(seed, given.out.absolute())]
     write_json(given.out / "table.json", rows)
     columns = [name for name in rows[0] if name not in ("seed", "adapter")]
-    shown = []
+    table = []
     for name in dict.fromkeys(row["adapter"] for row in rows):
-        mine = [row for row in rows if row["adapter"] == name]
-        shown.append([name, *(_mean([row[column] for row in mine]) for column in columns)])
-    show_table("digits, test", ["adapter", *columns], shown)
+        group = [row for row in rows if row["adapter"] == name]
+        table.append([name, *(_mean([row[column] for row in group]) for column in columns)])
+    show_table("digits, test", ["adapter", *columns], table)
 
 
 def measure(seed: int, out: Path) -> list[dict[str, Any]]:
-    """All adapters on the base of one seed."""
-    drawn = WorldConfig()
-    drawn = replace(drawn, questions=replace(drawn.questions, seed=seed))
-    world = world_in(out / "cache", drawn)
-    make_world(world, drawn)
+    """Train and measure all adapters on the base of one seed. Returns a row of the table for each."""
+    config = WorldConfig()
+    config = replace(config, questions=replace(config.questions, seed=seed))
+    world = world_in(out / "cache", config)
+    make_world(world, config)
     base = world.questions
     questions, shuffled = out / f"questions-{seed}", out / f"shuffled-{seed}"
     write_scan_questions(world, questions, seed)
     if not shuffled.exists():
         _shuffle(questions, shuffled, seed)
-    taught = AdaptersConfig(workers=1, seed=seed)
+    recipe = AdaptersConfig(workers=1, seed=seed)
 
     def run(name: str) -> dict[str, str]:
         return {"name": f"{name}-{seed}", "storage": str(out), "cache": str(out / "cache")}
 
-    values = reading(taught, base, world.clip, questions, run("sweep"))
+    values = reading(recipe, base, world.clip, questions, run("sweep"))
     sweep = {"axes": {"adapter.attention": ATTENTION}, "seeds": [seed]}
     tuned = load(adapter_tune.Config, {**values, "zero": {"stage": 0}, "sweep": sweep})
     adapter_tune.run(tuned)
@@ -67,20 +66,20 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     for trial in adapter_tune.check(tuned):
         settings = adapter_tune.trial_settings(tuned, trial)
         adapters[f"image-conditioned, {settings.adapter.attention}"] = settings.run.folder
-    blind = load(adapter_train.Config, reading(taught, base, None, questions, run("text-only")))
+    blind = load(adapter_train.Config, reading(recipe, base, None, questions, run("text-only")))
     adapter_train.run(blind)
     adapters |= {"text-only": blind.run.folder, "none": None}
-    return [_row(name, seed, found, values, questions, shuffled, out) for name, found in adapters.items()]
+    return [_row(name, seed, run_folder, values, questions, shuffled, out) for name, run_folder in adapters.items()]
 
 
 def _row(
     name: str, seed: int, run: Path | None, values: dict[str, Any], questions: Path, shuffled: Path, out: Path
 ) -> dict[str, Any]:
     trial = read_json(run / "trial.json") if run and (run / "trial.json").exists() else {}
-    sees = {**values, "vision": values["vision"] if trial else None}
+    given = {**values, "vision": values["vision"] if trial else None}
     by_class = {
-        told: _asked(f"{told}-{name.replace(', ', '-')}-{seed}", folder, run, sees, out)
-        for told, folder in (("asked", questions), *([("shuffled", shuffled)] if trial else []))
+        variant: _accuracy(f"{variant}-{name.replace(', ', '-')}-{seed}", folder, run, given, out)
+        for variant, folder in (("asked", questions), *([("shuffled", shuffled)] if trial else []))
     }
     return {
         "adapter": name,
@@ -92,21 +91,21 @@ def _row(
     }
 
 
-def _asked(name: str, folder: Path, run: Path | None, values: dict[str, Any], out: Path) -> dict[str, float]:
+def _accuracy(name: str, folder: Path, run: Path | None, values: dict[str, Any], out: Path) -> dict[str, float]:
     """Accuracy on the test split by class."""
     evals = {"name": name.replace(" ", "-"), "storage": str(out / "evals")}
-    asked = asking(values, run / "adapter.safetensors" if run else None, folder, evals)
-    ours = adapter_eval.run(load(adapter_eval.Config, asked))["accuracy_by_class"][1]
-    return {group: float(ours[group]) for group in ("IMG", "TXT")}
+    settings = asking(values, run / "adapter.safetensors" if run else None, folder, evals)
+    accuracy = adapter_eval.run(load(adapter_eval.Config, settings))["accuracy_by_class"][1]
+    return {group: float(accuracy[group]) for group in ("IMG", "TXT")}
 
 
 def _shuffle(questions: Path, shuffled: Path, seed: int) -> None:
-    """The same questions, their test images dealt anew."""
+    """Write the same questions with their test images permuted among them."""
     images = sorted((questions / "images" / "test").glob("*/image.png"))
-    dealt = random.Random(seed).sample(images, len(images))
-    with unfinished(shuffled) as new:
+    permuted = random.Random(seed).sample(images, len(images))
+    with atomic_folder(shuffled) as new:
         shutil.copytree(questions, new, dirs_exist_ok=True)
-        for image, other in zip(images, dealt, strict=True):
+        for image, other in zip(images, permuted, strict=True):
             shutil.copyfile(other, new / image.relative_to(questions))
 
 

@@ -43,7 +43,7 @@ class ImageDatasetConfig:
     prompts: AnyPath | None = None
     """JSON file of sentences about each class, in the format of cafo-prompt and of CaFo; null to use templates only."""
     generated: Literal["dalle", "sd"] | AnyPath | None = None
-    """Generated images: `dalle` or `sd` for one of the eleven sets under `root`, or the list that cafo-generate wrote."""
+    """Generated images: `dalle` or `sd` for one of the eleven sets under `root`, or the list of cafo-generate."""
     short_classes: Literal["error", "report"] = "error"
     """A class with fewer than K training images stops the job (`error`), or is used with those it has and reported
     (`report`)."""

@@ -1,89 +1,83 @@
-"""Records → a token store: read and encoded once by Ray Data, then streamed by every epoch of every run.
+"""Records as tokens on disk: read and encoded once by Ray Data, then streamed by every epoch of every run.
 
-A store is a folder named after everything its content depends on, with Parquet parts per split and `index.json`, which
-is written last: a folder without it is unfinished and is made again. Chunks are cut by the reader at fixed places, so a
-store is the same whatever machine or parallelism made it.
+A store is a folder whose name is a fingerprint of all that its content depends on. It has Parquet parts for each split,
+and `index.json`, which is written last: a folder without it is unfinished and is made again. The reader cuts chunks at
+fixed positions, so a store does not depend on the machine or the parallelism that made it.
 """
 
 import hashlib
 import json
-import os
-import tempfile
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rayjobs.storage.paths import is_url, resolve_path, upload_file
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
 import ray.data
-from adapter.instruct import encode_record
+
 from adapter.errors import RecordError
+from adapter.instruct import encode_record
 from adapter.tokenizer import Tokenizer
-from rayjobs.data.image_source import read_image
-from rayjobs.storage.download import cached_path
-from rayjobs.storage.paths import resolve_path
-from rayjobs.data.records import RecordsConfig, Source
-from rayjobs.console import Progress
-from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.errors import reraise_user_errors
-from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
+from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.console import Progress
+from rayjobs.data.image_source import read_image
+from rayjobs.data.records import RecordsConfig, Source
+from rayjobs.errors import DataError
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
-from rayjobs.storage.files import write_json
-from rayjobs.storage.files import read_json
-from rayjobs.storage.files import write_jsonl
-from rayjobs.storage.files import read_jsonl
-from rayjobs.storage.files import write_parquet
-from rayjobs.storage.files import read_parquet
-
-
-TOKEN_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),  # the record's place in the sources: source * 2^40 + row
-        ("tokens", pa.list_(pa.int32())),
-        ("label_start", pa.int32()),  # tokens[label_start:] are labelled
-        ("image", pa.int64()),  # the image's place in the source's list; null without one
-    ]
-)
+from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
+from rayjobs.storage.paths import resolve_path
 
 Split = Literal["train", "val"]
 
-CHUNK_RECORDS = 1024
+TOKEN_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),  # source * ROWS_PER_SOURCE + position of the record in the source
+        ("tokens", pa.list_(pa.int32())),
+        ("label_start", pa.int32()),  # tokens[label_start:] have labels
+        ("image", pa.int64()),  # index of the image in the source's list; null without one
+    ]
+)
+
+RECORDS_PER_CHUNK = 1024
 ROWS_PER_SOURCE = 1 << 40
-"""Record ids are source * ROWS_PER_SOURCE + row, so they are unique and say where a record stands."""
+"""Record ids are source * ROWS_PER_SOURCE + position, so they are unique and name the record's source."""
 IMAGE_LISTS = "images.json"
+"""File of a store: {source: image paths}."""
 REJECTED = "rejected.jsonl"
+"""File of a store, copied to the run folder: the records that cannot be used, each with its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
-    """A finished store: its folder, and per split the parts in source order as (file name, rows)."""
+    """A finished store."""
 
     folder: str
     parts: dict[str, list[tuple[str, int]]]
+    """split → (file name, rows) of its parts, in the order of the sources"""
     rejected: int
+    """records that cannot be used"""
     images_left_out: int = 0
-    """Records that have an image which nothing reads."""
+    """records that have an image, if images are left out"""
 
     def rows(self, split: Split) -> int:
+        """Return the number of records of a split."""
         return sum(rows for _, rows in self.parts[split])
 
     def images(self, split: Split) -> int:
-        """Records that have an image."""
-        return sum(self._with_image(name) for name, _ in self.parts[split])
+        """Return the number of records of a split that have an image."""
+        return sum(self._count_images(name) for name, _ in self.parts[split])
 
-    def _with_image(self, name: str) -> int:
+    def _count_images(self, name: str) -> int:
         images = read_parquet(f"{self.folder}/{name}", columns=["image"])["image"]
         return len(images) - images.null_count
 
     @classmethod
     def read(cls, folder: str | Path) -> "TokenStore":
+        """Read the index of a store."""
         index = read_json(f"{folder}/index.json")
         parts = {split: [(name, rows) for name, rows in listed] for split, listed in index["parts"].items()}
         return cls(folder=str(folder), parts=parts, rejected=index["rejected"], images_left_out=index["left_out"])
@@ -91,7 +85,7 @@ class TokenStore:
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoding:
-    """All that decides a store's content besides the files."""
+    """The settings that the content of a store depends on."""
 
     tokenizer: str
     max_length: int
@@ -100,12 +94,12 @@ class _Encoding:
 
 
 def source_of(id: int) -> int:
-    """The source that a record stands in."""
+    """Return the number of a record's source from the record's id."""
     return id // ROWS_PER_SOURCE
 
 
 def part_source(name: str) -> int:
-    """The source that a store's part was made of."""
+    """Return the number of the source of a part from its file name."""
     return source_of(int(name.partition("-")[2].partition(".")[0], 16))
 
 
@@ -114,46 +108,38 @@ def prepare_tokens(
     tokenizer: str | Path,
     cache: str | Path,
     *,
-    val_sources: Sequence[Source] = (),
-    val_fraction: float = 0.0,
     preprocess: Any = None,
     run: Path | None = None,
 ) -> TokenStore:
-    """The token store of some records, made by Ray Data unless it stands already.
+    """Return the token store of some records; Ray Data makes it unless it exists.
 
-    preprocess: `cafo.images.Preprocess` of the encoder; a record whose image cannot be read by it is set aside like one
-    without a label. Without it, images are left out.
-    run: the folder of a run, which is told the records that cannot be used, each with its reason, for its report.
+    Args:
+        records: the records, and those for validation.
+        tokenizer: path or URL of the tokenizer.
+        cache: the cache folder.
+        preprocess: `cafo.images.Preprocess` of the vision encoder; a record whose image it cannot read is rejected.
+            None leaves images out.
+        run: a run folder, into which the list of rejected records is copied for the report.
 
-    Raises RecordError if a file is malformed, or too many records cannot be used.
+    Raises:
+        RecordError: a malformed file.
+        DataError: no records, or too many that cannot be used.
     """
-    images = preprocess is not None
-    encoding = _Encoding(
-        tokenizer=str(tokenizer), max_length=records.max_length, val_fraction=val_fraction, images=images
-    )
-    sources = [(source, "train") for source in records.sources()] + [(source, "val") for source in val_sources]
+    sources = [(source, "train") for source in records.sources()]
+    sources += [(source, "val") for source in records.val_sources()]
     for source, _ in sources:
-        next(iter(source.read()), None)  # a missing or unreadable file is told at once
-    lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if images else {}
-    identity = {
-        **asdict(encoding),
-        "tokenizer": file_fingerprint(cached_path(tokenizer)),
-        "sources": [
-            [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
-        ],
-        "images": [
-            [path, content]
-            for i, paths in lists.items()
-            if paths
-            for path, content in file_fingerprints(sources[i][0].images, paths).items()
-        ],
-        "format": 3,
-    }
-    key = fingerprint(identity)[:20]
-    folder = resolve_path(cache) / "tokens" / key
+        next(iter(source.read()), None)  # a missing or unreadable file is an error now, and not in a worker
+    encoding = _Encoding(
+        tokenizer=str(tokenizer),
+        max_length=records.max_length,
+        val_fraction=records.held_out_fraction,
+        images=preprocess is not None,
+    )
+    image_lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if encoding.images else {}
+    folder = resolve_path(cache) / "tokens" / _store_key(encoding, sources, image_lists)
     try:
         if not (folder / "index.json").exists():
-            write_json(folder / IMAGE_LISTS, lists)
+            write_json(folder / IMAGE_LISTS, image_lists)
             _write_store(folder, sources, encoding, preprocess, records.max_rejected_fraction)
     finally:
         if run and (folder / REJECTED).exists():
@@ -161,24 +147,43 @@ def prepare_tokens(
     return TokenStore.read(folder)
 
 
+def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lists: dict[int, list[str]]) -> str:
+    """Return a fingerprint of all that the content of a store depends on."""
+    images = []
+    for i, paths in image_lists.items():
+        if paths:
+            images += [[path, content] for path, content in file_fingerprints(sources[i][0].images, paths).items()]
+    identity = {
+        **asdict(encoding),
+        "tokenizer": file_fingerprint(cached_path(encoding.tokenizer)),
+        "sources": [
+            [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
+        ],
+        "images": images,
+        "format": 3,
+    }
+    return fingerprint(identity)[:20]
+
+
 def _write_store(
     folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any, max_rejected: float
 ) -> None:
+    """Write the parts, the rejected records and the index of a store."""
     items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
+    parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
+    rejected: list[dict[str, Any]] = []
+    left_out = 0
     with ray_data_context(preserve_order=True):
-        listed_files = ray.data.from_items(items, override_num_blocks=len(items))
-        # Other resources than the next stage's, or Ray would fuse the two and encode a file in a single task.
-        chunks = listed_files.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
-        how = {"folder": folder, "encoding": encoding, "preprocess": preprocess}
-        written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=how)
-        parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
-        left_out = 0
-        rejected: list[dict[str, Any]] = []
+        source_rows = ray.data.from_items(items, override_num_blocks=len(items))
+        # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
+        chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
+        arguments = {"folder": folder, "encoding": encoding, "preprocess": preprocess}
+        written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=arguments)
         with reraise_user_errors(), Progress("tokenize", unit="records") as progress:
             for row in written.iter_rows():
                 for split in parts:
                     if row[split]:
-                        parts[split].append((f"{split}-{row['first']:014x}.parquet", int(row[split])))
+                        parts[split].append((_part_name(split, row["first"]), int(row[split])))
                 rejected += json.loads(row["rejected"])
                 left_out += int(row["left_out"])
                 progress.advance(int(row["records"]))
@@ -187,56 +192,63 @@ def _write_store(
     write_jsonl(folder / REJECTED, rejected)
     records = len(rejected) + sum(rows for listed in parts.values() for _, rows in listed)
     if not records:
-        raise RecordError(f"{', '.join(source.path for source, _ in sources)}: there is not one record")
+        raise DataError(f"no records in {', '.join(source.path for source, _ in sources)}; check data.path")
     if len(rejected) > max_rejected * records:
-        raise RecordError(
+        raise DataError(
             f"{len(rejected)} of {records} records cannot be used, over data.max_rejected_fraction={max_rejected}; "
             f"the first: {rejected[0]['reason']}; all of them: {folder / REJECTED}"
         )
     write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
 
 
+def _part_name(split: str, first: int) -> str:
+    """Return the file name of a part, from its split and the id of its chunk's first record."""
+    return f"{split}-{first:014x}.parquet"
+
+
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One source → rows of CHUNK_RECORDS records each, as JSON."""
+    """Read a source and yield chunks of RECORDS_PER_CHUNK records as JSON, each with the index of its image."""
     source, split = batch["source"][0], batch["split"][0]
     first = int(batch["number"][0]) * ROWS_PER_SOURCE
-    places: dict[str, int] = {}
+    image_indices: dict[str, int] = {}
 
-    def placed() -> Iterator[dict[str, Any]]:
+    def read_indexed() -> Iterator[dict[str, Any]]:
         for record in source.read():
-            place = places.setdefault(record["image"], len(places)) if record["image"] else None
-            yield {**record, "place": place}
+            image = record["image"]
+            index = image_indices.setdefault(image, len(image_indices)) if image else None
+            yield {**record, "image_index": index}
 
-    records = placed()
-    while chunk := list(islice(records, CHUNK_RECORDS)):
+    records = read_indexed()
+    while chunk := list(islice(records, RECORDS_PER_CHUNK)):
         yield {"first": [first], "split": [split], "source": [source], "records": [json.dumps(chunk)]}
         first += len(chunk)
 
 
 def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, preprocess: Any) -> dict[str, Any]:
-    """Encodes one chunk and writes its part of every split; returns what was written."""
+    """Encode a chunk and write its part of each split; return the counts and the rejected records."""
     first, split, records = int(batch["first"][0]), batch["split"][0], json.loads(batch["records"][0])
     source: Source = batch["source"][0]
     tokenizer = _tokenizer(encoding.tokenizer)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     rejected = []
     for id, record in enumerate(records, first):
-        place = record.pop("place") if encoding.images else None
-        odd = record.pop("rejected", "")
+        image_index = record.pop("image_index")
+        reason = record.pop("rejected", "")
         try:
-            if odd:
-                raise RecordError(odd)
+            if reason:
+                raise RecordError(reason)
             example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
-            if place is not None:
+            if encoding.images and image_index is not None:
                 _check_image(source.images, record["image"], preprocess)
-        except ValueError as error:  # RecordError, or an image that cannot be read
+        except ValueError as error:  # RecordError, or ImageError for an image that cannot be read
             rejected.append({"id": id, "reason": str(error), **record})
             continue
-        side = "val" if split == "val" or _held_out(record, encoding.val_fraction) else "train"
-        rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start, "image": place})
+        image = image_index if encoding.images else None
+        side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"
+        rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start, "image": image})
     for side, listed in rows.items():
         if listed:
-            write_parquet(folder / f"{side}-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
+            write_parquet(folder / _part_name(side, first), pa.Table.from_pylist(listed, TOKEN_SCHEMA))
     return {
         "first": [first],
         "records": [len(records)],
@@ -249,15 +261,17 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
 
 @lru_cache(maxsize=64)
 def _check_image(root: str, path: str, preprocess: Any) -> None:
-    """Decodes and prepares an image, so that a bad one is known before training and not in the middle of it."""
+    """Decode and preprocess an image, so that a broken one is found before training."""
     preprocess(read_image(root, path))
 
 
-def _held_out(record: dict[str, str], fraction: float) -> bool:
-    """By conversation, image or content, so that a record and its duplicates, and all that is asked about one image,
-    fall on the same side, wherever they stand."""
-    alone = "\0".join(record[name] for name in ("instruction", "input", "output"))
-    digest = hashlib.sha256((record.get("group") or record["image"] or alone).encode()).digest()
+def _is_held_out(record: dict[str, str], fraction: float) -> bool:
+    """Return whether a record is held out for validation, by a hash of its conversation, image or content.
+
+    So a record and its duplicates, and all records about one image, are on the same side wherever they stand.
+    """
+    content = "\0".join(record[name] for name in ("instruction", "input", "output"))
+    digest = hashlib.sha256((record.get("group") or record["image"] or content).encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

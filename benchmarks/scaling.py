@@ -1,25 +1,25 @@
-"""Step time of adapter-train against the number of workers: a model, and its check with 1 and 2 processes here.
+"""Step time of adapter-train against the number of workers: a model, and its check with two processes on this machine.
 
     python -m benchmarks.scaling --data alpaca_data.json --tokenizer tokenizer.model [--measure] [--json]
 
-A step's records are cut and dealt by `rayjobs.data.sampler.deal`, as in training; the slowest worker counts. With P
-parameters of the base in b bytes, N workers, and a link of bandwidth B and latency a for each hop:
+A step's records are divided by `rayjobs.data.sampler.assign_micro_batches`, as in training, and the slowest worker
+counts. With P parameters of the base in b bytes each, N workers, and a link of bandwidth B:
 
-    micro-batch   max(operations / (utilisation * peak), weights read / memory bandwidth, the host's work for it)
-    ZeRO-2        + the adapter's gradients, reduced and scattered, and its values gathered: 2 (N-1)/N bytes / B, and
-                  the smaller of a ring's 2 (N-1) hops and a tree's 4 log2 N
-    ZeRO-3        each micro-batch gathers every weight matrix forward and again backward: (N-1)/N P b / B each time,
-                  in rings of N-1 hops for each matrix, and joins its parts in new memory, which reads and writes P b;
-                  behind the computation where the device can do both at once; and the host, which launches kernels,
-                  has work for each gathered matrix
+    micro-batch   max(operations / (utilisation * peak), bytes of weights / memory bandwidth, the host's time)
+    ZeRO-2        + reduce-scatter of the adapter's gradients and all-gather of its values: 2 (N-1)/N bytes / B, and the
+                  hops of a ring, 2 (N-1), or of a tree, 4 log2 N, whichever is less
+    ZeRO-3        + all-gather of every weight matrix, forward and again backward, for each micro-batch: (N-1)/N P b / B
+                  each time, in rings of N-1 hops per matrix, and the copy of its parts into new memory, which reads and
+                  writes P b. Devices that overlap communication and computation hide it behind the computation. The
+                  host, which also launches the kernels, needs a fixed time per gathered matrix.
 
-Operations are 2 for each weight and token forward, and 2 backward where a gradient passes, which is from the lowest
-adapted layer up: frozen weights have no gradient of their own. The head is used on labelled tokens only.
+Operations are 2 per weight and token forward, and 2 backward from the lowest adapted layer up, for the gradient of the
+activations; frozen weights have no gradient. The head is computed for labelled tokens only.
 
-`--measure` runs `rayjobs.train.engine` on a small LLaMA in float32 with gloo, one thread to a process: it takes the
-speed from one process under ZeRO-2, the host's work for a gathered matrix from what ZeRO-3 adds to that, the link from
-bare collectives between two, a step's number of them in a row with the copies that go with them, predicts two
-processes' step, and measures it.
+`--measure` runs `rayjobs.train.engine` on a small LLaMA in float32 with gloo, one thread per process. The speed is
+taken from one process under ZeRO-2, the host's time per gathered matrix from what ZeRO-3 adds to it, and the link from
+bare collectives between two processes, as many in a row as a step has, including their copies. From these the step of
+two processes is predicted, and then it is measured.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,42 +59,43 @@ SMALL = LlamaConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What joins the workers that are farthest apart."""
+    """Network between workers."""
 
     bytes_per_s: float
-    """That a ring of all workers moves, each way."""
+    """Bandwidth of a ring through all workers, in each direction."""
     hop_s: float
+    """Latency from one worker of a ring to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What one worker runs on, and what joins it to others."""
+    """Hardware of one worker, and its links to the others."""
 
     flops_per_s: float
-    """Peak, dense, in the weights' precision."""
+    """Peak for dense matrices in the weights' precision."""
     utilisation: float
-    """Of the peak, in large matrix products and all that is between them."""
+    """Fraction of the peak that large matrix products, and the operations between them, reach."""
     memory_bytes_per_s: float
     launch_s: float
-    """The host's time for a micro-batch's kernels."""
+    """Host time to launch a micro-batch's kernels."""
     gather_s: float
-    """The host's time for each matrix that ZeRO-3 gathers and gives back, besides the link's."""
+    """Host time per matrix that ZeRO-3 gathers and releases, without the link's time."""
     per_node: int
     inside: Link
     between: Link
     overlaps: bool = True
-    """Whether the host works, and weights come, while it computes."""
+    """Whether the host's work and the gathering of weights run during computation."""
 
     def link(self, workers: int) -> Link:
         return self.inside if workers <= self.per_node else self.between
 
     def ring_s(self, workers: int) -> float:
-        """The hops from each worker to the next, of which one for each further node leaves a node."""
+        """Return the latency of a ring's hops; one hop per further node leaves a node."""
         across = -(-workers // self.per_node) - 1
         return across * self.between.hop_s + (workers - 1 - across) * self.inside.hop_s
 
     def tree_s(self, workers: int) -> float:
-        """The hops from a tree's leaves to its root: within nodes, then between them."""
+        """Return the latency from a tree's leaves to its root: within nodes, then between them."""
         inside, nodes = min(workers, self.per_node), -(-workers // self.per_node)
         return math.ceil(math.log2(inside)) * self.inside.hop_s + math.ceil(math.log2(nodes)) * self.between.hop_s
 
@@ -106,10 +108,10 @@ A100 = Device(
     utilisation=0.45,
     memory_bytes_per_s=2.04e12,
     launch_s=10e-3,
-    gather_s=0.21e-3,  # as `--measure` found for tiny matrices on this project's test machine
+    gather_s=0.21e-3,  # what `--measure` gave for tiny matrices on this project's test machine
     per_node=8,
     inside=NVLINK_A100,
-    between=Link(bytes_per_s=0.8 * 8 * 25e9, hop_s=5e-6),  # eight InfiniBand HDR ports to a node
+    between=Link(bytes_per_s=0.8 * 8 * 25e9, hop_s=5e-6),  # eight InfiniBand HDR ports per node
 )
 H200 = replace(
     A100,
@@ -117,7 +119,7 @@ H200 = replace(
     utilisation=0.40,
     memory_bytes_per_s=4.8e12,
     inside=NVLINK_H200,
-    between=Link(bytes_per_s=0.8 * 8 * 50e9, hop_s=5e-6),  # eight InfiniBand NDR ports to a node
+    between=Link(bytes_per_s=0.8 * 8 * 50e9, hop_s=5e-6),  # eight InfiniBand NDR ports per node
 )
 DEVICES = {
     "A100 80 GB, NVLink and InfiniBand": A100,
@@ -129,7 +131,7 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A base under training."""
+    """A base model and its adapter in training."""
 
     shape: LlamaConfig
     adapted: int
@@ -138,7 +140,7 @@ class Work:
 
     @property
     def layer(self) -> int:
-        """Weights in one layer's matrices."""
+        """Number of weights in one layer's matrices."""
         kv = self.shape.dim // self.shape.n_heads * self.shape.n_kv_heads
         return 2 * self.shape.dim * (self.shape.dim + kv) + 3 * self.shape.dim * self.shape.hidden_dim
 
@@ -148,16 +150,16 @@ class Work:
 
     @property
     def passes(self) -> float:
-        """Times that the layers are gone through: forward, and backward as far as a gradient goes."""
+        """Passes through the layers: one forward, and backward the fraction that a gradient reaches."""
         return 1 + self.adapted / self.shape.n_layers
 
     @property
     def gathers(self) -> float:
-        """Matrices that ZeRO-3 gathers for a micro-batch."""
+        """Number of matrices that ZeRO-3 gathers for a micro-batch."""
         return 7 * self.shape.n_layers * self.passes
 
     def operations(self, rows: int, length: int, labels: int) -> float:
-        """Of one micro-batch of padded rows, forward and backward."""
+        """Return the operations of one micro-batch of padded rows, forward and backward."""
         dim, layers = self.shape.dim, self.shape.n_layers
         matrices = 2 * self.layer * layers * self.passes * rows * length
         attention = 2 * dim * rows * length**2 * (layers + 2.5 * self.adapted)  # half of each square is masked
@@ -166,7 +168,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one step; what is hidden behind computation is not in `gather`."""
+    """Seconds of one step. `gather` leaves out what is hidden behind computation."""
 
     compute: float
     reduce: float
@@ -180,7 +182,7 @@ class StepTime:
 def step_time(
     work: Work, device: Device, lengths: Sequence[int], labels: float, budget: int, workers: int, stage: int
 ) -> StepTime:
-    """Of one global batch of records of the given lengths, of which the share `labels` are labelled tokens."""
+    """Return the time of a step on records of these lengths, of whose tokens the fraction `labels` is labelled."""
     link, share = device.link(workers), (workers - 1) / workers
     read = work.layer * work.shape.n_layers * work.weight_bytes * work.passes
     gather = host = 0.0
@@ -208,19 +210,19 @@ def step_time(
 
 
 def batches(data: str, tokenizer: str, size: int, count: int) -> tuple[list[list[int]], float]:
-    """The lengths of the first global batches, and the share of their tokens that is labelled."""
-    encoder, found = Tokenizer(tokenizer), []
+    """Return the record lengths of the first global batches, and the fraction of their tokens that is labelled."""
+    encoder, examples = Tokenizer(tokenizer), []
     for record in read_records(data):
-        found.append(encode_record(record, encoder))
-        if len(found) == size * count:
+        examples.append(encode_record(record, encoder))
+        if len(examples) == size * count:
             break
-    lengths = [len(example.ids) for example in found]
-    labelled = sum(len(example.ids) - example.label_start for example in found)
+    lengths = [len(example.ids) for example in examples]
+    labelled = sum(len(example.ids) - example.label_start for example in examples)
     return [lengths[at : at + size] for at in range(0, len(lengths), size)], labelled / sum(lengths)
 
 
 def model(data: str, tokenizer: str, batch: int, budget: int) -> list[dict[str, object]]:
-    """Mean step times of the 7B model for every device, stage and number of workers."""
+    """Return the mean step times of the 7B model for every device, stage and number of workers."""
     work = Work(shape=LLAMA_7B, adapted=30, prompt_length=10, weight_bytes=2)
     steps, labels = batches(data, tokenizer, batch, 8)
     rows = []
@@ -247,56 +249,57 @@ def model(data: str, tokenizer: str, batch: int, budget: int) -> list[dict[str, 
 
 
 TINY = replace(SMALL, dim=64, hidden_dim=172)
-"""Its gathers have next to nothing to copy, which on a GPU is not the host's work."""
+"""A model whose gathers copy almost nothing: on a GPU, copies are not the host's work."""
 CHECKED = Work(shape=SMALL, adapted=6, prompt_length=10, weight_bytes=4)
 ROWS, LENGTH, STEPS = 8, 96, 7
 
 
 def worker(base: str, out: str) -> None:
-    """One of the measured processes: links, then the shortest step of each stage."""
+    """Measure, as one of the processes, the link and then the shortest step of each stage."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
     if world > 1:
-        small, shard = torch.zeros(1), torch.zeros(CHECKED.layer // 7 // world)  # of a matrix, on average
+        small, shard = torch.zeros(1), torch.zeros(CHECKED.layer // 7 // world)  # the shard of an average matrix
 
-        def gather() -> None:
-            """As DeepSpeed does it: in new memory, of which a part is this rank's own, joined in new memory again."""
-            whole = torch.empty(world * len(shard))
-            parts = whole.chunk(world)
-            dist.all_gather_into_tensor(whole, parts[rank].copy_(shard))
-            torch.cat(parts)
-
-        found["hop_s"] = _best_of_series(lambda: dist.all_reduce(small)) / (2 * (world - 1))
-        seconds = _best_of_series(gather)
-        found["bytes_per_s"] = (world - 1) * shard.nbytes / (seconds - (world - 1) * found["hop_s"])
+        measured["hop_s"] = _best_of_series(lambda: dist.all_reduce(small)) / (2 * (world - 1))
+        seconds = _best_of_series(lambda: _gather(shard, rank, world))
+        measured["bytes_per_s"] = (world - 1) * shard.nbytes / (seconds - (world - 1) * measured["hop_s"])
     tokens = torch.randint(3, SMALL.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    mine = tokens[rank::world]
+    local = tokens[rank::world]
     for stage in (2, 3):
         zero = ZeroConfig(stage=stage)  # type: ignore[arg-type]
         adaption = AdaptionConfig(n_layers=CHECKED.adapted, prompt_length=CHECKED.prompt_length)
-        made = adapted_model(base, adaption, dtype="fp32", zero=zero, seed=0, device=torch.device("cpu"))
-        engine = Engine(made, zero, OptimizerConfig())
-
-        def step(engine: Engine = engine) -> None:
-            engine.backward(engine.loss(mine, mine) / tokens.numel())
-            engine.step(1e-3)
-
-        found[f"stage{stage}_s"] = _best(step, STEPS)
+        llama = adapted_model(base, adaption, dtype="fp32", zero=zero, seed=0, device=torch.device("cpu"))
+        engine = Engine(llama, zero, OptimizerConfig())
+        measured[f"stage{stage}_s"] = _best(partial(_step, engine, local, tokens.numel()), STEPS)
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
+def _gather(shard: torch.Tensor, rank: int, world: int) -> None:
+    """Gather shards as DeepSpeed does: into new memory, and from there into one tensor in new memory again."""
+    whole = torch.empty(world * len(shard))
+    parts = whole.chunk(world)
+    dist.all_gather_into_tensor(whole, parts[rank].copy_(shard))
+    torch.cat(parts)
+
+
+def _step(engine: Engine, tokens: torch.Tensor, labelled: int) -> None:
+    engine.backward(engine.loss(tokens, tokens) / labelled)
+    engine.step(1e-3)
+
+
 def _best_of_series(act: Callable[[], object]) -> float:
-    """The mean time of one of as many as a step has, in the shortest of several series."""
+    """Return the mean time of one call in a series as long as a step's gathers; the shortest of several series."""
     times = round(CHECKED.gathers)
     return _best(lambda: [act() for _ in range(times)], STEPS) / times
 
 
 def _best(act: Callable[[], object], times: int) -> float:
-    """The shortest of several: what other programs do to the machine only makes it longer."""
+    """Return the shortest of several times: other programs on the machine only make them longer."""
     act()
     taken = []
     for _ in range(times):
@@ -308,7 +311,7 @@ def _best(act: Callable[[], object], times: int) -> float:
 
 
 def least(base: Path, processes: int, runs: list[dict[str, float]]) -> dict[str, float]:
-    """Measures so many processes once more; of all runs so far the shortest times, and the fastest link."""
+    """Measure once more; return the shortest times and the fastest link of all runs so far."""
     if not base.exists():
         torch.manual_seed(0)
         llama = Llama(SMALL if base.name == "small" else TINY)
@@ -330,11 +333,11 @@ def least(base: Path, processes: int, runs: list[dict[str, float]]) -> dict[str,
 
 
 def measure() -> list[dict[str, object]]:
-    """Predicted and measured steps of two processes, from what one of them and a bare link do."""
-    kept: dict[tuple[str, int], list[dict[str, float]]] = {("small", 1): [], ("small", 2): [], ("tiny", 1): []}
+    """Return predicted and measured step times of two processes."""
+    runs_of: dict[tuple[str, int], list[dict[str, float]]] = {("small", 1): [], ("small", 2): [], ("tiny", 1): []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
-            alone, both, tiny = (least(Path(folder) / name, n, runs) for (name, n), runs in kept.items())
+            alone, both, tiny = (least(Path(folder) / name, n, runs) for (name, n), runs in runs_of.items())
     link = Link(bytes_per_s=both["bytes_per_s"], hop_s=both["hop_s"])
     here = Device(
         flops_per_s=CHECKED.operations(ROWS, LENGTH, ROWS * LENGTH) / alone["stage2_s"],
@@ -372,12 +375,12 @@ def measure() -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="records, for their lengths")
-    parser.add_argument("--tokenizer", help="a SentencePiece model")
-    parser.add_argument("--global-batch", type=int, default=64)
-    parser.add_argument("--token-budget", type=int, default=4096)
+    parser.add_argument("--data", help="file of records, for their lengths")
+    parser.add_argument("--tokenizer", help="SentencePiece model")
+    parser.add_argument("--global-batch", type=int, default=64, help="records per step (default: 64)")
+    parser.add_argument("--token-budget", type=int, default=4096, help="tokens per micro-batch (default: 4096)")
     parser.add_argument("--measure", action="store_true", help="check the model with 1 and 2 processes on this machine")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -1,14 +1,14 @@
-"""What ZeRO-3 leaves to each worker: peak private memory against the number of workers, loading included.
+"""Peak private memory of a worker under ZeRO-3 against the number of workers, loading included.
 
     python benchmarks/zero3_memory.py --workers 1 2 4 --json
 
-A random LLaMA is written to a temporary folder, and 1, 2, ... processes of this machine each load it as Train's workers
-do, and take training steps. Counted is anonymous and shared memory (RssAnon, RssShmem), sampled every few milliseconds,
-above what a process holds before it opens the checkpoint. Pages of the mapped file are not: the kernel takes them back.
-glibc is told to give freed tensors back, which it would otherwise keep as holes among those that stay; a GPU has none.
+A random LLaMA is written to a temporary folder. 1, 2, ... processes on this machine load it as workers of Ray Train do
+and make training steps. Counted is anonymous and shared memory (RssAnon, RssShmem), sampled every few milliseconds,
+above what the process holds before it opens the checkpoint. Pages of the mapped file are not counted, since the kernel
+can drop them. glibc is told to return the memory of freed tensors at once, so that fragmentation is not counted.
 
-`weights / N` is what each worker must hold. Beside that it needs the largest tensor, whole for the moment that it is
-cut, and in training the layers that are whole while they work.
+Each worker must hold `weights / N`. In addition it needs the largest tensor while that is being partitioned and, in
+training, the layers that are gathered.
 """
 
 import argparse
@@ -35,10 +35,10 @@ TOKENS = 128
 
 
 class Peak:
-    """The most private memory that this process held in a block, in bytes."""
+    """Measures the most private memory, in bytes, that this process holds within a `with` block."""
 
     def __enter__(self) -> "Peak":
-        self.bytes, self.over = held(), threading.Event()
+        self.bytes, self.over = private_memory(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -49,46 +49,46 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.over.wait(0.002):
-            self.bytes = max(self.bytes, held())
+            self.bytes = max(self.bytes, private_memory())
 
 
-def held() -> int:
-    """This process's anonymous and shared memory in bytes."""
+def private_memory() -> int:
+    """Return this process's anonymous and shared memory in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
 def worker(base: str, steps: int) -> None:
-    """One rank: loads, trains, and prints its peaks in MB as a line of JSON."""
+    """Load and train as one rank; rank 0 prints the largest peaks of all, in MB, as a line of JSON."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     zero, adaption = ZeroConfig(stage=3), AdaptionConfig(n_layers=4, prompt_length=10)
-    import deepspeed  # noqa: F401  (part of what every worker holds)
+    import deepspeed  # noqa: F401  (every worker holds it, so that it is loaded before the measurement)
 
-    before = held()
+    before = private_memory()
     with Peak() as loading:
         model = adapted_model(base, adaption, dtype="bf16", zero=zero, seed=0, device=torch.device("cpu"))
-    after = held()
+    after = private_memory()
     with Peak() as training:
         engine = Engine(model, zero, OptimizerConfig())
         tokens = torch.randint(3, 1000, (1, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
         for _ in range(steps):
             engine.backward(engine.loss(tokens, tokens) / TOKENS)
             engine.step(1e-3)
-    found = {
+    peaks = {
         "before": before / MB,
         "loading": (loading.bytes - before) / MB,
         "loaded": (after - before) / MB,
         "training": (training.bytes - before) / MB,
     }
-    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    all_peaks: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(all_peaks, peaks)
     if dist.get_rank() == 0:
-        print(json.dumps({name: round(max(one[name] for one in everyone), 1) for name in found}))
+        print(json.dumps({name: round(max(one[name] for one in all_peaks), 1) for name in peaks}))
 
 
 def measure(base: Path, workers: int, steps: int) -> dict[str, float]:
-    """The peaks of the worker that holds the most, in MB."""
+    """Return the largest peaks of any worker, in MB, with this number of workers."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={workers}", "--standalone", __file__]
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": root, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
@@ -98,8 +98,8 @@ def measure(base: Path, workers: int, steps: int) -> dict[str, float]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    return {"workers": workers, **found, "seconds": round(time.monotonic() - started, 1)}
+    peaks = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return {"workers": workers, **peaks, "seconds": round(time.monotonic() - started, 1)}
 
 
 def random_llama(shape: LlamaConfig, folder: Path) -> None:
@@ -113,10 +113,10 @@ def random_llama(shape: LlamaConfig, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of workers (default: 1 2 4)")
     parser.add_argument("--dim", type=int, default=2048, help="width of the model (default: 2048)")
     parser.add_argument("--layers", type=int, default=16, help="layers of the model (default: 16)")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="training steps (default: 2)")
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/scaling.py: its operations as PyTorch counts them, its step times worked out by hand."""
+"""benchmarks/scaling.py: operations against those that PyTorch counts, step times against a calculation by hand."""
 
 import math
 from dataclasses import replace
@@ -60,7 +60,7 @@ def test_one_worker_computes_and_under_zero_3_prepares_its_gathers() -> None:
     assert took(1, 3) == pytest.approx((seconds + 98 * 1e-4, 0, 0)), "7 matrices, 8 layers forward and 6 backward"
 
 
-def test_two_workers_halve_the_work_and_pay_the_link() -> None:
+def test_two_workers_halve_the_computation_and_add_the_link() -> None:
     half = CHECKED.operations(3, 17, 3 * 17) / 1e9
     adapter = 4 * 6 * (10 * 512 + 8)
     assert took(2, 2) == pytest.approx((half, adapter / 1e9 + 2e-3, 0))
@@ -74,7 +74,7 @@ def test_only_the_hops_that_leave_a_node_are_charged_its_network() -> None:
     assert (CPU.ring_s(1), CPU.tree_s(1)) == (0, 0)
 
 
-def test_a_gpu_hides_gathers_and_its_host_behind_computation_as_far_as_that_goes() -> None:
+def test_a_gpu_hides_gathers_and_the_hosts_time_behind_computation_of_that_length() -> None:
     idle = replace(A100, flops_per_s=1e13, gather_s=0.0, inside=LINK)
     compute, _, waited = took(2, 3, idle)
     assert compute == pytest.approx(10e-3), "the host's launches take longer than the computation"

@@ -17,7 +17,7 @@ from adapter.adapter_checkpoint import read_adapter
 from rayjobs.storage.files import read_jsonl
 from tests.cluster_lab.hosts import Hosts
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import named, world
+from tests.rayjobs.cafo_dataset import dataset_overrides, make_dataset
 from tests.sample_data import train_llama, write_instructions
 
 USER, HEAD, WORKERS = 0, 1, (2, 3)
@@ -284,9 +284,9 @@ class Sweep:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, home, self.seconds = cluster, cluster.shared / "cafo", 0.0
         if not home.exists():
-            world(home, {"train": 20, "val": 20, "test": 5})
+            make_dataset(home, {"train": 20, "val": 20, "test": 5})
         self.folder, self.cache = home / "runs" / name, home / f"cache-{name}"
-        self.settings = [*named(home), *self.SETTINGS, f"run.name={name}", f"run.cache={self.cache}"]
+        self.settings = [*dataset_overrides(home), *self.SETTINGS, f"run.name={name}", f"run.cache={self.cache}"]
 
     def submit(self) -> None:
         self.process = self.cluster.submit("cafo-tune", *self.settings)

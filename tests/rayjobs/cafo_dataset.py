@@ -1,4 +1,4 @@
-"""A small world for CaFo's jobs: coloured images in CoOp's format, and two tiny random encoders as files."""
+"""A small data set for CaFo's jobs: coloured images in CoOp's format, and two tiny random encoders as files."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ CLASSES = {"red_thing": (200, 40, 40), "green_thing": (40, 180, 60), "blue_thing
 
 
 def make_encoders(folder: Path) -> dict[str, Any]:
-    """A CLIP and a DINO-like ResNet, untrained, saved as files; what a config says of them."""
+    """Save an untrained CLIP and DINO-like ResNet; return the `encoders` section of a config that names them."""
     torch.manual_seed(0)
     clip = folder / "clip"
     clip.mkdir(parents=True)
@@ -35,17 +35,16 @@ def make_encoders(folder: Path) -> dict[str, Any]:
     }
 
 
-def images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Noisy coloured images and a split JSON over them; `counts` is images per class of each split."""
-    draw = np.random.default_rng(seed)
+def make_images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Write noisy coloured images and their split file; `counts` is the number of images of each class by split."""
+    rng = np.random.default_rng(seed)
     split: dict[str, list[list[Any]]] = {part: [] for part in counts}
     for part, count in counts.items():
         for label, (name, colour) in enumerate(CLASSES.items()):
             for i in range(count):
-                tint = np.array(colour) + draw.normal(
-                    0, 60, 3
-                )  # so that classes overlap, and accuracies tell settings apart
-                pixels = np.clip(tint + draw.normal(0, 90, (37, 41, 3)), 0, 255).astype(np.uint8)
+                # The classes overlap, so that accuracies differ between settings.
+                tint = np.array(colour) + rng.normal(0, 60, 3)
+                pixels = np.clip(tint + rng.normal(0, 90, (37, 41, 3)), 0, 255).astype(np.uint8)
                 path = Path(part) / name / f"{i:03d}.png"
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / path)
@@ -54,21 +53,21 @@ def images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     return folder / "split.json"
 
 
-def world(folder: Path, counts: dict[str, int] | None = None) -> list[str]:
-    """Makes the world; returns the overrides that name it."""
-    images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
-    images(folder / "drawn", {"train": 3}, seed=1)
+def make_dataset(folder: Path, counts: dict[str, int] | None = None) -> list[str]:
+    """Write images, generated images, sentences and encoders; return the overrides that name them."""
+    make_images(folder / "images", counts or {"train": 6, "val": 5, "test": 7})
+    make_images(folder / "generated", {"train": 3}, seed=1)
     (folder / "prompts.json").write_text(json.dumps({name: [f"a {name}", f"this is {name}"] for name in CLASSES}))
     (folder / "encoders.json").write_text(json.dumps(make_encoders(folder / "encoders")))
-    return named(folder)
+    return dataset_overrides(folder)
 
 
-def named(folder: Path) -> list[str]:
-    """Overrides that name the world of a folder: data, sentences and encoders."""
+def dataset_overrides(folder: Path) -> list[str]:
+    """Return the overrides that name the data set of a folder: images, sentences and encoders."""
     encoders = json.loads((folder / "encoders.json").read_text())
     return [
         f"data.split={folder / 'images' / 'split.json'}",
-        f"data.generated={folder / 'drawn' / 'split.json'}",
+        f"data.generated={folder / 'generated' / 'split.json'}",
         f"data.prompts={folder / 'prompts.json'}",
         *[f"encoders.{name}.{key}={value}" for name, encoder in encoders.items() for key, value in encoder.items()],
         f"run.storage={folder / 'runs'}",

@@ -12,7 +12,7 @@ from rayjobs.__main__ import main
 from rayjobs.cluster.capacity import Capacity, autoscaler_capacity, cluster_capacity
 from rayjobs.cluster.worker_pool import RAY_DATA_CPUS, WorkerPoolConfig
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import world
+from tests.rayjobs.cafo_dataset import make_dataset
 
 
 def placed(nodes: list[dict[str, float]], worker: dict[str, float]) -> int:
@@ -75,7 +75,7 @@ def test_every_job_says_at_once_what_it_asked_for_and_what_there_is(
 ) -> None:
     adapter = [f"base.path={tiny_base}", f"data.path=[{records}]", f"run.storage={tmp_path / 'runs'}"]
     axes = "sweep.axes={train.epochs: [1]}"
-    images, one = world(tmp_path), ["space.shots=[1]", "space.seeds=[0]"]
+    images, one = make_dataset(tmp_path), ["space.shots=[1]", "space.seeds=[0]"]
     for job, given, section in (
         ("adapter-train", [*adapter, "adapter.n_layers=2"], "scale"),
         ("adapter-tune", [*adapter, "adapter.n_layers=2", axes, "sweep.at_once=2"], "scale"),

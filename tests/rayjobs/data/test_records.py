@@ -8,8 +8,8 @@ import pytest
 from adapter.instruct import ALPACA
 from adapter.scienceqa import TEMPLATE
 from rayjobs.config import load
-from rayjobs.errors import ConfigError
 from rayjobs.data.records import DataConfig
+from rayjobs.errors import ConfigError
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, settings_to_plot
 from tests.cafo.server import serve
-from tests.rayjobs.cafo_dataset import images, world
+from tests.rayjobs.cafo_dataset import make_images, make_dataset
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
 
@@ -108,8 +108,8 @@ def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:
 
 def chain(folder: Path, *more: str) -> cafo.Config:
     """All steps: sentences asked for, images taken from a folder, a sweep, and a second test set."""
-    given = [one for one in world(folder) if not one.startswith(("data.prompts", "data.generated"))]
-    shifted = images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
+    given = [one for one in make_dataset(folder) if not one.startswith(("data.prompts", "data.generated"))]
+    shifted = make_images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
     steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable="]
     steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
     steps += ["generate.source=folder", f"generate.folder={folder / 'drawn' / 'train'}"]

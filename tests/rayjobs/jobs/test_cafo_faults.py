@@ -17,7 +17,7 @@ from rayjobs.config import load
 from rayjobs.jobs import cafo_tune
 from rayjobs.storage.files import read_json
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import world
+from tests.rayjobs.cafo_dataset import make_dataset
 from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.ray
@@ -28,7 +28,7 @@ SWEEP += ["space.epochs=[60]", "search.beta_steps=20"]
 
 class Sweeps:
     def __init__(self, folder: Path) -> None:
-        self.given = [*world(folder), *SWEEP]
+        self.given = [*make_dataset(folder), *SWEEP]
         self.runs = folder / "runs"
 
     def config(self, name: str, *more: str) -> cafo_tune.Config:

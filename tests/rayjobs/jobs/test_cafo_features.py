@@ -17,7 +17,7 @@ from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.jobs import cafo_features
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
-from tests.rayjobs.cafo_dataset import world
+from tests.rayjobs.cafo_dataset import make_dataset
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
@@ -46,7 +46,7 @@ def parts(config: cafo_features.Config) -> dict[Path, int]:
 
 
 def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, cluster: None) -> None:
-    config = settings(world(tmp_path), "features.max_rejected_fraction=0.1")
+    config = settings(make_dataset(tmp_path), "features.max_rejected_fraction=0.1")
     bad = tmp_path / "images" / "val" / "grey" / "003.png"
     bad.write_bytes(bad.read_bytes()[:60])
     shutil.rmtree(tmp_path / "images" / "test")
@@ -79,7 +79,7 @@ def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, clu
 
 
 def test_a_restart_makes_the_missing_parts_only_and_another_encoder_its_own(tmp_path: Path, cluster: None) -> None:
-    given = world(tmp_path, {"train": 12, "val": 24})
+    given = make_dataset(tmp_path, {"train": 12, "val": 24})
     config = settings(given, "shots=12", "seeds=[0]")
     one = settings([g for g in given if ".dino." not in g], "shots=12", "seeds=[0]")
     features(one)
@@ -108,7 +108,7 @@ def test_a_restart_makes_the_missing_parts_only_and_another_encoder_its_own(tmp_
 
 @pytest.mark.slow
 def test_a_killed_run_keeps_its_parts(tmp_path: Path, cluster: None) -> None:
-    given = world(tmp_path, {"train": 50, "val": 20})
+    given = make_dataset(tmp_path, {"train": 50, "val": 20})
     more = ["shots=50", "seeds=[0]", "generated=0", "run.name=killed", "features.views=8"]
     command = [sys.executable, "-m", "rayjobs", "cafo-features", *given, *more]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

@@ -19,7 +19,7 @@ from rayjobs.tune.optuna_study import suggest_setting
 from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials
 from rayjobs.tune.selection import ChosenSetting, choose_settings
 from rayjobs.tune.trial import SharedInputs, SharedRows, TrialResult, run_trial, shared_tensor
-from tests.rayjobs.cafo_dataset import world
+from tests.rayjobs.cafo_dataset import make_dataset
 
 
 def sweep(given: list[str], *more: str, name: str = "sweep") -> cafo_tune.Config:
@@ -36,7 +36,7 @@ def sweep(given: list[str], *more: str, name: str = "sweep") -> cafo_tune.Config
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A world whose features are made once: K = 1 is part of K = 3."""
-    return world(tmp_path_factory.mktemp("world"))
+    return make_dataset(tmp_path_factory.mktemp("world"))
 
 
 def test_settings_of_a_space() -> None:

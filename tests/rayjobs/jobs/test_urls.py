@@ -28,7 +28,7 @@ from rayjobs.storage.files import read_json, read_parquet, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
-from tests.rayjobs.cafo_dataset import CLASSES, CLIP, images, make_encoders, world
+from tests.rayjobs.cafo_dataset import CLASSES, CLIP, make_images, make_encoders, make_dataset
 from tests.rayjobs.conftest import upload
 
 NAMES = list(CLASSES)
@@ -77,7 +77,7 @@ def lines(path: Path) -> list[str]:
 @pytest.mark.slow
 def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, tmp_path: Path) -> None:
     here = tmp_path / "world"
-    given = [*world(here), "features.max_rejected_fraction=0.1"]
+    given = [*make_dataset(here), "features.max_rejected_fraction=0.1"]
     (here / "images" / "test" / "grey" / "003.png").write_bytes(b"no image")
     (here / "images" / "test" / "grey" / "004.png").unlink()
     upload(here, bucket)
@@ -168,7 +168,7 @@ def scienceqa(folder: Path) -> None:
 
 
 def test_an_encoder_is_the_same_from_a_url_and_a_lone_file_brings_its_json(bucket: str, tmp_path: Path) -> None:
-    world(tmp_path / "world")
+    make_dataset(tmp_path / "world")
     clip, dino = tmp_path / "world" / "encoders" / "clip", tmp_path / "world" / "encoders" / "dino.pth"
     (clip / "open_clip_model.safetensors").rename(clip / "lone.safetensors")
     (clip / "open_clip_config.json").rename(clip / "lone.json")
@@ -213,7 +213,7 @@ def test_prompts_and_drawn_images_go_on_where_they_were_killed(
     bucket: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed driver sends nothing more: what counts is what was sent after each class."""
-    images(tmp_path / "drawn", {"train": 3})
+    make_images(tmp_path / "drawn", {"train": 3})
     upload(tmp_path / "drawn" / "train", f"{bucket}/drawn")
     upload(tiny_base, f"{bucket}/base")
     write_json(f"{bucket}/tiny.json", {"model_cfg": CLIP})

@@ -1,4 +1,4 @@
-"""Compare what two versions of this project compute: run the demo of both and compare all results byte by byte.
+"""Compare what two versions of this project compute: run the demo of both and compare all results bit by bit.
 
     python -m tests.compare_demo OLD NEW
 
@@ -25,13 +25,28 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
 
 LEFT_OUT = re.compile(
     r"(^|/)(run|versions|hardware|config|seconds-.*|settings|source|checkpoint_manager_snapshot|figures)\.(json|yaml)$"
     r"|(^|/)(tensorboard|train|parts|tune)/|\.(svg|html|lock|ya?ml)$|(^|/)\.[^/]*$|/lock$"
     r"|(^|/)(classes|confusion|landscape|shots|sources|curves|loss|lr|tokens|val|busy)[^/]*\.png$"
 )
-TIMINGS = {"seconds", "tokens_per_s", "busy", "workers", "command", "host", "pid", "started", "about", "parts", "runs"}
+TIMINGS = {
+    "seconds",
+    "tokens_per_s",
+    "busy",
+    "workers",
+    "command",
+    "host",
+    "pid",
+    "started",
+    "opened",
+    "about",
+    "parts",
+    "runs",
+}
 DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{16,64}(?![0-9a-f])")
 
 
@@ -84,6 +99,10 @@ def fingerprint(file: Path) -> str:
         table = pq.read_table(file)
         table = table.drop_columns([name for name in table.column_names if name in TIMINGS])
         content = repr(table.schema.names) + json.dumps(strip(table.to_pylist()), default=repr)
+    elif file.suffix == ".safetensors":  # its metadata has no order of its own
+        with safe_open(file, "pt") as tensors:
+            digests = {name: _tensor_digest(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+            content = json.dumps([tensors.metadata(), digests], sort_keys=True)
     elif file.suffix in (".json", ".jsonl"):
         text = file.read_text(encoding="utf-8")
         values = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
@@ -91,6 +110,11 @@ def fingerprint(file: Path) -> str:
     else:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _tensor_digest(tensor: torch.Tensor) -> list[str]:
+    content = tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+    return [str(tensor.dtype), str(list(tensor.shape)), hashlib.sha256(content.numpy().tobytes()).hexdigest()]
 
 
 def strip(value: Any) -> Any:

@@ -1,16 +1,15 @@
-"""How much faster the exact search is than the grid loop it replaces.
+"""Measure how much faster the exact search is than a grid loop.
 
     python benchmarks/cafo_search.py --scale caltech101 [--scale sun397] [--threads 2] [--json]
 
 Random unit features with some class structure, at the sizes of a dataset: validation images × keys × classes, CLIP
 1024 and DINO 2048 wide. Both searches answer the same question on the same tensors in the same process:
 
-naive   200 β × 20 α. For every pair it does what the reference loop does, from the formulas alone: affinities
-        of both sources, φ, the product with one-hot values, 100 f W, eq. 8-9, accuracy. A random part of the pairs is
-        timed (`--part`) and scaled to 4,000.
-shared  the same loop by a kinder author, who takes affinities and 100 f W out of it once, and so repeats only φ, the
-        one-hot product and eq. 8-9; the one-time cost is counted. It stands beside `naive` so that no one need wonder
-        how much of the gain is only that.
+naive   200 β × 20 α. For every pair it computes what the reference loop computes: affinities of both sources, φ, the
+        product with one-hot values, 100 f W, eq. 8-9, accuracy. A random part of the pairs is timed (`--part`) and
+        scaled to 4,000.
+shared  the same loop with affinities and 100 f W computed once before it, a cost that is counted. It shows how much of
+        the gain comes from that alone.
 exact   `cafo.search.search` at its defaults: the same 200 values of β, two refinements around the best, every α ≥ 0;
         the time includes affinities and 100 f W. Median of three.
 
@@ -102,10 +101,10 @@ def measure(name: str, part: int, seed: int) -> dict[str, float | str | int]:
 
     def exact() -> tuple[float, float]:
         affinities = {n: affinity(keys[n], features[n]) for n in keys}
-        found = search(zero_shot_logits(features["clip"], classifier), affinities, key_labels, labels, grid=grid)
-        return found.accuracy, found.beta
+        result = search(zero_shot_logits(features["clip"], classifier), affinities, key_labels, labels, grid=grid)
+        return result.accuracy, result.beta
 
-    reference_pair(*sample[0])  # warm caches and thread pools, for all alike
+    reference_pair(*sample[0])  # warm caches and thread pools for all three
     start = time.perf_counter()
     naive_best = max(reference_pair(*pair) for pair in sample)
     naive_s = (time.perf_counter() - start) * len(pairs) / part
@@ -120,7 +119,7 @@ def measure(name: str, part: int, seed: int) -> dict[str, float | str | int]:
     del affinities, zero_shot
 
     times = []
-    for _ in range(3):  # short beside the others, so that one hiccup of the machine would count for much
+    for _ in range(3):  # a short measurement, which one pause of the machine would distort
         start = time.perf_counter()
         accuracy, beta = exact()
         times.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What a sweep spends on anything but its trials' own compute, and what a trial holds in memory of its own.
+"""Measure the share of a sweep's time that is not spent in its trials.
 
     python benchmarks/cafo_sweep.py [--trials 64] [--epochs 2] [--at-once 2] [--json]
 
@@ -7,11 +7,12 @@ and DINO 2048 wide, 1,649 validation images) are shared by `run_sweep` as `cafo-
 rates, each trial training its keys and searching α and β. Few epochs make the trials short, and the share of everything
 else large.
 
-overhead  1 - (trials' own seconds) / (places × seconds), in steady state: from the first trial's start to the last
-          one's end, `places` trials at once. A trial's own seconds run from its first line to its last.
-startup_s from the call to the first trial's start: Ray's workers, their imports, the features into the object store.
+overhead  1 - (seconds of all trials) / (trials at once × seconds), from the first trial's start to the last one's
+          end. A trial's seconds run from its first line to its last.
+startup_s from the call to the first trial's start: starting Ray's workers, their imports, copying the features to the
+          object store.
 
-With `--json` the last line is `{"trials": …, "overhead": …, …}`. The bar is 0.20.
+With `--json` the last line is `{"trials": …, "overhead": …, …}`. The overhead should stay below 0.20.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ WIDTHS = {"clip": 1024, "dino": 2048}
 
 def make(seed: int) -> SharedInputs:
     """Noisy copies of one random direction per class, as unit features."""
-    draw = np.random.default_rng(seed)
-    labels, val_labels = np.arange(CLASSES).repeat(KEYS_PER_CLASS), draw.integers(CLASSES, size=IMAGES)
+    rng = np.random.default_rng(seed)
+    labels, val_labels = np.arange(CLASSES).repeat(KEYS_PER_CLASS), rng.integers(CLASSES, size=IMAGES)
     views, val, classifiers = {}, {}, {}
     for name, width in WIDTHS.items():
-        centres = draw.normal(size=(CLASSES, width))
+        centres = rng.normal(size=(CLASSES, width))
 
         def unit(rows: np.ndarray, noise: float, shape: tuple[int, ...], width: int = width) -> np.ndarray:
-            noisy = rows + noise * draw.normal(size=(*shape, width))
+            noisy = rows + noise * rng.normal(size=(*shape, width))
             return (noisy / np.linalg.norm(noisy, axis=-1, keepdims=True)).astype(np.float32)
 
         views[name] = unit(centres[labels], 7.0, (VIEWS, len(labels)))

@@ -225,7 +225,7 @@ def train_keys(
             rows = rows.to(labels.device)
             batch = {name: v[(number - 1) % num_views, rows] for name, v in views.items()}
             loss = F.cross_entropy(learner.combine(batch).logits(cache.alpha), labels[rows])
-            _check_finite(loss, f"epoch {number}, step {step}", rows, schedule.get_last_lr()[0])
+            _check_finite(loss, f"epoch {number}, step {step}", rows, float(schedule.get_last_lr()[0]))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -168,11 +168,11 @@ def load_tree(
     val_from, test_from = shares[0], shares[0] + shares[1]
 
     def split_images() -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-        train, val, test = [], [], []
-        for item in _list_images(root, {name: name for name in names}):
-            position = stable_uniform(seed, item.path)
-            (train if position < val_from else val if position < test_from else test).append(item)
-        return tuple(train), tuple(val), tuple(test)
+        items = [(stable_uniform(seed, item.path), item) for item in _list_images(root, {name: name for name in names})]
+        train = tuple(item for position, item in items if position < val_from)
+        val = tuple(item for position, item in items if val_from <= position < test_from)
+        test = tuple(item for position, item in items if test_from <= position)
+        return train, val, test
 
     train, val, _ = split_images()
     return Dataset(
@@ -240,16 +240,16 @@ def _load_imagenet(folder: Path, layout: DatasetLayout, val_share: float, seed: 
     _require_folder(images / "train", "unpack ImageNet's training images there")
     train_folders = {f"train/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
     test_folders = {f"val/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
-    train, val = [], []
-    for item in _list_images(images, train_folders):
-        (val if stable_uniform(seed, item.path) < val_share else train).append(item)
+    items = _list_images(images, train_folders)
+    val = tuple(item for item in items if stable_uniform(seed, item.path) < val_share)
+    train = tuple(item for item in items if stable_uniform(seed, item.path) >= val_share)
     return Dataset(
         name="imagenet",
         class_names=names,
         templates=layout.templates,
         image_root=images,
-        train=tuple(train),
-        val=tuple(val),
+        train=train,
+        val=val,
         read_test=lambda: _list_test_images(images, test_folders),
     )
 

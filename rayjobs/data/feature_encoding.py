@@ -63,8 +63,11 @@ class PartTask:
         """Return the views of an image, each (3, S, S) float32: V augmented ones, or the plain one if V is 0."""
         if not self.views:
             return [preprocess(image).numpy()]
-        augmentation = {"min_area": self.min_area, "flips": self.flips}
-        return [preprocess.view(image, path, i, self.seed, **augmentation).numpy() for i in range(self.views)]
+        views = (
+            preprocess.view(image, path, i, self.seed, min_area=self.min_area, flips=self.flips)
+            for i in range(self.views)
+        )
+        return [view.numpy() for view in views]
 
 
 def encode_parts(

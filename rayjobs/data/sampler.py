@@ -22,7 +22,7 @@ Memory is bounded by one window. The code runs in Ray Data tasks, so it does not
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,11 +45,12 @@ MICRO_BATCH_SCHEMA = pa.schema(
 )
 
 
-class PartSlice(NamedTuple):
+@dataclass(frozen=True)
+class PartSlice:
     """What an epoch takes from a part of the store."""
 
-    part: str
-    """file name"""
+    file: str
+    """name of the part's file"""
     rows: np.ndarray | None
     """row numbers, rising; None for all rows"""
     count: int
@@ -157,15 +158,15 @@ class ElasticBatchSampler:
 
     def _read_range(self, slices: Sequence[PartSlice], start: int, size: int) -> pa.Table:
         """Read up to `size` rows from position `start` of the slices, laid one after the other."""
-        skip, tables, found = start, [], 0
+        skip, tables, rows_read = start, [], 0
         for part in slices:
             if skip >= part.count:
                 skip -= part.count
                 continue
-            table = read_parquet(f"{self.store.folder}/{part.part}")
-            tables.append((table if part.rows is None else table.take(part.rows)).slice(skip, size - found))
-            found, skip = found + tables[-1].num_rows, 0
-            if found == size:
+            table = read_parquet(f"{self.store.folder}/{part.file}")
+            tables.append((table if part.rows is None else table.take(part.rows)).slice(skip, size - rows_read))
+            rows_read, skip = rows_read + tables[-1].num_rows, 0
+            if rows_read == size:
                 break
         return pa.concat_tables(tables)
 

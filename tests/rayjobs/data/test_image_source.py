@@ -1,4 +1,4 @@
-"""Images on their way to a worker: as they are, or in views that change with the epoch; one that is gone is named."""
+"""Image sources: images as they are or in views that change with the epoch; errors name the image."""
 
 import re
 from pathlib import Path
@@ -29,35 +29,35 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pictures(folder: Path, vision: list[str], *more: str) -> ImageSource:
-    how = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, *more)])
+def make_source(folder: Path, vision: list[str], *more: str) -> ImageSource:
+    config = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, *more)])
     sources = RecordsConfig(path=[str(folder / "r.jsonl")]).sources()
-    return prepare_image_source(how, how.open(), sources, folder / "images.json", folder, WorkerPoolConfig(), 5)
+    return prepare_image_source(config, config.open(), sources, folder / "images.json", folder, WorkerPoolConfig(), 5)
 
 
-def seen(found: ImageSource, epoch: int | None) -> np.ndarray:
-    return np.frombuffer(found.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
+def pixels_of(source: ImageSource, epoch: int | None) -> np.ndarray:
+    return np.frombuffer(source.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
 
 
-def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_where_told(
+def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_with_flips(
     folder: Path, vision: list[str]
 ) -> None:
-    plain = seen(pictures(folder, vision, "mode=streamed"), 1)
-    found = pictures(folder, vision, "mode=streamed", "augment=true")
-    views = [seen(found, epoch) for epoch in range(24)]
-    assert np.array_equal(views[3], seen(found, 3))
-    assert np.array_equal(seen(found, None), plain), "whoever validates sees the image as it is"
+    plain = pixels_of(make_source(folder, vision, "mode=streamed"), 1)
+    augmented = make_source(folder, vision, "mode=streamed", "augment=true")
+    views = [pixels_of(augmented, epoch) for epoch in range(24)]
+    assert np.array_equal(views[3], pixels_of(augmented, 3))
+    assert np.array_equal(pixels_of(augmented, None), plain), "validation uses the image as it is"
     assert len({view.tobytes() for view in [plain, *views]}) > 20
     assert all(np.all(np.diff(view[0, 9]) >= 0) for view in views), "brighter to the right: never mirrored"
     assert min(map(np.ptp, views)) < 0.75 * max(map(np.ptp, views))
 
-    large = pictures(folder, vision, "mode=streamed", "augment=true", "min_area=0.85", "flips=true")
-    views = [seen(large, epoch) for epoch in range(24)]
+    large = make_source(folder, vision, "mode=streamed", "augment=true", "min_area=0.85", "flips=true")
+    views = [pixels_of(large, epoch) for epoch in range(24)]
     assert {bool(np.all(np.diff(view[0, 9]) <= 0)) for view in views} == {True, False}
     assert min(map(np.ptp, views)) > 0.8 * max(map(np.ptp, views))
 
 
-def test_images_that_nothing_reads_are_told(
+def test_the_plan_says_that_images_are_left_out(
     folder: Path, tiny_base: Path, vision: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [f"base.path={tiny_base}", f"data.path=[{folder}/r.jsonl]", "adapter.n_layers=1", "run.name=r"]
@@ -67,9 +67,7 @@ def test_images_that_nothing_reads_are_told(
     assert re.search(r"images +1, stored", capsys.readouterr().out)
 
 
-def test_an_encoder_reads_no_more_images_at_once_than_it_is_told(
-    vision: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_encoder_reads_batches_of_the_configured_size(vision: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     conditioning = load(VisionConfig, None, [given.removeprefix("vision.") for given in (*vision, "batch=3")]).open()
     featurizer, read = ImageFeaturizer(conditioning.encoder, "cpu"), []
     multi_scale = featurizer.encoder.multi_scale
@@ -77,14 +75,14 @@ def test_an_encoder_reads_no_more_images_at_once_than_it_is_told(
         featurizer.encoder, "multi_scale", lambda batch, n: (read.append(len(batch)), multi_scale(batch, n))[1]
     )
     pixels = list(np.random.default_rng(0).normal(size=(7, 3 * 32 * 32)).astype(np.float32))
-    found = featurizer.features([one.tobytes() for one in pixels])
+    features = featurizer.features([one.tobytes() for one in pixels])
     assert read == [3, 3, 1]
     whole = torch.cat(multi_scale(torch.tensor(np.stack(pixels)).view(7, 3, 32, 32)), dim=1)
-    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(features, whole)
 
 
-def test_an_image_that_is_gone_is_named(folder: Path, vision: list[str]) -> None:
-    streamed = pictures(folder, vision, "mode=streamed")
+def test_a_missing_image_is_named(folder: Path, vision: list[str]) -> None:
+    streamed = make_source(folder, vision, "mode=streamed")
     (folder / "ramp.png").unlink()
     with pytest.raises(ValueError, match=r"ramp\.png: cannot be decoded"):
         streamed.read(0, 0, None)

@@ -33,10 +33,15 @@ WORDS = [
 ]
 
 
-def pytest_configure() -> None:
-    """One thread for this process and for all that it starts: tiny products gain nothing from a second one, and threads
-    that wait for one another on busy cores slow a test down many times."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the tests independent of terminal and cores, here and in all processes that they start.
+
+    Tiny products gain nothing from a second thread, and threads that wait for one another on busy cores are slow.
+    """
+    writer = config.get_terminal_writer()
+    writer.fullwidth = writer.fullwidth  # pytest's own lines keep the width of the terminal
+    os.environ |= {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
 
 

@@ -111,7 +111,7 @@ def write_instructions(path: Path, count: int = 240) -> Path:
     return path
 
 
-def train_llama(folder: Path, steps: int = 120) -> Path:
+def train_llama(folder: Path, steps: int = 60) -> Path:
     """A LLaMA of 0.3 M parameters in Meta's format, trained for seconds on sentences such as the records' inputs:
     5 layers, a window of 512 tokens, a SentencePiece tokenizer with byte fallback."""
     from transformers import LlamaConfig, LlamaForCausalLM

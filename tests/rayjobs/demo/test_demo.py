@@ -14,8 +14,8 @@ from adapter import AdaptedModel
 from rayjobs.config import flatten, load
 from rayjobs.demo import notes
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE
-from rayjobs.demo.llama import LlamaStandIn, train_llama
-from rayjobs.demo.world import Training, trained
+from rayjobs.demo.llama import TinyLlamaConfig, train_llama
+from rayjobs.demo.world import Training, train_model
 from rayjobs.jobs import demo
 from rayjobs.storage.files import read_json
 from tests.conftest import ROOT
@@ -44,7 +44,7 @@ def test_records_are_seeded_and_right() -> None:
 
 
 def test_a_tenth_or_more_of_all_notes_is_held_out() -> None:
-    found = set(islice(notes.notes(Random(0), test=True), 5000))
+    found = set(islice(notes.sample_notes(Random(0), test=True), 5000))
     assert 100 < len(found) < 300
 
 
@@ -126,7 +126,7 @@ def test_a_second_run_trains_nothing_and_says_when_it_was_done(
     for number in range(1, 5):
         assert re.search(rf"^{number}/4  .*\(from the cache\)$", told, re.M)
     cached = [{**row, "made": "before, from the cache"} for row in first["seconds"]]
-    assert all(int(row["seconds"]) for row in cached[:1])
+    assert cached[0]["seconds"].isdigit()
     assert second == {**first, "seconds": cached}
 
 
@@ -142,8 +142,10 @@ def test_the_terminal_shows_stages_time_left_answers_and_where_the_report_is(sto
 
 
 def test_a_stand_in_is_a_base_like_any_other_and_the_same_in_every_run(tmp_path: Path) -> None:
-    settings = LlamaStandIn(steps=3, batch=64, dim=16)
-    losses = [list(trained(Training(tmp_path / name, settings.steps, partial(train_llama, settings)))) for name in "ab"]
+    settings = TinyLlamaConfig(steps=3, batch=64, dim=16)
+    losses = [
+        list(train_model(Training(tmp_path / name, settings.steps, partial(train_llama, settings)))) for name in "ab"
+    ]
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
     assert len(AdaptedModel.from_pretrained(tmp_path / "a").generate(["Note"], max_new_tokens=3, temperature=0)) == 1

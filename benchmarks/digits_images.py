@@ -19,8 +19,13 @@ from typing import Any
 
 from rayjobs.config import load
 from rayjobs.console import show_table
-from rayjobs.demo.adapter_settings import AdaptersConfig, asking, reading, write_scan_questions
-from rayjobs.demo.world import WorldConfig, make_world, world_in
+from rayjobs.demo.adapter_settings import (
+    AdaptersConfig,
+    question_eval_settings,
+    question_train_settings,
+    write_scan_questions,
+)
+from rayjobs.demo.world import WorldConfig, make_world, world_paths
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.storage.files import atomic_folder, read_json, write_json
 
@@ -46,7 +51,7 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     """Train and measure all adapters on the base of one seed. Returns a row of the table for each."""
     config = WorldConfig()
     config = replace(config, questions=replace(config.questions, seed=seed))
-    world = world_in(out / "cache", config)
+    world = world_paths(out / "cache", config)
     make_world(world, config)
     base = world.questions
     questions, shuffled = out / f"questions-{seed}", out / f"shuffled-{seed}"
@@ -58,7 +63,7 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     def run(name: str) -> dict[str, str]:
         return {"name": f"{name}-{seed}", "storage": str(out), "cache": str(out / "cache")}
 
-    values = reading(recipe, base, world.clip, questions, run("sweep"))
+    values = question_train_settings(recipe, base, world.clip, questions, run("sweep"))
     sweep = {"axes": {"adapter.attention": ATTENTION}, "seeds": [seed]}
     tuned = load(adapter_tune.Config, {**values, "zero": {"stage": 0}, "sweep": sweep})
     adapter_tune.run(tuned)
@@ -66,7 +71,7 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     for trial in adapter_tune.check(tuned):
         settings = adapter_tune.trial_settings(tuned, trial)
         adapters[f"image-conditioned, {settings.adapter.attention}"] = settings.run.folder
-    blind = load(adapter_train.Config, reading(recipe, base, None, questions, run("text-only")))
+    blind = load(adapter_train.Config, question_train_settings(recipe, base, None, questions, run("text-only")))
     adapter_train.run(blind)
     adapters |= {"text-only": blind.run.folder, "none": None}
     return [_row(name, seed, run_folder, values, questions, shuffled, out) for name, run_folder in adapters.items()]
@@ -94,7 +99,7 @@ def _row(
 def _accuracy(name: str, folder: Path, run: Path | None, values: dict[str, Any], out: Path) -> dict[str, float]:
     """Accuracy on the test split by class."""
     evals = {"name": name.replace(" ", "-"), "storage": str(out / "evals")}
-    settings = asking(values, run / "adapter.safetensors" if run else None, folder, evals)
+    settings = question_eval_settings(values, run / "adapter.safetensors" if run else None, folder, evals)
     accuracy = adapter_eval.run(load(adapter_eval.Config, settings))["accuracy_by_class"][1]
     return {group: float(accuracy[group]) for group in ("IMG", "TXT")}
 

@@ -1,1 +1,1 @@
-"""The offline world of the demo: its text, and the tiny foundation models that are trained on it while you watch."""
+"""The offline demo: its images and text, the tiny models that are trained on them, and the settings of its jobs."""

@@ -1,5 +1,4 @@
-"""The settings of LLaMA-Adapter's ordinary jobs in the demo's world: an instruction taught by text alone, and questions
-that only an image answers."""
+"""Settings of the demo's LLaMA-Adapter jobs: a new instruction, learned from text, and questions about images."""
 
 from pathlib import Path
 from typing import Any
@@ -8,32 +7,31 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.demo import notes
-from rayjobs.demo.gpus import workers
 from rayjobs.demo.questions import write_questions
-from rayjobs.demo.world import World
+from rayjobs.demo.world import World, worker_count
 from rayjobs.storage.files import atomic_folder, read_json, write_json, write_jsonl
 
 
 @config
 class AdaptersConfig:
-    """How much the adapters are taught."""
+    """How long the adapters are trained."""
 
     records: int = Field(default=900, ge=10)
-    """Records of the new instruction to train on, and half as many of the old one."""
+    """Training records of the new instruction; half as many of the old one are added."""
     held_out: int = Field(default=200, ge=1)
-    """Records of each instruction to measure with; they hold notes that are in nothing else."""
+    """Test records of each instruction; their notes are in no training text."""
     epochs: float = Field(default=16, gt=0)
-    """Passes over the records."""
+    """Epochs over the records."""
     question_epochs: float = Field(default=3.4, gt=0)
-    """Passes over the questions about images."""
+    """Epochs over the questions about images."""
     workers: int = Field(default=2, ge=1)
-    """Ray Train workers that learn the instruction, under ZeRO-2; where there are GPUs, at most one on each."""
+    """Ray Train workers for the instruction, under ZeRO-2; with GPUs, at most one for each GPU."""
     seed: int = Field(default=0, ge=0)
-    """Of records, questions, prompts and their order."""
+    """Seed for records, questions, prompts and their order."""
 
 
 def write_records(settings: AdaptersConfig, folder: Path) -> None:
-    """`records.jsonl`, and the `template.json` they are read by."""
+    """Write the training records, `records.jsonl`, and their prompt template, `template.json`."""
     spell = notes.records(notes.SPELL, settings.records, settings.seed, test=False)
     copy = notes.records(notes.COPY, settings.records // 2, settings.seed, test=False)
     write_jsonl(folder / "records.jsonl", spell + copy)
@@ -41,8 +39,10 @@ def write_records(settings: AdaptersConfig, folder: Path) -> None:
     write_json(folder / "template.json", template)
 
 
-def spelling(settings: AdaptersConfig, base: Path, records: Path, run: dict[str, Any], gpus: int) -> dict[str, Any]:
-    """Of adapter-train, on the instruction that the base does not know."""
+def instruction_train_settings(
+    settings: AdaptersConfig, base: Path, records: Path, run: dict[str, Any], gpus: int
+) -> dict[str, Any]:
+    """Settings of adapter-train on the instruction that the base does not know."""
     return {
         "base": {"path": str(base)},
         "data": {
@@ -60,13 +60,13 @@ def spelling(settings: AdaptersConfig, base: Path, records: Path, run: dict[str,
             "validate_every_steps": 10**6,
         },
         "optimizer": {"base_lr": 0.4},
-        "scale": {"workers": workers(gpus, settings.workers), "threads_per_worker": 1},
+        "scale": {"workers": worker_count(gpus, settings.workers), "threads_per_worker": 1},
         "run": run,
     }
 
 
 def write_scan_questions(world: World, folder: Path, seed: int) -> None:
-    """Questions about the world's scans as `questions.write_questions` writes them, unless they are there."""
+    """Write questions about the scans with `write_questions`, unless the folder exists."""
     if folder.exists():
         return
     split = read_json(world.digits / "split.json")
@@ -75,10 +75,10 @@ def write_scan_questions(world: World, folder: Path, seed: int) -> None:
         write_questions(new, scans, seed)
 
 
-def reading(
+def question_train_settings(
     settings: AdaptersConfig, base: Path, clip: Path | None, questions: Path, run: dict[str, Any]
 ) -> dict[str, Any]:
-    """Of adapter-train, on questions about images; without a CLIP, the adapter is text-only and cannot see them."""
+    """Settings of adapter-train on questions about images; without a CLIP, the adapter is text-only."""
     values: dict[str, Any] = {
         "base": {"path": str(base)},
         "data": {
@@ -88,7 +88,7 @@ def reading(
             "val_fraction": 0.0,
         },
         "adapter": {"n_layers": 3},
-        "train": {  # 2 of 287 steps of warm-up
+        "train": {  # the warm-up is 2 of 287 steps
             "epochs": settings.question_epochs,
             "warmup_epochs": 0.024,
             "global_batch": 32,
@@ -103,8 +103,13 @@ def reading(
     return values
 
 
-def asking(trained: dict[str, Any], adapter: Path | None, questions: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Of adapter-eval, on the test questions; `trained` is what `reading` gave. Without an adapter, of the base."""
+def question_eval_settings(
+    trained: dict[str, Any], adapter: Path | None, questions: Path, run: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of adapter-eval on the test questions; without an adapter, of the base alone.
+
+    trained: the result of `question_train_settings`.
+    """
     return {
         "base": trained["base"],
         "adapter": str(adapter) if adapter else None,

@@ -1,4 +1,4 @@
-"""What the demo makes once: folders in the cache, named after all that their content follows from."""
+"""Folders in the cache for what the demo makes once, named after everything that their content depends on."""
 
 import uuid
 from collections.abc import Iterator
@@ -11,20 +11,21 @@ import torch
 from rayjobs.storage.fingerprint import fingerprint
 
 FORMAT = 3
-"""Of all that is made here: a change that changes its outcome counts it up, so that nothing older is taken for new."""
+"""Version of everything that the demo makes. Increase it with a change that changes any of its content, so that older
+content is not taken for new."""
 
 
-def kept(cache: Path, kind: str, *identity: Any) -> Path:
-    """The folder of this kind and identity, which is there whole or not at all."""
-    return cache / "demo" / f"{kind}-{digest(kind, *identity)}"
+def cache_folder(cache: Path, kind: str, *identity: Any) -> Path:
+    """The folder of this kind and identity. It exists completely or not at all."""
+    return cache / "demo" / f"{kind}-{demo_fingerprint(kind, *identity)}"
 
 
-def digest(*identity: Any) -> str:
+def demo_fingerprint(*identity: Any) -> str:
     return fingerprint([FORMAT, *identity])[:16]
 
 
-def link(path: Path, target: Path) -> None:
-    """Lets `path` lead to `target`, whatever it led to before."""
+def link_folder(path: Path, target: Path) -> None:
+    """Make `path` a symbolic link to `target`; replace an earlier link."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.symlink_to(target)
@@ -32,8 +33,11 @@ def link(path: Path, target: Path) -> None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch on so many threads: at this size more are slower, and sums would depend on their number."""
+def torch_threads(count: int) -> Iterator[None]:
+    """Run PyTorch with this number of threads.
+
+    Models of this size are slower with more threads, and the last bits of sums depend on their number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

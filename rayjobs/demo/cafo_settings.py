@@ -1,4 +1,4 @@
-"""The settings of CaFo's ordinary job in the demo's world."""
+"""Settings of the demo's CaFo job."""
 
 from typing import Any
 
@@ -6,15 +6,14 @@ from pydantic import Field
 
 from rayjobs.config import config, to_dict
 from rayjobs.demo.captions import TEMPLATE
-from rayjobs.demo.gpus import share
-from rayjobs.demo.world import World
+from rayjobs.demo.world import World, gpu_share
 from rayjobs.runs.run_dir import RunConfig
 
 BASELINES: dict[str, dict[str, Any]] = {
     "raw pixels": {"encoders": [["clip", "pixels"]], "ensemble": ["pixels alone"]},
     "untrained DINO": {"encoders": [["clip", "untrained"]], "ensemble": ["untrained alone"]},
 }
-"""What few-shot images give without any pre-training."""
+"""Methods without any pre-training, for comparison: each with the hyperparameters that it restricts."""
 
 CASCADE: dict[str, dict[str, Any]] = {
     "DINO cache": {"encoders": [["clip", "dino"]], "ensemble": ["dino alone"]},
@@ -29,20 +28,20 @@ CASCADE: dict[str, dict[str, Any]] = {
 
 @config
 class CascadeConfig:
-    """How much of CaFo is tried."""
+    """The search space of the demo's sweep."""
 
     shots: list[int] = Field(default=[0, 1, 4, 16], min_length=1)
-    """K: labelled scans of each digit."""
+    """K: numbers of labelled scans per digit."""
     seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
-    """Of the few-shot choice; accuracies are means over them."""
+    """Seeds for the few-shot choice; accuracies are means over them."""
     generated: list[int] = Field(default=[1, 8], min_length=1)
-    """K': drawn pictures of each digit, the best by CLIP; which of these is best is chosen on val."""
+    """K': numbers of generated images per digit, the best by CLIP; the number is chosen on validation scans."""
     epochs: list[int] = Field(default=[20], min_length=1)
-    """Epochs of the keys' training."""
+    """Numbers of epochs that the keys are trained."""
 
 
-def cascade(settings: CascadeConfig, world: World, run: RunConfig, gpus: int) -> dict[str, Any]:
-    """Of the job `cafo`, which is cafo-generate, cafo-features, cafo-tune and cafo-eval in one."""
+def cafo_job_settings(settings: CascadeConfig, world: World, run: RunConfig, gpus: int) -> dict[str, Any]:
+    """Settings of the job cafo, which runs cafo-generate, cafo-tune and cafo-eval."""
     methods = {}
     for name, row in {**BASELINES, **CASCADE}.items():
         sentences = ["file" if row.get("sentences") else "templates"]
@@ -67,16 +66,16 @@ def cascade(settings: CascadeConfig, world: World, run: RunConfig, gpus: int) ->
             "candidates": 2 * max(settings.generated),
             "keep": max(settings.generated),
         },
-        # a mirrored digit is none, and where in the picture a stroke lies is what tells digits apart
+        # a mirrored digit is no digit, and digits differ in where their strokes are
         "features": {"views": 4, "min_area": 0.9, "flips": False},
         "space": {
             "shots": settings.shots,
             "seeds": settings.seeds,
             "epochs": settings.epochs,
-            "alpha": [8.0],  # the tiny CLIP is as sure at 12 as the real one is at 100
+            "alpha": [8.0],  # the logit scale of the tiny CLIP is about 12, that of the real one 100
             "methods": methods,
         },
         "search": {"beta_high": 50.0, "beta_steps": 100},
-        "trials": {"workers": 2, "gpus_per_worker": share(gpus, 2)},
+        "trials": {"workers": 2, "gpus_per_worker": gpu_share(gpus, 2)},
         "run": to_dict(run),
     }

@@ -1,7 +1,7 @@
-"""What the demo's language model knows: how each digit looks, in words that say its name or not.
+"""Captions and class descriptions of the demo's digits: how each digit looks, in phrases with or without its name.
 
-CLIP's captions and the language model's sentences are about one world, so they share phrases. But a caption seldom
-gives the name, so that sentences tell CLIP more about a class than the name in a template does.
+CLIP's captions and the sentences of the language model's file share these phrases. A caption seldom has the digit's
+name, so the sentences tell CLIP more about a class than the name in a template does.
 """
 
 import random
@@ -28,22 +28,22 @@ PHRASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def caption(digit: int, dice: random.Random) -> str:
-    """What stands beside a picture: nine times in ten a phrase, else the name, or both."""
+def sample_caption(digit: int, rng: random.Random) -> str:
+    """A caption for an image of the digit: a phrase in nine cases of ten, else its name, or both."""
     name = NAMES[digit]
-    phrase, kind = dice.choice(PHRASES[name]), dice.random()
+    phrase, kind = rng.choice(PHRASES[name]), rng.random()
     if kind < 0.9:
         return f"{phrase}."
     return TEMPLATE.format(name) if kind < 0.95 else f"the digit {name}: {phrase}."
 
 
-def sentences() -> dict[str, list[str]]:
-    """The language model's file, in CaFo's format."""
+def descriptions() -> dict[str, list[str]]:
+    """The class descriptions, in the format of CaFo's prompts file."""
     return {
         name: [
             TEMPLATE.format(name),
             *(f"{phrase}." for phrase in phrases),
-            *(f"the digit {name}: {p}." for p in phrases),
+            *(f"the digit {name}: {phrase}." for phrase in phrases),
         ]
         for name, phrases in PHRASES.items()
     }

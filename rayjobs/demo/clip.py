@@ -1,4 +1,4 @@
-"""A tiny CLIP: open_clip's own class, trained on printed digits and captions, and never shown a scan."""
+"""A tiny CLIP: open_clip's own class, trained on printed digits with captions. It never sees a handwritten scan."""
 
 import json
 import random
@@ -9,31 +9,32 @@ from typing import Any
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from cafo.images import CLIP_MEAN, CLIP_STD
 from rayjobs.config import config
-from rayjobs.demo.captions import caption
-from rayjobs.demo.font_digits import SIDE, masters, printed
+from rayjobs.demo.captions import sample_caption
+from rayjobs.demo.font_digits import SIDE, printed_digits, render_fonts
+from rayjobs.demo.optim import train_steps
 from rayjobs.storage.files import atomic_path
 
 
 @config
-class ClipStandIn:
-    """A CLIP that has read printed digits with their captions."""
+class TinyClipConfig:
+    """The tiny CLIP and its training on printed digits with captions."""
 
     width: int = Field(default=16, ge=8)
-    """Of the ResNet's first stage, in channels."""
+    """Channels of the ResNet's first stage."""
     embed_dim: int = Field(default=64, ge=8)
     """Width of the features."""
     steps: int = Field(default=300, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: int = Field(default=64, ge=2)
-    """Pictures per step."""
+    """Images per step."""
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
     seed: int = Field(default=0, ge=0)
-    """Of the pictures, the captions and the initial weights."""
+    """Seed for the images, the captions and the initial weights."""
 
     def model_config(self) -> dict[str, Any]:
         """open_clip's model JSON."""
@@ -44,31 +45,28 @@ class ClipStandIn:
         }
 
 
-def train_clip(settings: ClipStandIn, folder: Path, device: str) -> Iterator[float]:
-    """Contrastive training, yielding the loss of every step; at its end the folder holds what open_clip reads."""
-    import open_clip  # seconds, which the models trained beside this one can spare
+def train_clip(settings: TinyClipConfig, folder: Path, device: str) -> Iterator[float]:
+    """Train by the contrastive loss; yield the loss of every step, then write the folder in open_clip's format."""
+    import open_clip  # takes seconds; the models that are trained beside this one do not need it
 
-    dice, words = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
+    image_rng, caption_rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = open_clip.CLIP(**settings.model_config()).to(device)
     tokenize = open_clip.SimpleTokenizer(context_length=settings.model_config()["text_cfg"]["context_length"])
-    contrast = open_clip.ClipLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
+    contrastive_loss = open_clip.ClipLoss()
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    fonts = masters()
-    for _ in range(settings.steps):
-        digits = torch.randint(10, (settings.batch,), generator=dice)
-        images = (printed(fonts, digits, dice)[:, None] - mean) / std
-        captions = tokenize([caption(int(digit), words) for digit in digits])
-        loss = contrast(*model(images.to(device), captions.to(device)))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item()
+    fonts = render_fonts()
+
+    def loss_of_step(step: int) -> Tensor:
+        digits = torch.randint(10, (settings.batch,), generator=image_rng)
+        images = (printed_digits(fonts, digits, image_rng)[:, None] - mean) / std
+        captions = tokenize([sample_caption(int(digit), caption_rng) for digit in digits])
+        return contrastive_loss(*model(images.to(device), captions.to(device)))
+
+    yield from train_steps(
+        model, loss_of_step, steps=settings.steps, peak_lr=settings.lr, weight_decay=0.1, betas=(0.9, 0.98)
+    )
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / "open_clip_model.safetensors") as temporary:
         save_file(state, temporary)

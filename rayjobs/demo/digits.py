@@ -1,4 +1,4 @@
-"""The demo's task: scikit-learn's handwritten digits, 1,797 real scans, as an ordinary data set of image files."""
+"""The demo's task: scikit-learn's handwritten digits, 1,797 scans, as an ordinary data set of image files."""
 
 from pathlib import Path
 
@@ -9,58 +9,58 @@ from torch import Tensor
 
 from cafo.datasets import stable_uniform
 from rayjobs.config import config
-from rayjobs.demo.captions import sentences
-from rayjobs.demo.font_digits import pictures
+from rayjobs.demo.captions import descriptions
+from rayjobs.demo.font_digits import enlarge
 from rayjobs.demo.notes import NAMES
-from rayjobs.errors import UserError
+from rayjobs.errors import ConfigError
 from rayjobs.storage.files import write_json
 
 
 @config
 class DigitsConfig:
-    """How the scans are divided."""
+    """How the scans are split."""
 
     train: int = Field(default=900, ge=10)
-    """Scans that few-shot images are chosen from; DINO sees them all, without labels."""
+    """Training scans, from which the few-shot images are chosen; DINO is trained on all of them, without labels."""
     val: int = Field(default=300, ge=10)
-    """Scans that everything is chosen on."""
+    """Validation scans, on which settings are chosen."""
     test: int = Field(default=597, ge=10)
-    """Scans that are scored once, at the end."""
+    """Test scans, which are scored once, at the end."""
     seed: int = Field(default=0, ge=0)
-    """Of the division."""
+    """Seed of the split."""
 
 
-def divided(settings: DigitsConfig) -> dict[str, list[tuple[str, Tensor, int]]]:
-    """{split: (name, picture (S, S) of 0 to 1, digit) of each of its scans}. Raises ValueError for too large splits."""
+def split_scans(settings: DigitsConfig) -> dict[str, list[tuple[str, Tensor, int]]]:
+    """{split: (name, image (S, S) from 0 to 1, digit) of each scan}. Raises ConfigError if there are too few scans."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    drawn = pictures(torch.from_numpy(scans.images).float())
-    order = sorted(range(len(drawn)), key=lambda i: stable_uniform(settings.seed, str(i)))
-    found, start = {}, 0
+    images = enlarge(torch.from_numpy(scans.images).float())
+    order = sorted(range(len(images)), key=lambda i: stable_uniform(settings.seed, str(i)))
+    splits, start = {}, 0
     for split in ("train", "val", "test"):
         stop = start + getattr(settings, split)
-        found[split] = [(f"{i:04d}", drawn[i], int(scans.target[i])) for i in order[start:stop]]
+        splits[split] = [(f"{i:04d}", images[i], int(scans.target[i])) for i in order[start:stop]]
         start = stop
-    if start > len(drawn):
-        raise UserError(f"digits: train, val and test add up to {start}, and there are {len(drawn)} scans")
-    return found
+    if start > len(images):
+        raise ConfigError(f"digits: train, val and test add up to {start}, and there are {len(images)} scans")
+    return splits
 
 
 def write_digits(settings: DigitsConfig, folder: Path) -> None:
-    """Fills a folder with images by class, a `split.json` in CoOp's form, and `prompts.json` in CaFo's."""
+    """Write the images by class, `split.json` in CoOp's format, and `prompts.json` in CaFo's format."""
     split: dict[str, list[list[str | int]]] = {}
-    for part, scans in divided(settings).items():
+    for part, scans in split_scans(settings).items():
         split[part] = []
-        for name, picture, digit in scans:
+        for name, image, digit in scans:
             path = Path(NAMES[digit]) / f"{name}.png"
-            save_picture(picture, folder / path)
+            save_image(image, folder / path)
             split[part].append([path.as_posix(), digit, NAMES[digit]])
-    write_json(folder / "prompts.json", sentences())
+    write_json(folder / "prompts.json", descriptions())
     write_json(folder / "split.json", split)
 
 
-def save_picture(picture: Tensor, path: Path) -> None:
-    """(S, S) of 0 to 1 as a grey PNG."""
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image (S, S) from 0 to 1 as a grey PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().byte().numpy()).save(path)
+    Image.fromarray((image * 255).round().byte().numpy()).save(path)

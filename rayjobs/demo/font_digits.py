@@ -1,9 +1,9 @@
-"""Printed digits, rendered from the fonts that come with matplotlib: what the demo's CLIP is trained on.
+"""Printed digits, rendered from the fonts that come with matplotlib, on which the demo's CLIP is trained.
 
-The handwritten scans are 8 × 8 counts of ink. Printed digits are brought to the same raster, so that CLIP meets scans
-as a new style of writing rather than as another medium.
+The handwritten scans are 8 × 8 grids of grey levels. Printed digits are reduced to the same grid, so that scans differ
+from them in the style of writing only.
 
-Legend: B images, S side of a picture in pixels.
+Legend: B images, S side of an image in pixels.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 RASTER, LEVELS, SIDE = 8, 16, 32
-"""A scan's side and its levels of grey; S of a picture made of one."""
+"""Side of a scan and its number of grey levels; S of an image that is made from a scan."""
 
 FONTS = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -24,41 +24,42 @@ FONTS = (
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
     *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10", "cmmi10"),
 )
-"""Those with digits; others of matplotlib's claim them and show boxes or brackets."""
+"""matplotlib's fonts that have digits; some others show boxes or brackets in their place."""
 
-_MASTER = 48
+_GLYPH = 48
+"""Side of a rendered glyph in pixels."""
 
 
-def masters() -> Tensor:
-    """Every digit in every font, upright: (fonts, 10, 48, 48) of 0 to 1, as high as its square and centred in it."""
+def render_fonts() -> Tensor:
+    """Every digit in every font: (fonts, 10, 48, 48) from 0 to 1, as high as its square and centred in it."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    drawn = [[_master(folder / f"{font}.ttf", str(digit)) for digit in range(10)] for font in FONTS]
-    return torch.from_numpy(np.array(drawn, np.float32) / 255)
+    glyphs = [[_render(folder / f"{font}.ttf", str(digit)) for digit in range(10)] for font in FONTS]
+    return torch.from_numpy(np.array(glyphs, np.float32) / 255)
 
 
-def _master(font: Path, digit: str) -> np.ndarray:
+def _render(font: Path, digit: str) -> np.ndarray:
     page = Image.new("L", (128, 128))
     ImageDraw.Draw(page).text((64, 64), digit, fill=255, font=ImageFont.truetype(font, 80), anchor="mm")
-    return np.asarray(fitted(page, _MASTER))
+    return np.asarray(crop_to_square(page, _GLYPH))
 
 
-def fitted(page: Image.Image, side: int) -> Image.Image:
-    """What is drawn on a page, as high as its new square and centred in it."""
-    cut = page.crop(page.getbbox())
-    width = min(side, max(1, round(side * cut.width / cut.height)))
+def crop_to_square(page: Image.Image, side: int) -> Image.Image:
+    """The drawing on a page, scaled to the height of a square and centred in it."""
+    drawing = page.crop(page.getbbox())
+    width = min(side, max(1, round(side * drawing.width / drawing.height)))
     square = Image.new("L", (side, side))
-    square.paste(cut.resize((width, side), Image.Resampling.BILINEAR), ((side - width) // 2, 0))
+    square.paste(drawing.resize((width, side), Image.Resampling.BILINEAR), ((side - width) // 2, 0))
     return square
 
 
-def printed(masters: Tensor, digits: Tensor, dice: torch.Generator) -> Tensor:
-    """Pictures (B, S, S) of the digits (B,) in random fonts, turned, slanted, stretched, bent, thickened and soiled."""
-    fonts = torch.randint(len(masters), (len(digits),), generator=dice)
-    ink = bent(
-        masters[fonts, digits],
-        dice,
+def printed_digits(glyphs: Tensor, digits: Tensor, rng: torch.Generator) -> Tensor:
+    """Images (B, S, S) of the digits (B,) in random fonts: distorted, thickened, and with noise."""
+    fonts = torch.randint(len(glyphs), (len(digits),), generator=rng)
+    ink = distort(
+        glyphs[fonts, digits],
+        rng,
         turn=0.25,
         slant=(-0.4, 0.3),
         width=(0.9, 1.6),
@@ -67,15 +68,15 @@ def printed(masters: Tensor, digits: Tensor, dice: torch.Generator) -> Tensor:
         wobble=0.15,
     )
     bold = F.max_pool2d(ink, 5, stride=1, padding=2)
-    ink = torch.lerp(ink, bold, torch.rand(len(ink), 1, 1, generator=dice))
-    counts = F.avg_pool2d(ink, _MASTER // RASTER) * (torch.rand(len(ink), 1, 1, generator=dice) * 0.5 + 0.9)
-    counts = counts + 0.06 * torch.randn(counts.shape, generator=dice)
-    return pictures((counts.clamp(0, 1) * LEVELS).round())
+    ink = torch.lerp(ink, bold, torch.rand(len(ink), 1, 1, generator=rng))
+    levels = F.avg_pool2d(ink, _GLYPH // RASTER) * (torch.rand(len(ink), 1, 1, generator=rng) * 0.5 + 0.9)
+    levels = levels + 0.06 * torch.randn(levels.shape, generator=rng)
+    return enlarge((levels.clamp(0, 1) * LEVELS).round())
 
 
-def bent(
+def distort(
     images: Tensor,
-    dice: torch.Generator,
+    rng: torch.Generator,
     *,
     turn: float,
     slant: tuple[float, float],
@@ -84,32 +85,32 @@ def bent(
     move: tuple[float, float],
     wobble: float,
 ) -> Tensor:
-    """Images (B, S, S), each under a random map of its own, as another hand would have written it.
+    """Distort each image (B, S, S) by its own random map, as if another hand had written it.
 
     Args:
-        turn: at most, in radians, either way.
-        slant: of the uprights, per unit of height.
-        width, height: what the axes are multiplied by; more than 1 makes the image smaller.
-        move: at most, sideways and up or down, either way, in half sides.
-        wobble: spread of a slow bending, in half sides.
+        turn: largest rotation either way, in radians.
+        slant: range of the horizontal shear per unit of height.
+        width, height: ranges of the factors on the sampling grid; more than 1 makes the drawing smaller.
+        move: largest horizontal and vertical shift either way, in half sides.
+        wobble: standard deviation of a smooth displacement field, in half sides.
     """
     count, side = images.shape[:2]
 
-    def draw(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=dice) * (high - low) + low
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=rng) * (high - low) + low
 
-    angle, lean, wide, high = draw(-turn, turn), draw(*slant), draw(*width), draw(*height)
+    angle, lean, wide, high = uniform(-turn, turn), uniform(*slant), uniform(*width), uniform(*height)
     rows = [
-        torch.stack([angle.cos() * wide, (lean - angle.sin()) * wide, draw(-move[0], move[0])], dim=1),
-        torch.stack([angle.sin() * high, angle.cos() * high, draw(-move[1], move[1])], dim=1),
+        torch.stack([angle.cos() * wide, (lean - angle.sin()) * wide, uniform(-move[0], move[0])], dim=1),
+        torch.stack([angle.sin() * high, angle.cos() * high, uniform(-move[1], move[1])], dim=1),
     ]
     grid = F.affine_grid(torch.stack(rows, dim=1), [count, 1, side, side], align_corners=False)
-    slow = wobble * torch.randn(count, 2, 3, 3, generator=dice)
-    slow = F.interpolate(slow, size=(side, side), mode="bicubic", align_corners=True)
-    return F.grid_sample(images[:, None], grid + slow.permute(0, 2, 3, 1), align_corners=False)[:, 0]
+    field = wobble * torch.randn(count, 2, 3, 3, generator=rng)
+    field = F.interpolate(field, size=(side, side), mode="bicubic", align_corners=True)
+    return F.grid_sample(images[:, None], grid + field.permute(0, 2, 3, 1), align_corners=False)[:, 0]
 
 
-def pictures(counts: Tensor) -> Tensor:
-    """Scans (B, 8, 8) with levels from 0 to 16, enlarged to (B, S, S) of 0 to 1 as an image viewer would."""
-    smooth = F.interpolate(counts[:, None] / LEVELS, size=(SIDE, SIDE), mode="bicubic", antialias=True)
+def enlarge(levels: Tensor) -> Tensor:
+    """Scans (B, 8, 8) with grey levels from 0 to 16, enlarged bicubically to images (B, S, S) from 0 to 1."""
+    smooth = F.interpolate(levels[:, None] / LEVELS, size=(SIDE, SIDE), mode="bicubic", antialias=True)
     return smooth[:, 0].clamp(0, 1)

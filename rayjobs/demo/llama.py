@@ -1,7 +1,7 @@
-"""Tiny LLaMAs, trained from scratch where the demo runs: stand-ins for real ones, in the same files.
+"""Tiny LLaMAs, trained from scratch where the demo runs.
 
-Each is `adapter.llama.Llama` at a size that one core trains in seconds. It is saved as any other base, a Hugging Face
-folder with its tokenizer, and from then on the jobs know it by its path alone.
+Each is `adapter.decoder.Llama` at a size that one core trains in seconds, saved in Hugging Face's format with its
+tokenizer. The demo's jobs read it as they read any other base.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,75 +18,75 @@ from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
 from rayjobs.demo import notes, questions
+from rayjobs.demo.optim import train_steps
 
 
 @config
-class LlamaStandIn:
-    """A LLaMA, and what it reads."""
+class TinyLlamaConfig:
+    """A tiny LLaMA and its training text."""
 
     reads: Literal["notes", "questions"] = "notes"
-    """notes: how to copy a note, and how notes are spelled; questions: how to choose among lettered options."""
+    """Training text: `notes`, in digits and in words, with the instruction to copy one; `questions`, multiple choice
+    with lettered options."""
     dim: int = Field(default=64, ge=8)
-    """Width."""
+    """Width of the model."""
     n_layers: int = Field(default=4, ge=1)
-    """Decoder layers."""
+    """Number of decoder layers."""
     n_heads: int = Field(default=4, ge=1)
-    """Attention heads."""
+    """Number of attention heads."""
     vocab_size: int = Field(default=300, ge=200)
-    """SentencePiece pieces, at most."""
+    """Maximum number of SentencePiece pieces."""
     steps: int = Field(default=400, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: int = Field(default=32, ge=1)
     """Documents per step."""
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     answer_weight: float = Field(default=10, ge=1)
-    """How much more counts in the loss what can be told from the text before."""
+    """Loss weight of tokens that are determined by the text before them, such as an answer; the other tokens have
+    weight 1."""
     init_std: float | None = Field(default=None, gt=0)
-    """Of all matrices, times d^-0.5; null leaves PyTorch's own, but for the embedding."""
+    """Standard deviation of all initial matrices, in units of d^-0.5; null keeps PyTorch's initialisation except for
+    the embedding."""
     seed: int = Field(default=0, ge=0)
-    """Of the text and of the initial weights."""
+    """Seed for the text and the initial weights."""
 
 
-READING: dict[str, tuple[Callable[[int, int], list[notes.Document]], tuple[str, ...]]] = {
+TEXTS: dict[str, tuple[Callable[[int, int], list[notes.Document]], tuple[str, ...]]] = {
     "notes": (notes.documents, ()),
     "questions": (questions.documents, questions.SYMBOLS),
 }
-"""What is read, from a seed and a count, and what the tokenizer keeps whole."""
+"""For each training text: a function of seed and count that makes its documents, and the tokenizer's own symbols."""
 
 
-def documents(settings: LlamaStandIn) -> list[notes.Document]:
-    """All that is read, in order."""
-    return READING[settings.reads][0](settings.seed, settings.steps * settings.batch)
+def training_documents(settings: TinyLlamaConfig) -> list[notes.Document]:
+    """The documents of all steps, in order."""
+    return TEXTS[settings.reads][0](settings.seed, settings.steps * settings.batch)
 
 
-def train_llama(settings: LlamaStandIn, folder: Path, device: str) -> Iterator[float]:
-    """Next-token prediction over all of the text, once, yielding the loss of every step; at its end the folder holds a
-    base like any other."""
-    read = documents(settings)
-    lines = [" ".join(part for part, _ in document) for document in read[::8]]
-    symbols = READING[settings.reads][1]
+def train_llama(settings: TinyLlamaConfig, folder: Path, device: str) -> Iterator[float]:
+    """Train by next-token prediction, in one pass; yield the loss of every step, then write the folder."""
+    documents = training_documents(settings)
+    lines = [" ".join(part for part, _ in document) for document in documents[::8]]
+    symbols = TEXTS[settings.reads][1]
     (folder / "tokenizer.model").write_bytes(notes.train_tokenizer(lines, settings.vocab_size, symbols))
     tokenizer = Tokenizer(folder)
     model = _untrained(settings, tokenizer.vocab_size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, cycle_momentum=False)
-    for step in range(settings.steps):
-        batch = read[step * settings.batch : (step + 1) * settings.batch]
-        padded = _padded([_encoded(document, settings, tokenizer) for document in batch])
+
+    def loss_of_step(step: int) -> Tensor:
+        batch = documents[step * settings.batch : (step + 1) * settings.batch]
+        padded = _padded([_encode(document, settings, tokenizer) for document in batch])
         tokens, weights = (tensor.to(device) for tensor in padded)
         losses = F.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
-        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        yield loss.item()
+        return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+
+    yield from train_steps(
+        model, loss_of_step, steps=settings.steps, peak_lr=settings.lr, weight_decay=0.01, betas=(0.9, 0.95)
+    )
     save_llama(model, folder)
 
 
-def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:
+def _untrained(settings: TinyLlamaConfig, vocab_size: int) -> Llama:
     shape = LlamaConfig(
         dim=settings.dim,
         n_layers=settings.n_layers,
@@ -107,17 +107,17 @@ def _untrained(settings: LlamaStandIn, vocab_size: int) -> Llama:
     return model
 
 
-def _encoded(document: notes.Document, settings: LlamaStandIn, tokenizer: Tokenizer) -> list[tuple[int, float]]:
-    """A document's ids, each with its weight in the loss."""
+def _encode(document: notes.Document, settings: TinyLlamaConfig, tokenizer: Tokenizer) -> list[tuple[int, float]]:
+    """A document's ids with their loss weights."""
     row = [(tokenizer.bos_id, 0.0)]
-    for part, can_be_told in document:
-        weight = settings.answer_weight if can_be_told else 1.0
+    for part, predictable in document:
+        weight = settings.answer_weight if predictable else 1.0
         row += [(id, weight) for id in tokenizer.encode(part, bos=False, eos=False)]
     return [*row, (tokenizer.eos_id, 1.0)]
 
 
 def _padded(rows: list[list[tuple[int, float]]]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T), and their weights in the loss, which are nothing for padding."""
+    """Tokens (B, T) and their loss weights, which are 0 for padding."""
     shape = (len(rows), max(map(len, rows)))
     tokens, weights = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     for i, row in enumerate(rows):

@@ -1,7 +1,8 @@
-"""The demo world's text: notes of three digits, written in digits and in words.
+"""The text of the demo's first LLaMA: notes of three digits, written in digits and in words.
 
-The base reads passages that give a note both ways, and is asked one thing only: to copy a note. An instruction that is
-new to it asks for the words. What a note says decides by its hash whether only test records may hold it.
+The base is trained on passages that give a note both ways, and on one instruction: to copy a note. The adapter is
+trained on another instruction, which asks for the words. The hash of a note decides whether it is for test records
+only.
 """
 
 import hashlib
@@ -20,17 +21,18 @@ TEMPLATE = PromptTemplate(
     with_input="Instruction: {instruction} Input: {input} Response: ",
     without_input="Instruction: {instruction} Response: ",
 )
-"""Alpaca's form without its preamble, which would be half of every sequence here; an answer is a word of its own."""
+"""Alpaca's template without its preamble, which would be half of every sequence; an answer begins a new word."""
 
 TEST_SHARE = 0.2
+"""Share of all notes that are for test records only."""
 
 Document = list[tuple[str, bool]]
-"""Text in parts that a space divides; True marks what can be told from the text before it."""
+"""(text, predictable) parts, joined by spaces; predictable: determined by the text before it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to do with a note."""
+    """Something to do with a note, and the instructions that ask for it."""
 
     name: str
     instructions: tuple[str, ...]
@@ -41,54 +43,55 @@ class Task:
 
 
 COPY = Task("copy the note", ("Write the note again.", "Copy the note.", "Repeat what the note says."), False)
-"""The one thing that the base is taught to do."""
+"""The task that the base is trained on."""
 
 SPELL = Task("spell the note", ("Spell the note.", "Write the note in words.", "Say the note aloud."), True)
-"""What the base has read of, but was never asked: it takes the instruction for the one it knows."""
+"""The task of the adapter. The base has read notes in words, but without an adapter it copies the note."""
 
 
 def words(note: str) -> str:
+    """The note in words."""
     return " ".join(NAMES[int(digit)] for digit in note.split())
 
 
-def notes(dice: random.Random, *, test: bool) -> Iterator[str]:
-    """Notes without end, all for testing or none."""
+def sample_notes(rng: random.Random, *, test: bool) -> Iterator[str]:
+    """Random notes without end, either all for test records or none."""
     while True:
-        note = " ".join(str(dice.randrange(10)) for _ in range(3))
+        note = " ".join(str(rng.randrange(10)) for _ in range(3))
         if is_test(note) == test:
             yield note
 
 
 def is_test(note: str) -> bool:
-    """Whether only test records may hold this note."""
+    """Whether the note is for test records only."""
     return int.from_bytes(hashlib.sha256(note.encode()).digest()[:8], "big") < TEST_SHARE * 2**64
 
 
 def records(task: Task, count: int, seed: int, *, test: bool) -> list[dict[str, str]]:
-    """So many instruction records of one task; notes may return under another instruction."""
-    dice = random.Random(f"{seed} {task.name} {test}")
-    drawn = notes(dice, test=test)
+    """`count` instruction records of one task; notes may occur more than once."""
+    rng = random.Random(f"{seed} {task.name} {test}")
+    sampled = sample_notes(rng, test=test)
     return [
-        {"instruction": dice.choice(task.instructions), "input": note, "output": task.answer(note)}
-        for note, _ in zip(drawn, range(count), strict=False)
+        {"instruction": rng.choice(task.instructions), "input": note, "output": task.answer(note)}
+        for note, _ in zip(sampled, range(count), strict=False)
     ]
 
 
 def documents(seed: int, count: int) -> list[Document]:
-    """What the base reads: passages that give a note in digits and words, and notes copied when asked."""
-    dice = random.Random(seed)
-    drawn, found = notes(dice, test=False), []
-    for note, _ in zip(drawn, range(count), strict=False):
-        if dice.random() < 0.5:
-            found.append([(f"The note {note} in words is", False), (words(note), True)])
+    """The base's training text: passages that give a note in digits and in words, and answered copy instructions."""
+    rng = random.Random(seed)
+    sampled, texts = sample_notes(rng, test=False), []
+    for note, _ in zip(sampled, range(count), strict=False):
+        if rng.random() < 0.5:
+            texts.append([(f"The note {note} in words is", False), (words(note), True)])
         else:
-            prompt = TEMPLATE.render(dice.choice(COPY.instructions), note)
-            found.append([(prompt, False), (note, True)])
-    return found
+            prompt = TEMPLATE.render(rng.choice(COPY.instructions), note)
+            texts.append([(prompt, False), (note, True)])
+    return texts
 
 
 def train_tokenizer(texts: list[str], pieces: int, symbols: Sequence[str] = ()) -> bytes:
-    """A SentencePiece BPE model of the texts, as the bytes of a `tokenizer.model`; symbols are pieces of their own."""
+    """Train a SentencePiece BPE model; return the bytes of its `tokenizer.model`. Each symbol is one piece."""
     model = BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts),

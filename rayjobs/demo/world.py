@@ -1,7 +1,7 @@
-"""The demo's images and its tiny models, made once, with progress, as folders that the ordinary jobs read.
+"""The demo's images and tiny models: made once, with progress, as folders that the ordinary jobs read.
 
-The models are trained side by side as Ray tasks of one thread each. They stand in for real ones: folders in the formats
-of open_clip, timm and Hugging Face, of which the jobs know nothing but the path.
+The models are trained at the same time, as Ray tasks of one thread each, and written in the formats of open_clip, timm
+and Hugging Face. The jobs read them as they read full-size models.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,80 +11,97 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
 from rayjobs.console import Progress
-from rayjobs.demo.cache_dir import kept, threads
-from rayjobs.demo.captions import sentences
-from rayjobs.demo.clip import ClipStandIn, train_clip
+from rayjobs.demo.cache_dir import cache_folder, torch_threads
+from rayjobs.demo.captions import descriptions
+from rayjobs.demo.clip import TinyClipConfig, train_clip
 from rayjobs.demo.digits import DigitsConfig, write_digits
-from rayjobs.demo.dino import DinoStandIn, train_dino
-from rayjobs.demo.gpus import gpus, share
-from rayjobs.demo.llama import LlamaStandIn, documents, train_llama
+from rayjobs.demo.dino import TinyDinoConfig, train_dino
+from rayjobs.demo.llama import TinyLlamaConfig, train_llama, training_documents
 from rayjobs.demo.stroke_digits import write_drawings
 from rayjobs.storage.files import atomic_folder
 
 
 @config
 class WorldConfig:
-    """The images and the models."""
+    """The images and the tiny models."""
 
     digits: DigitsConfig = DigitsConfig()
-    clip: ClipStandIn = ClipStandIn()
-    dino: DinoStandIn = DinoStandIn()
-    notes: LlamaStandIn = LlamaStandIn()
-    questions: LlamaStandIn = LlamaStandIn(
+    clip: TinyClipConfig = TinyClipConfig()
+    dino: TinyDinoConfig = TinyDinoConfig()
+    notes: TinyLlamaConfig = TinyLlamaConfig()
+    questions: TinyLlamaConfig = TinyLlamaConfig(
         reads="questions", vocab_size=384, steps=1000, answer_weight=100, init_std=1.5
     )
     drawings: int = Field(default=16, ge=1)
-    """Pictures that the pen writes of each digit."""
+    """Images of each digit that the image generator draws."""
 
 
 class World(NamedTuple):
-    """Folders by what they hold."""
+    """The demo's folders."""
 
     digits: Path
     """`split.json`, its images, and `prompts.json`"""
     clip: Path
-    """of the tiny CLIP, in open_clip's format"""
+    """the tiny CLIP, in open_clip's format"""
     dino: Path
-    """of the tiny DINO, in timm's"""
+    """the tiny DINO, in timm's format"""
     drawn: Path
-    """what the pen wrote, a folder per digit"""
+    """generated images, a folder for each digit"""
     notes: Path
-    """of the tiny LLaMA that copies notes, in Hugging Face's"""
+    """the tiny LLaMA that copies notes, in Hugging Face's format"""
     questions: Path
-    """of the tiny LLaMA that answers questions"""
+    """the tiny LLaMA that answers questions, in Hugging Face's format"""
 
 
 class Training(NamedTuple):
-    """A model to train: where it is kept, in how many steps, and how, yielding each step's loss."""
+    """A model to train."""
 
     folder: Path
     steps: int
     train: Callable[[Path, str], Iterator[float]]
-    """(folder, device) → losses"""
+    """(folder, device) → the loss of every step"""
 
 
-def world_in(cache: Path, settings: WorldConfig) -> World:
-    """Where the world of these settings is kept, made or not."""
+def cluster_gpus() -> int:
+    """The number of GPUs of the cluster; connects to it."""
+    connect()
+    return int(cluster_capacity().total("GPU"))
+
+
+def gpu_share(gpus: int, tasks: int) -> float:
+    """GPUs for each of some tasks that run at the same time: one each, or an equal share of all."""
+    return min(1.0, gpus / tasks)
+
+
+def worker_count(gpus: int, wanted: int) -> int:
+    """Training workers: as many as wanted, but with GPUs at most one for each GPU."""
+    return min(wanted, gpus) or wanted
+
+
+def world_paths(cache: Path, settings: WorldConfig) -> World:
+    """The folders for these settings, whether they exist or not."""
     return World(
-        digits=kept(cache, "digits", to_dict(settings.digits)),
-        clip=kept(cache, "clip", to_dict(settings.clip), sentences()),
-        dino=kept(cache, "dino", to_dict(settings.dino), to_dict(settings.digits)),
-        drawn=kept(cache, "drawn", settings.drawings, settings.digits.seed),
-        notes=kept(cache, "llama", to_dict(settings.notes), documents(settings.notes)),
-        questions=kept(cache, "llama", to_dict(settings.questions), documents(settings.questions)),
+        digits=cache_folder(cache, "digits", to_dict(settings.digits)),
+        clip=cache_folder(cache, "clip", to_dict(settings.clip), descriptions()),
+        dino=cache_folder(cache, "dino", to_dict(settings.dino), to_dict(settings.digits)),
+        drawn=cache_folder(cache, "drawn", settings.drawings, settings.digits.seed),
+        notes=cache_folder(cache, "llama", to_dict(settings.notes), training_documents(settings.notes)),
+        questions=cache_folder(cache, "llama", to_dict(settings.questions), training_documents(settings.questions)),
     )
 
 
 def make_world(world: World, settings: WorldConfig) -> None:
-    """Makes what is not there; what is stays as it is."""
+    """Make the folders that do not exist."""
     if not world.digits.exists():
         with atomic_folder(world.digits) as new:
             write_digits(settings.digits, new)
     clip, dino, notes, questions = settings.clip, settings.dino, settings.notes, settings.questions
-    train_all(  # the longest first
+    train_models(  # the longest training first
         {
             "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
             "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
@@ -97,20 +114,20 @@ def make_world(world: World, settings: WorldConfig) -> None:
             write_drawings(new, settings.drawings, settings.digits.seed)
 
 
-def train_all(models: Mapping[str, Training]) -> None:
-    """Trains what is not there yet, all at once on the cluster."""
-    wanted = {name: model for name, model in models.items() if not model.folder.exists()}
-    if not wanted:
+def train_models(models: Mapping[str, Training]) -> None:
+    """Train the models whose folders do not exist, at the same time."""
+    missing = {name: model for name, model in models.items() if not model.folder.exists()}
+    if not missing:
         return
-    gpu = share(gpus(), len(wanted))
+    share = gpu_share(cluster_gpus(), len(missing))
     import ray
 
-    task = ray.remote(num_cpus=1, num_gpus=gpu, num_returns="streaming")(trained)
-    running = {task.remote(model, "cuda" if gpu else "cpu"): name for name, model in wanted.items()}
-    losses: dict[str, list[float]] = {name: [] for name in wanted}
+    task = ray.remote(num_cpus=1, num_gpus=share, num_returns="streaming")(train_model)
+    running = {task.remote(model, "cuda" if share else "cpu"): name for name, model in missing.items()}
+    losses: dict[str, list[float]] = {name: [] for name in missing}
     with (
         reraise_user_errors(),
-        Progress("tiny models", unit="steps", total=sum(model.steps for model in wanted.values())) as bar,
+        Progress("tiny models", unit="steps", total=sum(model.steps for model in missing.values())) as bar,
     ):
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
@@ -119,11 +136,11 @@ def train_all(models: Mapping[str, Training]) -> None:
                 losses[name].append(ray.get(next(ready)))
             except StopIteration:
                 del running[ready]
-            told = ", ".join(f"{name} loss {seen[-1]:.2f}" for name, seen in losses.items() if seen)
-            bar.update(sum(map(len, losses.values())), told)
+            latest = ", ".join(f"{name} loss {of_model[-1]:.2f}" for name, of_model in losses.items() if of_model)
+            bar.update(sum(map(len, losses.values())), latest)
 
 
-def trained(model: Training, device: str = "cpu") -> Iterator[Any]:
-    """Trains one model into its folder, yielding each step's loss."""
-    with atomic_folder(model.folder) as new, threads(1):
+def train_model(model: Training, device: str = "cpu") -> Iterator[Any]:
+    """Train one model into its folder; yield the loss of every step."""
+    with atomic_folder(model.folder) as new, torch_threads(1):
         yield from model.train(new, device)

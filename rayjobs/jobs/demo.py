@@ -1,13 +1,12 @@
-"""Both methods on a world small enough for two cores, offline: real scans, and tiny models trained while you watch.
+"""Run both methods offline in about three minutes on two cores: real scans, and tiny models that are trained first.
 
-A tiny CLIP, DINO and two tiny LLaMAs stand in for real ones. What follows is a chain of the ordinary jobs, cafo,
-adapter-train and adapter-eval, and of the ordinary library. What is there already is taken from the cache: a second
-run is short.
+A tiny CLIP, a tiny DINO and two tiny LLaMAs take the place of full-size models. The ordinary jobs follow: cafo,
+adapter-train and adapter-eval. What exists in the cache is not made again, so a second run is short.
 """
 
 import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,29 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from adapter.model import AdaptedModel
-from adapter.scienceqa import LETTERS, Problem, read_problems
-from rayjobs.cluster.device import default_device
+from adapter.scienceqa import read_problems
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
-from rayjobs.demo import notes
-from rayjobs.demo.adapter_settings import AdaptersConfig, asking, reading, spelling, write_records, write_scan_questions
-from rayjobs.demo.cache_dir import digest, link, threads
-from rayjobs.demo.cafo_settings import BASELINES, CASCADE, CascadeConfig, cascade
-from rayjobs.demo.gpus import gpus
+from rayjobs.demo.adapter_settings import (
+    AdaptersConfig,
+    instruction_train_settings,
+    question_eval_settings,
+    question_train_settings,
+    write_records,
+    write_scan_questions,
+)
+from rayjobs.demo.cache_dir import demo_fingerprint, link_folder, torch_threads
+from rayjobs.demo.cafo_settings import BASELINES, CASCADE, CascadeConfig, cafo_job_settings
+from rayjobs.demo.results import (
+    Table,
+    answer_records,
+    compare_answers,
+    exact_answers,
+    held_out_records,
+    sparkline,
+)
 from rayjobs.demo.stages import Stage, Stages
-from rayjobs.demo.world import World, WorldConfig, make_world, world_in
+from rayjobs.demo.world import World, WorldConfig, cluster_gpus, make_world, world_paths
 from rayjobs.errors import UserError
 from rayjobs.inference.scienceqa import prediction_examples
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
@@ -41,12 +51,11 @@ from rayjobs.storage.files import read_jsonl, write_json
 from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
 
-Table = list[dict[str, Any]]
-
 ADAPTERS = ("no adapter", "text-only", "image-conditioned")
 HEADLINE = list(CASCADE)[-1]
+"""The method of the headline."""
 PLOTS = ("shots", "landscape", "confusion", "classes", "sources")
-"""Of CaFo's, those that the demo's own report shows, in this order; all but the first of `HEADLINE` alone."""
+"""CaFo's plots that the demo's report shows, in this order; all but the first only for the method of the headline."""
 
 ABOUT = (
     "Real scans, scikit-learn's handwritten digits, and tiny models as stand-ins for real ones, trained here from "
@@ -56,19 +65,19 @@ ABOUT = (
     "those of the instruction were set with held-out notes in view. The figures show how the parts compare on a tiny "
     "task, not what they reach with real models."
 )
-"""How the report opens."""
+"""The introduction of the report."""
 
 
 @config
 class DemoRun(RunConfig):
-    """Where the demo lives."""
+    """Where the demo's run lives."""
 
     name: str = "demo"
-    """The run's name; its folder is `storage/name`."""
+    """Name of the run; its folder is `storage/name`."""
     storage: LocalPath = "runs"
-    """The folder of all runs."""
+    """Folder of all runs."""
     cache: LocalPath | None = None
-    """Where prepared data is kept and shared between runs; by default `storage/cache`."""
+    """Folder of prepared data, which runs share; null for `storage/cache`."""
 
 
 @config
@@ -78,14 +87,20 @@ class Config:
     world: WorldConfig = WorldConfig()
     cafo: CascadeConfig = CascadeConfig()
     adapters: AdaptersConfig = AdaptersConfig()
-    run: DemoRun = Field(default_factory=DemoRun)  # its folder starts where the demo is run, not where it is imported
+    run: DemoRun = Field(default_factory=DemoRun)  # the default folder is relative to where the demo is run
+
+
+def check() -> None:
+    """Raise UserError if a package is missing that draws or has the digits."""
+    if missing := [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]:
+        raise UserError(f"the demo needs {' and '.join(missing)}; install the `demo` extra")
 
 
 def plan(settings: Config) -> None:
-    """Shows what `run` would do."""
+    """Show what `run` would do."""
     check()
     world, adapters = settings.world, settings.adapters
-    stages: list[list[str]] = [
+    rows = [
         ["scans", f"{world.digits.train} to train on, {world.digits.val} to choose on, {world.digits.test} to test on"],
         ["tiny CLIP", f"{world.clip.steps} steps on printed digits with captions; it never sees a scan"],
         ["tiny DINO", f"{world.dino.steps} steps on the training scans without labels"],
@@ -96,60 +111,51 @@ def plan(settings: Config) -> None:
         ["adapter-eval", "all test questions: no adapter, text-only, image-conditioned"],
         ["run folder", str(settings.run.folder)],
     ]
-    show_table("plan", ["", ""], stages)
-
-
-def check() -> None:
-    """Raises ValueError if what draws the digits is not installed."""
-    if lacking := [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]:
-        raise UserError(f"the demo needs {' and '.join(lacking)}; install the `demo` extra")
+    show_table("plan", ["", ""], rows)
 
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Runs the chain and prints what came of it; returns and writes `result.json`."""
+    """Run all stages, print their results, and return and write `result.json`."""
     check()
     folder, cache = open_run(settings.run, settings), settings.run.cache_folder
-    world = world_in(cache, settings.world)
+    world = world_paths(cache, settings.world)
     names = inner_runs(settings, world)
-    stages = Stages(to_make(world, names, folder), cache)
-    with threads(1):
+    stages = Stages(demo_stages(world, names, folder), cache)
+    with torch_threads(1):
         with stages.next():
             make_world(world, settings.world)
         for name, path in world._asdict().items():
-            link(folder / "world" / name, path)
+            link_folder(folder / "world" / name, path)
         with stages.next():
-            accuracy = cafo_table(settings, world, names)
+            cafo_rows = run_cafo(settings, world, names)
         with stages.next():
-            spelled, spelled_loss, spelled_examples = teach(settings, world, names)
+            instruction_rows, instruction_metrics, instruction_examples = run_instruction(settings, world, names)
         with stages.next():
-            asked, asked_loss, asked_examples = show(settings, world, names)
-    losses = {"a new instruction": spelled_loss, "questions about scans": asked_loss}
-    for _, figure in list(plots.training_curves(losses))[:1]:
-        figure.axes[0].set_yscale("log")  # one begins twenty times as high as the other
-        save_plot(folder / "loss.png", "training loss of the two adapters", figure)
+            question_rows, question_metrics, question_examples = run_questions(settings, world, names)
+    metrics = {"a new instruction": instruction_metrics, "questions about scans": question_metrics}
+    _plot_losses(folder, metrics)
     tables: dict[str, Table] = {
-        "CaFo without pre-training: accuracy on test scans, %": [row for row in accuracy if row["method"] in BASELINES],
-        "CaFo: accuracy on test scans, %": [row for row in accuracy if row["method"] not in BASELINES],
-        "LLaMA-Adapter: exact answers on held-out notes, %": spelled,
-        "LLaMA-Adapter: right answers of four options, %": asked,
-        "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in losses.items()],
-        "answers": spelled_examples,
-        "answers about scans": asked_examples,
-        "seconds": stages.seconds(),
+        "CaFo without pre-training: accuracy on test scans, %": [r for r in cafo_rows if r["method"] in BASELINES],
+        "CaFo: accuracy on test scans, %": [r for r in cafo_rows if r["method"] not in BASELINES],
+        "LLaMA-Adapter: exact answers on held-out notes, %": instruction_rows,
+        "LLaMA-Adapter: right answers of four options, %": question_rows,
+        "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in metrics.items()],
+        "answers": instruction_examples,
+        "answers about scans": question_examples,
+        "seconds": stages.rows(),
     }
     for title, rows in tables.items():
         show_table(title, list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
-    cascaded, pictured = accuracy[-1], asked[-1]
     result = {
-        "headline": f"CaFo {list(cascaded.values())[-1]}% on scans; LLaMA-Adapter {pictured['about a scan']}% on "
-        "questions about them",
+        "headline": f"CaFo {list(cafo_rows[-1].values())[-1]}% on scans; LLaMA-Adapter "
+        f"{question_rows[-1]['about a scan']}% on questions about them",
         "about": ABOUT.format(val=settings.world.digits.val, test=settings.world.digits.test),
         **tables,
         "reports of the steps": [
-            {"step": name, "report": f"{run}/{REPORT_FILE}"}
-            for name, run in names.items()
-            if (folder / run / REPORT_FILE).exists()
+            {"step": step, "report": f"{name}/{REPORT_FILE}"}
+            for step, name in names.items()
+            if (folder / name / REPORT_FILE).exists()
         ],
     }
     write_json(folder / "result.json", result)
@@ -157,64 +163,66 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def quietly(job: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, Any]:
-    """An ordinary job whose own tables are left to its own report."""
+def run_silently(run: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, Any]:
+    """Run a job without printing its tables, which its own report shows."""
     with redirect_stdout(io.StringIO()):
-        return job(settings)
+        return run(settings)
 
 
 def inner_runs(settings: Config, world: World) -> dict[str, str]:
-    """The folders of the runs within: each by its content, so that other settings, or a newer version, find a folder of
-    their own."""
+    """The run names of the demo's jobs, by step.
+
+    A name has a fingerprint of what the run depends on, so other settings or a newer version use another folder.
+    """
     digits, clip, dino, drawn, notes, questions = (path.name for path in world)
-    made = digest(digits, clip, dino, drawn, to_dict(settings.cafo))
-    taught = digest(notes, to_dict(settings.adapters))
-    asked = digest(digits, clip, questions, to_dict(settings.adapters))
-    runs = {"cafo": f"cafo-{made}", "instruction": f"instruction-{taught}", "questions": f"questions-{asked}"}
-    for name in ADAPTERS:
-        runs |= {name: f"{name.replace(' ', '-')}-{asked}", f"{name}, test": f"{name.replace(' ', '-')}-{asked}-test"}
-    return runs
+    of_cafo = demo_fingerprint(digits, clip, dino, drawn, to_dict(settings.cafo))
+    of_notes = demo_fingerprint(notes, to_dict(settings.adapters))
+    of_questions = demo_fingerprint(digits, clip, questions, to_dict(settings.adapters))
+    names = {
+        "cafo": f"cafo-{of_cafo}",
+        "instruction": f"instruction-{of_notes}",
+        "questions": f"questions-{of_questions}",
+    }
+    for adapter in ADAPTERS:
+        name = f"{adapter.replace(' ', '-')}-{of_questions}"
+        names |= {adapter: name, f"{adapter}, test": f"{name}-test"}
+    return names
 
 
-def to_make(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
-    """The stages."""
-    tested = [folder / names[f"{name}, test"] / "result.json" for name in ADAPTERS]
+def demo_stages(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
+    """The demo's four stages."""
+    evaluated = [folder / names[f"{name}, test"] / "result.json" for name in ADAPTERS]
     return [
+        Stage("Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs.", 50, world),
         Stage(
-            "Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs that stand in for real ones.",
-            50,
-            world,
-        ),
-        Stage(
-            "CaFo: CLIP chooses drawn pictures; encode once; train and search caches; choose on val; open test.",
+            "CaFo: CLIP ranks generated images; encode once; train and search caches; choose on val; open test.",
             28,
             [folder / names["cafo"] / "test" / "result.json"],
         ),
         Stage(
-            "LLaMA-Adapter: one LLaMA, frozen, is taught an instruction that it does not know.",
+            "LLaMA-Adapter: an adapter on one frozen LLaMA learns an instruction that the LLaMA does not know.",
             26,
             [folder / names["instruction"] / "result.json"],
         ),
         Stage(
-            "LLaMA-Adapter: the other, frozen, is asked about scans: without images, and with CLIP's features of them.",
+            "LLaMA-Adapter: adapters on the other answer questions about scans, without and with CLIP's features.",
             52,
-            tested,
+            evaluated,
         ),
     ]
 
 
-def within(settings: Config, name: str) -> dict[str, Any]:
-    """The `run` section of a job inside the demo's folder."""
+def run_section(settings: Config, name: str) -> dict[str, Any]:
+    """The `run` section of a job in the demo's folder."""
     return {"name": name, "storage": str(settings.run.folder), "cache": str(settings.run.cache_folder)}
 
 
-def cafo_table(settings: Config, world: World, names: Mapping[str, str]) -> Table:
-    """CaFo's jobs in the demo's world: test accuracies, a row for each method."""
-    folder, run = settings.run.folder, RunConfig(**within(settings, names["cafo"]))
-    values = cascade(settings.cafo, world, run, gpus())
-    path = folder / f"{run.name}.yaml"  # an ordinary config, from which the job can be run again
-    write_yaml(path, values)
-    rows = quietly(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
+def run_cafo(settings: Config, world: World, names: Mapping[str, str]) -> Table:
+    """Run the job cafo; return the test accuracies, a row for each method."""
+    folder, run = settings.run.folder, RunConfig(**run_section(settings, names["cafo"]))
+    path = folder / f"{run.name}.yaml"  # an ordinary config, with which the job can be run again
+    write_yaml(path, cafo_job_settings(settings.cafo, world, run, cluster_gpus()))
+    rows = run_silently(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
     for kind in PLOTS:
         for figure in read_figures(run.folder / "test"):
             if figure.file.startswith(kind) and (kind == "shots" or figure.group.startswith(f"{HEADLINE}, ")):
@@ -222,80 +230,44 @@ def cafo_table(settings: Config, world: World, names: Mapping[str, str]) -> Tabl
     return [{"method": method, **row} for method, row in rows.items()]
 
 
-def teach(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
-    """adapter-train on the new instruction: exact answers before and after, the training's metrics, examples."""
+def run_instruction(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
+    """Train an adapter on the new instruction; return exact answers before and after, training metrics, examples."""
     adapters, folder = settings.adapters, settings.run.folder
     write_records(adapters, folder)
-    values = spelling(adapters, world.notes, folder, within(settings, names["instruction"]), gpus())
-    trained = quietly(adapter_train.run, load(adapter_train.Config, values))
-    base = AdaptedModel.from_pretrained(world.notes, device=default_device())
-    asked = {
-        task.name: notes.records(task, adapters.held_out, adapters.seed, test=True)
-        for task in (notes.SPELL, notes.COPY)
-    }
-    answers: dict[str, list[list[str]]] = {name: [] for name in asked}
-    for file in (None, trained["adapter"]):
-        if file is not None:
-            base.load_adapter(file)
-        for name, records in asked.items():
-            prompts = [notes.TEMPLATE.render(record["instruction"], record["input"]) for record in records]
-            said = base.generate(prompts, max_new_tokens=16, temperature=0)
-            answers[name].append([answer.strip() for answer in said])
-    accuracy, shown = [], []
-    for name, records in asked.items():
-        wanted = [record["output"] for record in records]
-        right = [sum(map(str.__eq__, said, wanted)) for said in answers[name]]
-        before, after = (f"{100 * count / len(records):.1f}" for count in right)
-        accuracy.append({"instruction": name, "frozen base": before, "with adapter": after})
-        for record, first, second in list(zip(records, *answers[name], strict=True))[:2]:
-            question = {"instruction": record["instruction"], "note": record["input"]}
-            shown.append({**question, "frozen base": first, "with adapter": second})
-    return accuracy, read_jsonl(Path(trained["adapter"]).with_name("metrics.jsonl")), shown
+    section = run_section(settings, names["instruction"])
+    values = instruction_train_settings(adapters, world.notes, folder, section, cluster_gpus())
+    trained = run_silently(adapter_train.run, load(adapter_train.Config, values))
+    adapter = Path(trained["adapter"])
+    records = held_out_records(adapters.held_out, adapters.seed)
+    accuracy, examples = exact_answers(records, answer_records(world.notes, adapter, records))
+    return accuracy, read_jsonl(adapter.with_name("metrics.jsonl")), examples
 
 
-def show(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
-    """adapter-train and adapter-eval on questions about scans: right answers, the training's metrics, examples."""
+def run_questions(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
+    """Train and evaluate adapters on questions about scans; return accuracies, training metrics, examples."""
     adapters, folder = settings.adapters, settings.run.folder
     questions = folder / names["questions"]
     write_scan_questions(world, questions, adapters.seed)
-    problems = read_problems(questions, "test")
-    accuracy, said, metrics = [], {}, Path()
+    accuracy, predictions, metrics = [], {}, Path()
     for name in ADAPTERS:
-        run = within(settings, names[name])
-        values = reading(adapters, world.questions, world.clip if name == ADAPTERS[-1] else None, questions, run)
+        section = run_section(settings, names[name])
+        clip = world.clip if name == ADAPTERS[-1] else None
+        values = question_train_settings(adapters, world.questions, clip, questions, section)
         adapter = None
         if name != ADAPTERS[0]:
-            trained = quietly(adapter_train.run, load(adapter_train.Config, values))
-            adapter = Path(trained["adapter"])
+            adapter = Path(run_silently(adapter_train.run, load(adapter_train.Config, values))["adapter"])
             metrics = adapter.with_name("metrics.jsonl")
-        run = within(settings, names[f"{name}, test"])
-        measured = load(adapter_eval.Config, asking(values, adapter, questions, run))
-        ours = quietly(adapter_eval.run, measured)["accuracy_by_class"][1]
-        accuracy.append({"": name, "about a scan": ours["IMG"], "about a note": ours["TXT"]})
-        said[name] = pq.read_table(measured.run.folder / "predictions.parquet").to_pylist()
-    write_examples(folder, *prediction_examples(problems, said[ADAPTERS[-1]], questions))
-    return accuracy, read_jsonl(metrics), _side_by_side(problems, said)
+        section = run_section(settings, names[f"{name}, test"])
+        evaluation = load(adapter_eval.Config, question_eval_settings(values, adapter, questions, section))
+        by_class = run_silently(adapter_eval.run, evaluation)["accuracy_by_class"][1]
+        accuracy.append({"": name, "about a scan": by_class["IMG"], "about a note": by_class["TXT"]})
+        predictions[name] = pq.read_table(evaluation.run.folder / "predictions.parquet").to_pylist()
+    problems = read_problems(questions, "test")
+    write_examples(folder, *prediction_examples(problems, predictions[ADAPTERS[-1]], questions))
+    return accuracy, read_jsonl(metrics), compare_answers(problems, predictions)
 
 
-def _side_by_side(problems: Sequence[Problem], said: Mapping[str, Table]) -> Table:
-    """Three questions about scans, and what each adapter says."""
-    shown = []
-    for i in [i for i, problem in enumerate(problems) if problem.image][:3]:
-        problem = problems[i]
-        options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem.choices, strict=False))
-        truth = f"{problem.choices[problem.answer]} ({LETTERS[problem.answer]})"
-        answers = {name: rows[i]["text"].strip().removeprefix("The answer is ") for name, rows in said.items()}
-        shown.append({"options": options, "it shows": truth, **answers})
-    return shown
-
-
-def sparkline(rows: Table, width: int = 24) -> dict[str, str]:
-    """A loss curve as one line of text, on a logarithmic scale, between its first and last values."""
-    import numpy as np
-
-    losses = np.array([row["loss"] for row in rows if "loss" in row])
-    heights = [float(np.log(max(part.mean(), 1e-9))) for part in np.array_split(losses, min(width, len(losses)))]
-    low, high = min(heights), max(heights)
-    bars = "▁▂▃▄▅▆▇█"
-    drawn = "".join(bars[round((height - low) / max(high - low, 1e-9) * (len(bars) - 1))] for height in heights)
-    return {"first": f"{losses[0]:.3f}", "log of the loss over steps": drawn, "last": f"{losses[-1]:.3f}"}
+def _plot_losses(folder: Path, metrics: Mapping[str, Table]) -> None:
+    for _, figure in list(plots.training_curves(metrics))[:1]:
+        figure.axes[0].set_yscale("log")  # the first losses of the two adapters differ by a factor of twenty
+        save_plot(folder / "loss.png", "training loss of the two adapters", figure)

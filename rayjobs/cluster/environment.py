@@ -1,7 +1,4 @@
-"""Environment variables that Ray, DeepSpeed and their libraries read. No other module of rayjobs writes `os.environ`.
-
-Every worker process imports this module as it starts, so it imports nothing that takes long.
-"""
+"""Environment variables that Ray, DeepSpeed and their libraries read. Only this module of rayjobs writes `os.environ`."""
 
 import os
 

@@ -6,21 +6,19 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 
-from rayjobs.cluster.environment import environment, set_auth_mode, set_environment
+from rayjobs.cluster import environment as environment_module
+from rayjobs.cluster.environment import environment, set_auth_mode, set_environment, set_gloo_interface
 from rayjobs.cluster.ray_workarounds import discard_stderr
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
 from rayjobs.storage.paths import is_url
-
-WORKER_SETUP = "rayjobs.cluster.environment.set_gloo_interface"
-"""Runs in every worker process of the job as it starts. Ray allows one such function per job."""
 
 
 def connect(*shared: Path) -> None:
     """Join the cluster that RAY_ADDRESS names, as `ray job submit` sets it, or start one on this machine.
 
     If this process is connected to a cluster already, that connection is used as it is; whoever made it has set the
-    workers' environment.
+    workers' environment. Ray allows one worker setup hook per job, and refuses a job that was submitted with another.
 
     shared: folders that nodes share; URLs are skipped. Raises UserError if a node does not see one of the folders.
     """
@@ -40,14 +38,19 @@ def _start_or_join() -> None:
     local = "RAY_ADDRESS" not in os.environ
     if local:
         set_auth_mode("disabled")
-    with nullcontext() if verbose() else discard_stderr():
-        ray.init(
-            address="local" if local else None,
-            include_dashboard=False if local else None,
-            logging_level="INFO" if verbose() else "ERROR",
-            log_to_driver=verbose(),
-            runtime_env={"env_vars": environment(), "worker_process_setup_hook": WORKER_SETUP},
-        )
+    # The hook runs before a worker knows the driver's import path, and would import another copy of rayjobs or none.
+    ray.cloudpickle.register_pickle_by_value(environment_module)
+    try:
+        with nullcontext() if verbose() else discard_stderr():
+            ray.init(
+                address="local" if local else None,
+                include_dashboard=False if local else None,
+                logging_level="INFO" if verbose() else "ERROR",
+                log_to_driver=verbose(),
+                runtime_env={"env_vars": environment(), "worker_process_setup_hook": set_gloo_interface},
+            )
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(environment_module)
     interrupt_on_sigterm()  # ray.init has installed a handler that exits without an exception
 
 

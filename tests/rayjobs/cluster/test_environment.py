@@ -42,6 +42,13 @@ def test_an_auth_mode_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.ray
+def test_a_new_worker_has_not_imported_rayjobs(cluster: None) -> None:
+    """It does not know the driver's import path yet, and would import another copy, if there is one."""
+    loaded = ray.remote(eval).options(num_cpus=0, runtime_env={"env_vars": {"NEW": "1"}})
+    assert ray.get(loaded.remote("'rayjobs' in __import__('sys').modules")) is False
+
+
+@pytest.mark.ray
 def test_gloo_uses_rays_network_in_every_worker_with_variables_of_its_own_or_not(cluster: None) -> None:
     import psutil
 

@@ -1,4 +1,4 @@
-"""Environment variables that Ray, DeepSpeed and their libraries read. Only this module of rayjobs writes `os.environ`."""
+"""Environment variables that Ray, DeepSpeed and other libraries read. Only this module writes `os.environ`."""
 
 import os
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import sys
 
 import pytest
 import ray
@@ -41,11 +42,20 @@ def test_an_auth_mode_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+def has_rayjobs() -> bool:
+    return "rayjobs" in sys.modules
+
+
 @pytest.mark.ray
 def test_a_new_worker_has_not_imported_rayjobs(cluster: None) -> None:
     """It does not know the driver's import path yet, and would import another copy, if there is one."""
-    loaded = ray.remote(eval).options(num_cpus=0, runtime_env={"env_vars": {"NEW": "1"}})
-    assert ray.get(loaded.remote("'rayjobs' in __import__('sys').modules")) is False
+    this = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(this)
+    try:
+        new_worker = ray.remote(has_rayjobs).options(num_cpus=0, runtime_env={"env_vars": {"NEW": "1"}})
+        assert not ray.get(new_worker.remote())
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(this)
 
 
 @pytest.mark.ray

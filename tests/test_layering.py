@@ -17,7 +17,7 @@ FORBIDDEN = {
 }
 SPARED = {
     "adapter": FORBIDDEN["adapter"],
-    "cafo": FORBIDDEN["cafo"],
+    "cafo": {"openai", "diffusers", *FORBIDDEN["cafo"]},
     "rayjobs": {"open_clip", "timm", "deepspeed", *FORBIDDEN["rayjobs"]},
 }
 """What a process has no use for just because it imports us; encoders and DeepSpeed take each of many workers seconds."""

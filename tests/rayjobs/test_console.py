@@ -11,6 +11,15 @@ from rayjobs.console import Progress, setup_logging, show_result, show_table
 TABLE = [["K", "best on val"], ["1", "90.1%"], ["16", "93.4%"]]
 
 
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def test_a_terminal_shows_the_table_beneath_the_bar(terminal: pytest.CaptureFixture[str]) -> None:
     with Progress("tune", unit="trials", total=4) as bar:
         bar.update(3, "best on val: K=16 93.4%", TABLE)
@@ -30,22 +39,16 @@ def test_a_long_note_is_cut_before_anything_else(
     assert "…" in shown
 
 
-def test_elsewhere_it_is_lines_with_the_note(capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_it_is_lines_with_the_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "time", Clock())
     setup_logging()
     with Progress("tune", unit="trials", total=4) as bar:
         bar.update(3, "best on val: K=16 93.4%", TABLE)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tune: 3/4 trials in 0 s")
     assert line.endswith("best on val: K=16 93.4%")
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 def test_pace_counts_neither_the_start_nor_what_was_there_before(

@@ -20,7 +20,7 @@ SPARED = {
     "cafo": {"openai", "diffusers", *FORBIDDEN["cafo"]},
     "rayjobs": {"open_clip", "timm", "deepspeed", *FORBIDDEN["rayjobs"]},
 }
-"""What a process has no use for just because it imports us; encoders and DeepSpeed take each of many workers seconds."""
+"""What a process has no use for just because it imports us; encoders and DeepSpeed take each worker seconds."""
 
 
 def imported(file: Path) -> set[str]:

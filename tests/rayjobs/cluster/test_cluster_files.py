@@ -17,6 +17,8 @@ from rayjobs.jobs import adapter_train
 from tests.conftest import ROOT
 
 FILES = [ROOT / "cluster.yaml", *(ROOT / "configs" / "cluster" / f"{name}.yaml" for name in ("onprem", "gcp"))]
+CLOUDS = pytest.mark.parametrize("prepared", [FILES[0], FILES[2]], ids=["cluster", "gcp"], indirect=True)
+"""Machines of one's own neither come nor go, and have no price."""
 NOT_UPLOADED = {".git", ".venv", "runs", "data", "weights"}
 
 
@@ -43,19 +45,17 @@ def test_is_what_ray_up_takes_and_opens_nothing(prepared: dict[str, Any]) -> Non
     assert set(prepared["rsync_exclude"]) == NOT_UPLOADED
 
 
+@CLOUDS
 def test_workers_come_and_go_and_spot_has_a_fallback(prepared: dict[str, Any]) -> None:
-    if prepared["provider"]["type"] == "local":
-        pytest.skip("machines of one's own neither come nor go")
     kinds = prepared["available_node_types"]
     assert all(kind["min_workers"] == 0 for kind in kinds.values())
     assert kinds["gpu_spot"]["resources"] == kinds["gpu_on_demand"]["resources"]
     assert "GPU" not in kinds[prepared["head_node_type"]]["resources"]
 
 
+@CLOUDS
 @pytest.mark.parametrize(("refused", "started"), [({}, "gpu_spot"), ({"gpu_spot": 0.0}, "gpu_on_demand")])
 def test_spot_machines_are_tried_first(prepared: dict[str, Any], refused: dict[str, float], started: str) -> None:
-    if prepared["provider"]["type"] == "local":
-        pytest.skip("machines of one's own have no price")
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil

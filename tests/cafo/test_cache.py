@@ -62,7 +62,7 @@ def test_a_cache_without_keys_is_zero_shot():
     torch.testing.assert_close(empty.logits(features), cache.zero_shot(features))
 
 
-def test_logits_are_the_equations_and_half_precision_features_are_raised():
+def test_logits_follow_the_equations_and_are_float32_for_half_precision_features():
     cache, features, _ = make()
     naive = [reference.cache_logits_loop(cache.keys[n], cache.labels, features[n], N, 4.0) for n in cache.keys]
     expected = reference.adaptive_loop((100 * features["clip"] @ cache.classifier).double().tolist(), naive, 0.8)
@@ -160,19 +160,19 @@ def test_each_epoch_takes_the_next_view():
     losses = []
     for second in (0.0, 0.3):
         views = {n: torch.stack([k, F.normalize(k + second, dim=1)]) for n, k in cache.keys.items()}
-        seen = []
-        train_keys(cache, views, cache.labels, features, labels, KeyTraining(epochs=3), seen.append)
-        losses.append([epoch.loss for epoch in seen[1:]])
+        reports = []
+        train_keys(cache, views, cache.labels, features, labels, KeyTraining(epochs=3), reports.append)
+        losses.append([epoch.loss for epoch in reports[1:]])
     assert losses[0][0] == losses[1][0]
     assert losses[0][1] != losses[1][1]
 
 
 def test_training_is_stable_at_large_beta():
     cache, features, labels = make()
-    seen = []
+    reports = []
     views = {n: k[None] for n, k in cache.keys.items()}
-    train_keys(replace(cache, beta=200.0), views, cache.labels, features, labels, KeyTraining(epochs=3), seen.append)
-    assert all(math.isfinite(e.loss) for e in seen[1:])
+    train_keys(replace(cache, beta=200.0), views, cache.labels, features, labels, KeyTraining(epochs=3), reports.append)
+    assert all(math.isfinite(e.loss) for e in reports[1:])
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step():
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         train_keys(cache, views, cache.labels, features, labels, KeyTraining(epochs=1))
 
 
-def test_a_saved_cache_comes_back_whole(tmp_path):
+def test_a_saved_cache_is_read_back_equal(tmp_path):
     cache, features, _ = make()
     chosen = replace(
         cache,
@@ -201,7 +201,7 @@ def test_a_saved_cache_comes_back_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
 
 
-def test_loading_says_what_is_wrong(tmp_path):
+def test_errors_of_loading_name_the_cause(tmp_path):
     from safetensors.torch import save_file
 
     with pytest.raises(ValueError, match="no cache at"):

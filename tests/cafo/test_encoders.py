@@ -55,9 +55,9 @@ def test_clip_equals_open_clips_own_model(tmp_path, config):
 
 def test_the_class_token_after_evenly_spaced_blocks(tmp_path):
     encoder = load_encoder(EncoderSpec(kind="clip", weights=str(folder(tmp_path))))
-    seen = []
+    outputs = []
     hooks = [
-        block.register_forward_hook(lambda m, i, o: seen.append(o))
+        block.register_forward_hook(lambda m, i, o: outputs.append(o))
         for block in encoder.model.visual.transformer.resblocks
     ]
     got = encoder.multi_scale(torch.randn(3, 3, 32, 32), blocks=3)
@@ -65,7 +65,7 @@ def test_the_class_token_after_evenly_spaced_blocks(tmp_path):
         hook.remove()
     assert [tuple(f.shape) for f in got] == [(3, 34)] * 3
     for feature, block in zip(got, (1, 2, 4), strict=True):
-        torch.testing.assert_close(feature, seen[block][:, 0])
+        torch.testing.assert_close(feature, outputs[block][:, 0])
     with pytest.raises(ValueError, match="6 blocks"):
         encoder.multi_scale(torch.randn(1, 3, 32, 32), blocks=6)
 
@@ -154,7 +154,7 @@ def test_weight_files_never_run_code(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
-def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
+def test_a_torchscript_archive_is_refused_with_a_hint(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 3)).save(tmp_path / "RN50.pt")
     with pytest.raises(ValueError, match="TorchScript"):
         load_encoder(EncoderSpec(kind="clip", name="RN50-quickgelu", weights=str(tmp_path / "RN50.pt")))
@@ -297,7 +297,7 @@ def test_a_folder_in_timms_format_brings_architecture_preprocessing_and_unpooled
         load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "tiny")))
 
 
-def test_pixels_are_the_picture_itself():
+def test_pixels_are_the_image_itself():
     encoder = load_encoder(EncoderSpec(kind="pixels", name="5"))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8))
     flat = torch.from_numpy(np.array(image)).permute(2, 0, 1).flatten().float()

@@ -20,7 +20,7 @@ def test_standardise_is_scikit_learns_scaler_with_the_unbiased_deviation():
     torch.testing.assert_close(standardise(p), torch.from_numpy(expected))
 
 
-def test_a_flat_prediction_has_no_opinion_and_no_nan_gradient():
+def test_a_flat_prediction_becomes_zeros_without_nan_gradients():
     p = torch.full((3, N), 0.1, requires_grad=True)
     z = standardise(p)
     z.sum().backward()
@@ -82,7 +82,7 @@ def test_a_factor_per_image_and_leading_axes_change_nothing():
         ({"rule": "average", "baseline": "clip"}, "baseline"),
     ],
 )
-def test_a_wrong_ensemble_says_what_is_wrong(arguments, message):
+def test_errors_of_an_ensemble_name_the_field(arguments, message):
     with pytest.raises(ValueError, match=message):
         Ensemble(**arguments)
 

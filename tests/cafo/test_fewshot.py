@@ -33,7 +33,7 @@ def test_a_short_class_is_reported_and_never_repeated():
     assert len(chosen.items) == len(set(chosen.items)) == 11 + 12 + 12
 
 
-def test_a_saved_choice_comes_back(tmp_path):
+def test_a_saved_choice_is_read_back_equal(tmp_path):
     chosen = fewshot.choose(ITEMS, (*NAMES, "dog"), shots=3, seed=9, short="report")
     fewshot.save(chosen, tmp_path / "run" / "few_shot.json")
     assert fewshot.load(tmp_path / "run" / "few_shot.json") == chosen

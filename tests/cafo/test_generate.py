@@ -77,7 +77,7 @@ def test_clip_keeps_the_best_in_order(tmp_path):
     assert best_per_class(items, 1) == tuple(items[i] for i in (0, 3, 6))
 
 
-def test_a_stop_loses_one_class_and_other_settings_are_refused(tmp_path):
+def test_an_interruption_loses_one_class_and_other_settings_are_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, Painter(fail_on=2), keep=2).run()
     painter = Painter()
@@ -130,6 +130,6 @@ def test_diffusers_names_its_extra(monkeypatch):
         DiffusersGenerator("some/model")
 
 
-def test_best_of_any_list():
+def test_best_per_class_of_any_list():
     items = [Item(f"{i}", i % 2, "x") for i in range(7)]
     assert [i.path for i in best_per_class(items, 2)] == ["0", "1", "2", "3"]

@@ -71,7 +71,7 @@ def bomb():
     [b"", b"not an image", encoded(gradient(), "JPEG")[:200], encoded(gradient(97, 89), "PNG")[:-40], bomb()],
     ids=["empty", "text", "truncated jpeg", "truncated png", "bomb"],
 )
-def test_what_cannot_be_used_is_named(content, tmp_path):
+def test_an_unusable_image_is_named(content, tmp_path):
     (tmp_path / "picture.jpg").write_bytes(content)
     with pytest.raises(ImageError, match=r"picture\.jpg"):
         load_image(tmp_path / "picture.jpg")
@@ -118,7 +118,7 @@ def test_a_thin_image_takes_no_more_memory_than_its_middle(size):
         torch.testing.assert_close(view, theirs(image), rtol=0, atol=1e-6)
 
 
-def test_a_view_depends_on_its_name_alone():
+def test_a_view_depends_on_seed_key_and_index_alone():
     image = gradient()
     view = PREPROCESS.view(image, "a.jpg", 3, 5)
     assert view.shape == (3, 16, 16)
@@ -132,8 +132,8 @@ def test_views_are_not_mirrored_where_a_mirror_image_is_another_class():
     image = gradient()
     for index in range(8):
         mirrored = random_view(*image.size, key="a.jpg", index=index, seed=5)[4]
-        drawn, kept = (PREPROCESS.view(image, "a.jpg", index, 5, flips=flips) for flips in (True, False))
-        assert torch.equal(drawn, kept.flip(2) if mirrored else kept)
+        flipped, plain = (PREPROCESS.view(image, "a.jpg", index, 5, flips=flips) for flips in (True, False))
+        assert torch.equal(flipped, plain.flip(2) if mirrored else plain)
 
 
 def test_views_keep_to_their_ranges():

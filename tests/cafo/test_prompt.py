@@ -87,7 +87,7 @@ def test_templates_are_the_fallback():
     assert prompts["joshua_tree"] == ["a photo of a joshua tree.", "art of the joshua tree."]
 
 
-def test_the_classifier_is_the_normalised_mean_and_counts_what_was_cut():
+def test_the_classifier_is_the_normalised_mean_and_lists_truncated_sentences():
     prompts = {"b": ["bad cab", "a"], "a": ["fig", "deaf badge faded", "hi", "jam"]}
     got = zero_shot_classifier(Letters(), prompts, ["a", "b"])
     for column, name in enumerate("ab"):

@@ -23,7 +23,7 @@ def right(zero_shot, affinities, key_labels, labels, alpha, beta, ensemble=None)
     return int((combine(zero_shot, p, ensemble or Ensemble()).logits(alpha).argmax(1) == labels).sum())
 
 
-def test_the_path_is_the_accuracy_at_every_alpha():
+def test_the_steps_are_the_accuracy_at_every_alpha():
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         base, term = torch.randn(53, N, generator=g), torch.randn(53, N, generator=g)
@@ -39,7 +39,7 @@ def test_the_path_is_the_accuracy_at_every_alpha():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("ragged", [False, True])
-def test_never_below_a_dense_grid_and_right_to_the_last_image(seed, ragged):
+def test_never_below_a_dense_grid_and_the_count_is_exact(seed, ragged):
     data = setup(seed, ragged=ragged)
     result = search(*data, grid=GRID)
     alphas = [0.25 * i for i in range(41)]

@@ -32,7 +32,7 @@ def test_formats_mix_with_their_own_templates_images_and_weights(folder: Path) -
             "path": [
                 str(folder / "alpaca.json"),
                 {"path": str(folder / "qa"), "format": "scienceqa", "weight": 2},
-                {"path": str(folder / "talk.json"), "format": "llava", "images": "/pictures"},
+                {"path": str(folder / "talk.json"), "format": "llava", "images": "/images"},
             ],
             "val_path": [{"path": str(folder / "qa"), "format": "scienceqa"}],
         },
@@ -46,7 +46,7 @@ def test_formats_mix_with_their_own_templates_images_and_weights(folder: Path) -
     assert [record["image"] for record in qa.read()] == ["", "images/train/1/image.png"]
     assert len(list(val.read())) == 1
     assert (qa.image_paths(), talk.image_paths()) == (["images/train/1/image.png"], ["x.jpg"])
-    assert (qa.images, talk.images, alpaca.images) == (str(folder / "qa"), "/pictures", str(folder))
+    assert (qa.images, talk.images, alpaca.images) == (str(folder / "qa"), "/images", str(folder))
     assert [file.name for file in qa.files] == ["problems.json", "pid_splits.json"]
 
 
@@ -58,7 +58,7 @@ def test_one_format_and_template_for_all(folder: Path) -> None:
     assert data.sources()[0].template.render("x", "y") == "xy"
 
 
-def test_what_is_wrong_with_a_source_is_told_by_its_key() -> None:
+def test_errors_of_a_source_name_its_key() -> None:
     with pytest.raises(ConfigError, match=r"path\.0.*fromat"):
         load(DataConfig, {"path": [{"path": "a", "fromat": "llava"}]})
     with pytest.raises(ConfigError, match=r"path\.0.*weight"):

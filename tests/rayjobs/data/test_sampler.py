@@ -16,12 +16,12 @@ PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
-    draw, parts, id = np.random.default_rng(3), [], 0
+    rng, parts, id = np.random.default_rng(3), [], 0
     for rows in PARTS:
         listed = []
         for _ in range(rows):
-            length = int(draw.integers(2, 40))
-            listed.append({"id": id, "tokens": [id] * length, "label_start": int(draw.integers(1, length))})
+            length = int(rng.integers(2, 40))
+            listed.append({"id": id, "tokens": [id] * length, "label_start": int(rng.integers(1, length))})
             id += 1
         name = f"train-{listed[0]['id']:014x}.parquet"
         write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
@@ -68,12 +68,12 @@ def test_a_step_is_the_same_for_any_number_of_workers(store: TokenStore) -> None
     order = order_of(store)
 
     def steps(world: int) -> dict[int, tuple[list[int], int]]:
-        found: dict[int, tuple[list[int], int]] = {}
+        by_step: dict[int, tuple[list[int], int]] = {}
         for worker in walk(order, world, range(30)):
             for micro in worker:
-                ids, _ = found.get(micro["step"], ([], 0))
-                found[micro["step"]] = (sorted(ids + [row["id"] for row in micro["rows"]]), micro["step_labels"])
-        return found
+                ids, _ = by_step.get(micro["step"], ([], 0))
+                by_step[micro["step"]] = (sorted(ids + [row["id"] for row in micro["rows"]]), micro["step_labels"])
+        return by_step
 
     assert steps(1) == steps(2) == steps(4)
 
@@ -104,7 +104,7 @@ def test_epochs_and_seeds_differ_and_repeat(store: TokenStore) -> None:
     assert ids(None, 0) == ids(None, 1) == list(range(101))
 
 
-def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
+def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None:
     parts, per_source = [], {0: (10, 7), 1: (6,), 2: (4,)}
     for source, sizes in per_source.items():
         first = source * ROWS_PER_SOURCE
@@ -117,16 +117,16 @@ def test_weights_say_how_often_each_source_is_seen(tmp_path: Path) -> None:
     store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
     order = order_of(store, weights=(1.0, 2.5, 0.5))
     assert order.steps_per_epoch == -(-(17 + 15 + 2) // 7)
-    seen: Counter[int] = Counter()
+    counts_by_id: Counter[int] = Counter()
     for epoch in range(4):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         epoch_ids = [row["id"] for worker in walk(order, 2, steps) for micro in worker for row in micro["rows"]]
         assert Counter(id // ROWS_PER_SOURCE for id in epoch_ids) == {0: 17, 1: 15, 2: 2}
-        seen += Counter(epoch_ids)
+        counts_by_id += Counter(epoch_ids)
         for source, total in ((0, 17), (1, 6), (2, 4)):
-            counts = [seen[source * ROWS_PER_SOURCE + row] for row in range(total)]
-            assert max(counts) - min(counts) <= 1, "nothing is seen twice more than its neighbours"
-    assert all(count == 4 for id, count in seen.items() if id < ROWS_PER_SOURCE)
+            counts = [counts_by_id[source * ROWS_PER_SOURCE + row] for row in range(total)]
+            assert max(counts) - min(counts) <= 1, "counts differ by at most one"
+    assert all(count == 4 for id, count in counts_by_id.items() if id < ROWS_PER_SOURCE)
 
 
 class IndexedImages:

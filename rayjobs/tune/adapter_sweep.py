@@ -16,6 +16,7 @@ from rayjobs.console import Progress
 from rayjobs.data.records import SourceConfig
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
+from rayjobs.reporting.tables import markdown_table
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
 from rayjobs.tune.tuner import run_tuner
 
@@ -155,9 +156,8 @@ def _summary_row(setting: str, results: Sequence[AdapterTrialResult]) -> dict[st
 
 def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """Write the rows of `summarize` as a Markdown table."""
-    names = list(rows[0])
-    cells = [names, ["---"] + ["---:"] * (len(names) - 1), *([row.get(name, "") for name in names] for row in rows)]
-    write_text(path, "".join(f"| {' | '.join(line)} |\n" for line in cells))
+    columns = list(rows[0])
+    write_text(path, markdown_table(columns, [[row.get(name, "") for name in columns] for row in rows]))
 
 
 def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> None:

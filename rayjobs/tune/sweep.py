@@ -17,6 +17,7 @@ import torch
 from ray import tune
 from ray.exceptions import RayActorError
 
+from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress
 from rayjobs.tune.optuna_study import Study
@@ -162,7 +163,7 @@ class _Sweep:
             search=self.search,
             folder=self.folder,
             threads=max(1, int(cpus)),
-            device="cuda" if gpus else "cpu",
+            device=worker_device(self.pool.resources),
             halving=halving,
         )
         trainable = tune.with_parameters(train_point, shared=self.shared, task=task)

@@ -180,14 +180,8 @@ def run_trial(
         curve.append(epoch.val_accuracy)
         report(curve)
 
-    if setting.epochs:
-        recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
-        rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
-        trained, best = train_keys(untrained, rows_as_tensors, untrained.labels, val, val_labels, recipe, after_epoch)
-    else:
-        trained = untrained
-        best = Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(untrained.logits(val), val_labels))
-        after_epoch(best)
+    recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
+    trained, best = _train(untrained, views, val, val_labels, recipe if setting.epochs else None, after_epoch)
     found = _search(trained, val, val_labels, settings)
     _write_chosen(folder / trial.name, trained, found)
     classifier, zero_shot_features = untrained.classifier, val[untrained.zero_shot_source]
@@ -227,6 +221,23 @@ def _untrained_cache(
         beta=setting.beta,
         ensemble=table5(setting.encoders)[setting.ensemble],
     )
+
+
+def _train(
+    untrained: Cache,
+    views: Mapping[str, SharedRows],
+    val: Mapping[str, Tensor],
+    val_labels: Tensor,
+    recipe: KeyTraining | None,
+    after_epoch: Callable[[Epoch], None],
+) -> tuple[Cache, Epoch]:
+    """The cache with the keys of the best epoch, and that epoch; without a recipe, the untrained cache."""
+    if recipe is not None:
+        rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
+        return train_keys(untrained, rows_as_tensors, untrained.labels, val, val_labels, recipe, after_epoch)
+    epoch = Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(untrained.logits(val), val_labels))
+    after_epoch(epoch)
+    return untrained, epoch
 
 
 def _search(cache: Cache, val: Mapping[str, Tensor], val_labels: Tensor, settings: SearchConfig) -> SearchResult:

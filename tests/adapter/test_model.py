@@ -1,4 +1,4 @@
-"""The public face does what README shows: load, adapt, ask, save, and load again."""
+"""`AdaptedModel` does what README shows: load, adapt, answer, save, and load again."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adapter
-from adapter import AdaptedModel, AdaptionConfig, CheckpointError, PromptTemplate, TokenizerError
+from adapter import AdaptedModel, AdaptionConfig, CheckpointError, GenerationConfig, PromptTemplate, TokenizerError
 from adapter.base_checkpoint import save_llama
 from adapter.decoder import Llama, LlamaConfig, RMSNorm
 from adapter.instruct import ALPACA
@@ -37,72 +37,83 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def open_gates(base: AdaptedModel) -> None:
+def open_gates(model: AdaptedModel) -> None:
     with torch.no_grad():
-        for adaption in base.model.adaptions:
+        for adaption in model.model.adaptions:
             adaption.gate.fill_(0.7)
 
 
-def test_ask_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
-    base = AdaptedModel.from_pretrained(tiny_base)
+def test_answer_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
+    model = AdaptedModel.from_pretrained(tiny_base)
     greedy = {"max_new_tokens": 9, "temperature": 0.0}
-    (told,) = base.generate([ALPACA.render("Say it", "again")], **greedy)
-    assert base.answer("Say it", "again", **greedy) == told.strip() != ""
-    mine = PromptTemplate(with_input="{instruction}: {input}", without_input="{instruction}!")
-    (told,) = base.generate(["Say it!"], **greedy)
-    assert base.answer("Say it", template=mine, **greedy) == told.strip()
+    (text,) = model.generate([ALPACA.render("Say it", "again")], **greedy)
+    assert model.answer("Say it", "again", **greedy) == text.strip() != ""
+    template = PromptTemplate(with_input="{instruction}: {input}", without_input="{instruction}!")
+    (text,) = model.generate(["Say it!"], **greedy)
+    assert model.answer("Say it", template=template, **greedy) == text.strip()
 
 
-def test_load_adapt_ask_save(folder: Path, tmp_path: Path) -> None:
-    base = AdaptedModel.from_pretrained(folder)
-    bare = base.logits(TEXTS)
-    assert [row.shape for row in bare] == [(len(base.tokenizer.encode(t, bos=True, eos=False)), 67) for t in TEXTS]
+def test_a_generation_config_and_its_overrides(tiny_base: Path) -> None:
+    model, config = AdaptedModel.from_pretrained(tiny_base), GenerationConfig(max_new_tokens=9, temperature=1.0, seed=3)
+    by_keyword = model.generate(["The"], max_new_tokens=9, temperature=1.0, seed=3)
+    assert model.generate(["The"], config) == by_keyword
+    assert model.generate(["The"], config, temperature=0) == model.generate(["The"], max_new_tokens=9, temperature=0)
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.generate(["The"], max_tokens=9)
+    with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 2"):
+        model.generate(["The"], config, top_p=2)
+
+
+def test_load_adapt_generate_save(folder: Path, tmp_path: Path) -> None:
+    model = AdaptedModel.from_pretrained(folder)
+    bare = model.logits(TEXTS)
+    assert [row.shape for row in bare] == [(len(model.tokenizer.encode(t, bos=True, eos=False)), 67) for t in TEXTS]
     for text, row in zip(TEXTS, bare, strict=True):  # a batch is its texts
-        torch.testing.assert_close(base.logits([text])[0], row, rtol=0, atol=1e-5)
-    assert base.logits([]) == []
+        torch.testing.assert_close(model.logits([text])[0], row, rtol=0, atol=1e-5)
+    assert model.logits([]) == []
 
-    base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=3)
-    assert all(torch.equal(row, was) for row, was in zip(base.logits(TEXTS), bare, strict=True))
-    open_gates(base)
-    adapted = base.logits(TEXTS)
+    model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=3)
+    assert all(torch.equal(row, was) for row, was in zip(model.logits(TEXTS), bare, strict=True))
+    open_gates(model)
+    adapted = model.logits(TEXTS)
     assert not torch.equal(adapted[0], bare[0])
-    base.save_adapter(tmp_path / "adapter.safetensors", extra={"note": "made in a test"})
+    model.save_adapter(tmp_path / "adapter.safetensors", extra={"note": "made in a test"})
 
     again = AdaptedModel.from_pretrained(folder)
     again.load_adapter(tmp_path / "adapter.safetensors")
     assert all(torch.equal(row, was) for row, was in zip(again.logits(TEXTS), adapted, strict=True))
     assert adapter.read_adapter(tmp_path / "adapter.safetensors").extra == {"note": "made in a test"}
     options = {"max_new_tokens": 6, "seed": 1}
-    assert base.generate(TEXTS, **options) == again.generate(TEXTS, **options)
+    assert model.generate(TEXTS, **options) == again.generate(TEXTS, **options)
 
 
 def test_the_seed_decides_the_prompts(folder: Path) -> None:
-    base = AdaptedModel.from_pretrained(folder)
+    model = AdaptedModel.from_pretrained(folder)
     prompts = []
     for seed in (3, 3, 4):
-        base.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=seed)
-        prompts.append(base.model.adaptions[0].prompt.clone())
+        model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=seed)
+        prompts.append(model.model.adaptions[0].prompt.clone())
     assert torch.equal(prompts[0], prompts[1])
     assert not torch.equal(prompts[0], prompts[2])
 
 
 def test_generation_is_text_without_the_prompt(folder: Path) -> None:
-    base = AdaptedModel.from_pretrained(folder, dtype=torch.bfloat16)
-    answers = base.generate(TEXTS, max_new_tokens=4, temperature=0.0)
+    model = AdaptedModel.from_pretrained(folder, dtype=torch.bfloat16)
+    answers = model.generate(TEXTS, max_new_tokens=4, temperature=0.0)
     assert len(answers) == len(TEXTS)
     assert all(isinstance(answer, str) for answer in answers)
 
 
 def test_errors(folder: Path, tmp_path: Path) -> None:
-    base = AdaptedModel.from_pretrained(folder)
+    model = AdaptedModel.from_pretrained(folder)
     with pytest.raises(ValueError, match="window of 32"):
-        base.logits(["cat dog " * 40])
+        model.logits(["cat dog " * 40])
     with pytest.raises(ValueError, match="holds no adapter"):
-        base.save_adapter(tmp_path / "adapter.safetensors")
+        model.save_adapter(tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match="has 3"):
-        base.add_adapter(AdaptionConfig(n_layers=4))
-    base.add_adapter(AdaptionConfig(n_layers=1, prompt_length=5))
-    base.save_adapter(tmp_path / "adapter.safetensors")
+        model.add_adapter(AdaptionConfig(n_layers=4))
+    model.add_adapter(AdaptionConfig(n_layers=1, prompt_length=5))
+    model.save_adapter(tmp_path / "adapter.safetensors")
 
     torch.manual_seed(1)
     save_llama(fresh(**SIZES), tmp_path)

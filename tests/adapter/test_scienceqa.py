@@ -57,7 +57,7 @@ def test_the_original_layout_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": 3}, "problem 7: 'answer' must be a choice's place, 0 to 2, got 3"),
+        ({"answer": 3}, "problem 7: 'answer' must be a choice's index, 0 to 2, got 3"),
         ({"answer": True}, "'answer' must be"),
         ({"choices": ["one"]}, "'choices' must be a list of 2 to 26"),
         ({"question": None}, "'question' must be text"),

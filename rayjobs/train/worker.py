@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ray.train
 import torch
@@ -83,7 +83,7 @@ class TrainingLoop:
         self.sampler = job.sampler("train")
         self.step = 0
         self.rows: list[dict[str, Any]] = []
-        self.seen_preemption: Any = None
+        self.seen_preemption: ray.train.PreemptionInfo | None = None
 
     def run(self) -> int:
         """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
@@ -180,7 +180,7 @@ class TrainingLoop:
 
     def stop_at_nonfinite_loss(
         self, loss: float, lr: float, micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]
-    ) -> None:
+    ) -> NoReturn:
         """Report the steps before this one, and raise AgreedError with a NonFiniteLossError that names the records."""
         pairs = zip(micro_batches, losses, strict=True)
         local_ids = [id for micro, part in pairs if not part.isfinite() for id in micro.ids]

@@ -14,7 +14,7 @@ from rayjobs.storage.files import atomic_folder, read_json, write_json, write_js
 
 @config
 class AdaptersConfig:
-    """How long the adapters are trained."""
+    """Training data and epochs of the adapters."""
 
     records: int = Field(default=900, ge=10)
     """Training records of the new instruction; half as many of the old one are added."""

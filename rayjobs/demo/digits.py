@@ -18,7 +18,7 @@ from rayjobs.storage.files import write_json
 
 @config
 class DigitsConfig:
-    """How the scans are split."""
+    """The split of the scans."""
 
     train: int = Field(default=900, ge=10)
     """Training scans, from which the few-shot images are chosen; DINO is trained on all of them, without labels."""

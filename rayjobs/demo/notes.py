@@ -63,7 +63,7 @@ def sample_notes(rng: random.Random, *, test: bool) -> Iterator[str]:
 
 
 def is_test(note: str) -> bool:
-    """Whether the note is for test records only."""
+    """Return True if the note is for test records only."""
     return int.from_bytes(hashlib.sha256(note.encode()).digest()[:8], "big") < TEST_SHARE * 2**64
 
 

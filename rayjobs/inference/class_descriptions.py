@@ -44,7 +44,7 @@ class LlamaConfig:
         return ALPACA if self.template == "alpaca" else PromptTemplate.read(cached_path(self.template))
 
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on, by content.
+        """Identify, by content, everything that the answers depend on.
 
         Raises an error for a base, adapter or template that cannot be read.
         """
@@ -66,7 +66,7 @@ class LlamaConfig:
 
 @config
 class SamplingConfig:
-    """How an endpoint or a LLaMA samples its answers."""
+    """Sampling settings of an endpoint or a LLaMA."""
 
     temperature: float = Field(default=0.99, ge=0)
     """Sampling temperature; 0 is greedy. It is high so that ten answers to a command are ten descriptions."""
@@ -78,7 +78,7 @@ class SamplingConfig:
 
 @config
 class DescriptionConfig:
-    """Where the class descriptions come from, and how a language model is asked for them."""
+    """The source of the class descriptions, and the commands that a language model is given."""
 
     source: Literal["file", "endpoint", "llama", "templates"]
     """Source of the descriptions: a JSON `file`, an OpenAI-compatible `endpoint`, a `llama` on this machine, or the
@@ -94,7 +94,7 @@ class DescriptionConfig:
     sampling: SamplingConfig = SamplingConfig()
 
     def identity(self) -> dict[str, Any]:
-        """What the descriptions depend on, apart from the classes.
+        """Identify, by content, everything besides the classes that the descriptions depend on.
 
         Raises an error for a section that is missing, a command without {}, or a model that cannot be opened.
         """

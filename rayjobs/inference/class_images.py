@@ -40,7 +40,7 @@ class DiffusersConfig:
 
 @config
 class ImageGenerationConfig:
-    """How images are generated, and how many of them are kept."""
+    """The source of generated images, and the number of them that are kept."""
 
     source: Literal["folder", "endpoint", "diffusers"]
     """Source of the images: a `folder` of generated images, an OpenAI-compatible `endpoint`, or `diffusers` on this

@@ -20,7 +20,7 @@ ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "i
 
 @config
 class DecodingConfig(GenerationConfig):
-    """How answers are decoded; the defaults are those of LLaMA-Adapter."""
+    """Decoding settings; the defaults are those of LLaMA-Adapter."""
 
     max_new_tokens: int = Field(default=256, ge=1)
     """Maximum number of tokens of an answer."""

@@ -46,10 +46,10 @@ class Config(AdapterSourceConfig):
     JOB: ClassVar = "adapter-eval"
 
     task: Literal["loss", "scienceqa"] = "loss"
-    """What to measure: held-out loss, or accuracy on ScienceQA. scienceqa reads one ScienceQA folder, its test split
-    unless data.path names another."""
+    """Measure: held-out `loss`, or accuracy on `scienceqa`, which reads one ScienceQA folder, its test split unless
+    data.path names another."""
     reading: Reading = "generate"
-    """How scienceqa predicts: `generate` a text and read the answer out of it, or take the option with the highest
+    """Prediction of scienceqa: `generate` a text and read the answer out of it, or take the option with the highest
     `likelihood`."""
     batch_size: int = Field(default=16, ge=1)
     """Problems of scienceqa per batch of a worker."""
@@ -149,7 +149,7 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
 
 
 def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, str]:
-    """What scienceqa's predictions depend on besides the model, by content."""
+    """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
     how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
     records = [problem_record(problem) for problem in read_problems(resolve_path(source.path), source.split)]
     return {**data_identity(records, source.images, reads_images), "how": repr(how)}

@@ -62,7 +62,7 @@ class Config(AdapterSourceConfig):
     """Prompts per batch of a worker."""
     scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig | None = None
-    """Where the run of a file's answers lives; required with `file`."""
+    """Run folder and cache for the answers to `file`; required with it."""
 
     @property
     def task(self) -> AnswerInstructions:

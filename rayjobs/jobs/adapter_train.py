@@ -71,7 +71,7 @@ class Config:
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
     vision: VisionConfig | None = None
-    """How images are read; null leaves the records' images out."""
+    """Image encoder and projection; null leaves the records' images out."""
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     zero: ZeroConfig = ZeroConfig()

@@ -216,7 +216,7 @@ def _refuse_test_split(settings: Config, trained: adapter_train.Config) -> None:
 
 
 def _worker_resources(settings: Config) -> dict[str, float]:
-    """What each training worker reserves so that the workers of all simultaneous trials fit into the cluster."""
+    """Resources of each training worker with which the workers of all simultaneous trials fit into the cluster."""
     workers = settings.scale.workers.max * settings.sweep.at_once
     return replace(settings.scale, workers=WorkerRange(min=workers, max=workers)).resources()
 

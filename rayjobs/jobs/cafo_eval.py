@@ -29,14 +29,11 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
 from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
-from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.tune.evaluation import TargetScore, check_same_encoders, record_opening, score_target, write_scores
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.selection import ChosenSetting, best_on_val
-
-Table = tuple[list[str], list[list[str]]]
-"""Column names and lines."""
 
 
 @config
@@ -93,7 +90,7 @@ def run(settings: Config) -> dict[str, Any]:
 
     lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
     features = encode(settings, swept, chosen, list(lists.values()), resources)
-    rejected = [image for found in features.values() for image in found.rejected]
+    rejected = [image for of_target in features.values() for image in of_target.rejected]
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
 
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
@@ -110,7 +107,7 @@ def run(settings: Config) -> dict[str, Any]:
         write_prediction_examples(folder, trials, chosen, lists[own], features[own])
     result = {
         **_headline(own, scores[own], chosen),
-        "test_images": {name: len(found.rows) for name, found in features.items()},
+        "test_images": {name: len(of_target.rows) for name, of_target in features.items()},
         "rejected_images": len(rejected),
         "tables": {
             name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}

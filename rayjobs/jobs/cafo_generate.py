@@ -131,7 +131,7 @@ def run(settings: Config) -> dict[str, Any]:
 
 
 def count_images(classes: ClassNames, content: dict[str, Any], keep: int, finished: int) -> dict[str, Any]:
-    """How many images and classes the list has. `finished` classes were in it before."""
+    """Numbers of images and classes in the list, for the result. `finished` classes were in it before this run."""
     per_class = [0] * len(classes.names)
     for _, label, _ in content["train"]:
         per_class[label] += 1

@@ -70,7 +70,7 @@ ABOUT = (
 
 @config
 class DemoRun(RunConfig):
-    """Where the demo's run lives."""
+    """The demo's run folder and cache."""
 
     name: str = "demo"
     """Name of the run; its folder is `storage/name`."""

@@ -80,7 +80,7 @@ class AdapterTrialResult:
 
 
 class Metric(NamedTuple):
-    """What settings are compared by."""
+    """A figure of the results, by which settings can be compared."""
 
     name: str
     mode: Literal["min", "max"]

@@ -21,7 +21,7 @@ from rayjobs.tune.trial import SharedInputs
 
 @dataclass(frozen=True, kw_only=True)
 class SweepInputs:
-    """What a sweep reads, from which its trials' shared arrays are made."""
+    """The inputs of a sweep, from which its trials' shared arrays are made."""
 
     dataset: Dataset
     few_shot: Mapping[tuple[int, int], FewShot]
@@ -40,10 +40,10 @@ class SweepInputs:
     @property
     def rejected(self) -> list[RejectedImage]:
         """Images that cannot be read."""
-        return [image for found in self.features.values() for image in found.rejected]
+        return [image for of_role in self.features.values() for image in of_role.rejected]
 
     def counts(self) -> dict[str, int]:
-        """How many inputs are missing or cut, for the sweep's result."""
+        """Numbers of inputs that are missing or cut, for the sweep's result."""
         return {
             "rejected_images": len(self.rejected),
             "short_classes": len({name for choice in self.few_shot.values() for name in choice.short}),
@@ -84,7 +84,7 @@ def check_same_inputs(folder: Path, inputs: SweepInputs) -> None:
     classifiers = {", ".join(key): inputs.classifiers[key].store for key in sorted(inputs.classifiers)}
     now = {
         "lists of images": fingerprint([labels, few_shot]),
-        "images or encoders": {role: dict(found.stores) for role, found in inputs.features.items()},
+        "images or encoders": {role: dict(of_role.stores) for role, of_role in inputs.features.items()},
         "sentences or text encoders": classifiers,
     }
     path = folder / "inputs.json"

@@ -63,7 +63,7 @@ class SpaceConfig:
 
 @config
 class SearchConfig:
-    """How the settings to try are found, and what each trial searches after training."""
+    """The search: which settings are tried, and which α, β and ensemble weights each trial tries after training."""
 
     method: Literal["grid", "random", "asha", "optuna"] = "grid"
     """`grid`: every setting. `random`: `samples` random settings. `asha`: random settings under successive halving on

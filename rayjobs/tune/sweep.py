@@ -1,9 +1,9 @@
 """Run a sweep: Ray Tune runs its trials by grid, at random, by successive halving (ASHA) or by Optuna's suggestions.
 
 A sweep that was killed and is started again ends as if it had not been. A trial that is over has written its
-`result.json` and is not run again. A grid and random settings are enumerated beforehand; an Optuna study is asked again
-and makes the same suggestions, because it is told the same results in the same order; ASHA is fed the earlier trials'
-accuracies. Two drivers that run one sweep at the same time do no harm.
+`result.json` and is not run again. A grid and random settings are enumerated beforehand. An Optuna study starts again
+and makes the same suggestions, because it gets the same results in the same order. ASHA gets the accuracies of the
+earlier trials. Two drivers that run one sweep at the same time do no harm.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +42,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class TrialPool:
-    """How many trials run at the same time, and what each reserves."""
+    """Trials that run at the same time, and the resources of each."""
 
     at_once: int
     resources: Mapping[str, float]
@@ -180,7 +180,7 @@ class _Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialTask:
-    """What a Tune worker needs besides the trials and the shared inputs."""
+    """Everything that a Tune worker needs besides the trials and the shared inputs."""
 
     search: SearchConfig
     folder: Path

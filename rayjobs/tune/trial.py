@@ -103,12 +103,12 @@ class TrialResult:
 
     @classmethod
     def of(
-        cls, trial: Trial, status: Literal["finished", "stopped"], val_curve: list[float], **found: Any
+        cls, trial: Trial, status: Literal["finished", "stopped"], val_curve: list[float], **chosen: Any
     ) -> "TrialResult":
-        """The result of `trial`; `found` are the values that only a finished trial has."""
+        """The result of `trial`; `chosen` are the values that only a finished trial has."""
         about: dict[str, Any] = trial.setting._asdict() | {"encoders": " + ".join(trial.setting.encoders)}
         common: dict[str, Any] = {"trial": trial.name, "status": status, "shots": trial.shots, "seed": trial.seed}
-        return cls(**common, **about, val_curve=list(val_curve), **found)
+        return cls(**common, **about, val_curve=list(val_curve), **chosen)
 
     def write(self, folder: Path) -> None:
         """Write `result.json` into the trial's folder below `folder`."""
@@ -182,20 +182,20 @@ def run_trial(
 
     recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
     trained, best = _train(untrained, views, val, val_labels, recipe if setting.epochs else None, after_epoch)
-    found = _search(trained, val, val_labels, settings)
-    _write_chosen(folder / trial.name, trained, found)
+    best_search = _search(trained, val, val_labels, settings)
+    _write_chosen(folder / trial.name, trained, best_search)
     classifier, zero_shot_features = untrained.classifier, val[untrained.zero_shot_source]
     result = TrialResult.of(
         trial,
         "finished",
         curve,
-        val_correct=found.correct,
-        val_images=found.total,
-        val_accuracy=found.accuracy,
+        val_correct=best_search.correct,
+        val_images=best_search.total,
+        val_accuracy=best_search.accuracy,
         zero_shot_val_accuracy=accuracy(zero_shot_logits(zero_shot_features, classifier), val_labels),
-        chosen_alpha=found.alpha,
-        chosen_beta=found.beta,
-        chosen_ensemble=json.dumps(asdict(found.ensemble)),
+        chosen_alpha=best_search.alpha,
+        chosen_beta=best_search.beta,
+        chosen_ensemble=json.dumps(asdict(best_search.ensemble)),
         best_epoch=best.epoch,
         keys=len(rows),
         seconds=time.monotonic() - started,
@@ -254,13 +254,13 @@ def _search(cache: Cache, val: Mapping[str, Tensor], val_labels: Tensor, setting
     )
 
 
-def _write_chosen(folder: Path, cache: Cache, found: SearchResult) -> None:
+def _write_chosen(folder: Path, cache: Cache, result: SearchResult) -> None:
     """Write `cache.safetensors` with the chosen α, β and ensemble, and `landscape.json`, the accuracies over them."""
-    chosen = replace(cache, alpha=found.alpha, beta=found.beta, ensemble=found.ensemble)
+    chosen = replace(cache, alpha=result.alpha, beta=result.beta, ensemble=result.ensemble)
     with atomic_path(folder / CACHE) as temporary:
         save_cache(chosen, temporary)
-    landscapes = [asdict(landscape) for landscape in found.landscapes]
-    write_json(folder / "landscape.json", {"total": found.total, "landscapes": landscapes})
+    landscapes = [asdict(landscape) for landscape in result.landscapes]
+    write_json(folder / "landscape.json", {"total": result.total, "landscapes": landscapes})
 
 
 def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:

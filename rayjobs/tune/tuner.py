@@ -25,7 +25,7 @@ def run_tuner(
         trainable: a function with its resources.
         param_space: the trials' configs; None if `tune_config` has a search algorithm.
         folder: where Tune keeps the experiment's state while it runs.
-        callback: is told of every trial's end.
+        callback: called at the end of every trial.
         max_failures: times that Tune starts a failed trial again.
     """
     experiment = folder / uuid.uuid4().hex[:8]

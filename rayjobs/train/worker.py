@@ -136,9 +136,13 @@ class TrainingLoop:
         checkpoint = found[0]
         if isinstance(checkpoint, UserError):
             raise AgreedError(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        try:
             self.engine.load_state(checkpoint.state)
-            self.step, self.rows = checkpoint.step, checkpoint.rows
+        except UserError as error:  # the state of another adapter, as every worker finds before any communication
+            raise AgreedError(error) from error
+        self.step, self.rows = checkpoint.step, checkpoint.rows
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """Make one optimizer step and log it; return whether a report is due.

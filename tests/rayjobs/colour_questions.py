@@ -1,4 +1,4 @@
-"""The smallest world in which only an image tells the answer: red is (A), blue is (B), in ScienceQA's layout."""
+"""Questions in ScienceQA's layout that only an image answers: red is (A), blue is (B)."""
 
 import random
 import shutil
@@ -21,7 +21,7 @@ COLOURS = ((200, 40, 40), (50, 60, 210))
 
 
 def write_base(folder: Path) -> Path:
-    """A random LLaMA that has a piece for either letter."""
+    """Write a random LLaMA whose tokenizer has a piece for each letter."""
     folder.mkdir(parents=True)
     sentences = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(200)]
     return make_base(
@@ -30,7 +30,7 @@ def write_base(folder: Path) -> Path:
 
 
 def write_questions(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """`counts` is problems of each split; every fifth has no image, and the answer to it is a guess."""
+    """Write so many problems for each split; every fifth has no image, so its answer is a guess."""
     draw, problems = np.random.default_rng(seed), {}
     splits = {split: [f"{split}{i}" for i in range(count)] for split, count in counts.items()}
     for split, pids in splits.items():
@@ -55,17 +55,17 @@ def write_questions(folder: Path, counts: dict[str, int], seed: int = 0) -> Path
 
 
 def shuffle(questions: Path, shuffled: Path) -> dict[str, int]:
-    """The same questions with the test images dealt anew; which colour each one shows by then, by pid."""
+    """Write the same questions with permuted test images; return {pid: the colour that its image shows now}."""
     shutil.copytree(questions, shuffled)
     asked = [problem for problem in read_problems(questions, "test") if problem.image]
-    dealt = random.Random(0).sample(asked, len(asked))
-    for problem, other in zip(asked, dealt, strict=True):
+    permuted = random.Random(0).sample(asked, len(asked))
+    for problem, other in zip(asked, permuted, strict=True):
         shutil.copyfile(questions / other.image, shuffled / problem.image)
-    return {problem.pid: other.answer for problem, other in zip(asked, dealt, strict=True)}
+    return {problem.pid: other.answer for problem, other in zip(asked, permuted, strict=True)}
 
 
 def train_adapter(base_path: Path, vision: VisionConfig, questions: Path, file: Path) -> None:
-    """An adapter that tells the letter from the colour, by a plain loop of a second or two."""
+    """Train an adapter that answers with the letter of the colour, by a plain loop of a second or two."""
     base, conditioning = AdaptedModel.from_pretrained(base_path), vision.open()
     base.add_adapter(AdaptionConfig(n_layers=3, prompt_length=5, vision=conditioning.projection))
     asked = [problem for problem in read_problems(questions, "train") if problem.image]

@@ -1,0 +1,56 @@
+"""The best setting of a sweep over adapter-train's settings, and its table."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rayjobs.tune.adapter_sweep import (
+    AdapterTrialResult,
+    best_setting,
+    comparison_metric,
+    read_result,
+    summarize,
+    write_table,
+)
+
+RESULT = AdapterTrialResult(
+    setting="n_layers 1",
+    seed=0,
+    run="seed0-a",
+    trainable_parameters=1234,
+    first_loss=3.0,
+    peak_loss=4.0,
+    final_loss=2.0,
+    val_loss=2.5,
+    evaluated_on=None,
+)
+
+
+def test_settings_are_compared_by_accuracy_then_validation_loss_then_training_loss() -> None:
+    without_val = replace(RESULT, val_loss=None)
+    measured = replace(RESULT, accuracy=50.0)
+    names = [comparison_metric([result]).name for result in (measured, RESULT, without_val)]
+    assert names == ["accuracy", "val_loss", "final_loss"]
+
+
+def test_the_best_setting_has_the_best_mean_over_seeds_and_is_the_first_on_ties() -> None:
+    losses = [("n_layers 1", 2.0), ("n_layers 1", 4.0), ("n_layers 2", 3.5), ("n_layers 2", 2.5), ("n_layers 3", 3.1)]
+    results = [replace(RESULT, setting=setting, val_loss=loss) for setting, loss in losses]
+    assert best_setting(results) == ("n_layers 1", "n_layers 1, val loss 3.0000 ± 1.4142")
+    accurate = [replace(result, accuracy=10.0 * i) for i, result in enumerate(results)]
+    assert best_setting(accurate) == ("n_layers 3", "n_layers 3, accuracy 40.00")
+
+
+def test_a_result_is_read_as_it_was_written_and_leaves_out_an_accuracy_that_was_not_measured(tmp_path: Path) -> None:
+    RESULT.write(tmp_path)
+    assert '"accuracy"' not in (tmp_path / "trial.json").read_text()
+    assert read_result(tmp_path) == RESULT
+    assert read_result(tmp_path / "nowhere") is None
+
+
+def test_the_table_has_a_row_for_each_setting(tmp_path: Path) -> None:
+    summary = summarize([RESULT, replace(RESULT, seed=1, val_loss=3.5), replace(RESULT, setting="n_layers 2")])
+    write_table(tmp_path / "table.md", summary["settings"])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| setting | trainable parameters | first loss | peak loss | final loss | val loss |"
+    assert lines[2].startswith("| n_layers 1 | 1,234 | 3.0000 ± 0.0000 |")
+    assert len(lines) == 4

@@ -11,8 +11,9 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from typing_extensions import Self
 
-from adapter.decoder import LlamaConfig, RopeScaling
+from adapter.decoder import LlamaConfig
 from adapter.errors import AdapterError, CheckpointError
+from adapter.rope import RopeScaling
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -9,7 +9,6 @@ B batch, T tokens, S keys seen so far (S = T without a cache), V vocabulary, C w
 G key/value heads, D = C/H.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,21 +22,7 @@ from adapter.adaption import Adaption, AdaptionConfig, attend
 from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjection, Images, batch_images
 from adapter.loss import labelled_cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3's scaling of RoPE to longer windows.
-
-    Frequencies whose wavelength exceeds `original_length / low_freq_factor` tokens are divided by `factor`; those below
-    `original_length / high_freq_factor` are unchanged; those in between are interpolated.
-    """
-
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192
-    """The window that the model was first trained with, in tokens."""
+from adapter.rope import RopeScaling, apply_rope, rope_angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +73,6 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return x32.to(x.dtype) * self.weight
-
-
-def rope_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's rotation, each (*positions.shape, D) float32; the two halves of D are equal."""
-    frequencies = 1.0 / config.rope_theta ** (
-        torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    )
-    if scaling := config.rope_scaling:
-        turns = scaling.original_length * frequencies / (2 * math.pi)
-        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        keep = keep.clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate queries or keys x (B, H, T, D) by cos and sin, each (B or 1, 1, T, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 class KVCache:
@@ -353,7 +317,7 @@ class Llama(nn.Module):
             slots = torch.arange(cache.used + T, device=tokens.device)
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
         x = self.tok_embeddings(tokens)
-        cos, sin = rope_angles(self.config, positions)
+        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         rope = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))  # (B or 1, 1, T, D)
         inputs = AttentionInputs(rope, mask, cache, images)
         grad = torch.is_grad_enabled()

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
-from adapter.decoder import Llama, LlamaConfig, RopeScaling
+from adapter.decoder import Llama, LlamaConfig
+from adapter.rope import RopeScaling
 from adapter.tokenizer import Tokenizer
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS = 31, 24, 4, 2, 34, 3

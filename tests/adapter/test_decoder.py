@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import KVCache, Llama, LlamaConfig, RMSNorm, RopeScaling, apply_rope, rope_angles
+from adapter.decoder import KVCache, Llama, LlamaConfig, RMSNorm
 from adapter.loss import IGNORE
+from adapter.rope import RopeScaling, apply_rope, rope_angles
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer, peer_name, tokens
 
@@ -77,7 +78,7 @@ def test_norm_is_the_equation_and_is_taken_in_float32(dtype):
 def test_rope_rotates_halves_by_the_position(scaling):
     config = LlamaConfig(**{**MHA, "rope_scaling": scaling})
     x, positions = torch.randn(2, 3, 5, 14), torch.tensor([0, 1, 7, 29, 2000])
-    cos, sin = rope_angles(config, positions)
+    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     rotated = apply_rope(x, cos, sin)
     for b, h, t in itertools.product(range(2), range(3), range(5)):
         expected = reference.rope_halves(x[b, h, t].double(), int(positions[t]), config)

@@ -99,7 +99,7 @@ def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, t
     lost = [next(path for path in before if name in path) for name in ("part-", "/result.json")]
     for path in lost:
         resolve_path(path).unlink()
-    cafo_tune.run(cafo.tuning(there))
+    cafo_tune.run(cafo.tune_settings(there))
     assert made(there) == made(local)
     now = stamps(there)
     assert [path for path in before if now[path] != before[path]] == lost

@@ -20,6 +20,7 @@ from cafo.errors import ImageError
 from cafo.generate import FolderGenerator
 from cafo.images import load_image
 from rayjobs.config import load, to_dict
+from rayjobs.inference import class_descriptions
 from rayjobs.jobs import adapter_eval, cafo, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.models.image_conditioning import VisionConfig
@@ -28,7 +29,7 @@ from rayjobs.storage.files import read_json, read_parquet, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
-from tests.rayjobs.cafo_dataset import CLASSES, CLIP, make_images, make_encoders, make_dataset
+from tests.rayjobs.cafo_dataset import CLASSES, CLIP, make_dataset, make_encoders, make_images
 from tests.rayjobs.conftest import upload
 
 NAMES = list(CLASSES)
@@ -234,7 +235,7 @@ def test_prompts_and_drawn_images_go_on_where_they_were_killed(
         config = load(job.Config, None, [*common, *more, f"run.name={letter}"])
         with monkeypatch.context() as patch:
             patch.setattr(SyncedFolder, "__exit__", lambda *_: None)
-            for maker, method in ((cafo_prompt.LlamaModel, "describe"), (FolderGenerator, "draw")):
+            for maker, method in ((class_descriptions.LlamaModel, "describe"), (FolderGenerator, "draw")):
                 stop_at(patch, maker, method, NAMES[2])
             with pytest.raises(KeyboardInterrupt):
                 job.run(config)

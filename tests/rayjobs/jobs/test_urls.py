@@ -235,7 +235,7 @@ def test_prompts_and_drawn_images_go_on_where_they_were_killed(
         config = load(job.Config, None, [*common, *more, f"run.name={letter}"])
         with monkeypatch.context() as patch:
             patch.setattr(SyncedFolder, "__exit__", lambda *_: None)
-            for maker, method in ((class_descriptions.LlamaModel, "describe"), (FolderGenerator, "draw")):
+            for maker, method in ((class_descriptions.LlamaModel, "describe"), (FolderGenerator, "generate")):
                 stop_at(patch, maker, method, NAMES[2])
             with pytest.raises(KeyboardInterrupt):
                 job.run(config)

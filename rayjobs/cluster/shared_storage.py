@@ -59,11 +59,11 @@ def nodes_without_file(path: str, nodes: dict[str, str]) -> list[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    exists = ray.remote(os.path.lexists).options(num_cpus=0)
-    answers = {
-        exists.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path): name
-        for node, name in nodes.items()
-    }
+    exists = ray.remote(os.path.lexists)
+    answers = {}
+    for node, name in nodes.items():
+        on_node = exists.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        answers[on_node.remote(path)] = name
     without = []
     for answer, name in answers.items():
         with suppress(ray.exceptions.RayError):

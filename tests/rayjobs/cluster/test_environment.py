@@ -62,7 +62,7 @@ def test_a_new_worker_has_not_imported_rayjobs(cluster: None) -> None:
 def test_gloo_uses_rays_network_in_every_worker_with_variables_of_its_own_or_not(cluster: None) -> None:
     import psutil
 
-    read = ray.remote(os.getenv).options(num_cpus=0)
+    read = ray.remote(os.getenv)
     with_variables = read.options(runtime_env={"env_vars": {"A": "1"}})
     interfaces = ray.get([read.remote("GLOO_SOCKET_IFNAME"), with_variables.remote("GLOO_SOCKET_IFNAME")])
     assert interfaces[0] == interfaces[1]

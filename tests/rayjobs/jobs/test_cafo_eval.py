@@ -18,7 +18,7 @@ from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, settings_to_plot
 from tests.cafo.server import serve
-from tests.rayjobs.cafo_dataset import make_images, make_dataset
+from tests.rayjobs.cafo_dataset import make_dataset, make_images
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
 

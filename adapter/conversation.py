@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter.errors import RecordError
-from adapter.instruct import read_rows
+from adapter.instruct import rejected_record
+from adapter.record_files import check_text, read_rows
 
 _SYSTEM, _HUMAN, _MODEL = ("system",), ("human", "user"), ("gpt", "assistant")
 _TAG = "<image>"
@@ -24,33 +25,40 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, str]]:
     """Read every answer of a `.json`, `.jsonl` or `.parquet` file of conversations, in order.
 
     Yields instruction records with a `group` besides, equal for records of one conversation or of one image, so that
-    a split can keep them together. A malformed conversation yields one empty record with `rejected`, the reason.
+    a split can keep them together. A malformed conversation yields one `rejected_record`.
 
-    Raises RecordError, naming the file and the item, line or row, if the file is not a list of JSON values.
+    Raises RecordError, naming the file and the place, for a file that `read_rows` refuses.
     """
-    for index, (place, row) in enumerate(read_rows(path)):
+    for index, (place, row, error) in enumerate(read_rows(path)):
         try:
+            if error:
+                raise RecordError(error)
             yield from list(_answer_records(row))
         except RecordError as error:
             name = f"conversation {index}" + (f", id {row['id']!r}" if isinstance(row, dict) and "id" in row else "")
-            empty = dict.fromkeys(("instruction", "input", "output", "image"), "")
-            yield {**empty, "rejected": f"{path}, {place}, {name}: {error}"}
+            yield rejected_record(f"{path}, {place}, {name}: {error}")
 
 
 def _answer_records(row: Any) -> Iterator[dict[str, str]]:
     turns = row.get("conversations") if isinstance(row, dict) else None
+    if isinstance(row, dict) and turns is None and "instruction" in row:
+        raise RecordError("it is an instruction record, which the format alpaca reads, not a conversation")
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"a conversation is an object with a list of 'conversations', got {row!r:.60}")
     image = row.get("image") or ""
     if not isinstance(image, str):
         raise RecordError(f"'image' must be a path, got {image!r:.60}")
+    check_text(image, "'image'")
     first = int(isinstance(turns[0], dict) and turns[0].get("from") in _SYSTEM)  # index of the first question
-    history = [_turn_text(turns, i, _SYSTEM) for i in range(first)]
+    texts = [
+        _turn_text(turns, i, _SYSTEM if i < first else (_HUMAN, _MODEL)[(i - first) % 2]) for i in range(len(turns))
+    ]
     if len(turns) % 2 != first or len(turns) == first:
         raise RecordError(f"the last of {len(turns)} turns has no answer")
+    history = texts[:first]
     group = image or hashlib.sha256(repr(turns).encode()).hexdigest()
     for i in range(first, len(turns), 2):
-        question, answer = _turn_text(turns, i, _HUMAN), _turn_text(turns, i + 1, _MODEL)
+        question, answer = texts[i], texts[i + 1]
         if _TAG in answer:
             raise RecordError(f"turn {i + 1}: {_TAG} in an answer")
         if _TAG in question:
@@ -64,6 +72,10 @@ def _answer_records(row: Any) -> Iterator[dict[str, str]]:
 def _turn_text(turns: list[Any], i: int, speakers: tuple[str, ...]) -> str:
     """The text of turn i, which must be one of the speakers'."""
     turn = turns[i]
+    if i == 0 and isinstance(turn, dict) and turn.get("from") in _MODEL:
+        raise RecordError(
+            f"turn 0 is an answer of {turn['from']!r} without a question; remove it, or put a question before it"
+        )
     if not isinstance(turn, dict) or turn.get("from") not in speakers or not isinstance(turn.get("value"), str):
         raise RecordError(f"turn {i}: expected {{'from': '{speakers[0]}', 'value': text}}, got {turn!r:.60}")
-    return turn["value"]
+    return check_text(turn["value"], f"turn {i}")

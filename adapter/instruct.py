@@ -1,8 +1,7 @@
 """Read instruction records, and encode them as token ids and labels.
 
 A record is `{instruction, input?, output, image?}`. Its sequence is BOS + prompt + output + EOS, of which only output
-and EOS are labelled. The image is a path and no part of the sequence. Files are JSON (an array), JSONL or Parquet; they
-are read record by record, never whole.
+and EOS are labelled. The image is a path and no part of the sequence. `adapter.record_files` has the files' formats.
 """
 
 import json
@@ -12,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ijson
-import pyarrow.parquet as pq
-
 from adapter.errors import AdapterError, RecordError
+from adapter.record_files import check_text, read_rows
 from adapter.tokenizer import Tokenizer
 
-READ_BYTES = 1 << 16
-"""How much of a JSON file is read at a time."""
+_FIELDS = ("instruction", "input", "output", "image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,89 +120,47 @@ def _encode_answer(
     return tokenizer.encode(record["output"], bos=False, eos=True)
 
 
-def read_records(path: str | Path, *, answered: bool = True) -> Iterator[dict[str, str]]:
+def read_records(path: str | Path, *, answered: bool = True, keep_rejected: bool = False) -> Iterator[dict[str, str]]:
     """Read and check the records of a `.json` (array), `.jsonl` or `.parquet` file, in order, in bounded memory.
 
     Yields records with the text fields instruction, input, output and image; a missing input or image is ''.
     answered: False for records that are still to be answered, which need no `output`; a missing one is ''.
+    keep_rejected: yield a `rejected_record` for each record that cannot be used, instead of raising for the first.
 
-    Raises RecordError, naming the file and the item, line or row, for malformed content and for fields that are missing
-    or not text.
+    Raises RecordError, naming the file and the item, line or row, for a record that is malformed, or whose fields are
+    missing or not text; and, whatever `keep_rejected`, for a file that `read_rows` refuses.
     """
-    for place, record in read_rows(path):
-        yield _checked(record, f"{path}, {place}", answered)
+    for place, row, error in read_rows(path):
+        try:
+            if error:
+                raise RecordError(error)
+            record = _checked(row, answered)
+        except RecordError as error:
+            reason = f"{path}, {place}: {error}"
+            if not keep_rejected:
+                raise RecordError(reason) from error
+            record = rejected_record(reason)
+        yield record
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """Read the rows of a `.json` (array), `.jsonl` or `.parquet` file, in order, unchecked, in bounded memory.
-
-    Yields (place, row), the place as "item 3" of an array, counted from 1, "line 3" of a JSONL file, counted from 1, or
-    "row 3" of a Parquet file, counted from 0.
-
-    Raises RecordError, naming the file and the place, for malformed content.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RecordError(f"{path}: no such file; expected records as .json, .jsonl or .parquet")
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise RecordError(f"{path}: cannot read {path.suffix or 'a file without ending'}; use {', '.join(readers)}")
-    yield from readers[path.suffix](path)
+def rejected_record(reason: str) -> dict[str, str]:
+    """An empty record in place of one that cannot be used, with the reason, which names it, in `rejected`."""
+    return {**dict.fromkeys(_FIELDS, ""), "rejected": reason}
 
 
-def _checked(record: Any, place: str, answered: bool) -> dict[str, str]:
+def _checked(record: Any, answered: bool) -> dict[str, str]:
     if not isinstance(record, dict):
-        raise RecordError(f"{place}: a record must be an object with 'instruction' and 'output', got {record!r:.60}")
+        raise RecordError(f"a record must be an object with 'instruction' and 'output', got {record!r:.60}")
     for name in ("instruction", "output") if answered else ("instruction",):
         if name not in record:
-            raise RecordError(f"{place}: the record has no {name!r}; its keys are {sorted(record)}")
-    fields = {name: record.get(name, "") for name in ("instruction", "input", "output", "image")}
+            hint = f"its keys are {list(record)!r:.200}"
+            if "conversations" in record:
+                hint = "it is a conversation, which the format llava reads"
+            elif "messages" in record:
+                hint = (
+                    "chat 'messages' are not read; rewrite them as 'conversations' of 'from' and 'value', format llava"
+                )
+            raise RecordError(f"the record has no {name!r}; {hint}")
+    fields = {name: record.get(name, "") for name in _FIELDS}
     fields = {name: "" if value is None and name in ("input", "image") else value for name, value in fields.items()}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise RecordError(f"{place}: {name!r} must be text, got {value!r:.60}")
-    return fields
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{path}, line {number}: malformed JSON: {error.msg}") from error
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        start = file.read(1)
-        while start and start in b" \t\r\n":
-            start = file.read(1)
-        if start != b"[":
-            hint = "an object per line belongs in a .jsonl file" if start == b"{" else "the file is no JSON array"
-            raise RecordError(f"{path}: expected a JSON array of records; {hint}")
-        file.seek(0)
-        number = 0
-        try:
-            for number, record in enumerate(ijson.items(file, "item", buf_size=READ_BYTES, use_float=True), 1):
-                yield f"item {number}", record
-        except ijson.JSONError as error:
-            message = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
-            summary = message.splitlines()[0]
-            if "trailing garbage" in summary:
-                summary = f"the array ends after item {number}, but the file goes on"
-            raise RecordError(f"{path}, item {number + 1}: malformed JSON: {summary}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: not a readable Parquet file: {error}") from error
-    row = 0
-    with file:
-        for batch in file.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                yield f"row {row}", record
-                row += 1
+    return {name: check_text(value, repr(name)) for name, value in fields.items()}

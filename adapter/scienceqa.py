@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from adapter.errors import AdapterError, RecordError
-from adapter.instruct import PromptTemplate
+from adapter.file_content import check_content
+from adapter.instruct import PromptTemplate, rejected_record
+from adapter.record_files import check_text
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -82,48 +84,72 @@ class Problem:
 def read_problems(folder: str | Path, split: str) -> list[Problem]:
     """Read the problems of one split, in the order of `pid_splits.json`.
 
-    Raises RecordError, naming the file and the problem, for what is missing or malformed.
+    Raises RecordError, naming the file and the problem, for what is missing or malformed: a part of the split would be
+    another measurement.
     """
+    problems = []
+    for problem in _read_split(folder, split):
+        if isinstance(problem, RecordError):
+            raise problem
+        problems.append(problem)
+    return problems
+
+
+def read_problem_records(folder: str | Path, split: str) -> Iterator[dict[str, str]]:
+    """Read the problems of one split as instruction records, in order; each malformed one is a `rejected_record`.
+
+    Raises RecordError, naming the file, if `problems.json` or `pid_splits.json` cannot be read or has no such split.
+    """
+    for problem in _read_split(folder, split):
+        yield rejected_record(str(problem)) if isinstance(problem, RecordError) else problem.record()
+
+
+def _read_split(folder: str | Path, split: str) -> Iterator[Problem | RecordError]:
+    """The problems of one split, with an error in place of each malformed one."""
     folder = Path(folder) if isinstance(folder, str) else folder  # keep other path objects, such as URLs
     problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
     if not isinstance(splits[split], list):
         raise RecordError(f"{folder / 'pid_splits.json'}: {split!r} must be a list, got {splits[split]!r:.60}")
-    return [_problem(folder / "problems.json", problems, str(pid), split) for pid in splits[split]]
+    path = folder / "problems.json"
+    for pid in map(str, splits[split]):
+        if not isinstance(problems.get(pid), dict):
+            yield RecordError(f"{path}: no problem {pid}, which pid_splits.json lists under {split!r}")
+            continue
+        try:
+            yield _problem(pid, problems[pid], split)
+        except RecordError as error:
+            yield RecordError(f"{path}, problem {pid}: {error}")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    check_content(path, RecordError)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise RecordError(f"{path}: no such file; ScienceQA is a folder with problems.json and pid_splits.json") from (
             error
         )
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: not readable JSON ({error})") from error
+        raise RecordError(f"{path}: not readable JSON in UTF-8 ({error})") from error
     if not isinstance(content, dict):
         raise RecordError(f"{path}: holds a {type(content).__name__}, not an object")
     return content
 
 
-def _problem(path: Path, problems: dict[str, Any], pid: str, split: str) -> Problem:
-    fields = problems.get(pid)
-    if not isinstance(fields, dict):
-        raise RecordError(f"{path}: no problem {pid}, which pid_splits.json lists under {split!r}")
-
+def _problem(pid: str, fields: dict[str, Any], split: str) -> Problem:
     def wrong(key: str, expected: str) -> RecordError:
-        return RecordError(f"{path}, problem {pid}: {key!r} must be {expected}, got {fields.get(key)!r:.60}")
+        return RecordError(f"{key!r} must be {expected}, got {fields.get(key)!r:.60}")
 
     choices, answer = fields.get("choices"), fields.get("answer")
     grade = re.fullmatch(r"grade(\d+)", str(fields.get("grade")))
-    if not isinstance(fields.get("question"), str):
-        raise wrong("question", "text")
+    check_text(fields.get("question"), "'question'")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
         raise wrong("choices", f"a list of 2 to {len(LETTERS)} options")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise wrong("answer", f"a choice's index, 0 to {len(choices) - 1}")
-    if fields.get("subject") not in SUBJECTS:
+    if fields.get("subject") not in tuple(SUBJECTS):
         raise wrong("subject", f"one of {', '.join(SUBJECTS)}")
     if grade is None:
         raise wrong("grade", "grade1 to grade12")
@@ -131,6 +157,8 @@ def _problem(path: Path, problems: dict[str, Any], pid: str, split: str) -> Prob
     for key, value in (("hint", hint), ("image", image)):
         if not isinstance(value, str):
             raise wrong(key, "text or null")
+    for name, value in (("'hint'", hint), ("'image'", image), *((f"choice {c!r:.60}", str(c)) for c in choices)):
+        check_text(value, name)
     return Problem(
         pid=pid,
         question=fields["question"],

@@ -53,7 +53,11 @@ RAW = {"id": "x7", "conversations": turns("a", "b")}
         ({"conversations": 3}, "a list of 'conversations'"),
         ({"conversations": []}, "a list of 'conversations'"),
         ({"conversations": turns("a", "b", "c")}, "the last of 3 turns has no answer"),
-        ({"conversations": turns("a", "b")[::-1]}, "turn 0: expected {'from': 'human'"),
+        ({"conversations": turns("a", "b")[::-1]}, "turn 0 is an answer of 'gpt' without a question; remove it"),
+        ({"conversations": turns("a", "b", "c")[1:]}, "turn 0 is an answer of 'gpt' without a question"),
+        ({"conversations": turns("a", "b", "c", "d")[1:]}, "turn 0 is an answer of 'gpt' without a question"),
+        ({"conversations": turns("a \ud83d", "b")}, r"turn 0 holds '\\ud83d' at character 3, half of a surrogate pair"),
+        ({"conversations": None, "instruction": "i", "output": "o"}, "an instruction record, which the format alpaca"),
         ({"conversations": [{"from": "system", "value": "s"}]}, "the last of 1 turns has no answer"),
         ({"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")]}, "turn 2: expected"),
         ({"conversations": turns("<image> a", "b")}, "turn 0: speaks of <image>, but"),
@@ -70,8 +74,12 @@ def test_an_odd_conversation_is_rejected_with_its_place_and_reason(tmp_path, row
 
 
 def test_what_is_no_list_of_conversations_is_named(tmp_path):
-    (tmp_path / "a.json").write_text("[{]")
+    (tmp_path / "a.json").write_text('[{"conversations": [')
     with pytest.raises(RecordError, match=r"a\.json, item 1: malformed JSON"):
         list(read_conversations(tmp_path / "a.json"))
     (odd,) = read_conversations(write(tmp_path / "a.json", "text"))
     assert "conversation 0: a conversation is an object" in odd["rejected"]
+    (tmp_path / "a.json").write_text("""[{"a" 1}, {'a'}]""")
+    first, second = read_conversations(tmp_path / "a.json")
+    assert "item 1, conversation 0: malformed JSON" in first["rejected"]
+    assert "item 2, conversation 1: malformed JSON" in second["rejected"]

@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all jobs and of the commands that run nothing."""
     parser = argparse.ArgumentParser(prog="rayjobs", description=__doc__)
     commands = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for name, summary in JOBS.items():
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, with overrides before or after the options."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)  # argparse leaves the overrides that follow an option
     takes_overrides = args.job in JOBS

@@ -18,6 +18,7 @@ def markdown_table(columns: Sequence[str], rows: Rows) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:
+    """Write a table as a CSV file, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_text(path, text.getvalue())

@@ -44,7 +44,8 @@ Row = tuple[int, Mapping[str, float]]
 class Tracker(Protocol):
     """An experiment tracker that metrics are sent to."""
 
-    def log(self, rows: Sequence[Row]) -> None: ...
+    def log(self, rows: Sequence[Row]) -> None:
+        """Send rows of (step, metrics)."""
 
     def close(self, state: str = "running") -> None:
         """Close the connection and report the run's state; a run that is still `running` may be opened again."""

@@ -25,6 +25,7 @@ class MetricsLog(ray.train.UserCallback):
         self.trackers: list[Tracker] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Append the rows that rank 0 reported to metrics.jsonl and send them to the trackers."""
         rows = metrics[0]["rows"]
         if not rows:
             return

@@ -59,6 +59,7 @@ class Study(Searcher):
         return {"trials": trials}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Keep a result until its whole batch is there; then tell Optuna in the order of the suggestions."""
         objective = (result or {}).get(self.metric)
         state = TrialState.FAIL if error else TrialState.PRUNED if objective is None else TrialState.COMPLETE
         self.outcomes[trial_id] = (objective if state is TrialState.COMPLETE else None, state)

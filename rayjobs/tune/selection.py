@@ -46,6 +46,7 @@ class ChosenSetting:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ChosenSetting":
+        """Read a choice as `chosen.json` holds it."""
         setting = Setting(**{**values["setting"], "encoders": tuple(values["setting"]["encoders"])})
         trials = tuple(ChosenTrial(**trial) for trial in values["seeds"])
         return cls(**{**values, "setting": setting, "seeds": trials})

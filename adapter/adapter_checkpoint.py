@@ -20,7 +20,7 @@ from adapter.adaption import Gate
 from adapter.atomic_file import atomic_path
 from adapter.checkpoint_config import JsonConfig, PositiveInt
 from adapter.errors import AdapterError, CheckpointError
-from adapter.tensor_files import open_tensors, read_metadata
+from adapter.tensor_files import is_safetensors, open_tensors, read_metadata
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -59,7 +59,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
     else:
         peft = None
     tensors = open_tensors(path)
-    if path.suffix == ".safetensors" and (header := read_metadata(path)).get("format") == FORMAT:
+    if is_safetensors(path) and (header := read_metadata(path)).get("format") == FORMAT:
         file = parse_adapter(path, header, tensors)
     elif "adapter_query.weight" in tensors:
         file = _read_v1(path, tensors, gate or "identity", n_layers)
@@ -90,8 +90,11 @@ def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -
     Gates of the other convention are converted, so that the model's outputs stay the same.
 
     Raises AdapterError if the format cannot hold the adapter: one that reads images, or with the gate of an ablation;
-    identity gates outside (-1, 1), which are the tanh of no number; or a file that does not state N and H.
+    identity gates outside (-1, 1), which are the tanh of no number; a file that does not state N and H; or a path that
+    ends in .safetensors, because the format is PyTorch's own.
     """
+    if Path(path).suffix == ".safetensors":
+        raise AdapterError(f"{path}: the official v1 format is PyTorch's, not safetensors; name the file .pth")
     if file.vision is not None or file.convention not in ("tanh", "identity"):
         reason = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
         raise AdapterError(f"the official v1 format cannot hold an adapter that {reason}; keep the own format")

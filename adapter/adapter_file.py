@@ -132,8 +132,7 @@ def apply_adapter(
     Raises CheckpointError, and leaves the model as it was, if the adapter was made for a base of another shape, or for
     a base, tokenizer or image encoder of another identity.
     """
-    _check_base_shape(file, model.config)
-    _check_identities(file, fingerprint, tokenizer_sha256, encoder)
+    check_adapter_fits(file, model.config, fingerprint=fingerprint, tokenizer_sha256=tokenizer_sha256, encoder=encoder)
     model.add_adapter(file.config)
     with torch.no_grad():
         for adaption, prompt, gate in zip(model.adaptions, file.prompt, file.gate, strict=True):
@@ -141,6 +140,22 @@ def apply_adapter(
             adaption.gate.copy_(gate.expand_as(adaption.gate))
         if model.vision is not None:
             model.vision.load_state_dict(dict(file.projection))
+
+
+def check_adapter_fits(
+    file: AdapterFile,
+    config: LlamaConfig,
+    *,
+    fingerprint: str | None = None,
+    tokenizer_sha256: str | None = None,
+    encoder: str | None = None,
+) -> None:
+    """Raise CheckpointError as `apply_adapter` does, before the base's weights are loaded.
+
+    config: the shape of the base. Identities as in `apply_adapter`.
+    """
+    _check_base_shape(file, config)
+    _check_identities(file, fingerprint, tokenizer_sha256, encoder)
 
 
 def _check_base_shape(file: AdapterFile, config: LlamaConfig) -> None:

@@ -25,6 +25,7 @@ from adapter.checkpoint_config import HFConfig, HFIndex, MetaConfig, hf_config
 from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import CheckpointError
 from adapter.tensor_files import drop_pages, open_tensors
+from adapter.tensor_source import TensorSource
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
@@ -47,75 +48,24 @@ _HF_TOP = {
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One of the decoder's tensors in the checkpoint's files."""
-
-    parts: tuple[Tensor, ...]
-    """Mapped parts of the tensor, one per shard."""
-    files: tuple[Path, ...]
-    """The file of each part."""
-    dim: int = 0
-    """The dimension along which the parts are joined."""
-    paired_heads: int = 0
-    """Number of heads whose rows are in Meta's order, as adjacent pairs; 0 if no permutation is needed."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        shape = list(self.parts[0].shape)
-        if len(self.parts) > 1:
-            shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
-        return tuple(shape)
-
-    def read(self) -> Tensor:
-        """The whole tensor; the mapped one itself if nothing has to be joined or permuted."""
-        if len(self.parts) == 1 and not self.paired_heads:
-            return self.parts[0]
-        whole = torch.empty(self.shape, dtype=self.parts[0].dtype)
-        self.copy_to(whole)
-        return whole
-
-    def copy_to(self, whole: Tensor) -> None:
-        """Copy the tensor to `whole`, of any dtype and device, part by part; each part's memory is then returned."""
-        slices = whole.split([part.shape[self.dim] for part in self.parts], self.dim)
-        for part, target in zip(self.parts, slices, strict=True):
-            if self.paired_heads:
-                heads, width = self.paired_heads // len(self.parts), part.shape[1]
-                target.view(heads, 2, -1, width).copy_(part.view(heads, -1, 2, width).transpose(1, 2))
-            else:
-                target.copy_(part)
-            drop_pages(part)
-
-    def row(self, index: int) -> Tensor:
-        """One row of the whole tensor; no other row is read."""
-        if self.paired_heads:
-            half = self.shape[0] // self.paired_heads // 2
-            head, offset = divmod(index, 2 * half)
-            index = head * 2 * half + 2 * (offset % half) + offset // half
-        if self.dim == 1:
-            return torch.cat([part[index] for part in self.parts])
-        part, index = divmod(index, self.parts[0].shape[0])
-        return self.parts[part][index]
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose names and shapes were checked against `config`, but whose values were not read yet."""
 
     path: Path
     config: LlamaConfig
     tokenizer_path: Path | None
-    """`tokenizer.model` in the folder or, as in Meta's first release, beside it; None if there is none."""
-    _sources: dict[str, _Source] = field(repr=False)
+    """`tokenizer.model` in the folder or, in Meta's layout alone, beside it; None if there is none."""
+    _sources: dict[str, TensorSource] = field(repr=False)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) under the decoder's names, on the CPU, in the checkpoint's dtype, one at a time.
 
         A tensor may be a view of the file: copy it, never write to it. Its memory is returned when the next tensor is
-        requested. A tied head is not repeated.
+        requested. A tied head is not repeated. Raises CheckpointError, naming file and tensor, for NaN or infinity.
         """
         for name, source in self._sources.items():
             tensor = source.read()
+            source.check_finite(tensor, name)
             yield name, tensor
             del tensor
             for part in source.parts:
@@ -159,9 +109,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         config, sources = _open_meta(path)
     else:
         raise CheckpointError(f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder")
-    candidates = (path / "tokenizer.model", path.absolute().parent / "tokenizer.model")
-    tokenizer = next((file for file in candidates if file.is_file()), None)
-    return Checkpoint(path, config, tokenizer, sources)
+    return Checkpoint(path, config, _find_tokenizer(path), sources)
+
+
+def _find_tokenizer(path: Path) -> Path | None:
+    """The `tokenizer.model` of a checkpoint's folder.
+
+    One beside the folder is used for Meta's layout alone, whose first release has one tokenizer beside `7B/`, `13B/`,
+    ..., and only for a folder without a tokenizer of its own. Elsewhere it is a neighbour's.
+    """
+    if (path / "tokenizer.model").is_file():
+        return path / "tokenizer.model"
+    beside = path.absolute().parent / "tokenizer.model"
+    has_own = (path / "config.json").is_file() or (path / "tokenizer.json").is_file()
+    return beside if beside.is_file() and not has_own else None
 
 
 def meta_llama(config: LlamaConfig) -> Llama:
@@ -185,7 +146,7 @@ def load_llama(
     """Load the frozen decoder, tensor by tensor, in `dtype` on `device`.
 
     Host memory peaks at the model and its largest tensor (on a GPU, at the largest tensor). Raises CheckpointError as
-    `open_checkpoint` does.
+    `open_checkpoint` does, and for a weight that is NaN or infinite in `dtype`.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     model = meta_llama(checkpoint.config)
@@ -193,6 +154,7 @@ def load_llama(
         # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
         value = torch.empty(source.shape, dtype=dtype, device=device)
         source.copy_to(value)
+        source.check_finite(value, name)
         module, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
     model.tie()
@@ -217,23 +179,23 @@ def save_llama(model: Llama, folder: str | Path) -> None:
         part.write_text(json.dumps(hf_config(model.config, model.norm.weight.dtype), indent=2) + "\n")
 
 
-def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
+def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, TensorSource]]:
     params = MetaConfig.read(path / "params.json")
     files = sorted(path.glob("consolidated.*.pth"))
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
         names = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"{path}: expected consolidated.00.pth, 01, ... without a gap; found {names}")
     shards = _open_shards(files)
-    sources: dict[str, _Source] = {}
+    sources: dict[str, TensorSource] = {}
     for key, first in shards[0].items():
         kind = key.split(".")[-2] if "." in key else ""
         shard_dim = _SHARD_DIM.get(kind)
         if kind == "tok_embeddings":  # by columns in LLaMA 1 and 2, by rows since 3
             shard_dim = 0 if first.shape[-1:] == (params.dim,) else 1
         if shard_dim is None or first.dim() != 2:
-            sources[key] = _Source((first,), (files[0],))
+            sources[key] = TensorSource((first,), (files[0],))
         else:
-            sources[key] = _Source(tuple(shard[key] for shard in shards), tuple(files), shard_dim)
+            sources[key] = TensorSource(tuple(shard[key] for shard in shards), tuple(files), shard_dim)
     for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if key not in sources or not sources[key].shape:
             raise CheckpointError(f"{files[0]}: {key} is missing or a mere number")
@@ -264,21 +226,24 @@ def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _open_hf(path: Path) -> tuple[LlamaConfig, dict[str, _Source]]:
+def _open_hf(path: Path) -> tuple[LlamaConfig, dict[str, TensorSource]]:
     config = HFConfig.read(path / "config.json").decoder_config()
     files, weight_map = _hf_files(path)
-    sources: dict[str, _Source] = {}
+    sources: dict[str, TensorSource] = {}
     for file in files:
         for key, tensor in open_tensors(file).items():
             if key in sources:
                 raise CheckpointError(f"{file}: {key} is also in {sources[key].files[0].name}")
-            sources[key] = _Source((tensor,), (file,))
+            sources[key] = TensorSource((tensor,), (file,))
     if absent := next((key for key in weight_map if key not in sources), None):
         raise CheckpointError(f"{path / weight_map[absent]}: {absent} is missing, though the index lists it")
-    ignored = [key for key in sources if key.endswith("rotary_emb.inv_freq")]
-    ignored += ["lm_head.weight"] * (config.tied_head and "lm_head.weight" in sources)
-    for key in ignored:
+    for key in [key for key in sources if key.endswith("rotary_emb.inv_freq")]:
         del sources[key]
+    if config.tied_head and (head := sources.get("lm_head.weight")):
+        if (embedding := sources.get("model.embed_tokens.weight")) and head.equals(embedding):
+            del sources["lm_head.weight"]
+        else:  # as transformers does: a file's own head counts more than the flag
+            config = replace(config, tied_head=False)
     return config, _bind(config, sources, _hf_key, path if len(files) > 1 else files[0])
 
 
@@ -296,8 +261,8 @@ def _hf_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _bind(
-    config: LlamaConfig, sources: dict[str, _Source], key_of: Callable[[str], str], where: Path
-) -> dict[str, _Source]:
+    config: LlamaConfig, sources: dict[str, TensorSource], key_of: Callable[[str], str], where: Path
+) -> dict[str, TensorSource]:
     """The source of each of the decoder's parameters.
 
     Raises CheckpointError unless parameters and sources match exactly, in name and shape.

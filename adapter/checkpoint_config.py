@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from adapter.decoder import LlamaConfig
 from adapter.errors import AdapterError, CheckpointError
+from adapter.file_content import check_content
 from adapter.rope import RopeScaling
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
@@ -33,8 +34,9 @@ class JsonConfig(BaseModel):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read a file. Raises CheckpointError for JSON that is malformed, or a value that is missing or unusable."""
+        check_content(file, CheckpointError)
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:  # malformed JSON and malformed UTF-8 are both ValueErrors
             raise CheckpointError(f"{file}: not readable JSON ({error})") from error
         if not isinstance(values, dict):

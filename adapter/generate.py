@@ -64,11 +64,12 @@ def generate(
     but not on the rest of the batch. (Matrix products round differently at different batch sizes, so where two tokens
     are nearly equally likely the choice may still differ.)
 
-    Raises AdapterError for a prompt that is empty, longer than the window, or holds an id outside the vocabulary, and
-    for settings out of range.
+    Raises AdapterError for a prompt that is empty, longer than the window, or holds an id outside the vocabulary, for
+    settings out of range, and for another number of images than of prompts.
     """
     config = replace(config or GenerationConfig(), **overrides)
     _check_prompts(model, prompts)
+    check_image_count(images, len(prompts))
     window, weight = model.config.max_seq_len, model.tok_embeddings.weight
     answers: list[list[int]] = [[] for _ in prompts]
     limits = [min(config.max_new_tokens, window - len(prompt)) for prompt in prompts]
@@ -150,9 +151,17 @@ def _row_generators(prompts: Sequence[Sequence[int]], seed: int | None) -> list[
     return generators
 
 
+def check_image_count(images: Sequence[Tensor | None] | None, n_rows: int) -> None:
+    """Raise AdapterError unless there are no images at all, or one or None for each row."""
+    if images is not None and len(images) != n_rows:
+        raise AdapterError(f"{len(images)} images for {n_rows} rows: give one to each row, None where it has no image")
+
+
 def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> None:
     window, vocabulary = model.config.max_seq_len, model.config.vocab_size
     for row, prompt in enumerate(prompts):
+        if isinstance(prompt, int | str):
+            raise AdapterError(f"prompt {row} is {prompt!r:.60}, not a list of ids: give a list of prompts of ids")
         if not prompt:
             raise AdapterError(f"prompt {row} is empty: it needs at least a BOS token")
         if len(prompt) > window:

@@ -162,5 +162,7 @@ def _checked(record: Any, answered: bool) -> dict[str, str]:
                 )
             raise RecordError(f"the record has no {name!r}; {hint}")
     fields = {name: record.get(name, "") for name in _FIELDS}
+    if not answered and not isinstance(fields["output"], str):
+        fields["output"] = ""  # it is not read, so it may be anything
     fields = {name: "" if value is None and name in ("input", "image") else value for name, value in fields.items()}
     return {name: check_text(value, repr(name)) for name, value in fields.items()}

@@ -21,7 +21,8 @@ from adapter.base_checkpoint import load_llama, open_checkpoint
 from adapter.batching import collate
 from adapter.decoder import Llama
 from adapter.errors import AdapterError
-from adapter.generate import GenerationConfig, generate
+from adapter.generate import GenerationConfig, check_image_count, generate
+from adapter.image_projection import Images
 from adapter.instruct import ALPACA, Example, PromptTemplate
 from adapter.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ class AdaptedModel:
     """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
-        """Raises TokenizerError if the tokenizer has more pieces than the model embeds."""
+        """Raises TokenizerError if the tokenizer does not fit the model's vocabulary (`Tokenizer.check_fits`)."""
         tokenizer.check_fits(model.config.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
@@ -51,11 +52,11 @@ class AdaptedModel:
     ) -> "AdaptedModel":
         """Load a folder in Meta's or Hugging Face's format.
 
-        tokenizer: a SentencePiece model; `tokenizer.model` in the folder or beside it by default. dtype: precision of
-        the frozen weights; the adapter is always float32.
+        tokenizer: a SentencePiece model; `tokenizer.model` in the folder by default or, in Meta's layout alone, beside
+        it. dtype: precision of the frozen weights; the adapter is always float32.
 
         Raises CheckpointError or TokenizerError, before any weight is read, for files that are missing, damaged, or do
-        not fit together.
+        not fit together; and CheckpointError for a weight that is NaN or infinite.
         """
         checkpoint = open_checkpoint(path)
         pieces = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
@@ -105,22 +106,20 @@ class AdaptedModel:
         file.save(path)
 
     @torch.no_grad()
-    def logits(self, texts: Sequence[str], *, images: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    def logits(self, texts: str | Sequence[str], *, images: Sequence[Tensor | None] | None = None) -> list[Tensor]:
         """Next-token logits (T, V) of each text, in the model's dtype: after BOS and after each of its T - 1 pieces.
 
-        images: each text's image features (F,), or None where it has no image.
+        texts: one string counts as a list of one. images: each text's image features (F,), or None where it has none.
 
         Raises AdapterError for a text that does not fit the base's window, and for features that the adapter cannot
         read.
         """
-        sequences = [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+        sequences = self._encode(texts)
         if not sequences:
             return []
-        longest, window = max(map(len, sequences)), self.model.config.max_seq_len
-        if longest > window:
-            raise AdapterError(f"a text of {longest} tokens does not fit the base's window of {window}")
+        self._check_window(sequences)
         tokens, _ = collate(sequences, label_starts=[0] * len(sequences))
-        batch_images = None if images is None else self.model.batch_images(images)
+        batch_images = self._batch_images(images, len(sequences))
         logits = self.model(tokens.to(self.device), images=batch_images)
         return [row[: len(sequence)] for row, sequence in zip(logits, sequences, strict=True)]
 
@@ -140,25 +139,29 @@ class AdaptedModel:
         config, overrides: as in `generate`.
         """
         (text,) = self.generate([template.render(instruction, input)], config, images=[image], **overrides)
-        return text.strip()  # the tokenizer puts a space before the first word
+        return text.strip()  # the answer begins with the space or line break that parts it from the prompt
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         config: GenerationConfig | None = None,
         *,
         images: Sequence[Tensor | None] | None = None,
         **overrides: Any,
     ) -> list[str]:
-        """Continue each prompt. Returns the new text only.
+        """Continue each prompt. Returns the new texts only, which begin with a space where a new word begins.
 
-        config: sampling settings; those of `GenerationConfig()` if None. overrides: single fields of it, such as
-        `max_new_tokens=64`, `temperature=0`. images: each prompt's image features (F,), or None where it has no image.
+        A prompt and its new text, joined, are the text of all their tokens. (LLaMA's tokenizer keeps every character
+        of a prompt; one that normalises texts may not.)
+
+        prompts: one string counts as a list of one, and the result is then a list of one, as in transformers'
+        pipelines. config: sampling settings; those of `GenerationConfig()` if None. overrides: single fields of it,
+        such as `max_new_tokens=64`, `temperature=0`. images: each prompt's image features (F,), or None where it has
+        no image.
 
         Raises AdapterError for a prompt that is longer than the base's window, and for settings out of range.
         """
-        sequences = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        return self.generate_from_ids(sequences, config, images=images, **overrides)
+        return self.generate_from_ids(self._encode(prompts), config, images=images, **overrides)
 
     def generate_from_ids(
         self,
@@ -170,19 +173,41 @@ class AdaptedModel:
     ) -> list[str]:
         """Continue prompts that are token ids already, BOS included; otherwise as `generate`."""
         new_ids = generate(self.model, prompts, config, eos_id=self.tokenizer.eos_id, images=images, **overrides)
-        return [self.tokenizer.decode(row) for row in new_ids]
+        return [self.tokenizer.continuation(prompt, new) for prompt, new in zip(prompts, new_ids, strict=True)]
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example], *, images: Sequence[Tensor | None] | None = None) -> list[float]:
         """Each example's cross-entropy in nats, summed over its labels: -log p(output | prompt).
 
-        images: each example's image features (F,), or None where it has no image.
+        images: each example's image features (F,), or None where it has no image. Raises AdapterError for what is not
+        a list of examples, and for an example that is longer than the base's window.
         """
+        if not isinstance(examples, Sequence) or not all(isinstance(example, Example) for example in examples):
+            raise AdapterError(
+                f"losses are of a list of `Example`, as `encode_record` makes them, got {examples!r:.60}"
+            )
         if not examples:
             return []
+        self._check_window([example.ids for example in examples])
         tokens, labels = collate([example.ids for example in examples], [example.label_start for example in examples])
-        batch_images = None if images is None else self.model.batch_images(images)
+        batch_images = self._batch_images(images, len(examples))
         hidden = self.model.hidden_states(tokens.to(self.device), images=batch_images)
         labels = labels.to(self.device)
         # One row at a time: the head returns the sum over all rows that it is given.
         return [self.model.output(hidden[i : i + 1], labels[i : i + 1]).item() for i in range(len(examples))]
+
+    def _encode(self, texts: str | Sequence[str]) -> list[list[int]]:
+        """The ids of each text, after BOS. A string is one text, not a list of letters."""
+        return [
+            self.tokenizer.encode(text, bos=True, eos=False) for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+
+    def _check_window(self, sequences: Sequence[Sequence[int]]) -> None:
+        longest, window = max(map(len, sequences)), self.model.config.max_seq_len
+        if longest > window:
+            raise AdapterError(f"a text of {longest} tokens does not fit the base's window of {window}")
+
+    def _batch_images(self, images: Sequence[Tensor | None] | None, n_rows: int) -> Images | None:
+        """The images of a batch of `n_rows` on the model's device. Raises AdapterError for another number of images."""
+        check_image_count(images, n_rows)
+        return None if images is None else self.model.batch_images(images)

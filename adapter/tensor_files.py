@@ -13,30 +13,39 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapter.errors import CheckpointError
+from adapter.file_content import check_content
 
 _PAGE = 4096
 _MADV_DONTNEED = 4
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a `.safetensors`, `.pth` or `.bin` file, by name. Never write to them.
+    """Map the tensors of a safetensors file or of PyTorch's own format, by name. Never write to them.
 
-    A `.pth` or `.bin` file may hold its tensors under the key `model`. It is read by PyTorch's weights-only unpickler,
-    which builds tensors and plain containers but runs no code. A file written before PyTorch 1.6 cannot be mapped and
-    is read into memory.
+    The format is recognised by the content. A PyTorch file may hold its tensors under the key `model`. It is read by
+    PyTorch's weights-only unpickler, which builds tensors and plain containers but runs no code. A file written before
+    PyTorch 1.6 cannot be mapped and is read into memory.
 
     Raises CheckpointError for a file that is missing, truncated, corrupt or unsafe, or that holds anything but named
     tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    check_content(path, CheckpointError)
+    if is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file, truncated or corrupt ({error})") from error
     return _named_tensors(path, _load_pickle(path))
+
+
+def is_safetensors(path: Path) -> bool:
+    """True for a file in safetensors' format, or named so: a header's length in 8 bytes, then a JSON object."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return path.suffix == ".safetensors" or (head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 30)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,15 +1,25 @@
 """LLaMA's SentencePiece tokenizer."""
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from adapter.errors import TokenizerError
+from adapter.file_content import check_content
 
-_JSON_ONLY = "{}: a Hugging Face fast tokenizer; a SentencePiece tokenizer.model is needed, as in Meta's folders"
+_JSON_ONLY = (
+    "{}: a Hugging Face fast tokenizer, which a later release will read; this one needs the SentencePiece "
+    "tokenizer.model that belongs to the same weights: put it into the folder, or name it"
+)
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""The first line of Llama 3's `tokenizer.model`: a token in base64 and its rank."""
+
+MIN_UNUSED_ROWS, UNUSED_ROWS_SHARE = 64, 1 / 32
+"""How many more rows than its tokenizer has pieces a base may embed: see `Tokenizer.check_fits`."""
 
 
 class Tokenizer:
@@ -39,6 +49,12 @@ class Tokenizer:
             proto = path.read_bytes()
         except OSError as error:
             raise TokenizerError(f"{path}: no tokenizer can be read there ({error.strerror})") from error
+        check_content(path, TokenizerError)
+        if _TIKTOKEN.match(proto):
+            raise TokenizerError(
+                f"{path}: Llama 3's tokenizer, in tiktoken's format, which a later release will read; this one needs a "
+                "SentencePiece model, as LLaMA 1 and 2 have"
+            )
         self._open(proto, str(path))
 
     def _open(self, proto: bytes, name: str) -> None:
@@ -67,7 +83,19 @@ class Tokenizer:
         return f"Tokenizer({self._name!r}, {self.vocab_size} pieces)"
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """The ids of a text, with BOS and EOS if wanted. Text that spells a control piece stays text."""
+        """The ids of a text, with BOS and EOS if wanted. Text that spells a control piece stays text.
+
+        Raises TokenizerError for what is not a string, and for a string that is no text, because it holds half of a
+        surrogate pair.
+        """
+        if not isinstance(text, str):
+            raise TokenizerError(f"a text is a string, got {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"{text[error.start]!r} at character {error.start + 1} is half of a surrogate pair, which is no text"
+            ) from error
         return [self.bos_id] * bos + self._processor.encode(text, out_type=int) + [self.eos_id] * eos
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -79,6 +107,17 @@ class Tokenizer:
         if min(ids, default=0) < 0:
             raise TokenizerError(f"{self._name}: {min(ids)} is no id; was a label or a padding decoded?")
         return self._processor.decode([i for i in ids if i < self.vocab_size])
+
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """The text by which `new` ids continue the prompt's: the text of all ids, less what the prompt's alone is.
+
+        Decoded alone, new ids would lose the space of their first word, because a tokenizer puts one before a text. A
+        prompt that ends within a character, spelled in bytes, is taken up to the character before it.
+        """
+        whole, known = self.decode([*prompt, *new]), self.decode(prompt)
+        if not whole.startswith(known):
+            known = next(known[:n] for n in range(len(known), -1, -1) if whole.startswith(known[:n]))
+        return whole[len(known) :]
 
     @property
     def vocab_size(self) -> int:
@@ -109,9 +148,20 @@ class Tokenizer:
         return hashlib.sha256(self._proto).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raise TokenizerError if ids could exceed a base's embedding of `vocab_size` rows."""
+        """Raise TokenizerError unless a base that embeds `vocab_size` rows can belong to this tokenizer.
+
+        Its ids must not exceed the rows. Rows without a piece are legitimate: vocabularies are padded to a multiple of
+        64 or 128 for speed (32,000 → 32,064), of 1,024 to be split over devices (32,000 → 32,768), or grow by a few
+        tokens, such as a pad token. More than 64 of them, or a 32nd of the pieces where that is more, is what no
+        padding explains: the base was made with another tokenizer, and its outputs would be read as wrong words.
+        """
         if self.vocab_size > vocab_size:
             raise TokenizerError(
                 f"{self._name}: has {self.vocab_size} pieces, the base's vocabulary only {vocab_size}; "
                 "use the tokenizer.model that came with the base"
+            )
+        if vocab_size - self.vocab_size > max(MIN_UNUSED_ROWS, self.vocab_size * UNUSED_ROWS_SHARE):
+            raise TokenizerError(
+                f"{self._name}: has only {self.vocab_size} pieces, the base's vocabulary {vocab_size}: more than "
+                "padding explains; use the tokenizer.model that came with the base"
             )

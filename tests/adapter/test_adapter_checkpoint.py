@@ -58,9 +58,7 @@ def same(left: AdapterFile, right: AdapterFile) -> bool:
 @pytest.mark.parametrize("gate", ["tanh", "identity"])
 def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     model = adapted(gate)
-    file = extract_adapter(
-        model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "lr": ["a", None]}
-    )
+    file = extract_adapter(model, base_fingerprint="f1", tokenizer_sha256="t1", extra={"steps": 3, "lr": ["a", None]})
     path = tmp_path / "new" / "adapter.safetensors"
     file.save(path)
     again = read_adapter(path)

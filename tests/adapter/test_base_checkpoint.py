@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
 from adapter.decoder import Llama, LlamaConfig
+from adapter.errors import CheckpointError
 from adapter.rope import RopeScaling
 from adapter.tokenizer import Tokenizer
 
@@ -211,8 +213,61 @@ def test_tokenizer_is_found_in_the_folder_or_beside_it(tmp_path: Path, model: Ll
     assert open_checkpoint(path).tokenizer_path is None
     (tmp_path / "tokenizer.model").touch()
     assert open_checkpoint(path).tokenizer_path == tmp_path / "tokenizer.model"
+    (path / "tokenizer.json").touch()
+    assert open_checkpoint(path).tokenizer_path is None, "it has one of its own, in another format"
     (path / "tokenizer.model").touch()
     assert open_checkpoint(path).tokenizer_path == path / "tokenizer.model"
+
+
+def test_a_tokenizer_beside_a_hugging_face_folder_is_a_neighbours(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    path = write_hf(tmp_path / "model", model)
+    (tmp_path / "tokenizer.model").touch()
+    assert open_checkpoint(path).tokenizer_path is None
+    write_meta(path, model)  # both formats: it is read as Hugging Face's
+    assert open_checkpoint(path).tokenizer_path is None
+    (path / "tokenizer.model").touch()
+    assert open_checkpoint(path).tokenizer_path == path / "tokenizer.model"
+
+
+def test_a_tied_flag_with_a_head_of_its_own_is_read_as_transformers_reads_it(
+    tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    path = write_hf(tmp_path, model)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert not open_checkpoint(path).config.tied_head
+    theirs = LlamaForCausalLM.from_pretrained(path)
+    torch.testing.assert_close(our_logits(path), hf_logits(theirs), rtol=0, atol=1e-4)
+    torch.testing.assert_close(our_logits(path), hf_logits(model), rtol=0, atol=1e-4)
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path / "model.safetensors")
+    assert open_checkpoint(path).config.tied_head, "a head that repeats the embedding is a tied one"
+    torch.testing.assert_close(our_logits(path), hf_logits(LlamaForCausalLM.from_pretrained(path)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named_at_load(tmp_path: Path, value: float) -> None:
+    broken = hf_model()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[2, 3] = value
+    word = "NaN" if value != value else "infinity"
+    for path in (write_hf(tmp_path / "hf", broken), write_meta(tmp_path / "meta", broken)):
+        checkpoint = open_checkpoint(path)
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(CheckpointError, match=rf"{path}.*layers\.1\.feed_forward\.w3\.weight holds {word}"):
+                load_llama(checkpoint, dtype=dtype)
+        with pytest.raises(CheckpointError, match=rf"{path}.*layers\.1\.feed_forward\.w3\.weight holds {word}"):
+            list(checkpoint.tensors())
+
+
+def test_a_weight_too_large_for_its_precision_is_named_at_load(tmp_path: Path) -> None:
+    large = hf_model()
+    with torch.no_grad():
+        large.model.norm.weight[0] = 1e6
+    checkpoint = open_checkpoint(write_hf(tmp_path, large))
+    load_llama(checkpoint, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"norm\.weight holds infinity \(in float16\)"):
+        load_llama(checkpoint, dtype=torch.float16)
 
 
 MEMORY = """
@@ -246,6 +301,8 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path, model: LlamaFor
         big = hf_model(hidden_size=512, intermediate_size=1366, num_hidden_layers=12, num_attention_heads=8,
                        num_key_value_heads=8, vocab_size=3002)  # fmt: skip
     big.to_empty(device="cpu")
+    for parameter in big.parameters():
+        torch.nn.init.ones_(parameter)  # the memory that it got may hold NaN
     assert 150e6 < sum(p.nbytes for p in big.parameters()) < 300e6
     paths = [
         write_meta(tmp_path / "small_meta", model),

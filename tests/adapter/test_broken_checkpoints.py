@@ -188,3 +188,29 @@ def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"neither config\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_git_lfs_pointers_and_pages_in_place_of_weights(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
+    hf, meta = write_hf(tmp_path / "hf", model), write_meta(tmp_path / "meta", model)
+    for path, name in ((hf, "model.safetensors"), (meta, "consolidated.00.pth"), (hf, "config.json")):
+        (path / name).write_text(pointer)
+        with pytest.raises(CheckpointError, match=rf"{name}: a Git LFS pointer .* `git lfs pull`"):
+            open_checkpoint(path)
+        (path / name).write_text("<!DOCTYPE html>\n<html>")
+        with pytest.raises(CheckpointError, match=rf"{name}: an HTML page"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_cut_files_of_pytorchs_format_are_refused(tmp_path: Path, model: LlamaForCausalLM, keep: float) -> None:
+    path = write_hf(tmp_path, model)
+    state = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    for legacy in (False, True):
+        file = path / "pytorch_model.bin"
+        torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else int(keep)])
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: (not a readable PyTorch file|refused)"):
+            open_checkpoint(path)

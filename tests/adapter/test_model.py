@@ -8,15 +8,26 @@ import pytest
 import torch
 
 import adapter
-from adapter import AdaptedModel, AdaptionConfig, CheckpointError, GenerationConfig, PromptTemplate, TokenizerError
+from adapter import (
+    AdaptedModel,
+    AdapterError,
+    AdaptionConfig,
+    CheckpointError,
+    GenerationConfig,
+    PromptTemplate,
+    Tokenizer,
+    TokenizerError,
+)
 from adapter.base_checkpoint import save_llama
 from adapter.decoder import Llama, LlamaConfig, RMSNorm
-from adapter.instruct import ALPACA
+from adapter.generate import generate
+from adapter.instruct import ALPACA, encode_record
 from tests.adapter.test_tokenizer import train_model
 
 SIZES = {
     "dim": 24, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 37, "max_seq_len": 32, "vocab_size": 67,
 }  # fmt: skip
+PLAIN = PromptTemplate(with_input="{instruction} {input}", without_input="{instruction}")
 TEXTS = ["the cat sat on", "a dog", "she sells sea shells"]
 
 
@@ -102,6 +113,114 @@ def test_generation_is_text_without_the_prompt(folder: Path) -> None:
     answers = model.generate(TEXTS, max_new_tokens=4, temperature=0.0)
     assert len(answers) == len(TEXTS)
     assert all(isinstance(answer, str) for answer in answers)
+
+
+TALES = ["the cat", "she sells ", "a dog\n", "漢 🙂", "the\ncat  sat", ""]
+
+
+def llamas_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer that keeps every character, as LLaMA's does: bytes spell what has no piece."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return Tokenizer(train_model(path, byte_fallback=True, vocab_size=331, **options))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prompt_and_new_text_join_to_the_text_of_all_tokens(tmp_path: Path, seed: int) -> None:
+    tokenizer = llamas_tokenizer(tmp_path / "tokenizer.model")
+    torch.manual_seed(seed)
+    model = AdaptedModel(fresh(**{**SIZES, "vocab_size": tokenizer.vocab_size}), tokenizer)
+    options = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 1.0, "seed": seed}
+    prompts = [tokenizer.encode(tale, bos=True, eos=False) for tale in TALES]
+    new = generate(model.model, prompts, eos_id=tokenizer.eos_id, **options)
+    texts = model.generate(TALES, **options)
+    for tale, prompt, ids, text in zip(TALES, prompts, new, texts, strict=True):
+        assert tale + text == tokenizer.decode([*prompt, *ids])
+
+
+@pytest.mark.parametrize("whole", ["the cat sat", "the cat\nsat", "the cat  sat", "a 漢", "a 漢字 b", "\n\na"])
+def test_a_continuation_is_exact_wherever_the_prompt_ends(tmp_path: Path, whole: str) -> None:
+    tokenizer = llamas_tokenizer(tmp_path / "tokenizer.model")
+    ids = tokenizer.encode(whole, bos=True, eos=False)
+    assert tokenizer.continuation(ids, []) == ""
+    for end in range(1, len(ids)):
+        known = tokenizer.decode(ids[:end]).rstrip("�")  # of a character that the prompt holds some bytes of, nothing
+        assert known + tokenizer.continuation(ids[:end], ids[end:]) == whole
+
+
+def test_a_new_word_begins_with_its_space(folder: Path) -> None:
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    (prompt, new) = (tokenizer.encode(text, bos=False, eos=False) for text in ("the cat", "sat on"))
+    assert tokenizer.decode([*prompt, *new]) == "the cat sat on"
+    assert tokenizer.continuation(prompt, new) == " sat on"
+
+
+def test_a_string_is_one_prompt_and_not_its_letters(folder: Path) -> None:
+    model, options = AdaptedModel.from_pretrained(folder), {"max_new_tokens": 5, "temperature": 0.0}
+    assert model.generate("the cat", **options) == model.generate(["the cat"], **options)
+    (row,) = model.logits("the cat")
+    assert torch.equal(row, model.logits(["the cat"])[0])
+    example = encode_record({"instruction": "a", "output": "b"}, model.tokenizer, PLAIN)
+    for wrong in ("the cat", ["the cat"], example):
+        with pytest.raises(AdapterError, match="losses are of a list of `Example`, as `encode_record` makes them, got"):
+            model.losses(wrong)
+    for wrong in ([1, 2, 3], "the cat", ["the cat"]):
+        with pytest.raises(AdapterError, match=r"prompt 0 is .*, not a list of ids"):
+            model.generate_from_ids(wrong)
+    for wrong in ([None], [b"the cat"], [["the cat"]]):
+        with pytest.raises(TokenizerError, match="a text is a string, got"):
+            model.generate(wrong)
+    with pytest.raises(TokenizerError, match=r"'\\ud83d' at character 5 is half of a surrogate pair"):
+        model.generate("the \ud83d")
+
+
+def test_images_are_one_for_each_row(folder: Path) -> None:
+    model = AdaptedModel.from_pretrained(folder)
+    example = encode_record({"instruction": "a", "output": "b"}, model.tokenizer, PLAIN)
+    for measure in (model.generate, model.logits):
+        with pytest.raises(AdapterError, match="1 images for 3 rows: give one to each row"):
+            measure(TEXTS, images=[None])
+    with pytest.raises(AdapterError, match="1 images for 2 rows"):
+        model.losses([example, example], images=[None])
+
+
+def test_an_adapter_file_is_read_by_its_content_whatever_its_name(folder: Path, tmp_path: Path) -> None:
+    model = AdaptedModel.from_pretrained(folder)
+    model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=5), seed=3)
+    open_gates(model)
+    expected = model.logits(TEXTS)
+    for name in ("x.pt", "x.pth", "x.bin", "x", "x.safetensors"):
+        model.save_adapter(tmp_path / name)
+        again = AdaptedModel.from_pretrained(folder)
+        again.load_adapter(tmp_path / name)
+        assert all(torch.equal(row, was) for row, was in zip(again.logits(TEXTS), expected, strict=True))
+    file = adapter.read_adapter(tmp_path / "x")
+    for name in ("x.pt", "x.pth", "x.bin", "x"):
+        adapter.export_v1(file, tmp_path / f"v1-{name}", gate="tanh")
+        assert torch.equal(adapter.read_adapter(tmp_path / f"v1-{name}", gate="tanh").prompt, file.prompt)
+    with pytest.raises(AdapterError, match=r"v1\.safetensors: the official v1 format is PyTorch's"):
+        adapter.export_v1(file, tmp_path / "v1.safetensors")
+
+
+def test_a_longer_example_than_the_window_is_refused(folder: Path) -> None:
+    model = AdaptedModel.from_pretrained(folder)
+    example = encode_record({"instruction": "a", "output": "cat dog " * 40}, model.tokenizer, PLAIN)
+    with pytest.raises(AdapterError, match="does not fit the base's window of 32"):
+        model.losses([example])
+
+
+def test_a_neighbours_tokenizer_is_not_used(folder: Path, tmp_path: Path) -> None:
+    """A folder in Hugging Face's format has its own tokenizer or none; what lies beside it belongs to others."""
+    own = tmp_path / "model"
+    save_llama(fresh(**SIZES), own)
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    with pytest.raises(TokenizerError, match=r"model/tokenizer\.model: no tokenizer can be read there"):
+        AdaptedModel.from_pretrained(own)
+    (own / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        TokenizerError, match=r"model/tokenizer\.json: a Hugging Face fast tokenizer, which a later rel"
+    ):
+        AdaptedModel.from_pretrained(own)
+    AdaptedModel.from_pretrained(own, tokenizer=folder / "tokenizer.model")  # named, it is what is wanted
 
 
 def test_errors(folder: Path, tmp_path: Path) -> None:

@@ -66,6 +66,36 @@ def test_fits(model: Path) -> None:
         tokenizer.check_fits(tokenizer.vocab_size - 1)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "rows", "fits"),
+    [
+        (32_000, 32_000, True),
+        (32_000, 32_001, True),  # a pad token
+        (32_000, 32_064, True),  # padded to a multiple of 64
+        (32_000, 32_768, True),  # padded to a multiple of 1,024, for devices that share it
+        (50_257, 50_304, True),
+        (128_000, 128_256, True),
+        (97, 128, True),
+        (32_000, 31_999, False),
+        (32_000, 49_152, False),
+        (32_000, 64_000, False),
+        (32_000, 128_256, False),
+        (97, 512, False),
+        (512, 1_000, False),
+    ],
+)
+def test_a_base_has_as_many_rows_as_pieces_and_padding(
+    model: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, rows: int, fits: bool
+) -> None:
+    tokenizer = Tokenizer(model)
+    monkeypatch.setattr(Tokenizer, "vocab_size", pieces)
+    if fits:
+        tokenizer.check_fits(rows)
+    else:
+        with pytest.raises(TokenizerError, match=rf"{pieces} pieces.*{rows}.*use the tokenizer\.model that came with"):
+            tokenizer.check_fits(rows)
+
+
 @pytest.mark.parametrize("bad", [-1, IGNORE])
 def test_decode_refuses_what_is_no_id(model: Path, bad: int) -> None:
     with pytest.raises(TokenizerError, match=f"{bad} is no id"):
@@ -88,8 +118,14 @@ def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
             Tokenizer(tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*SentencePiece tokenizer\.model is needed"):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*needs the SentencePiece tokenizer\.model that"):
             Tokenizer(path)
+    (tmp_path / "llama3.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(TokenizerError, match=r"llama3\.model: Llama 3's tokenizer, in tiktoken's format"):
+        Tokenizer(tmp_path / "llama3.model")
+    (tmp_path / "lfs.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(TokenizerError, match=r"lfs\.model: a Git LFS pointer instead of the file; run `git lfs pull`"):
+        Tokenizer(tmp_path / "lfs.model")
     train_model(tmp_path / "no_bos.model", bos_id=-1)
     with pytest.raises(TokenizerError, match="no BOS"):
         Tokenizer(tmp_path / "no_bos.model")

@@ -84,7 +84,7 @@ def _apply(cls: Any, values: dict[str, Any], override: str) -> str | None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         return f"{override!r}: an override looks like section.key=value"
-    return _set(values, key, _parse(text, _field_type(cls, key.split("."))))
+    return _set(values, key, _parse(text, field_type(cls, key.split("."))))
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> str | None:
@@ -114,19 +114,44 @@ def _parse(text: str, kind: Any) -> Any:
         return text  # the field's own error then shows it
 
 
-def _field_type(kind: Any, keys: Sequence[str]) -> Any:
-    """The annotation of the field that these keys lead to; Any if there is none."""
+def field_type(kind: Any, keys: Sequence[str | int]) -> Any:
+    """The annotation of the field that these keys lead to, a number being an item of a list; Any if there is none."""
     for key in keys:
         kind = next((found for member in _members(kind) if (found := _child(member, key)) is not None), Any)
     return kind
 
 
-def _child(kind: Any, key: str) -> Any:
-    """The type of the value that a section of this type has under a key; None if it has no such key."""
+class _Missing:
+    def __repr__(self) -> str:
+        return "not set"
+
+
+MISSING: Any = _Missing()
+"""Stands for a value where there is none, not even null."""
+
+
+def field_default(kind: Any, key: str) -> Any:
+    """The default, as a plain value, of the field that a config, or a config among a union's members, has under a key.
+
+    MISSING if there is no such field, or it is required.
+    """
+    for member in _members(kind):
+        field = member.__pydantic_fields__.get(key) if is_dataclass(member) else None  # type: ignore[union-attr]
+        if field is not None and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            return TypeAdapter(Any).dump_python(default, mode="json")
+    return MISSING
+
+
+def _child(kind: Any, key: str | int) -> Any:
+    """The type of the value that a value of this type has under a key or at a position; None if it has none there."""
     if is_dataclass(kind):
         field = kind.__pydantic_fields__.get(key)  # type: ignore[union-attr]
         return field and field.annotation
-    return get_args(kind)[1] if get_origin(kind) in (dict, Mapping) else None
+    arguments = get_args(kind)
+    if get_origin(kind) in (dict, Mapping):
+        return arguments[1]
+    return arguments[0] if isinstance(key, int) and arguments else None
 
 
 def _members(kind: Any) -> list[Any]:
@@ -228,10 +253,8 @@ def _keys(kind: Any, location: Sequence[str | int]) -> Iterator[str]:
     """The keys of an error's location, without the names by which pydantic tells the members of a union apart."""
     for part in location:
         kinds = _members(kind)
-        child = next((found for member in kinds if (found := _child(member, str(part))) is not None), None)
-        if child is None and isinstance(part, int):
-            child = next((get_args(member)[0] for member in kinds if get_args(member)), Any)
-        elif child is None and len(kinds) > 1:
+        child = next((found for member in kinds if (found := _child(member, part)) is not None), None)
+        if child is None and len(kinds) > 1 and isinstance(part, str):
             kind = next((member for member in kinds if getattr(member, "__name__", None) == part), kind)
             continue
         kind = child or Any

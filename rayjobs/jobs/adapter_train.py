@@ -9,7 +9,7 @@ The same command resumes an interrupted run with as many workers as there are th
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -25,20 +25,20 @@ from rayjobs.config import config, to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
-from rayjobs.data.records import DataConfig
+from rayjobs.data.records import DataConfig, Source
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
-from rayjobs.errors import ConfigError, DataError, ProvenanceError
+from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
-from rayjobs.runs.provenance import normalize_paths
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
+from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
-from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
+from rayjobs.train.run_identity import RESULT_FILE, check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class AdapterConfig:
 
 @config
 class Config:
+    """Settings of adapter-train."""
+
     JOB: ClassVar = "adapter-train"
 
     base: BaseModelConfig
@@ -79,36 +81,81 @@ class Config:
     run: RunConfig
 
 
-FREE_TO_CHANGE = ("run", "scale", "zero")
-"""Sections that do not change the result, so a run may be resumed with other values of them."""
+FREE_TO_CHANGE = (
+    "run",
+    "scale",
+    "zero",
+    "data.max_rejected_fraction",
+    "train.token_budget",
+    "train.checkpoint_activations",
+    "train.checkpoint_every_steps",
+    "vision.batch",
+)
+"""Settings that do not change the result, so a run may be resumed with other values of them."""
 
 
-def check(settings: Config) -> tuple[Checkpoint, Path, ImageConditioning | None]:
-    """Check everything that can be checked before a worker starts; return the base's checkpoint, the tokenizer's path
-    and the image encoder. Raises a UserError for the first problem."""
+class Inputs(NamedTuple):
+    """What a run reads besides the records, opened and checked."""
+
+    checkpoint: Checkpoint
+    """The base."""
+    tokenizer: Path
+    conditioning: ImageConditioning | None
+    """The image encoder; None without a `vision` section."""
+
+
+def check(settings: Config) -> Inputs:
+    """Check everything that can be checked before a worker starts. Raises a UserError for the first problem."""
+    inputs = open_inputs(settings)
+    check_fit(settings, inputs)
+    return inputs
+
+
+def open_inputs(settings: Config) -> Inputs:
+    """Open the base, the tokenizer, the records and the image encoder. Raises a UserError if one cannot be used."""
     checkpoint, tokenizer = settings.base.open()
-    check_fit(settings, checkpoint)
     for source in [*settings.data.sources(), *settings.data.val_sources()]:
         next(iter(source.read()), None)
-    return checkpoint, tokenizer, settings.vision.open() if settings.vision else None
+    return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None)
 
 
-def check_fit(settings: Config, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError unless the adapter fits the base, ProvenanceError if the folder has a run of other settings."""
-    if settings.adapter.n_layers > checkpoint.config.n_layers:
+def check_fit(settings: Config, inputs: Inputs) -> None:
+    """Raise ConfigError unless the adapter fits the base, ProvenanceError if the folder has a run that is another."""
+    layers = inputs.checkpoint.config.n_layers
+    if settings.adapter.n_layers > layers:
         raise ConfigError(
-            f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has "
-            f"{checkpoint.config.n_layers} layers"
+            f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has {layers} layers"
         )
-    saved = settings.run.folder / "config.yaml"
-    if saved.exists():
-        before, now = normalize_paths(read_yaml(saved)), normalize_paths(to_dict(settings))
-        changed = [name for name in now if name not in FREE_TO_CHANGE and now[name] != before.get(name)]
-        if changed:
-            raise ProvenanceError(
-                f"{saved.parent} holds a run with other settings in {', '.join(changed)}: "
-                "give this one another run.name, or remove that folder"
-            )
+    check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
+
+
+def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
+    """Return what a run's result depends on: its settings, with the content of what they name in place of its path."""
+    values = drop_keys(to_dict(settings), FREE_TO_CHANGE)
+    values["base"] |= {
+        "path": inputs.checkpoint.fingerprint[:16],
+        "tokenizer": file_fingerprint(cached_path(inputs.tokenizer))[:16],
+    }
+    with_images = inputs.conditioning is not None
+    values["data"] = drop_keys(values["data"], ("format", "template")) | {
+        "path": [_identify_source(source, with_images=with_images) for source in settings.data.sources()],
+        "val_path": [_identify_source(source, with_images=with_images) for source in settings.data.val_sources()],
+    }
+    if inputs.conditioning is not None:
+        values["vision"]["encoder"] = inputs.conditioning.encoder.identity
+    return values
+
+
+def _identify_source(source: Source, *, with_images: bool) -> dict[str, Any]:
+    images = file_fingerprints(source.images, source.image_paths()) if with_images else {}
+    return {
+        "records": fingerprint(source.digests())[:16],
+        "images": fingerprint(images)[:16] if with_images else "left out",
+        "format": source.format,
+        "split": source.split,
+        "template": fingerprint([source.template.with_input, source.template.without_input])[:16],
+        "weight": source.weight,
+    }
 
 
 def plan(settings: Config) -> None:
@@ -142,41 +189,50 @@ def plan(settings: Config) -> None:
 @job
 def run(settings: Config) -> dict[str, Any]:
     """Train or resume; return and write `result.json`, with `adapter.safetensors` and `metrics.jsonl` beside it."""
-    checkpoint, tokenizer, conditioning = check(settings)
+    inputs = check(settings)
     folder = settings.run.folder
-    if not (folder / "result.json").exists():
+    if not (folder / RESULT_FILE).exists():
+        lock_run(folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
         open_run(settings.run, settings)
-        connect(folder, settings.run.cache_folder)
-        settings.scale.resources()  # workers that can never run are refused before anything is tokenized
-        store, images = prepare_inputs(settings, tokenizer, conditioning, folder)
-        job = train_job(settings, conditioning, store, images)
-        trained = fit(job, settings.scale, folder, settings.run.track)
-        file = adapter_file(job.adaption, trained, checkpoint, tokenizer)
-        with atomic_path(folder / "adapter.safetensors") as temporary:
-            file.save(temporary)
-        write_json(folder / "result.json", summarize(settings, job, file))
-    result = read_json(folder / "result.json")
+        train(settings, inputs)
+    result = read_json(folder / RESULT_FILE)
     show_result(settings.run.name, result)
     return result
 
 
+def train(settings: Config, inputs: Inputs) -> None:
+    """Train to the last step, and write the adapter and the result."""
+    folder = settings.run.folder
+    connect(folder, settings.run.cache_folder)
+    settings.scale.resources()  # workers that can never run are refused before anything is tokenized
+    store, images = prepare_inputs(settings, inputs, folder)
+    job = train_job(settings, inputs.conditioning, store, images)
+    try:
+        trained = fit(job, settings.scale, folder, settings.run.track)
+    except NonFiniteLossError as error:
+        record_nonfinite_loss(folder, error)
+        raise
+    file = adapter_file(job.adaption, trained, inputs.checkpoint, inputs.tokenizer)
+    with atomic_path(folder / "adapter.safetensors") as temporary:
+        file.save(temporary)
+    write_json(folder / RESULT_FILE, summarize(settings, job, file))
+
+
 def prepare(settings: Config) -> None:
     """Make the tokens and image features that a run will read, unless they exist."""
-    _, tokenizer, conditioning = check(settings)
+    inputs = check(settings)
     connect(settings.run.cache_folder)
-    prepare_inputs(settings, tokenizer, conditioning)
+    prepare_inputs(settings, inputs)
 
 
-def prepare_inputs(
-    settings: Config, tokenizer: Path, conditioning: ImageConditioning | None, run: Path | None = None
-) -> tuple[TokenStore, ImageSource | None]:
+def prepare_inputs(settings: Config, inputs: Inputs, run: Path | None = None) -> tuple[TokenStore, ImageSource | None]:
     """The tokens of the records and the source of their images, made unless they exist.
 
     run: the run folder, into which the list of rejected records is copied.
     """
-    data, cache = settings.data, settings.run.cache_folder
+    data, cache, conditioning = settings.data, settings.run.cache_folder, inputs.conditioning
     preprocess = conditioning and conditioning.encoder.preprocess
-    store = prepare_tokens(data, tokenizer, cache, preprocess=preprocess, run=run)
+    store = prepare_tokens(data, inputs.tokenizer, cache, preprocess=preprocess, run=run)
     if store.images_left_out:
         logger.info("images: %s", _describe_left_out(store.images_left_out))
     if not store.rows("train"):

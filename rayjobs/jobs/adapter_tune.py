@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from ray import tune
 
-from adapter.base_checkpoint import Checkpoint
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerRange
 from rayjobs.config import config, load, to_dict
@@ -44,6 +43,8 @@ from rayjobs.tune.adapter_sweep import (
 
 @config
 class Config(adapter_train.Config):
+    """Settings of adapter-tune."""
+
     JOB: ClassVar = "adapter-tune"
 
     sweep: SweepConfig
@@ -61,15 +62,14 @@ def check(settings: Config) -> list[AdapterTrial]:
     trials = [
         AdapterTrial(*pair) for pair in itertools.product(enumerate_overrides(settings.sweep), settings.sweep.seeds)
     ]
-    checkpoints: dict[str, Checkpoint] = {}
+    opened: dict[str, adapter_train.Inputs] = {}
     for trial in trials:
         own = trial_settings(settings, trial)
-        inputs = json.dumps([to_dict(own)[name] for name in ("base", "data", "vision")])
-        if inputs in checkpoints:  # these were checked before, and an encoder takes seconds to load
-            adapter_train.check_fit(own, checkpoints[inputs])
-        else:
-            checkpoints[inputs] = adapter_train.check(own)[0]
+        named = json.dumps([to_dict(own)[name] for name in ("base", "data", "vision")])
+        if named not in opened:  # an encoder takes seconds to load
+            opened[named] = adapter_train.open_inputs(own)
             _refuse_test_split(settings, own)
+        adapter_train.check_fit(own, opened[named])
     return trials
 
 

@@ -20,13 +20,13 @@ from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encode
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.data.text_classifier import prepare_classifier
-from rayjobs.errors import ConfigError, ProvenanceError
+from rayjobs.errors import ConfigError
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table
-from rayjobs.runs.provenance import normalize_paths
+from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_json, write_json, write_jsonl, write_parquet
+from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.tune.figures import write_search_surfaces
 from rayjobs.tune.inputs import SweepInputs, check_same_inputs, few_shot_choices, share_inputs
 from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
@@ -40,6 +40,8 @@ SWEEP = "sweep.json"
 
 @config
 class Config:
+    """Settings of cafo-tune."""
+
     JOB: ClassVar = "cafo-tune"
 
     data: ImageDatasetConfig
@@ -137,14 +139,8 @@ def run(settings: Config) -> dict[str, Any]:
 
 def check_same_sweep(settings: Config) -> None:
     """Record the settings of the run folder's sweep. Raises ProvenanceError if the folder has a sweep of others."""
-    path = settings.run.folder / SWEEP
     now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
-    if path.exists() and (before := normalize_paths(read_json(path))) != normalize_paths(now):
-        changed = [name for name, value in normalize_paths(now).items() if before.get(name) != value]
-        raise ProvenanceError(
-            f"{settings.run.folder} holds a sweep with other {', '.join(changed)}: choose another run.name"
-        )
-    write_json(path, now)
+    lock_provenance(settings.run.folder / SWEEP, now, kind=Config)
 
 
 def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], folder: Path) -> SweepInputs:

@@ -2,42 +2,88 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rayjobs.config import MISSING, field_default, field_type
 from rayjobs.errors import ProvenanceError
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.urls import mask_credentials
 
 _UPLOAD_FOLDER = re.compile(r'/[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/')
 SHOWN_CHARS = 60
 
 
-def normalize_paths(settings: Any) -> Any:
-    """Strip Ray's upload directory from paths, so that settings of two submissions of the same job compare equal.
+class Change(NamedTuple):
+    """One value that differs from the one that results were made from."""
+
+    key: str
+    """The dotted key; items of a list are `key[0]`."""
+    before: Any
+    """MISSING if the value was not recorded and has no default."""
+    now: Any
+    """MISSING if this version has no such key."""
+
+    def __str__(self) -> str:
+        if self.before is MISSING:
+            return f"{self.key} was not recorded, now {_short(self.now)}"
+        now = "unknown to this version" if self.now is MISSING else f"now {_short(self.now)}"
+        return f"{self.key} was {_short(self.before)}, {now}"
+
+
+def find_changes(before: Any, now: Any, kind: Any = Any, key: str = "") -> Iterator[Change]:
+    """Yield the values that differ between two sets of plain values, down to single keys of nested mappings and lists.
+
+    kind: the config or the annotation that the values belong to. A key that `before` lacks counts as that config's
+    default, so that settings which a later release adds do not differ as long as nobody sets them.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in {**before, **now}:
+            old = before[name] if name in before else field_default(kind, name)
+            new = now.get(name, MISSING)
+            yield from find_changes(old, new, field_type(kind, [name]), f"{key}.{name}" if key else name)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for position, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from find_changes(old, new, field_type(kind, [position]), f"{key}[{position}]")
+    elif before != now:
+        yield Change(key, before, now)
+
+
+def comparable(values: Any) -> Any:
+    """Plain values as they are written and compared: without credentials of URLs and without Ray's upload directory.
 
     Ray unpacks a submitted working directory to a different path for each upload.
     """
-    return json.loads(_UPLOAD_FOLDER.sub("", json.dumps(settings)))
+    return json.loads(_UPLOAD_FOLDER.sub("", json.dumps(mask_credentials(values))))
 
 
-def check_provenance(path: Path, identity: Mapping[str, Any], *, hint: str = "choose another run.name") -> None:
+def check_provenance(
+    path: Path, identity: Mapping[str, Any], *, hint: str = "choose another run.name", kind: Any = Any
+) -> None:
     """Compare `identity` with the one that is locked in the file `path`, if there is one.
+
+    kind: the config class whose defaults hold for keys that the file lacks; see `find_changes`.
 
     Raises ProvenanceError, which names each key that differs with its old and its new value, and ends with the hint.
     """
     if not path.exists():
         return
-    locked, given = normalize_paths(read_json(path)), normalize_paths(dict(identity))
-    if differing := [key for key in {**locked, **given} if locked.get(key) != given.get(key)]:
-        changes = "; ".join(f"{key} was {_short(locked.get(key))}, now {_short(given.get(key))}" for key in differing)
-        raise ProvenanceError(f"{path.parent} holds results of other settings ({changes}): {hint}")
+    refuse_changes(path.parent, list(find_changes(comparable(read_json(path)), comparable(dict(identity)), kind)), hint)
 
 
-def lock_provenance(path: Path, identity: Mapping[str, Any], *, hint: str = "choose another run.name") -> None:
+def refuse_changes(folder: Path, changes: list[Change], hint: str) -> None:
+    """Raise ProvenanceError, which names the changes, unless there are none."""
+    if changes:
+        raise ProvenanceError(f"{folder} holds results of other settings ({'; '.join(map(str, changes))}): {hint}")
+
+
+def lock_provenance(
+    path: Path, identity: Mapping[str, Any], *, hint: str = "choose another run.name", kind: Any = Any
+) -> None:
     """Write `identity` to the file `path`, before the folder's first result. Raises ProvenanceError as above."""
-    check_provenance(path, identity, hint=hint)
-    write_json(path, dict(identity))
+    check_provenance(path, identity, hint=hint, kind=kind)
+    write_json(path, comparable(dict(identity)))
 
 
 def _short(value: Any) -> str:

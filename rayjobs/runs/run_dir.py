@@ -59,7 +59,7 @@ def open_run(run: RunConfig, settings: Any) -> Path:
 
 def versions() -> dict[str, str]:
     """The versions of Python, of the libraries and of this code that results depend on."""
-    names = ("torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
+    names = ("rayjobs", "torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True)
     return {

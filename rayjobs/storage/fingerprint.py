@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from rayjobs.storage.paths import is_url, resolve_path
+
+SETTLED_AFTER_S = 2.0
+"""Age from which a file's times tell whether it was changed: file systems count time in steps of up to 2 s."""
 
 
 def fingerprint(value: Any) -> str:
@@ -26,6 +31,15 @@ def file_fingerprint(path: str | Path) -> str:
     if is_url(path):
         remote: Any = path
         return remote_fingerprint(remote.fs.info(remote.path))
+    state = path.stat()
+    if time.time() - state.st_ctime < SETTLED_AFTER_S:
+        return _local_fingerprint.__wrapped__(path)
+    return _local_fingerprint(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+
+
+@lru_cache(maxsize=1 << 20)
+def _local_fingerprint(path: Path, *state: int) -> str:
+    """SHA-256 of a file's content, read once by each process as long as `state`, the file's size and times, stays."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

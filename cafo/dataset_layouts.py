@@ -5,8 +5,10 @@ CaFo (arXiv 2303.02151), section 4.1, in CoOp's folder layout under one data roo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from cafo.errors import CafoError, refuse_text
 
 PHOTO_TEMPLATES = ("a photo of a {}.",)
 """The sentence of a data set that has none of its own."""
@@ -88,3 +90,22 @@ LAYOUTS: Mapping[str, DatasetLayout] = {
 
 TEST_ONLY = ("imagenet_v2", "imagenet_sketch")
 """Test sets of the distribution shift: the cache is made on ImageNet and tested on these."""
+
+
+def check_templates(templates: Sequence[str], kind: str = "template") -> None:
+    """Check that there are sentences, each with one `{}` for the class name and no other braces.
+
+    Args:
+        templates: the sentences.
+        kind: what a sentence is, for the message: `template` or `command`.
+
+    Raises:
+        CafoError: there is none, or text in place of the list, or a sentence has no `{}`, several, or other braces.
+    """
+    refuse_text(templates, f"{kind}s")
+    if not templates:
+        raise CafoError(f"there should be at least one {kind}")
+    for sentence in templates:
+        rest = sentence.replace("{}", "", 1)
+        if "{}" not in sentence or "{" in rest or "}" in rest:
+            raise CafoError(f"a {kind} needs one {{}} for the class name and no other braces, got {sentence!r}")

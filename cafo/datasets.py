@@ -12,16 +12,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cafo.dataset_layouts import IMAGENET_TEMPLATES, LAYOUTS, PHOTO_TEMPLATES, TEST_ONLY, DatasetLayout
-from cafo.errors import DatasetError
+from cafo.class_folders import list_class_folders, list_images, refuse_empty_classes
+from cafo.dataset_checks import check_class_names, check_disjoint, check_items
+from cafo.dataset_layouts import (
+    IMAGENET_TEMPLATES,
+    LAYOUTS,
+    PHOTO_TEMPLATES,
+    TEST_ONLY,
+    DatasetLayout,
+    check_templates,
+)
+from cafo.errors import DatasetError, refuse_text
 from cafo.files import as_path, read_json
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 
 
 class Item(NamedTuple):
@@ -35,7 +41,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A data set with its train and val lists read, and its test list unread."""
+    """A data set with its train and val lists read, and its test list unread.
+
+    Raises:
+        DatasetError: a path with two labels or in both lists, or a name or path that is not UTF-8.
+        CafoError: a template without exactly one `{}`.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -46,14 +57,25 @@ class Dataset:
     train: tuple[Item, ...]
     val: tuple[Item, ...]
     read_test: Callable[[], tuple[Item, ...]] = field(repr=False, compare=False)
+    notices: tuple[str, ...] = ()
+    """what a user should know about the data set, such as files that were ignored; one sentence each"""
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
+        check_items([*self.train, *self.val], self.name)
+        check_disjoint({"train": self.train, "val": self.val}, self.name)
 
     def open_test(self) -> tuple[Item, ...]:
         """Read the test list. Call it in an evaluation only, never to choose anything.
 
         Raises:
-            DatasetError: the list is missing or malformed, or names a class that is not in the class list.
+            DatasetError: the list is missing or malformed, names a class that is not in the class list, or has
+                an image with two labels or of another split.
         """
-        return self.read_test()
+        test = self.read_test()
+        check_items(test, f"{self.name}, test")
+        check_disjoint({"train": self.train, "val": self.val, "test": test}, self.name)
+        return test
 
 
 def load_dataset(name: str, root: str | Path, *, val_share: float = 0.01, seed: int = 0) -> Dataset:
@@ -109,9 +131,12 @@ def load_split(
             then cover every label.
 
     Raises:
-        DatasetError: a malformed file, a label with two names, a label without images, a label outside the class list.
+        DatasetError: a malformed file, a label with two names, two labels of one name, a label without images, a label
+            outside the class list, an image with two labels or in two lists.
         CafoError: the file is missing or is not JSON.
     """
+    refuse_text(templates, "templates")
+    refuse_text(class_names, "class_names")
     split = as_path(split)
     content = _read_split_lists(split)
     lists = {part: _parse_items(content.get(part, []), f"{split}, {part}") for part in ("train", "val")}
@@ -133,6 +158,7 @@ def load_split(
         train=_check_labels(lists["train"], names, split),
         val=_check_labels(lists["val"], names, split),
         read_test=read_test,
+        notices=check_class_names(names, split),
     )
 
 
@@ -156,25 +182,33 @@ def load_tree(
         seed: seed of the split.
         shares: shares of train and val; the rest is test.
 
+    What is no image is ignored, and `notices` of the data set count and name it.
+
     Raises:
-        DatasetError: no such folder, no class folders, or shares that are negative or add up to more than 1.
+        DatasetError: no such folder, no class folders, a class folder without an image, or shares that are negative or
+            add up to more than 1.
     """
+    refuse_text(templates, "templates")
     root = _require_folder(as_path(root), "give the folder that holds one folder per class")
     if min(shares) < 0 or sum(shares) > 1:
         raise DatasetError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
-    names = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
-    if not names:
-        raise DatasetError(f"{root} has no class folders; give the folder that holds one folder per class")
+    names, beside = list_class_folders(root)
+    listing = list_images(root, names)
+    refuse_empty_classes(root, listing)
     val_from, test_from = shares[0], shares[0] + shares[1]
 
-    def split_images() -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-        items = [(stable_uniform(seed, item.path), item) for item in _list_images(root, {name: name for name in names})]
+    def split_images(
+        images: Mapping[str, Sequence[str]],
+    ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
+        items = [
+            (stable_uniform(seed, item.path), item) for item in _label_images(images, {name: name for name in names})
+        ]
         train = tuple(item for position, item in items if position < val_from)
         val = tuple(item for position, item in items if val_from <= position < test_from)
         test = tuple(item for position, item in items if test_from <= position)
         return train, val, test
 
-    train, val, _ = split_images()
+    train, val, _ = split_images(listing.images)
     return Dataset(
         name=name or root.name,
         class_names=names,
@@ -182,7 +216,8 @@ def load_tree(
         image_root=root,
         train=train,
         val=val,
-        read_test=lambda: split_images()[2],
+        read_test=lambda: split_images(list_images(root, names).images)[2],
+        notices=(*beside, *listing.notices, *check_class_names(names, root)),
     )
 
 
@@ -240,7 +275,8 @@ def _load_imagenet(folder: Path, layout: DatasetLayout, val_share: float, seed: 
     _require_folder(images / "train", "unpack ImageNet's training images there")
     train_folders = {f"train/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
     test_folders = {f"val/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
-    items = _list_images(images, train_folders)
+    listing = list_images(images, train_folders)
+    items = _label_images(listing.images, train_folders)
     val = tuple(item for item in items if stable_uniform(seed, item.path) < val_share)
     train = tuple(item for item in items if stable_uniform(seed, item.path) >= val_share)
     return Dataset(
@@ -251,6 +287,7 @@ def _load_imagenet(folder: Path, layout: DatasetLayout, val_share: float, seed: 
         train=train,
         val=val,
         read_test=lambda: _list_test_images(images, test_folders),
+        notices=(*listing.notices, *check_class_names(names, folder / "classnames.txt", repeated=True)),
     )
 
 
@@ -309,7 +346,10 @@ def _require_folder(path: Path, hint: str) -> Path:
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise DatasetError(f"no file {path}; it comes with the data set's download")
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
 
 
 def _read_wnid_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -320,21 +360,20 @@ def _read_wnid_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(wnid for wnid, _, _ in pairs), tuple(name.strip() for _, _, name in pairs)
 
 
-def _list_images(root: Path, class_folders: Mapping[str, str]) -> list[Item]:
-    """List the images of class folders {folder below `root`: class name}: by label, then by file name.
+def _label_images(images: Mapping[str, Sequence[str]], class_folders: Mapping[str, str]) -> list[Item]:
+    """Return the images {folder: file names} of class folders {folder: class name}: by label, then by file name.
 
-    The labels are the positions of the folders in the mapping. A missing folder has no images.
+    The labels are the positions of the folders in the mapping.
     """
-    items = []
-    for label, (folder, name) in enumerate(class_folders.items()):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            files = sorted(p.name for p in (root / folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-            items += [Item(f"{folder}/{file}", label, name) for file in files if not file.startswith(".")]
-    return items
+    return [
+        Item(f"{folder}/{file}", label, name)
+        for label, (folder, name) in enumerate(class_folders.items())
+        for file in images[folder]
+    ]
 
 
 def _list_test_images(root: Path, class_folders: Mapping[str, str]) -> tuple[Item, ...]:
-    items = _list_images(root, class_folders)
+    items = _label_images(list_images(root, class_folders).images, class_folders)
     if not items:
         raise DatasetError(
             f"no test image under {root} in folders like {next(iter(class_folders))}; unpack the test images there"

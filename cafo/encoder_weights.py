@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cafo.errors import EncoderError
-from cafo.files import read_json
+from cafo.files import is_lfs_pointer, read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
 
 State = dict[str, Tensor]
@@ -53,14 +54,22 @@ def read_state(path: Path) -> State:
     """Read the tensors of a weight file by name, from inside wrappers such as `teacher`. No code of the file is run.
 
     Raises:
-        EncoderError: the file is missing, is a TorchScript archive, or holds other objects than tensors.
+        EncoderError: the file is missing, cut short, a Git LFS pointer or a TorchScript archive, or holds other objects
+            than tensors.
     """
     if not path.is_file():
         raise EncoderError(
             f"no weight file {path}; give a local file, a folder, or a pretrained tag that open_clip knows"
         )
+    if is_lfs_pointer(path):
+        raise EncoderError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull`")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise EncoderError(
+                f"{path} is no whole safetensors file ({error}; {path.stat().st_size:,} bytes); download it again"
+            ) from error
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any("/code/" in name for name in archive.namelist()):
@@ -70,9 +79,12 @@ def read_state(path: Path) -> State:
                 )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise EncoderError(f"{path} does not load as plain tensors ({reason}); save its state dict alone") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EncoderError(
+            f"{path} does not load as plain tensors ({reason}; {path.stat().st_size:,} bytes); if it was cut short, "
+            "download it again, else save its state dict alone"
+        ) from error
     while isinstance(content, Mapping) and (key := next((k for k in _WRAPPERS if _is_state(content.get(k))), None)):
         content = content[key]
     if not _is_state(content):
@@ -94,7 +106,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str)
     """Load a state dict into a module; every tensor of either must have its counterpart.
 
     Raises:
-        EncoderError: tensors that are missing, left over or of another shape, with the first names of each.
+        EncoderError: tensors that are missing, left over or of another shape, or that hold NaN or infinity, with the
+            first names of each.
     """
     own = module.state_dict()
     # older files lack batch norm's step counter, which inference does not use
@@ -109,7 +122,18 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str)
         parts = [("missing", missing), ("not expected", extra), ("shape", shapes)]
         problems = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
         raise EncoderError(f"{path} does not fit {type(module).__name__} ({problems}); check the architecture's name")
+    # attention masks, which some files hold, are infinite on purpose
+    masks = ("attn_mask", "attention_mask")
+    if broken := [n for n, t in state.items() if not n.endswith(masks) and t.is_floating_point() and not _finite(t)]:
+        raise EncoderError(
+            f"{path}: {len(broken)} of {len(state)} tensors hold NaN or infinity ({', '.join(broken[:3])}); the file "
+            "is damaged, or was saved in a type that is too small: get another copy"
+        )
     module.load_state_dict(dict(state), strict=False)  # not strict because of the counters alone
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())
 
 
 def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | None = None) -> BuiltClip:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from cafo.encoder_spec import EncoderSpec, Precision
 from cafo.encoder_weights import build_clip, clean_state, load_state, read_state, weight_file
-from cafo.errors import EncoderError
+from cafo.errors import EncoderError, refuse_text
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
@@ -203,6 +203,7 @@ class ClipEncoder(ImageEncoder):
     @torch.no_grad()
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
         """Encode T sentences: (T, C) float32 of unit norm. Those longer than the text window are cut, as in CLIP."""
+        refuse_text(sentences, "sentences")
         tokens = self.tokenizer(list(sentences)).to(next(self.model.parameters()).device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from cafo.errors import CafoError
+from cafo.errors import CafoError, refuse_text
 
 ZERO_SHOT = "zero_shot"
 NOTHING = "nothing"
@@ -58,6 +58,7 @@ class Ensemble:
     def __post_init__(self) -> None:
         if self.rule not in get_args(Rule):
             raise CafoError(f"ensemble rule {self.rule!r} is not one of {', '.join(get_args(Rule))}")
+        refuse_text(self.sources, "sources")
         if not self.temperature > 0:
             raise CafoError(f"ensemble temperature must be positive, got {self.temperature}")
         if bad := {name: scale for name, scale in self.scales.items() if not scale > 0}:
@@ -142,6 +143,7 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
 
 def table5(sources: tuple[str, ...]) -> dict[str, Ensemble]:
     """Return the rows of the paper's table 5, by label, for any number of sources; and each source without p_ZS."""
+    refuse_text(sources, "sources")
     return {
         **{f"{name} alone": Ensemble(baseline=NOTHING, sources=(name,)) for name in sources},
         **{f"{name} only": Ensemble(sources=(name,)) for name in sources},

@@ -15,3 +15,14 @@ class EncoderError(CafoError):
 
 class ImageError(CafoError):
     """An image that cannot be read."""
+
+
+def refuse_text(value: object, what: str) -> None:
+    """Raise CafoError if a list was expected and text was given, which Python would take for a list of letters.
+
+    Args:
+        value: the argument.
+        what: its name, and what it is a list of, such as `templates`.
+    """
+    if isinstance(value, str | bytes):
+        raise CafoError(f"{what} should be a list, got the text {value[:60]!r}; put it in brackets: [{value[:60]!r}]")

@@ -7,13 +7,13 @@ the same images on every machine, and choices of one seed nest: K = 4 is part of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from cafo.datasets import Item, stable_uniform
-from cafo.errors import CafoError, DatasetError
+from cafo.errors import CafoError, DatasetError, refuse_text
 from cafo.files import read_json, write_json
 
 
@@ -36,8 +36,11 @@ def choose(
     shots: int,
     seed: int,
     short: Literal["error", "report"] = "error",
+    unreadable: Collection[str] = (),
 ) -> FewShot:
     """Choose K images of every class of the class list.
+
+    An image that turned out to be unreadable gives way to the next of its class; all others stay as they are.
 
     Args:
         items: the training images.
@@ -45,26 +48,37 @@ def choose(
         shots: K.
         seed: seed of the choice.
         short: what to do with a class that has fewer than K images: raise an error, or report it in the result.
+        unreadable: paths that are not chosen.
 
     Raises:
         CafoError: K is negative.
         DatasetError: a class has fewer than K images and `short` is `error`.
     """
+    refuse_text(class_names, "class_names")
     if shots < 0:
         raise CafoError(f"shots must be at least 0, got {shots}")
     ranked: list[list[Item]] = [[] for _ in class_names]
     for item in sorted(set(items), key=lambda item: (stable_uniform(seed, item.path), item.path)):
-        ranked[item.label].append(item)
+        if item.path not in unreadable:
+            ranked[item.label].append(item)
     counts = {name: len(images) for name, images in zip(class_names, ranked, strict=True)}
     lacking = {name: count for name, count in counts.items() if count < shots}
     if lacking and short == "error":
         listed = ", ".join(f"{name} ({count})" for name, count in list(lacking.items())[:10])
         raise DatasetError(
             f"{len(lacking)} of {len(class_names)} classes have fewer than {shots} training images: {listed}; "
-            "take fewer shots, or allow short classes"
+            f"take fewer shots, or allow short classes{_name_unreadable(items, set(lacking), unreadable)}"
         )
     chosen = tuple(item for images in ranked for item in images[:shots])
     return FewShot(shots=shots, seed=seed, items=chosen, short=lacking)
+
+
+def _name_unreadable(items: Sequence[Item], classes: Collection[str], unreadable: Collection[str]) -> str:
+    paths = sorted({item.path for item in items if item.class_name in classes and item.path in unreadable})
+    if not paths:
+        return ""
+    listed = ", ".join(paths[:10]) + (" …" if len(paths) > 10 else "")
+    return f"; or restore the images of these classes that cannot be read: {listed}"
 
 
 def save(choice: FewShot, path: str | Path) -> None:

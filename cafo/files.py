@@ -41,6 +41,19 @@ def write_json(path: str | Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Beginning of a Git LFS pointer: the few lines that a clone without Git LFS has in place of a file's content."""
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Return whether a file is a Git LFS pointer in place of its content."""
+    file = as_path(path)
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def read_json(path: str | Path, hint: str) -> Any:
     """Read a JSON file.
 
@@ -51,8 +64,10 @@ def read_json(path: str | Path, hint: str) -> Any:
         CafoError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(as_path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise CafoError(f"no file {path}; {hint}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if is_lfs_pointer(path):
+            raise CafoError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from error
         raise CafoError(f"{path} is not JSON: {error}; {hint}") from error

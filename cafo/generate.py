@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cafo.datasets import IMAGE_SUFFIXES, Item
+from cafo.class_folders import is_image_name
+from cafo.datasets import Item
 from cafo.errors import CafoError, ImageError
 from cafo.files import as_path, atomic_path, read_json, write_json
 from cafo.images import load_image
@@ -74,7 +75,7 @@ class FolderGenerator:
         folder = next((self._root / name for name in names if (self._root / name).is_dir()), None)
         if folder is None:
             raise CafoError(f"{self._root} has no folder {class_name!r}; there should be one per class")
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)[:n]:
+        for path in sorted(p for p in folder.iterdir() if is_image_name(p.name))[:n]:
             yield _decode(path, str(path))
 
 

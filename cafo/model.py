@@ -36,8 +36,8 @@ from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, tra
 from cafo.datasets import Dataset, Item, load_tree
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
-from cafo.errors import DatasetError, EncoderError
-from cafo.images import load_image
+from cafo.errors import CafoError, DatasetError, EncoderError
+from cafo.images import ImageInput, load_image
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
 
@@ -99,7 +99,7 @@ class CaFo:
             device: where the images are encoded; the keys are trained on the CPU.
 
         Raises:
-            DatasetError: a folder without classes, or no validation image.
+            DatasetError: a folder without classes, fewer than two classes, or no validation image.
             EncoderError: an encoder that cannot be loaded, or a first encoder that is not a CLIP.
             ImageError: an image that cannot be read.
             CafoError: a class without a sentence, a prompt file that cannot be read.
@@ -108,6 +108,12 @@ class CaFo:
         dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
         if not dataset.val:
             raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
+        if len(dataset.class_names) < 2:
+            raise DatasetError(
+                f"{dataset.name} has {len(dataset.class_names)} class, and a classifier needs two or more"
+            )
+        for notice in dataset.notices:
+            logger.warning("%s: %s", dataset.name, notice)
         loaded = _load_encoders(encoders, device)
         clip_name, clip = next(iter(loaded.items()))
         if not isinstance(clip, ClipEncoder):
@@ -135,6 +141,8 @@ class CaFo:
         training = config.training or KeyTraining(seed=seed)
         trained, _ = train_keys(untrained, views, labels, val, val_labels, training)
         best = search(trained.zero_shot(val), trained.affinities(val), labels, val_labels, grid=config.grid)
+        if notice := config.grid.edge_notice(best.alpha, best.beta):
+            logger.warning("%s", notice)
         return cls(replace(trained, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble), loaded)
 
     @classmethod
@@ -165,18 +173,28 @@ class CaFo:
         """Write the cache, without the encoders."""
         save_cache(self.cache, path)
 
-    def logits(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
-        """Return the logits of eq. 9, (B, N), for B images given as files or as PIL images.
+    def logits(self, images: Sequence[ImageInput]) -> Tensor:
+        """Return the logits of eq. 9, (B, N), for a list of B images.
+
+        Args:
+            images: paths, bytes of files, PIL images, or arrays (H, W, 3) of uint8 or of floating point from 0 to 1.
+                An image gives the same logits in each of these forms; see `cafo.images.load_image`.
 
         Raises:
+            CafoError: one image in place of a list.
             ImageError: an image that cannot be read.
         """
+        if isinstance(images, str | bytes | Path | Image.Image) or getattr(images, "ndim", 4) < 4:
+            raise CafoError(
+                f"images should be a list of images, got one: {_first_chars(images)}; put it in brackets: [image]"
+            )
         return self.cache.logits(_encode(self.encoders, images))
 
-    def predict(self, images: Sequence[str | Path | Image.Image]) -> list[Prediction]:
-        """Return the most likely class of each image.
+    def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
+        """Return the most likely class of each image of a list, which may hold the same as that of `logits`.
 
         Raises:
+            CafoError: one image in place of a list.
             ImageError: an image that cannot be read.
         """
         probabilities, labels = self.logits(images).softmax(dim=-1).max(dim=-1)
@@ -196,9 +214,13 @@ def _read_sentences(
     return prompts if isinstance(prompts, Mapping) else read_prompts(prompts, dataset.class_names)
 
 
-def _encode(encoders: Mapping[str, ImageEncoder], images: Sequence[str | Path | Image.Image]) -> dict[str, Tensor]:
+def _first_chars(value: object) -> str:
+    return repr(value)[:60] if isinstance(value, str | Path) else type(value).__name__
+
+
+def _encode(encoders: Mapping[str, ImageEncoder], images: Sequence[ImageInput]) -> dict[str, Tensor]:
     """Encode images by all encoders, each decoded once: {name: (B, C)}."""
-    decoded = (image if isinstance(image, Image.Image) else load_image(image) for image in images)
+    decoded = (load_image(image) for image in images)
     prepared = ({name: encoder.preprocess(image) for name, encoder in encoders.items()} for image in decoded)
     return _encode_prepared(encoders, prepared, len(images))
 

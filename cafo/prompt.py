@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.errors import CafoError
+from cafo.dataset_layouts import check_templates
+from cafo.errors import CafoError, refuse_text
 from cafo.files import as_path, read_json, write_json
 from cafo.openai_client import Endpoint, RateLimitedClient
 
@@ -118,8 +119,8 @@ def describe_classes(
     Raises:
         CafoError: a command without exactly one `{}`, or a class about which the model answers nothing.
     """
-    if wrong := [command for command in commands if command.count("{}") != 1]:
-        raise CafoError(f"a command needs one {{}} for the class name: {wrong[0]!r}")
+    refuse_text(class_names, "class_names")
+    check_templates(commands, "command")
     path = Path(path)
     known = _read_sentences(path) if path.exists() else {}
     for name in class_names:
@@ -143,6 +144,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
     Raises:
         CafoError: the file is missing or malformed, or classes have no sentence; they are named.
     """
+    refuse_text(class_names, "class_names")
     known = _read_sentences(as_path(path))
     prompts = {name: _lookup(known, name) for name in class_names}
     if without := [name for name, sentences in prompts.items() if not sentences]:
@@ -155,7 +157,13 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> dict[str, list
 
 
 def template_prompts(templates: Sequence[str], class_names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the templates filled in with each class name; they take the place of a language model's sentences."""
+    """Return the templates filled in with each class name; they take the place of a language model's sentences.
+
+    Raises:
+        CafoError: a template without exactly one `{}`, or text in place of a list.
+    """
+    refuse_text(class_names, "class_names")
+    check_templates(templates)
     return {name: [template.format(with_spaces(name)) for template in templates] for name in class_names}
 
 
@@ -186,8 +194,11 @@ def zero_shot_classifier(
         class_names: the N classes, in the order of the columns of W.
 
     Raises:
-        CafoError: classes without a sentence; they are named.
+        CafoError: classes without a sentence, or with something else than a list of sentences; they are named.
     """
+    refuse_text(class_names, "class_names")
+    for name in class_names:
+        _check_sentences(name, prompts.get(name, []), "prompts")
     if without := [name for name in class_names if not prompts.get(name)]:
         raise CafoError(f"no sentence for {len(without)} of {len(class_names)} classes: {', '.join(without[:20])}")
     texts = [text for name in class_names for text in prompts[name]]
@@ -204,9 +215,13 @@ def _read_sentences(path: Path) -> dict[str, list[str]]:
     if not isinstance(content, dict):
         raise CafoError(f"{path} should be an object of class names and sentences, got a {type(content).__name__}")
     for name, sentences in content.items():
-        if not isinstance(sentences, list) or not all(isinstance(s, str) and s.strip() for s in sentences):
-            raise CafoError(f"{path}: {name!r} should have a list of sentences, got {str(sentences)[:80]}")
+        _check_sentences(name, sentences, path)
     return content
+
+
+def _check_sentences(name: str, sentences: object, where: object) -> None:
+    if not isinstance(sentences, list | tuple) or not all(isinstance(s, str) and s.strip() for s in sentences):
+        raise CafoError(f"{where}: {name!r} should have a list of sentences, got {str(sentences)[:80]!r}")
 
 
 def _lookup(known: Mapping[str, list[str]], name: str) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from cafo.alpha_intervals import accuracy_steps, best_alpha, correct_intervals, label_margins
 from cafo.cache import Cache, class_logits
 from cafo.ensemble import Ensemble, combine
-from cafo.errors import CafoError
+from cafo.errors import CafoError, refuse_text
 
 # φ and its factor, of all sources, stay near this many floats for a block of images, so that they stay in the CPU's
 # cache while β rises.
@@ -56,6 +56,21 @@ class BetaGrid:
                 f"a β grid needs 0 < low <= high, steps >= 1 and refined_steps >= 2, got low={self.low}, "
                 f"high={self.high}, steps={self.steps}, refined_steps={self.refined_steps}"
             )
+
+    def edge_notice(self, alpha: float, beta: float, *, low_setting: str = "low", high_setting: str = "high") -> str:
+        """Return what a user should know if the chosen α or β is at the edge of its range; empty if neither is.
+
+        α has no upper edge, since the search for it is exact.
+
+        Args:
+            low_setting, high_setting: the settings that widen the range of β, by the names that the user knows.
+        """
+        if alpha == 0:
+            return "the chosen α is 0, its smallest value: the cache does not help on the validation images"
+        if self.low < self.high and beta in (self.low, self.high):
+            extreme, setting = ("smallest", low_setting) if beta == self.low else ("largest", high_setting)
+            return f"the chosen β is {beta:g}, the {extreme} value that was tried; to try others, change {setting}"
+        return ""
 
     def values(self) -> list[float]:
         """Return the coarse grid, both ends included."""
@@ -176,6 +191,7 @@ def weight_grid(
     α multiplies all scales alike, so only their ratios matter: a candidate that is a multiple of another is left out.
     All candidates have the rule, baseline and sources of `ensemble`.
     """
+    refuse_text(sources, "sources")
     candidates: dict[tuple[float, ...], Ensemble] = {}
     for temperature, combination in itertools.product(temperatures, itertools.product(scales, repeat=len(sources))):
         ratios = tuple(round(scale / max(combination), 9) for scale in combination)

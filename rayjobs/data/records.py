@@ -9,6 +9,7 @@ from pydantic import Field
 
 from adapter import scienceqa
 from adapter.conversation import read_conversations
+from adapter.errors import RecordError
 from adapter.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
 from rayjobs.storage.download import cached_path
@@ -51,15 +52,25 @@ class Source:
     def read(self) -> Iterator[dict[str, str]]:
         """Yield the records {instruction, input, output, image} in order.
 
-        A conversation that is not a list of questions and answers has the reason in the key `rejected`.
+        In place of a record that cannot be used stands an empty one, with the reason, which names it, in the key
+        `rejected`.
 
         Raises:
-            RecordError: the file is malformed.
+            RecordError: the file as a whole cannot be read.
         """
         if self.format == "scienceqa":
-            return (problem.record() for problem in scienceqa.read_problems(resolve_path(self.path), self.split))
-        path = cached_path(self.path)
-        return read_conversations(path) if self.format == "llava" else read_records(path)
+            yield from scienceqa.read_problem_records(resolve_path(self.path), self.split)
+            return
+        copy = str(cached_path(self.path))
+        try:
+            for record in (
+                read_conversations(copy) if self.format == "llava" else read_records(copy, keep_rejected=True)
+            ):
+                if "rejected" in record:
+                    record["rejected"] = record["rejected"].replace(copy, self.path)
+                yield record
+        except RecordError as error:
+            raise RecordError(str(error).replace(copy, self.path)) from error  # the URL, not the copy of it
 
     def image_paths(self) -> list[str]:
         """Return the image paths of the records, each once, in the order of the records."""
@@ -93,7 +104,8 @@ class RecordsConfig:
     max_length: int = Field(default=512, ge=2)
     """Longest sequence in tokens. Longer records lose the beginning of their input, then the end of their output."""
     max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Stop if more than this share of the records cannot be used."""
+    """Stop if more than this share of the records cannot be used. Up to it, they are left out and listed, each with
+    its file, number and reason, in rejected.jsonl."""
 
     def sources(self) -> list[Source]:
         """Return the sources that `path` names, in order.

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray.data
 
-from adapter.errors import RecordError
 from adapter.instruct import encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
@@ -25,6 +24,7 @@ from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.console import Progress
 from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
+from rayjobs.data.rejected import check_rejected_share
 from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
@@ -140,11 +140,25 @@ def prepare_tokens(
     try:
         if not (folder / "index.json").exists():
             write_json(folder / IMAGE_LISTS, image_lists)
-            _write_store(folder, sources, encoding, preprocess, records.max_rejected_fraction)
+            _write_store(folder, sources, encoding, preprocess)
     finally:
         if run and (folder / REJECTED).exists():
             write_jsonl(run / REJECTED, read_jsonl(folder / REJECTED))
-    return TokenStore.read(folder)
+    store = TokenStore.read(folder)
+    _check_rejected(store, records.max_rejected_fraction)
+    return store
+
+
+def _check_rejected(store: TokenStore, allowed: float) -> None:
+    """Raise DataError if more than the allowed share of the records, or all of them, cannot be used.
+
+    The limit is no part of a store, so a store that exists is checked like a new one.
+    """
+    usable, listed = store.rows("train") + store.rows("val"), f"{store.folder}/{REJECTED}"
+    reasons = [row["reason"] for row in read_jsonl(listed)]
+    check_rejected_share(reasons, usable + len(reasons), allowed, "data.max_rejected_fraction", listed=listed)
+    if not usable:
+        raise DataError(f"none of {len(reasons)} records can be used; the first: {reasons[0]}; all of them: {listed}")
 
 
 def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lists: dict[int, list[str]]) -> str:
@@ -160,14 +174,12 @@ def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lis
             [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": images,
-        "format": 3,
+        "format": 4,
     }
     return fingerprint(identity)[:20]
 
 
-def _write_store(
-    folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any, max_rejected: float
-) -> None:
+def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any) -> None:
     """Write the parts, the rejected records and the index of a store."""
     items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
     parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
@@ -189,15 +201,9 @@ def _write_store(
                 progress.advance(int(row["records"]))
     for listed in parts.values():
         listed.sort()
-    write_jsonl(folder / REJECTED, rejected)
-    records = len(rejected) + sum(rows for listed in parts.values() for _, rows in listed)
-    if not records:
+    if not rejected and not any(parts.values()):
         raise DataError(f"no records in {', '.join(source.path for source, _ in sources)}; check data.path")
-    if len(rejected) > max_rejected * records:
-        raise DataError(
-            f"{len(rejected)} of {records} records cannot be used, over data.max_rejected_fraction={max_rejected}; "
-            f"the first: {rejected[0]['reason']}; all of them: {folder / REJECTED}"
-        )
+    write_jsonl(folder / REJECTED, rejected)
     write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
 
 
@@ -233,15 +239,16 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
     rejected = []
     for id, record in enumerate(records, first):
         image_index = record.pop("image_index")
-        reason = record.pop("rejected", "")
+        if reason := record.pop("rejected", ""):
+            rejected.append({"id": id, "reason": reason, **record})
+            continue
         try:
-            if reason:
-                raise RecordError(reason)
             example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
             if encoding.images and image_index is not None:
                 _check_image(source.images, record["image"], preprocess)
         except ValueError as error:  # RecordError, or ImageError for an image that cannot be read
-            rejected.append({"id": id, "reason": str(error), **record})
+            reason = f"{source.path}, record {id % ROWS_PER_SOURCE + 1}: {error}"
+            rejected.append({"id": id, "reason": reason, **record})
             continue
         image = image_index if encoding.images else None
         side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"

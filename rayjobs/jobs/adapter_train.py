@@ -108,6 +108,8 @@ def check(settings: Config) -> Inputs:
     """Check everything that can be checked before a worker starts. Raises a UserError for the first problem."""
     inputs = open_inputs(settings)
     check_fit(settings, inputs)
+    if shortened := settings.train.describe_short_warmup():
+        logger.warning("%s", shortened)
     return inputs
 
 
@@ -120,11 +122,16 @@ def open_inputs(settings: Config) -> Inputs:
 
 
 def check_fit(settings: Config, inputs: Inputs) -> None:
-    """Raise ConfigError unless the adapter fits the base, ProvenanceError if the folder has a run that is another."""
-    layers = inputs.checkpoint.config.n_layers
+    """Raise ConfigError unless adapter and sequences fit the base, ProvenanceError if the folder has another run."""
+    layers, window = inputs.checkpoint.config.n_layers, inputs.checkpoint.config.max_seq_len
     if settings.adapter.n_layers > layers:
         raise ConfigError(
             f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has {layers} layers"
+        )
+    if settings.data.max_length > window:
+        raise ConfigError(
+            f"data.max_length is {settings.data.max_length}, more than the window of {settings.base.path}, {window} "
+            "tokens: lower it"
         )
     check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
 
@@ -162,7 +169,7 @@ def plan(settings: Config) -> None:
     """Show what `run` would do."""
     checkpoint, _, conditioning = check(settings)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
-    records = [(source, list(source.read())) for source in sources]
+    records = [(source, [record for record in source.read() if "rejected" not in record]) for source in sources]
     per_epoch = sum(round(source.weight * len(rows)) for source, rows in records)
     if settings.vision and conditioning:
         images = f"{sum(len(source.image_paths()) for source in sources):,}, {settings.vision.mode}"
@@ -172,14 +179,18 @@ def plan(settings: Config) -> None:
     model.add_adapter(settings.adapter.adaption(conditioning and conditioning.projection))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     base = f"{settings.base.path}: {shape.n_layers} layers of width {shape.dim}, held in {settings.base.dtype}"
-    steps = train.total_steps(-(-per_epoch // train.global_batch))
+    steps_per_epoch = -(-per_epoch // train.global_batch)
+    steps, warmup = train.total_steps(steps_per_epoch), train.warmup_steps(steps_per_epoch)
     rows = [
         ["base", base],
         ["trainable parameters", f"{trainable:,}"],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
         ["images", images],
         ["steps", f"{steps:,} of {train.global_batch} records"],
-        ["peak learning rate", f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}"],
+        [
+            "peak learning rate",
+            f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}, after {warmup:,.0f} steps",
+        ],
         ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
         ["run folder", str(settings.run.folder)],
     ]

@@ -24,7 +24,7 @@ class BaseModelConfig:
     path: AnyPath
     """Folder in Meta's format (params.json) or Hugging Face's (config.json); if it is a URL, every node copies it."""
     tokenizer: AnyPath | None = None
-    """SentencePiece model; null for `tokenizer.model` in the folder or beside it."""
+    """SentencePiece model; null for `tokenizer.model` in the folder or, in Meta's layout alone, beside it."""
     dtype: Dtype = "fp32"
     """Precision of the frozen weights, fp32 or bf16; the adapter is always fp32."""
 
@@ -37,7 +37,11 @@ class BaseModelConfig:
         checkpoint = open_checkpoint(cached_path(self.path))
         path = resolve_path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
-            raise ConfigError(f"{self.path}: no tokenizer.model in the folder or beside it; set base.tokenizer")
+            if not (checkpoint.path / "tokenizer.json").is_file():
+                raise ConfigError(f"{self.path}: no tokenizer.model in the folder; set base.tokenizer")
+            path = checkpoint.path  # what is wrong with it is known to `Tokenizer`
+        elif path.is_dir():
+            path = path / "tokenizer.model"
         if is_url(self.path) and not self.tokenizer:
             path = resolve_path(self.path) / path.name  # the URL, because each machine has its own copy
         Tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)

@@ -15,6 +15,9 @@ from rayjobs.models.base_model import Dtype
 from rayjobs.models.encoder import EncoderInfo
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 
+SHORT_WARMUP = 0.4
+"""Share of warm-up in a training shorter than its warm-up: that of the default recipe, 2 of 5 epochs."""
+
 
 @config
 class TrainConfig:
@@ -23,7 +26,8 @@ class TrainConfig:
     epochs: float = Field(default=5, gt=0)
     """Number of passes over the training records."""
     warmup_epochs: float = Field(default=2, ge=0)
-    """Epochs of linear warm-up; after it the learning rate falls to 0 along half a cosine."""
+    """Epochs of linear warm-up; after it the learning rate falls to 0 along half a cosine. If they are more than
+    `epochs`, 40% of the steps are warm-up instead, as in the default recipe."""
     global_batch: int = Field(default=64, ge=1)
     """Records per optimizer step, over all workers. Results do not depend on the number of workers."""
     token_budget: int = Field(default=4096, ge=1)
@@ -41,10 +45,25 @@ class TrainConfig:
 
     def learning_rate(self, step: int, steps_per_epoch: int, peak: float) -> float:
         """Return the learning rate of a step: `peak` at the end of the warm-up, just above 0 at the last step."""
-        warmup, total = self.warmup_epochs * steps_per_epoch, self.total_steps(steps_per_epoch)
+        warmup, total = self.warmup_steps(steps_per_epoch), self.total_steps(steps_per_epoch)
         if step + 1 <= warmup:
             return peak * (step + 1) / warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, total - warmup)))
+
+    def warmup_steps(self, steps_per_epoch: int) -> float:
+        """Return the length of the warm-up, which ends within the training, so that the peak is reached."""
+        if self.warmup_epochs <= self.epochs:
+            return self.warmup_epochs * steps_per_epoch
+        return max(1, round(SHORT_WARMUP * self.total_steps(steps_per_epoch)))
+
+    def describe_short_warmup(self) -> str:
+        """Return how the warm-up differs from `warmup_epochs`; an empty text if it does not."""
+        if self.warmup_epochs <= self.epochs:
+            return ""
+        return (
+            f"train.warmup_epochs={self.warmup_epochs:g} is longer than train.epochs={self.epochs:g}: "
+            f"{SHORT_WARMUP:.0%} of the steps are warm-up instead"
+        )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return max(1, round(self.epochs * steps_per_epoch))

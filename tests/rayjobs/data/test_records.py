@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from adapter.errors import RecordError
 from adapter.instruct import ALPACA
-from adapter.scienceqa import TEMPLATE
+from adapter.scienceqa import TEMPLATE, read_problem_records, read_problems
 from rayjobs.config import load
 from rayjobs.data.records import DataConfig
 from rayjobs.errors import ConfigError
@@ -63,3 +66,58 @@ def test_errors_of_a_source_name_its_key() -> None:
         load(DataConfig, {"path": [{"path": "a", "fromat": "llava"}]})
     with pytest.raises(ConfigError, match=r"path\.0.*weight"):
         load(DataConfig, {"path": [{"path": "a", "weight": 0}]})
+
+
+@pytest.fixture
+def faulty(folder: Path) -> Path:
+    """In each format, records of which the second is bad."""
+    half = "half \ud83d of a pair"
+    rows = [
+        {"instruction": "i", "output": "o"},
+        {"instruction": half, "output": "o"},
+        {"instruction": "j", "output": "p"},
+    ]
+    (folder / "bad.json").write_text(json.dumps(rows))
+    (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[1]["instruction"] = None
+    pq.write_table(pa.Table.from_pylist(rows), folder / "bad.parquet")
+    talks = [
+        {"conversations": [{"from": "human", "value": v}, {"from": "gpt", "value": "a"}]} for v in ("q", half, "r")
+    ]
+    (folder / "talks.json").write_text(json.dumps(talks))
+    problems = json.loads((folder / "qa" / "problems.json").read_text())
+    problems |= {"3": {**problems["1"], "question": half}, "4": {**problems["1"], "subject": ["science"]}}
+    (folder / "qa" / "problems.json").write_text(json.dumps(problems))
+    (folder / "qa" / "pid_splits.json").write_text(json.dumps({"train": ["1", "3", "2"], "val": ["1", "4", "5"]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "format", "split", "place", "reason"),
+    [
+        ("bad.json", "alpaca", None, "item 2", "'instruction' holds '\\ud83d' at character 6"),
+        ("bad.jsonl", "alpaca", None, "line 2", "'instruction' holds '\\ud83d' at character 6"),
+        ("bad.parquet", "alpaca", None, "row 1", "'instruction' must be text, got None"),
+        ("talks.json", "llava", None, "item 2, conversation 1", "turn 0 holds '\\ud83d' at character 6"),
+        ("qa", "scienceqa", "train", "problem 3", "'question' holds '\\ud83d' at character 6"),
+        ("qa", "scienceqa", "val", "problem 4", "'subject' must be one of natural science"),
+    ],
+)
+def test_one_bad_record_costs_one_record_in_every_format(
+    faulty: Path, source: str, format: str, split: str | None, place: str, reason: str
+) -> None:
+    config = {"path": [{"path": str(faulty / source), "format": format, "split": split}]}
+    records = list(load(DataConfig, config).sources()[0].read())
+    assert len(records) == 3
+    assert ["rejected" in record for record in records] == [False, True, split == "val"]
+    file = faulty / source / "problems.json" if format == "scienceqa" else faulty / source
+    assert records[1]["rejected"].startswith(f"{file}, {place}: {reason}")
+    assert all(set(record) >= {"instruction", "input", "output", "image"} for record in records)
+    json.dumps(records, ensure_ascii=False).encode()  # rejected.jsonl can be written
+
+
+def test_a_measurement_on_scienceqa_is_not_of_a_part_of_the_split(faulty: Path) -> None:
+    with pytest.raises(RecordError, match=r"problems\.json, problem 3: 'question' holds"):
+        read_problems(faulty / "qa", "train")
+    with pytest.raises(RecordError, match=r"pid_splits\.json: no split 'test'"):
+        list(read_problem_records(faulty / "qa", "test"))

@@ -24,6 +24,7 @@ from rayjobs.data.loader import collate_micro_batch, load_micro_batches
 from rayjobs.data.records import DataConfig, RecordsConfig, prompt_template
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import read_jsonl, read_parquet
@@ -383,12 +384,51 @@ def test_records_without_a_label_are_set_aside_with_their_reason(
     assert read_jsonl(tmp_path / "rejected.jsonl") == [rejected], "where it matters most"
 
 
-def test_a_bad_line_far_down_is_told_as_it_is(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"instruction": "cat", "output": "dog"}\n' * 1500 + '{"instruction": "cat"}\n')
-    with pytest.raises(ValueError, match=r"r\.jsonl, line 1501: the record has no 'output'") as error:
+def test_bad_records_far_down_are_set_aside_one_by_one(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
+    good, half = {"instruction": "cat", "output": "dog"}, {"instruction": "cat \ud83d", "output": "dog"}
+    lines = [*[json.dumps(good)] * 1500, '{"instruction": "cat"}', json.dumps(half), '{"instruction": "c']
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    (tmp_path / "r.json").write_text(f"[{', '.join([*lines[:3], *lines[-3:-1], lines[0]])}]")
+    paths, tokenizer = [str(tmp_path / "r.jsonl"), str(tmp_path / "r.json")], tiny_base / "tokenizer.model"
+    store = prepare_tokens(RecordsConfig(path=paths), tokenizer, tmp_path)
+    assert (store.rows("train"), store.rejected) == (1504, 5)
+    rejected = [row["reason"].removeprefix(f"{tmp_path}/") for row in read_jsonl(Path(store.folder) / "rejected.jsonl")]
+    assert [reason.partition(":")[0] for reason in rejected] == [
+        *(f"r.jsonl, line {number}" for number in (1501, 1502, 1503)),
+        *(f"r.json, item {number}" for number in (4, 5)),
+    ]
+    assert "the record has no 'output'" in rejected[0]
+    assert "half of a surrogate pair" in rejected[1]
+    assert "malformed JSON: Unterminated string" in rejected[2]
+    with pytest.raises(
+        DataError, match=r"5 of 1509 records cannot be used, over data\.max_rejected_fraction=0\.001: .*1501"
+    ):
+        prepare_tokens(RecordsConfig(path=paths, max_rejected_fraction=0.001), tokenizer, tmp_path)  # the same store
+
+
+def test_a_cut_file_is_told_as_it_is_by_a_worker(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("[" + '{"instruction": "cat", "output": "dog"},\n' * 1500 + '{"instruction": "cat"')
+    with pytest.raises(ValueError, match=r"r\.json, item 1501: malformed JSON: the file ends within it") as error:
         prepare_tokens(RecordsConfig(path=[str(path)]), tiny_base / "tokenizer.model", tmp_path)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_records_of_which_none_can_be_used(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([{"prompt": "cat", "completion": "dog"}] * 3))
+    with pytest.raises(DataError, match=r"none of 3 records can be used.*item 1: the record has no 'instruction'"):
+        prepare_tokens(
+            RecordsConfig(path=[str(path)], max_rejected_fraction=1), tiny_base / "tokenizer.model", tmp_path
+        )
+
+
+def test_sequences_longer_than_the_window_are_refused(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    adapter_train.check(settings(tiny_base, records, tmp_path, "r", "data.max_length=1024"))
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length is 1025, more than the window of .*, 1024 tokens: lower it"
+    ):
+        adapter_train.check(settings(tiny_base, records, tmp_path, "r", "data.max_length=1025"))
 
 
 def test_adaption_shape() -> None:

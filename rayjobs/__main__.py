@@ -11,17 +11,17 @@ from types import ModuleType
 
 from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
-from rayjobs.cluster.ray_init import interrupt_on_sigterm
+from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
 from rayjobs.config import describe, load
-from rayjobs.console import setup_logging, show_table
+from rayjobs.console import printable, setup_logging, show_table
 from rayjobs.errors import USER_ERRORS, UserError
 from rayjobs.runs.record import find_runs
 from rayjobs.storage.paths import resolve_path
 
 logger = logging.getLogger("rayjobs")
 
-DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
-"""Exit codes. Any other exception keeps its traceback, and Python then exits with 1."""
+DONE, USER_ERROR = 0, 2
+"""Exit codes, beside INTERRUPTED. Any other exception keeps its traceback, and Python then exits with 1."""
 
 JOBS = {
     "adapter-train": "train an adapter on a frozen decoder, on instruction records",
@@ -40,6 +40,7 @@ JOBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code: 0 done, 2 an error that the user can correct, 130 interrupted."""
+    handle_interrupts()
     args = parse_arguments(argv)
     set_environment(show_library_output=args.verbose)  # before Ray and DeepSpeed are imported, which read it
     setup_logging()
@@ -47,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.command(args)
     except KeyboardInterrupt:
         logger.error("\nrayjobs %s: interrupted; the same command resumes it", args.job)
+        end_at_next_interrupt()
         return INTERRUPTED
     except USER_ERRORS as error:
         if args.verbose:
-            traceback.print_exc()
+            logger.error("%s", traceback.format_exc())
         for line in str(error).splitlines():
             logger.error("rayjobs %s: error: %s", args.job, line)
         return USER_ERROR
@@ -102,7 +104,6 @@ def run_job(args: argparse.Namespace) -> int:
     """Run a job here or on a cluster, or show its plan or its help."""
     if args.submit:
         set_auth_mode(cluster_environment()["RAY_AUTH_MODE"])
-    interrupt_on_sigterm()
     job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
     if args.help:
         _print_help(args.parser, job)
@@ -116,7 +117,7 @@ def run_job(args: argparse.Namespace) -> int:
     job.plan(settings)
     try:
         command = job_command(args.job, job.Config, args.config, args.overrides, verbose=args.verbose)
-        print(f"on a cluster: {ray_submit_command(command)}")
+        print(f"on a cluster: {printable(ray_submit_command(command))}")
     except UserError as error:  # it keeps the job from a cluster, not from running here
         print(f"on a cluster: {error}")
     return DONE

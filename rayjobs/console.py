@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
+from rayjobs.storage.urls import mask_credentials
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,11 +34,22 @@ def verbose() -> bool:
     return os.environ.get("RAYJOBS_VERBOSE") == "1"
 
 
+_TERMINAL_CODES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -~])?"  # sequences: colours, titles, others
+    r"|[\x00-\x08\x0b-\x1f\x7f]"  # control characters but tab and newline
+)
+
+
+def printable(text: str) -> str:
+    """The text without terminal codes, such as Ray's colours, and without the credentials of URLs."""
+    return mask_credentials(_TERMINAL_CODES.sub("", text))
+
+
 class _StderrHandler(logging.Handler):
     """Writes to the stderr of the moment, which a progress bar replaces so that lines appear above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        print(printable(self.format(record)), file=sys.stderr, flush=True)
 
 
 def setup_logging() -> None:
@@ -58,7 +72,8 @@ class _SpeedColumn(ProgressColumn):
 
 
 def _speed(task: Task) -> str:
-    if not task.speed:
+    """The mean speed since the first advance, which shows when the work began; empty until a second has passed."""
+    if not task.speed or not task.fields["timed"]:
         return ""
     return f"{task.speed:{',.0f' if task.speed >= 100 else '.3g'}} {task.fields['unit']}/s"
 
@@ -67,12 +82,16 @@ class Progress:
     """Progress of one piece of work: a live bar on a terminal, a log line every few seconds elsewhere."""
 
     PLAIN_EVERY_S = 10.0
+    TIMED_FROM_S = 1.0
+    """Shortest time between two advances that a speed is told of."""
 
     def __init__(self, title: str, *, unit: str, total: int | None = None, done: int = 0) -> None:
         """done: units that were finished before, which count neither for the speed nor for the time left."""
         self.title, self.unit, self.total, self.done = title, unit, total, done
         self.note = ""
         self.table: Sequence[Sequence[str]] = ()
+        self.first_advance: float | None = None
+        self.logged = (0, "")
 
     def __enter__(self) -> "Progress":
         console = Console(stderr=True)
@@ -90,7 +109,9 @@ class Progress:
             speed_estimate_period=3600.0,  # some work advances once in several minutes
             expand=True,
         )
-        self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, unit=self.unit, note="")
+        self.task = self.bar.add_task(
+            self.title, total=self.total, completed=self.done, unit=self.unit, note="", timed=False
+        )
         self.printed = time.monotonic()
         self.live = None
         if sys.stderr.isatty():
@@ -105,7 +126,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
-        elif self.done:
+        elif self.done and self.logged != (self.done, self.note):
             self._log()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -113,9 +134,13 @@ class Progress:
 
     def update(self, done: int, note: str = "", table: Sequence[Sequence[str]] = ()) -> None:
         """Set how much is done, a note such as the loss, and a table, its header first, that only a terminal shows."""
+        now = time.monotonic()
+        if done > self.done and self.first_advance is None:
+            self.first_advance = now
+        timed = self.first_advance is not None and now - self.first_advance >= self.TIMED_FROM_S
         self.done, self.note, self.table = done, note or self.note, table
-        self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note)
-        if self.live is None and time.monotonic() - self.printed > self.PLAIN_EVERY_S:
+        self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note, timed=timed)
+        if self.live is None and now - self.printed > self.PLAIN_EVERY_S:
             self._log()
 
     def _render(self) -> RichProgress | Group:
@@ -127,22 +152,23 @@ class Progress:
         return Group(self.bar, grid)
 
     def _log(self) -> None:
-        self.printed = time.monotonic()
+        self.printed, self.logged = time.monotonic(), (self.done, self.note)
         (task,) = self.bar.tasks
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
         left = f"{task.time_remaining:.0f} s left" if task.time_remaining else ""
-        pace = ", ".join(part for part in (_speed(task), left) if part)
+        pace = ", ".join(part for part in (_speed(task), left) if part) if task.fields["timed"] else ""
         status = f"{self.title}: {count} {self.unit} in {task.elapsed or 0:.0f} s"
         logger.info("%s", "  ".join(part for part in (status, pace, self.note) if part))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; one without column names has no header. Cells are shown as they are, brackets included."""
+    """Print a table; one without column names has no header. Cells are shown as they are, brackets included, but for
+    terminal codes and credentials of URLs."""
     grid = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=any(columns))
     for column in columns:
         grid.add_column(Text(column), overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(grid)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.config import flatten, given_values
-from rayjobs.console import verbose
+from rayjobs.console import printable, verbose
 from rayjobs.errors import UserError
 from rayjobs.storage.paths import is_url
 
@@ -111,7 +111,7 @@ def submit(command: Sequence[str]) -> int:
 
     for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.INFO if verbose() else logging.ERROR)
-    print(ray_submit_command(command), flush=True)
+    print(printable(ray_submit_command(command)), flush=True)
     job_id = f"raysubmit_{uuid.uuid4().hex[:16]}"
     try:
         client = JobSubmissionClient(cluster_environment()["RAY_ADDRESS"])

@@ -3,8 +3,10 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rayjobs.cluster import environment as environment_module
 from rayjobs.cluster.environment import environment, set_auth_mode, set_environment, set_gloo_interface
@@ -12,6 +14,9 @@ from rayjobs.cluster.ray_workarounds import discard_stderr
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
 from rayjobs.storage.paths import is_url
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or SIGTERM has ended."""
 
 
 def connect(*shared: Path) -> None:
@@ -51,10 +56,33 @@ def _start_or_join() -> None:
             )
     finally:
         ray.cloudpickle.unregister_pickle_by_value(environment_module)
-    interrupt_on_sigterm()  # ray.init has installed a handler that exits without an exception
+    handle_interrupts()  # ray.init has installed a handler that exits without an exception
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM, which `ray job stop` sends, raise KeyboardInterrupt as Ctrl-C does: the run can then be resumed."""
+def handle_interrupts() -> None:
+    """Let Ctrl-C, and SIGTERM, which `ray job stop` sends, raise KeyboardInterrupt once: the run can then be resumed.
+
+    The second one ends the process at once, whatever it is doing by then: writing a report, or shutting Ray down.
+    """
+    _on_signals(_interrupt)
+
+
+def end_at_next_interrupt(message: str = "") -> None:
+    """Let the next Ctrl-C or SIGTERM end the process at once, with INTERRUPTED and the message on stderr."""
+
+    def end(*_: Any) -> None:
+        os.write(2, message.encode())
+        os._exit(INTERRUPTED)
+
+    _on_signals(end)
+
+
+def _interrupt(*_: Any) -> None:
+    end_at_next_interrupt("\nrayjobs: interrupted twice; the same command resumes what was interrupted\n")
+    raise KeyboardInterrupt
+
+
+def _on_signals(handler: Callable[..., None]) -> None:
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)

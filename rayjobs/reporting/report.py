@@ -17,6 +17,7 @@ from rayjobs.reporting.figures import figure_svg, read_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
 from rayjobs.storage.files import read_json, read_jsonl
+from rayjobs.storage.urls import mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
 
 MAX_ROWS = 50
@@ -76,7 +77,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read_settings(folder: Path) -> dict[str, str]:
     """The settings of a run's `config.yaml`, {"section.key": text}."""
     path = folder / "config.yaml"
-    return flatten(read_yaml(path)) if path.is_file() else {}
+    return flatten(mask_credentials(read_yaml(path))) if path.is_file() else {}
 
 
 def _record(folder: Path) -> RunRecord:

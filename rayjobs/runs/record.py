@@ -13,8 +13,10 @@ from typing import Literal
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
+from rayjobs.console import printable
 from rayjobs.errors import DataError, ResourceError
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.urls import mask_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ def finish_run(folder: Path, job: str, state: State, error: str = "") -> bool:
     if record is None:  # the folder was removed in the meantime
         return False
     seconds = record.seconds + (_utc() - datetime.fromisoformat(record.started)).total_seconds()
-    first_line = error.splitlines()[0] if state == "failed" and error else ""
+    first_line = printable(error).strip().partition("\n")[0] if state == "failed" else ""
     write_json(folder / RECORD_FILE, asdict(replace(record, state=state, error=first_line, seconds=seconds)))
     return True
 
@@ -143,9 +145,11 @@ def find_runs(storage: Path) -> list[Path]:
 
 
 def headline(folder: Path, record: RunRecord) -> str:
-    """The outcome of a run in one line: its error, or the headline of its result if there is one."""
-    if record.error:
-        return record.error
+    """The outcome of a run in one printable line: its error, or the headline of its result if there is one."""
+    return " ".join(printable(record.error or _result_headline(folder)).split())
+
+
+def _result_headline(folder: Path) -> str:
     for path in (folder / "test" / "result.json", folder / "result.json"):
         if path.is_file():
             try:
@@ -156,10 +160,10 @@ def headline(folder: Path, record: RunRecord) -> str:
 
 
 def _command() -> str:
-    """The command line, if this process was started from it; empty in a notebook or a test."""
+    """The command line without credentials, if this process was started from it; empty in a notebook or a test."""
     program = Path(sys.argv[0])
     from_cli = program.name == "rayjobs" or (program.name, program.parent.name) == ("__main__.py", "rayjobs")
-    return shlex.join(["python", "-m", "rayjobs", *sys.argv[1:]]) if from_cli else ""
+    return mask_credentials(shlex.join(["python", "-m", "rayjobs", *sys.argv[1:]])) if from_cli else ""
 
 
 def _utc() -> datetime:

@@ -1,36 +1,49 @@
 """The folder of a run: where it is, and what is written into it at the start."""
 
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import config, to_dict
+from rayjobs.errors import ConfigError
 from rayjobs.runs.record import start_run
 from rayjobs.runs.trackers import TrackConfig, open_trackers
 from rayjobs.storage.files import write_json
 from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.urls import mask_credentials
 from rayjobs.storage.yaml_file import write_yaml
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
 
 
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.\-]+", name) or not name.strip("."):
+        raise ConfigError("must be the name of a folder in run.storage: letters, digits, `_`, `-` and `.`")
+    return name
+
+
 @config
 class RunConfig:
     """Where a run's files go. The same command with the same folder resumes the run."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$")
-    """Name of the run; its folder is `storage/name`."""
+    name: Annotated[str, AfterValidator(_folder_name)]
+    """Name of the run, of letters, digits, `_`, `-` and `.`; its folder is `storage/name`."""
     storage: AnyPath = "runs"
     """Folder of all runs: on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
     cache: AnyPath | None = None
     """Folder or URL of prepared data, which runs share; null is `storage/cache`."""
     track: TrackConfig = TrackConfig()
+
+    def __post_init__(self) -> None:
+        if self.folder == self.cache_folder:
+            raise ConfigError(f"run.name is {self.name}, but {self.folder} is the folder of prepared data, run.cache")
 
     @property
     def folder(self) -> Path:
@@ -44,12 +57,14 @@ class RunConfig:
 def open_run(run: RunConfig, settings: Any) -> Path:
     """Start the run of a job, and write its resolved config, versions, commit and hardware into its folder.
 
-    A job that is a part of another job's run leaves that job's files as they are. `settings` is the job's config, whose
-    `JOB` is the job's name. Raises ResourceError if another process is running there, and what a tracker raises if it
-    cannot be reached: better now than after the work.
+    Credentials of URLs are not written. A job that is a part of another job's run leaves that job's files as they are.
+    `settings` is the job's config, whose `JOB` is the job's name.
+
+    Raises ResourceError if another process is running there, and what a tracker raises if it cannot be reached: better
+    now than after the work.
     """
     if start_run(run.folder, settings.JOB):
-        write_yaml(run.folder / CONFIG_FILE, to_dict(settings))
+        write_yaml(run.folder / CONFIG_FILE, mask_credentials(to_dict(settings)))
         write_json(run.folder / VERSIONS_FILE, versions())
         write_json(run.folder / HARDWARE_FILE, describe_hardware())
         for tracker in open_trackers(run.folder, run.track):
@@ -59,11 +74,19 @@ def open_run(run: RunConfig, settings: Any) -> Path:
 
 def versions() -> dict[str, str]:
     """The versions of Python, of the libraries and of this code that results depend on."""
-    names = ("rayjobs", "torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
+    names = ("torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True)
     return {
         "python": platform.python_version(),
+        "rayjobs": _own_version(),
         **{name: metadata.version(name) for name in names},
         "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
     }
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("rayjobs")
+    except metadata.PackageNotFoundError:  # a folder that was uploaded to a cluster is not installed there
+        return "not installed"

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from rayjobs.config import config, flatten
+from rayjobs.console import printable
 from rayjobs.errors import ConfigError
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.paths import is_url
 from rayjobs.storage.sync import SyncedFolder
+from rayjobs.storage.urls import mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -158,7 +160,8 @@ def log_all(trackers: list[Tracker], rows: Sequence[Row]) -> None:
         try:
             tracker.log(rows)
         except Exception as error:
-            logger.warning("%s gets no more metrics, because it failed: %s", type(tracker).__name__, error)
+            reason = printable(str(error))
+            logger.warning("%s gets no more metrics, because it failed: %s", type(tracker).__name__, reason)
             trackers.remove(tracker)
 
 
@@ -180,7 +183,7 @@ def log_outcome(folder: Path, track: TrackConfig, state: str, result: Mapping[st
             for tracker in trackers:
                 tracker.close(state)
     except Exception as error:
-        logger.warning("not every tracker knows that the run is %s: %s", state, error)
+        logger.warning("not every tracker knows that the run is %s: %s", state, printable(str(error)))
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -196,4 +199,4 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def _settings(folder: Path) -> dict[str, str]:
     """The run's settings as {"section.key": text}."""
-    return flatten(read_yaml(folder / "config.yaml"))
+    return flatten(mask_credentials(read_yaml(folder / "config.yaml")))

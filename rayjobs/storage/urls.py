@@ -6,7 +6,12 @@ from typing import Any
 
 MASK = "***"
 
-_USER = re.compile(r"(?<![\w+.\-])([A-Za-z][\w+.\-]*://)[^/?#@\s'\"]*(?:@[^/?#@\s'\"]*)*@")
+_USER = re.compile(
+    r"(?<![\w+.\-])([A-Za-z][\w+.\-]*://)"
+    r"(?:[^/?#@\s'\":]*:(?!\d+/)[^@\s'\"]*"  # user:password, in which secret keys of AWS have slashes; no port
+    r"|[^/?#@\s'\"]*)"
+    r"(?:@[^/?#@\s'\"]*)*@"
+)
 _SECRET = r"token|signature|sig|secret|password|passwd|pwd|api[_-]?key|access[_-]?key|credential"
 _QUERY = re.compile(rf"([?&][\w.\-]*(?:{_SECRET})[\w.\-]*=)[^&#\s'\"]+", re.IGNORECASE)
 

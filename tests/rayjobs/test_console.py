@@ -93,8 +93,40 @@ def test_a_resumed_run_that_goes_back_has_no_negative_pace(
             clock.now += 11
             bar.update(done)
     assert [line.partition("  ")[2] for line in capsys.readouterr().err.splitlines()] == [
-        "", "", "0.182 steps/s, 314 s left", "0.182 steps/s, 314 s left"
+        "", "", "0.182 steps/s, 314 s left"
     ]  # fmt: skip
+
+
+def test_advances_at_one_moment_have_no_pace_and_the_end_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    setup_logging()
+    for seconds in (7, 12):
+        with Progress("tokenize", unit="records") as bar:
+            clock.now += seconds
+            for count in (1024, 976):
+                clock.now += 1e-4
+                bar.advance(count)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "tokenize: 2000 records in 7 s"
+    assert others == ["tokenize: 1024 records in 12 s", "tokenize: 2000 records in 12 s"]
+    with Progress("tokenize", unit="records") as bar:
+        clock.now += 12
+        bar.advance(2000)
+    assert capsys.readouterr().err == "tokenize: 2000 records in 12 s\n"
+
+
+def test_messages_and_tables_are_without_terminal_codes_and_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    text = "\x1b[36mray::Worker\x1b[39m\x1b]0;title\x07 http://user:pass@host/a\x00"
+    logging.getLogger("rayjobs").error("%s", text)
+    show_table("t", ["a"], [[text]])
+    captured = capsys.readouterr()
+    assert captured.err == "ray::Worker http://***@host/a\n"
+    assert "ray::Worker http://***@host/a" in captured.out
+    assert "\x1b" not in captured.out
 
 
 def test_a_display_is_pickled_without_its_terminal(terminal: pytest.CaptureFixture[str]) -> None:

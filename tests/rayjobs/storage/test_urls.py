@@ -1,0 +1,42 @@
+"""Credentials of URLs are masked wherever they may stand; what is no credential stays."""
+
+import pytest
+
+from rayjobs.storage.urls import mask_credentials
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("http://user:password@host:5000/a", "http://***@host:5000/a"),
+        ("s3://key:se/cret@bucket/runs", "s3://***@bucket/runs"),
+        ("s3://key:sec+re=t@bucket/runs", "s3://***@bucket/runs"),
+        ("https://token@host", "https://***@host"),
+        ("https://user:p@ss@host/v1", "https://***@host/v1"),
+        ("https://host/x?sig=abc%2F&sv=2024", "https://host/x?sig=***&sv=2024"),
+        ("https://host/x?a=1&X-Amz-Signature=abc#b", "https://host/x?a=1&X-Amz-Signature=***#b"),
+        ("https://host/v1?api_key=abc", "https://host/v1?api_key=***"),
+        ("run.track.mlflow='http://u:p@h' run.name=a", "run.track.mlflow='http://***@h' run.name=a"),
+        ("http://u:p@h and http://v:q@i", "http://***@h and http://***@i"),
+    ],
+)
+def test_credentials_are_masked(url: str, masked: str) -> None:
+    assert mask_credentials(url) == masked
+    assert mask_credentials({"a": [url, 1, None]}) == {"a": [masked, 1, None]}
+    assert mask_credentials(masked) == masked, "what is masked stays as it is"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@b/c",
+        "https://host:80/v1",
+        "https://host:80/users/@me",
+        "user@host: a",
+        "memory://x",
+        "https://host/@scope?tokens",
+        "",
+    ],
+)
+def test_anything_else_stays(text: str) -> None:
+    assert mask_credentials(text) == text

@@ -47,11 +47,13 @@ class PromptTemplate:
         Raises AdapterError, naming the file, if it is not JSON or a template or field is missing.
         """
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            fields = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             return cls(with_input=fields["with_input"], without_input=fields["without_input"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:  # ValueError: malformed JSON or UTF-8
             raise AdapterError(
-                f"{path}: a prompt template is a JSON object with 'with_input' and 'without_input': {error}"
+                f"{path}: a prompt template is a JSON object in UTF-8 with 'with_input' and 'without_input': {error}"
             ) from error
 
 

@@ -112,7 +112,7 @@ def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor; save the tensors alone")
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise CheckpointError(f"{path}: {key} is not a plain dense tensor")
     return content

@@ -37,10 +37,10 @@ class BaseModelConfig:
         checkpoint = open_checkpoint(cached_path(self.path))
         path = resolve_path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
-            if not (checkpoint.path / "tokenizer.json").is_file():
-                raise ConfigError(f"{self.path}: no tokenizer.model in the folder; set base.tokenizer")
-            path = checkpoint.path  # what is wrong with it is known to `Tokenizer`
-        elif path.is_dir():
+            if (checkpoint.path / "tokenizer.json").is_file():
+                Tokenizer(checkpoint.path)  # raises the error that says why this one cannot be used
+            raise ConfigError(f"{self.path}: no tokenizer.model in the folder; set base.tokenizer")
+        if path.is_dir():
             path = path / "tokenizer.model"
         if is_url(self.path) and not self.tokenizer:
             path = resolve_path(self.path) / path.name  # the URL, because each machine has its own copy

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adapter.errors import RecordError
+from adapter.errors import AdapterError, RecordError
 from adapter.instruct import ALPACA, PromptTemplate, encode_record, read_records
 from adapter.tokenizer import Tokenizer
 
@@ -80,11 +80,12 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     path.write_text(json.dumps({"with_input": "{instruction}|{input}", "without_input": "{instruction}|"}))
     assert PromptTemplate.read(path).render("a {x}", "b") == "a {x}|b"
     path.write_text(json.dumps({"with_input": "{instruction}", "without_input": "{instruction}"}))
-    with pytest.raises(ValueError, match=r"must contain \{input\}"):
+    with pytest.raises(ValueError, match=r"t\.json: prompt template 'with_input' must contain \{input\}"):
         PromptTemplate.read(path)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"t\.json"):
-        PromptTemplate.read(path)
+    for content in (b"{}", b"[]", b'{"with_input": 5}', b'{"with_input": "caf\xe9"}', '{"with'.encode("utf-16"), b""):
+        path.write_bytes(content)
+        with pytest.raises(AdapterError, match=r"t\.json: a prompt template is a JSON object in UTF-8 with"):
+            PromptTemplate.read(path)
 
 
 BAD = json.dumps(record("o", instruction="half \ud83d of a pair"))

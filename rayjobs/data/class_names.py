@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cafo.dataset_layouts import PHOTO_TEMPLATES
+from cafo.dataset_layouts import PHOTO_TEMPLATES, check_templates
 from cafo.prompt import with_spaces
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import ConfigError
@@ -29,7 +29,8 @@ def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | N
     """Return the classes of a data set, or those of a plain list.
 
     Raises:
-        ConfigError: both or neither of the two are given, a name is blank, a template has not exactly one {}.
+        ConfigError: both or neither of the two are given, or a name is blank.
+        CafoError: a template has not exactly one {}.
     """
     if (data is None) == (class_names is None):
         raise ConfigError("give the classes: either data (a data set) or class_names (a plain list), one of the two")
@@ -41,23 +42,5 @@ def open_class_names(data: ImageDatasetConfig | None, class_names: list[str] | N
         if blank := [name for name in class_names if not name.strip()]:
             raise ConfigError(f"class_names holds a blank name: {blank[0]!r}")
         classes = ClassNames(tuple(class_names), PHOTO_TEMPLATES)
-    for template in classes.templates:
-        check_template("template", template)
+    check_templates(classes.templates)
     return classes
-
-
-def check_template(kind: str, sentence: str) -> None:
-    """Check that a sentence has one {} for the class name, and no other braces.
-
-    Args:
-        kind: what the sentence is, for the message: `template` or `command`.
-
-    Raises:
-        ConfigError: it has none, several, or other braces.
-    """
-    try:
-        fits = sentence.count("{}") == 1 and bool(sentence.format(""))
-    except (ValueError, LookupError):
-        fits = False
-    if not fits:
-        raise ConfigError(f"a {kind} needs one {{}} for the class name and no other braces, got {sentence!r}")

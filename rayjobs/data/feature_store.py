@@ -22,15 +22,18 @@ from pydantic import Field
 from rayjobs.config import config
 from rayjobs.data.feature_encoding import PartTask, encode_parts
 from rayjobs.data.image_list import ImageList
-from rayjobs.data.image_source import IMAGES_PER_PART, part_name
+from rayjobs.data.image_source import IMAGES_PER_PART, part_name, read_part
 from rayjobs.errors import DataError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
-from rayjobs.storage.files import read_parquet
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
 VIEWS_PER_PART = IMAGES_PER_PART
 """Views that are encoded and written together; at 224 pixels, 39 MB are sent from a decoding task to the encoder."""
+
+
+Contents = Mapping[Path, Mapping[str, str | None]]
+"""folder → path below it → fingerprint of the file"""
 
 
 @config
@@ -72,6 +75,8 @@ class Features:
     rejected: tuple[RejectedImage, ...]
     stores: Mapping[str, str]
     """encoder → name of its store, which identifies everything that the features depend on"""
+    contents: tuple[str | None, ...]
+    """fingerprint of the file of each image of the list; None for a file that cannot be read"""
 
 
 def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
@@ -101,26 +106,42 @@ class FeatureStore:
     resources: Mapping[str, float]
     """what each actor reserves"""
 
-    def load(self, lists: Sequence[ImageList]) -> dict[str, Features]:
+    def load(self, lists: Sequence[ImageList], *, max_rejected_fraction: float | None = None) -> dict[str, Features]:
         """Return the features of each list by its role, after encoding what the stores lack.
 
+        Args:
+            lists: the images.
+            max_rejected_fraction: takes the place of the setting of this name.
+
         Raises:
-            DataError: more than `max_rejected_fraction` of the images of a list cannot be read.
+            DataError: more than `max_rejected_fraction` of the images of a list cannot be read, or a file of a store
+                is damaged.
         """
-        folders = self.fill(lists)
-        features = {images.role: _read_features(images, folders[images.role]) for images in lists}
+        contents = _fingerprints(lists)
+        folders = self._fill(lists, contents)
+        features = {
+            images.role: _read_features(
+                images, folders[images.role], tuple(contents[images.root][item.path] for item in images.items)
+            )
+            for images in lists
+        }
+        limit = self.settings.max_rejected_fraction if max_rejected_fraction is None else max_rejected_fraction
         for images in lists:
-            rejected, limit = features[images.role].rejected, self.settings.max_rejected_fraction
+            rejected = features[images.role].rejected
             if len(rejected) > limit * len(images.items):
                 raise DataError(
                     f"{len(rejected)} of {len(images.items)} {images.role} images cannot be read, over "
-                    f"features.max_rejected_fraction={limit}; the first: {rejected[0].reason}"
+                    f"features.max_rejected_fraction={limit}; restore or remove them, or raise the limit. The first: "
+                    f"{rejected[0].reason}"
                 )
         return features
 
     def fill(self, lists: Sequence[ImageList]) -> dict[str, dict[str, Path]]:
         """Encode what the stores lack, and return the folders: {role: {encoder: folder}}."""
-        folders = self._folders(lists)
+        return self._fill(lists, _fingerprints(lists))
+
+    def _fill(self, lists: Sequence[ImageList], contents: Contents) -> dict[str, dict[str, Path]]:
+        folders = self._folders(lists, contents)
         tasks = [task for images in lists for task in self._missing_parts(images, folders[images.role])]
         if tasks:
             for folder in {folder for by_encoder in folders.values() for folder in by_encoder.values()}:
@@ -128,12 +149,8 @@ class FeatureStore:
             encode_parts(tasks, self.encoders, self.settings.batch, self.workers, self.resources)
         return folders
 
-    def _folders(self, lists: Sequence[ImageList]) -> dict[str, dict[str, Path]]:
+    def _folders(self, lists: Sequence[ImageList], contents: Contents) -> dict[str, dict[str, Path]]:
         """Return the folder of each list's and encoder's store, named by what the features depend on."""
-        paths: dict[Path, list[str]] = {}
-        for images in lists:
-            paths.setdefault(images.root, []).extend(item.path for item in images.items)
-        contents = {root: file_fingerprints(root, names) for root, names in paths.items()}
         augmentation = [self.settings.seed, self.settings.min_area, self.settings.flips]
         folders = {}
         for images in lists:
@@ -168,12 +185,20 @@ class FeatureStore:
         return tasks
 
 
+def _fingerprints(lists: Sequence[ImageList]) -> Contents:
+    """Return the fingerprint of each image's file, each file read once."""
+    paths: dict[Path, list[str]] = {}
+    for images in lists:
+        paths.setdefault(images.root, []).extend(item.path for item in images.items)
+    return {root: file_fingerprints(root, names) for root, names in paths.items()}
+
+
 def _part_starts(images: ImageList) -> range:
     """Return the positions in the list at which parts begin."""
     return range(0, len(images.items), max(1, VIEWS_PER_PART // max(images.views, 1)))
 
 
-def _read_features(images: ImageList, folders: Mapping[str, Path]) -> Features:
+def _read_features(images: ImageList, folders: Mapping[str, Path], contents: tuple[str | None, ...]) -> Features:
     """Read the features of the images that every encoder could read."""
     parts = [part_name(start) for start in _part_starts(images)]
     rejected: dict[str, RejectedImage] = {}
@@ -181,7 +206,7 @@ def _read_features(images: ImageList, folders: Mapping[str, Path]) -> Features:
     for folder in folders.values():
         rows: set[int] = set()
         for part in parts:
-            table = read_parquet(folder / part, columns=["row"])
+            table = read_part(folder / part, columns=["row"])
             rows.update(table["row"].to_pylist())
             for path, reason in json.loads(table.schema.metadata[b"rejected"]):
                 rejected.setdefault(path, RejectedImage(images.role, path, reason))
@@ -192,6 +217,7 @@ def _read_features(images: ImageList, folders: Mapping[str, Path]) -> Features:
         values={name: _read_values([folder / part for part in parts], common) for name, folder in folders.items()},
         rejected=tuple(rejected.values()),
         stores={name: folder.name for name, folder in folders.items()},
+        contents=contents,
     )
 
 
@@ -199,7 +225,7 @@ def _read_values(parts: Sequence[Path], rows: Sequence[int]) -> np.ndarray:
     """Read the features of some rows from the parts of a store: (V, n, C) float32, allocated once."""
     values, position = np.empty((0, 0, 0), np.float32), 0
     for part in parts:
-        table = read_parquet(part)
+        table = read_part(part)
         table = table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))
         views = int(table.schema.metadata[b"views"])
         width = table.schema.field("features").type.list_size // views

@@ -1,5 +1,7 @@
 """The data set that a CaFo job names: images, labels, generated images and sentences about the classes."""
 
+import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +15,8 @@ from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.storage.paths import AnyPath, resolve_path
+
+logger = logging.getLogger(__name__)
 
 Sentences = Literal["file", "templates"]
 
@@ -38,7 +42,7 @@ class ImageDatasetConfig:
     """Share of ImageNet's training images that is held out for validation."""
     seed: int = 0
     """Seed of the splits that are made here: of `tree`, and of ImageNet's validation images."""
-    templates: list[str] | None = None
+    templates: list[str] | None = Field(default=None, min_length=1)
     """Sentences with {} for the class name; null for the data set's own."""
     prompts: AnyPath | None = None
     """JSON file of sentences about each class, in the format of cafo-prompt and of CaFo; null to use templates only."""
@@ -105,3 +109,11 @@ class ImageDatasetConfig:
         if self.prompts is None:
             raise ConfigError("sentences from a file are used, but data.prompts is not set; set it to their JSON file")
         return read_prompts(resolve_path(self.prompts), dataset.class_names)
+
+
+def log_notices(notices: Iterable[str]) -> dict[str, str]:
+    """Log what a user should know about images and results, and return it as an entry of `result.json`, if any."""
+    texts = list(dict.fromkeys(notices))
+    for text in texts:
+        logger.warning("Note: %s", text)
+    return {"notices": "; ".join(texts)} if texts else {}

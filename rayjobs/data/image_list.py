@@ -1,6 +1,6 @@
 """Lists of images to be encoded, each with its role: training, generated, validation or test images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +13,32 @@ class ImageList:
     """Images of one role that are encoded in the same way."""
 
     role: str
-    """`train`, `generated`, `val`, the name of a test set, or the number of a source of records"""
+    """`train`, `generated`, `val`, the name of a test set, or the number of a source of records; `train-2` and so on
+    for images that replace unreadable ones"""
     root: Path
     """the folder that the items' paths are relative to"""
     items: tuple[Item, ...]
     views: int
     """V, augmented views of each image; 0 for the one plain view that predictions are made from"""
+    training: bool = False
+    """the images are of few-shot choices"""
 
 
-def training_list(dataset: Dataset, choices: Iterable[FewShot], views: int) -> ImageList:
-    """Return the images of all few-shot choices, each once, in an order that does not depend on the choices' order."""
-    items = sorted({item for choice in choices for item in choice.items})
-    return ImageList(role="train", root=dataset.image_root, items=tuple(items), views=views)
+def training_list(
+    dataset: Dataset, choices: Iterable[FewShot], views: int, *, without: Collection[Item] = (), number: int = 1
+) -> ImageList:
+    """Return the images of all few-shot choices, each once, in an order that does not depend on the choices' order.
+
+    Args:
+        dataset: the data set.
+        choices: the choices.
+        views: V, augmented views of each image.
+        without: images that are left out.
+        number: number of the list, if it holds replacements; it makes the role `train-NUMBER`.
+    """
+    items = sorted({item for choice in choices for item in choice.items if item not in without})
+    role = "train" if number == 1 else f"train-{number}"
+    return ImageList(role=role, root=dataset.image_root, items=tuple(items), views=views, training=True)
 
 
 def plain_list(role: str, root: Path, items: Sequence[Item]) -> ImageList:

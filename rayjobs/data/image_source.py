@@ -9,13 +9,14 @@ Legend: F features of an image, S side of the encoder's images.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from rayjobs.errors import DataError
 from rayjobs.storage.files import read_parquet
@@ -104,10 +105,24 @@ def part_name(first: int) -> str:
     return f"part-{first:08d}.parquet"
 
 
+def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a part of a feature store, or some columns of it, with `views` and `rejected` in the schema's metadata.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        return read_parquet(path, columns=columns)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{path} is no whole feature file ({error}); delete it, and the next run encodes its images again"
+        ) from error
+
+
 @lru_cache(maxsize=128)
 def _read_part(path: Path) -> tuple[dict[int, int], np.ndarray]:
     """Read a part of a store of plain views: {image index: row}, and the rows (n, F)."""
-    table = read_parquet(path)
+    table = read_part(path)
     rows = {index: row for row, index in enumerate(table["row"].to_pylist())}
     return rows, table["features"].combine_chunks().flatten().to_numpy().reshape(len(rows), -1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from cafo.prompt import zero_shot_classifier
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.errors import ConfigError
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path
@@ -52,6 +52,7 @@ def prepare_classifier(
 
     Raises:
         ConfigError: the encoder is not a CLIP.
+        DataError: the file in the cache is damaged.
     """
     if not encoder.clip:
         raise ConfigError(f"{encoder.identity} has no text encoder; put a CLIP first among the encoders")
@@ -62,9 +63,15 @@ def prepare_classifier(
         task = ray.remote(_write_classifier).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
         with reraise_user_errors():
             ray.get(task.remote(path, encoder.spec, prompts, list(names), worker_device(resources)))
-    with safe_open(cached_path(path), "pt") as file:
-        counts = file.metadata()
-        return ClassifierFile(path.stem, file.get_tensor("weights"), int(counts["sentences"]), int(counts["truncated"]))
+    try:
+        with safe_open(cached_path(path), "pt") as file:
+            counts = file.metadata()
+            sentences, truncated = int(counts["sentences"]), int(counts["truncated"])
+            return ClassifierFile(path.stem, file.get_tensor("weights"), sentences, truncated)
+    except (SafetensorError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{path} is no whole classifier file ({error}); delete it, and the next run encodes the sentences again"
+        ) from error
 
 
 def _write_classifier(

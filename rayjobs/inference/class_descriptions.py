@@ -9,12 +9,13 @@ from pydantic import Field
 from adapter.adapter_checkpoint import read_adapter
 from adapter.instruct import ALPACA, PromptTemplate
 from adapter.model import AdaptedModel
+from cafo.dataset_layouts import check_templates
 from cafo.files import read_json
 from cafo.prompt import ANSWERS, COMMANDS, EndpointModel, LanguageModel, Sampling, describe_classes, with_spaces
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress
-from rayjobs.data.class_names import ClassNames, check_template
+from rayjobs.data.class_names import ClassNames
 from rayjobs.errors import ConfigError
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
@@ -108,8 +109,7 @@ class DescriptionConfig:
         else:
             needed = {"file": "file", "endpoint": "endpoint.model", "llama": "llama.base.path"}[self.source]
             raise ConfigError(f"source is {self.source}, so {needed} is required, but not given")
-        for command in self.commands:
-            check_template("command", command)
+        check_templates(self.commands, "command")
         sampling = {"temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
         asked = {"commands": self.commands, "answers": self.answers}
         return {"source": self.source, **asked, **sampling, **model}

@@ -30,6 +30,8 @@ class GenerateStep(ImageGenerationConfig):
 
 @config
 class Config(cafo_tune.Config):
+    """Settings of cafo."""
+
     JOB: ClassVar = "cafo"
 
     prompt: DescriptionConfig | None = None
@@ -99,6 +101,7 @@ def run(settings: Config) -> dict[str, Any]:
     """Run all steps; return their results by step: prompt, generate, tune, eval."""
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
     cafo_tune.settings_to_try(tune)  # a sweep that cannot be run is refused before anything is asked or generated
+    cafo_eval.open_targets(settings.data.open(), settings.targets)
     if prompt:
         cafo_prompt.check(prompt)
     elif generate:

@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from cafo.dataset_checks import class_changes
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
 from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
-from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.jobs import cafo_tune
@@ -31,13 +32,17 @@ from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
-from rayjobs.tune.evaluation import TargetScore, check_same_encoders, record_opening, score_target, write_scores
+from rayjobs.tune.evaluation import TargetScore, record_opening, score_target, write_scores
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
+from rayjobs.tune.identity import check_same_caches
+from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
 from rayjobs.tune.selection import ChosenSetting, best_on_val
 
 
 @config
 class Config:
+    """Settings of cafo-eval."""
+
     JOB: ClassVar = "cafo-eval"
 
     sweep: AnyPath
@@ -66,7 +71,10 @@ def check(settings: Config) -> tuple[cafo_tune.Config, list[ChosenSetting]]:
     if not (folder / "chosen.json").is_file():
         raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
     swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(settings.run)})
-    return swept, [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
+    try:
+        return swept, [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / 'chosen.json'} is no choice ({error}); run cafo-tune again to write it") from error
 
 
 def plan(settings: Config) -> None:
@@ -82,19 +90,30 @@ def run(settings: Config) -> dict[str, Any]:
     """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
     swept, chosen = check(settings)
     folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
-    targets = open_targets(settings, swept)
+    targets = open_targets(swept.data.open(), settings.targets)
+    own, own_dataset = next(iter(targets.items()))
+    lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
+    encoders = open_encoders({name: swept.encoders[name] for name in used_encoders(chosen)})
+    identities = {name: encoder.identity for name, encoder in encoders.items()}
+    names = (trial.trial for choice in chosen for trial in choice.seeds)
+    check_same_caches(trials, names, own_dataset.class_names, identities)
     connect(settings.run.folder, settings.run.cache_folder)
     resources = settings.scale.resources()  # workers that can never run are refused before test is opened
     record_opening(folder, chosen, list(targets))
     start_run(settings.run.folder, settings.JOB)
 
-    lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
-    features = encode(settings, swept, chosen, list(lists.values()), resources)
+    store = FeatureStore(
+        encoders=encoders,
+        settings=swept.features,
+        cache=swept.run.cache_folder,
+        workers=settings.scale.workers.max,
+        resources=resources,
+    )
+    features = store.load(list(lists.values()))
     rejected = [image for of_target in features.values() for image in of_target.rejected]
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
 
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
-    own, own_dataset = next(iter(targets.items()))
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)
 
     chosen_settings = [choice.setting._asdict() for choice in chosen]
@@ -113,6 +132,7 @@ def run(settings: Config) -> dict[str, Any]:
             name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
             for name, (columns, lines) in tables.items()
         },
+        **log_notices([*own_dataset.notices, *find_leaks(settings.run.folder, lists, features)]),
     }
     write_json(folder / "result.json", result)
     for name, (columns, lines) in tables.items():
@@ -120,41 +140,36 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def open_targets(settings: Config, swept: cafo_tune.Config) -> dict[str, Dataset]:
+def open_targets(own: Dataset, others: Mapping[str, ImageDatasetConfig]) -> dict[str, Dataset]:
     """The data sets to score, by name; the sweep's own comes first.
 
-    Raises ConfigError or DataError for a target with the sweep's own name, or with other classes.
+    Raises ConfigError or DataError for a target with the sweep's own name, with other classes, or without test images.
     """
-    own = swept.data.open()
-    if own.name in settings.targets:
+    if own.name in others:
         raise ConfigError(f"targets.{own.name} has the name of the data set itself: call it otherwise")
-    targets = {own.name: own, **{name: target.open() for name, target in settings.targets.items()}}
+    targets = {own.name: own, **{name: target.open() for name, target in others.items()}}
     for name, target in targets.items():
-        if target.class_names != own.class_names:
-            raise DataError(f"targets.{name} has other classes than {own.name}")
+        if change := class_changes(own.class_names, target.class_names):
+            raise DataError(f"targets.{name} has other classes than {own.name} ({change})")
+        if not target.open_test():
+            raise DataError(f"{name} has no test image, and an evaluation needs some")
     return targets
 
 
-def encode(
-    settings: Config,
-    swept: cafo_tune.Config,
-    chosen: Sequence[ChosenSetting],
-    lists: list[ImageList],
-    resources: Mapping[str, float],
-) -> dict[str, Features]:
-    """The test images' features by target, from the encoders that the chosen caches use."""
-    used = dict.fromkeys(name for choice in chosen for name in choice.setting.encoders)
-    encoders = open_encoders({name: swept.encoders[name] for name in used})
-    identities = {name: encoder.identity for name, encoder in encoders.items()}
-    check_same_encoders(chosen, settings.run.folder / "trials", identities)
-    store = FeatureStore(
-        encoders=encoders,
-        settings=swept.features,
-        cache=swept.run.cache_folder,
-        workers=settings.scale.workers.max,
-        resources=resources,
-    )
-    return store.load(lists)
+def used_encoders(chosen: Sequence[ChosenSetting]) -> list[str]:
+    """The encoders that the chosen caches use, each once."""
+    return list(dict.fromkeys(name for choice in chosen for name in choice.setting.encoders))
+
+
+def find_leaks(folder: Path, lists: Mapping[str, ImageList], features: Mapping[str, Features]) -> list[str]:
+    """Sentences about test images that are, by content, images that the sweep was trained or chosen on."""
+    seen = read_images(folder)
+    notices: list[str] = []
+    for name, images in lists.items():
+        readable = [(images.items[row], features[name].contents[row] or "") for row in features[name].rows]
+        test = [SweepImage(f"{name}'s test", item.class_name, item.path, content) for item, content in readable]
+        notices += duplicate_notices(test, seen)
+    return notices
 
 
 def _headline(target: str, scores: Sequence[TargetScore], chosen: Sequence[ChosenSetting]) -> dict[str, Any]:

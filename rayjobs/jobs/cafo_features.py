@@ -8,23 +8,26 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from cafo import fewshot
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
-from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
+from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl
+from rayjobs.tune.search_space import Distinct
 
 
 @config
 class Config:
+    """Settings of cafo-features."""
+
     JOB: ClassVar = "cafo-features"
 
     data: ImageDatasetConfig
@@ -33,7 +36,7 @@ class Config:
     features: FeaturesConfig = FeaturesConfig()
     shots: int = Field(default=16, ge=0)
     """K: number of training images per class to encode, for every seed."""
-    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
+    seeds: Distinct = Field(default=[1, 2, 3], min_length=1)
     """Seeds of the few-shot choices to encode."""
     generated: int = Field(default=0, ge=0)
     """K': number of generated images per class to encode."""
@@ -49,21 +52,23 @@ def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
     Raises a UserError for the first problem.
     """
     dataset = settings.data.open()
-    short = settings.data.short_classes
-    choices = [
-        fewshot.choose(dataset.train, dataset.class_names, shots=settings.shots, seed=seed, short=short)
-        for seed in settings.seeds
-    ]
+    choices = few_shot_plan(settings, dataset).choose()
     root, generated = settings.data.generated_images(dataset, settings.generated)
     views = settings.features.views
     lists = [
-        training_list(dataset, choices, views),
+        training_list(dataset, choices.values(), views),
         ImageList(role="generated", root=root, items=generated, views=views),
         plain_list("val", dataset.image_root, dataset.val),
     ]
     if settings.test:
         lists.append(plain_list("test", dataset.image_root, dataset.open_test()))
     return dataset, [images for images in lists if images.items]
+
+
+def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
+    """The few-shot choices whose images are encoded."""
+    shots, short = [settings.shots], settings.data.short_classes
+    return FewShotPlan(dataset=dataset, shots=shots, seeds=settings.seeds, short=short)
 
 
 def plan(settings: Config) -> None:
@@ -89,14 +94,15 @@ def run(settings: Config) -> dict[str, Any]:
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    by_role = store.load(lists)
+    others = [images for images in lists if not images.training]
+    by_role = encode_few_shot(store, few_shot_plan(settings, dataset), settings.features.views, others).features
     rejected = [image for features in by_role.values() for image in features.rejected]
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
     encoded = sum(len(features.rows) for features in by_role.values())
     headline = f"{encoded} images through {', '.join(settings.encoders)}"
     result: dict[str, Any] = {"headline": headline, "data_set": dataset.name}
     result |= {f"{role}_images": len(features.rows) for role, features in by_role.items()}
-    result |= {"rejected_images": len(rejected)}
+    result |= {"rejected_images": len(rejected), **log_notices(dataset.notices)}
     write_json(folder / "result.json", result)
     show_result(settings.run.name, result)
     return result

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from cafo.dataset_layouts import check_templates
 from cafo.files import read_json as read_list
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from rayjobs.cluster.device import default_device
 from rayjobs.config import config
 from rayjobs.console import show_result, show_table
-from rayjobs.data.class_names import ClassNames, check_template, open_class_names
+from rayjobs.data.class_names import ClassNames, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.class_images import (
@@ -35,6 +36,8 @@ from rayjobs.storage.paths import resolve_path
 
 @config
 class Config(ImageGenerationConfig):
+    """Settings of cafo-generate."""
+
     JOB: ClassVar = "cafo-generate"
 
     data: ImageDatasetConfig | None = None
@@ -67,7 +70,7 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
         )
     classes = open_class_names(settings.data, settings.class_names)
     template = settings.template or classes.templates[0]
-    check_template("template", template)
+    check_templates([template])
     settings.descriptions(classes)
     file = settings.description_file
     identity = {

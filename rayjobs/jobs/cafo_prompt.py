@@ -26,6 +26,8 @@ PROMPTS = "prompts.json"
 
 @config
 class Config(DescriptionConfig):
+    """Settings of cafo-prompt."""
+
     JOB: ClassVar = "cafo-prompt"
 
     data: ImageDatasetConfig | None = None

@@ -5,7 +5,6 @@ each trains the cache keys and searches α, β and the ensemble's weights on val
 an interrupted sweep: trials that are finished are not run again. Test images are opened by cafo-eval, not here.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -17,10 +16,11 @@ from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
 from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
-from rayjobs.data.image_dataset import ImageDatasetConfig
-from rayjobs.data.image_list import ImageList, plain_list, training_list
+from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
+from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
+from rayjobs.data.image_list import ImageList, plain_list
 from rayjobs.data.text_classifier import prepare_classifier
-from rayjobs.errors import ConfigError
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table
@@ -28,9 +28,11 @@ from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.tune.figures import write_search_surfaces
-from rayjobs.tune.inputs import SweepInputs, check_same_inputs, few_shot_choices, share_inputs
+from rayjobs.tune.identity import check_same_classes, check_same_inputs
+from rayjobs.tune.images import duplicate_notices
+from rayjobs.tune.inputs import SweepInputs, share_inputs, write_few_shot
 from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
-from rayjobs.tune.selection import ChosenSetting, best_on_val, choose_settings, remove_other_caches
+from rayjobs.tune.selection import ChosenSetting, best_on_val, choose_settings, edge_notices, remove_other_caches
 from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import TrialResult
 
@@ -78,6 +80,10 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
     Raises a UserError for the first problem.
     """
     dataset, tried = settings.data.open(), settings_to_try(settings)
+    if len(dataset.class_names) < 2:
+        raise DataError(f"{dataset.name} has one class, and a classifier needs two or more")
+    check_same_classes(settings.run.folder, dataset.class_names)
+    few_shot_plan(settings, dataset).choose()
     for kind in {setting.sentences for setting in tried}:
         settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
     settings.data.generated_images(dataset, max(setting.generated for setting in tried))
@@ -94,7 +100,7 @@ def plan(settings: Config) -> None:
         ["shots", ", ".join(map(str, settings.space.shots))],
         ["seeds", ", ".join(map(str, settings.space.seeds))],
     ]
-    show_table("plan", ["", ""], rows)
+    show_table("plan", ["", ""], [*rows, *(["notice", notice] for notice in dataset.notices)])
 
 
 @job
@@ -109,10 +115,12 @@ def run(settings: Config) -> dict[str, Any]:
     connect(folder, settings.run.cache_folder)
     pool = TrialPool(settings.trials.workers.max, settings.trials.resources(reserved_cpus=0))
 
-    inputs = prepare_inputs(settings, dataset, tried, folder)
+    inputs = prepare_inputs(settings, dataset, tried)
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in inputs.rejected))
     check_same_inputs(folder, inputs)
+    write_few_shot(folder, inputs)
     shared, counts = share_inputs(inputs), inputs.counts()
+    notices = [*dataset.notices, *duplicate_notices(inputs.readable_images()), *inputs.notices()]
     del inputs  # a second copy of the features
 
     results = run_sweep(settings.space, tried, shared, settings.search, folder / "trials", pool)
@@ -127,10 +135,12 @@ def run(settings: Config) -> dict[str, Any]:
     columns, lines = accuracy_table(
         [{"method": choice.method, "shots": choice.shots, "accuracy": choice.val_accuracy} for choice in chosen], {}
     )
+    notices += edge_notices(chosen, settings.search)
     result = {
         **summarize(dataset, chosen, [result for _, result in results]),
         "chosen: accuracy on val, %": [dict(zip(columns, line, strict=True)) for line in lines],
         **counts,
+        **log_notices(notices),
     }
     write_json(folder / "result.json", result)
     show_table(f"{settings.run.name}: chosen, accuracy on val, %", columns, lines)
@@ -143,20 +153,24 @@ def check_same_sweep(settings: Config) -> None:
     lock_provenance(settings.run.folder / SWEEP, now, kind=Config)
 
 
-def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], folder: Path) -> SweepInputs:
+def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
+    """The few-shot choices that the sweep makes."""
+    space = settings.space
+    return FewShotPlan(dataset=dataset, shots=space.shots, seeds=space.seeds, short=settings.data.short_classes)
+
+
+def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> SweepInputs:
     """Choose the few-shot images, encode all images and sentences that the settings need; reuse what is cached."""
     data, cache, resources = settings.data, settings.run.cache_folder, settings.scale.resources()
-    few_shot = few_shot_choices(dataset, settings.space.shots, settings.space.seeds, folder, data.short_classes)
     generated = {count: data.generated_images(dataset, count) for count in {setting.generated for setting in tried}}
     used = dict.fromkeys(name for setting in tried for name in setting.encoders)
     encoders = open_encoders({name: settings.encoders[name] for name in used})
     root, most_generated = generated[max(generated)]
-    lists = [
-        training_list(dataset, few_shot.values(), settings.features.views),
-        ImageList(role="generated", root=root, items=most_generated, views=settings.features.views),
+    views = settings.features.views
+    others = [
+        ImageList(role="generated", root=root, items=most_generated, views=views),
         plain_list("val", dataset.image_root, dataset.val),
     ]
-    lists = [images for images in lists if images.items]
     store = FeatureStore(
         encoders=encoders,
         settings=settings.features,
@@ -164,7 +178,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], fol
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    features = store.load(lists)
+    images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others)
     classifiers = {
         (name, kind): prepare_classifier(
             encoders[name],
@@ -177,12 +191,8 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], fol
     }
     return SweepInputs(
         dataset=dataset,
-        few_shot=few_shot,
-        generated={
-            count: data.generated_images(dataset, count)[1] for count in {setting.generated for setting in tried}
-        },
-        lists={images.role: images for images in lists},
-        features=features,
+        images=images,
+        generated={count: items for count, (_, items) in sorted(generated.items())},
         classifiers=classifiers,
         identities={name: encoder.identity for name, encoder in encoders.items()},
     )

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from ray import tune
@@ -18,6 +18,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.tables import markdown_table
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
+from rayjobs.tune.search_space import Distinct, Some
 from rayjobs.tune.tuner import run_tuner
 
 RESULT = "trial.json"
@@ -29,13 +30,13 @@ FIRST_STEPS = 50
 class SweepConfig:
     """The search space, and how its trials are run and compared."""
 
-    axes: dict[str, list[Any]] = Field(min_length=1)
+    axes: dict[str, Annotated[list[Any], Some]] = Field(min_length=1)
     """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init,
     rand-init]}. Settings that are equal after all are trained once."""
     method: Literal["grid", "each"] = "grid"
     """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
     others."""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: Distinct = Field(default=[0], min_length=1)
     """Training seeds; every setting is trained with each, and results are means over them."""
     at_once: int = Field(default=1, ge=1)
     """Trials that run at the same time, each with scale.workers workers. They share a GPU if scale.gpus_per_worker is a

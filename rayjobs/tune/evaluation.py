@@ -77,17 +77,6 @@ def record_opening(folder: Path, chosen: Sequence[ChosenSetting], targets: Seque
     write_json(path, {"opened": opened, "choice": digest, "targets": sorted({*before.get("targets", []), *targets})})
 
 
-def check_same_encoders(chosen: Sequence[ChosenSetting], trials: Path, identities: dict[str, str]) -> None:
-    """Raise ProvenanceError unless the caches' keys were made by these encoders (name → identity)."""
-    for trial in {trial.trial for choice in chosen for trial in choice.seeds}:
-        for name, identity in open_cache(trials, trial).encoders.items():
-            if identities[name] != identity:
-                raise ProvenanceError(
-                    f"encoders.{name}: the sweep's caches are of {identity}, the weights are now {identities[name]}; "
-                    "put back the weights that it was run with"
-                )
-
-
 def score_target(
     chosen: Sequence[ChosenSetting], trials: Path, images: ImageList, features: Features
 ) -> list[TargetScore]:

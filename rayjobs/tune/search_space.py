@@ -5,9 +5,9 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from cafo.ensemble import table5
 from cafo.search import BetaGrid
@@ -17,6 +17,19 @@ from rayjobs.errors import ConfigError
 from rayjobs.storage.fingerprint import fingerprint
 
 Hyperparameter = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
+
+
+def _check_distinct(values: list[int]) -> list[int]:
+    if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]} occurs twice, and would count twice in every mean")
+    return values
+
+
+Distinct = Annotated[list[int], AfterValidator(_check_distinct)]
+"""A list in which no number occurs twice. Other lists of values may repeat one; it is tried once."""
+Positive = Annotated[float, Field(gt=0)]
+Some = Field(min_length=1)
+"""At least one value."""
 
 
 @config
@@ -33,22 +46,22 @@ class Range:
 class SpaceConfig:
     """The search space: a list of values for each hyperparameter. Every (shots, seed) tries the same settings."""
 
-    shots: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    shots: Distinct = Field(default=[1, 2, 4, 8, 16], min_length=1)
     """K: numbers of training images per class."""
-    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
+    seeds: Distinct = Field(default=[1, 2, 3], min_length=1)
     """Seeds for the few-shot choice and the training order; accuracies are means over them."""
     generated: list[int] = Field(default=[0], min_length=1)
     """K': numbers of generated images per class that are added to the cache."""
-    views: list[int] | None = None
+    views: Annotated[list[int], Some] | None = None
     """Numbers of augmented views that a key is the mean of; null uses all encoded views."""
-    encoders: list[list[str]] | None = None
+    encoders: Annotated[list[Annotated[list[str], Some]], Some] | None = None
     """Sets of encoder names; the first of a set is the CLIP that computes p_ZS. Null uses all encoders in their
     order."""
     ensemble: list[str] = Field(default=["baseline zero-shot"], min_length=1)
     """Ensemble rules by their names in the paper's table 5, such as `clip only`, `average`, `baseline clip`."""
-    sentences: list[Sentences] | None = None
+    sentences: Annotated[list[Sentences], Some] | None = None
     """Sources of the class descriptions, `file` or `templates`; null uses the file if data.prompts names one."""
-    lr: list[float] | Range = Field(default=[1e-3])
+    lr: Annotated[list[float], Some] | Range = Field(default=[1e-3])
     """Learning rates of the keys: a list, or a range {low: …, high: …} to sample from."""
     epochs: list[int] = Field(default=[20], min_length=1)
     """Numbers of epochs that the keys are trained; 0 leaves them untrained."""
@@ -89,15 +102,17 @@ class SearchConfig:
     """Largest value of β in the search."""
     beta_steps: int = Field(default=200, ge=1)
     """Values of β on the first grid; finer grids follow around the best value."""
-    temperatures: list[float] = Field(default=[1.0], min_length=1)
+    temperatures: list[Positive] = Field(default=[1.0], min_length=1)
     """Candidate temperatures of the ensemble."""
-    scales: list[float] = Field(default=[1.0], min_length=1)
+    scales: list[Positive] = Field(default=[1.0], min_length=1)
     """Candidate scales of every source of the ensemble."""
     batch: int = Field(default=256, ge=1)
     """Images per training step of the keys."""
 
     def grid(self) -> BetaGrid:
-        """The grid of β. Raises ValueError if its bounds are in the wrong order."""
+        """The grid of β. Raises ConfigError if its bounds are in the wrong order."""
+        if self.beta_low > self.beta_high:
+            raise ConfigError(f"search.beta_low is {self.beta_low}, above search.beta_high, {self.beta_high}")
         return BetaGrid(low=self.beta_low, high=self.beta_high, steps=self.beta_steps)
 
 
@@ -170,6 +185,8 @@ def enumerate_settings(
     settings = [Setting(*combination) for combination in combinations]
     # a rule that names an encoder has no meaning for a set without it
     settings = [setting for setting in settings if setting.ensemble in table5(setting.encoders)]
+    if not settings:
+        raise ConfigError("space.ensemble: each of its rules names an encoder that no set of space.encoders has")
     return settings if search.method in ("grid", "optuna") else _sample_settings(settings, space.lr, search)
 
 
@@ -185,6 +202,10 @@ def _check_space(
     rules = {rule for names in encoder_sets for rule in table5(names)}
     if unknown := set(space.ensemble) - rules:
         raise ConfigError(f"space.ensemble: {', '.join(sorted(unknown))} unknown; there are {', '.join(sorted(rules))}")
+    if twice := [names for names in encoder_sets if len(set(names)) < len(names)]:
+        raise ConfigError(f"space.encoders: {', '.join(twice[0])} names an encoder twice")
+    if isinstance(space.lr, Range) and space.lr.low > space.lr.high:
+        raise ConfigError(f"space.lr: low is {space.lr.low}, above high, {space.lr.high}")
     if outside := [number for number in space.views or [] if not 1 <= number <= views]:
         raise ConfigError(f"space.views: {outside[0]} is not from 1 to features.views={views}")
     for name in ("shots", "generated", "lr", "epochs", "alpha", "beta"):

@@ -1,11 +1,11 @@
 """Choose settings among a sweep's trials: by mean validation accuracy over seeds, never by anything else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rayjobs.tune.search_space import Hyperparameter, Setting, Trial
+from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, TrialResult
 
 
@@ -117,6 +117,21 @@ def method_name(values: dict[str, Any]) -> str:
         if value != ""
     ]
     return ", ".join(names) or "CaFo"
+
+
+def edge_notices(chosen: Sequence[ChosenSetting], search: SearchConfig) -> Iterator[str]:
+    """Yield sentences about the chosen trials whose α or β is at the edge of its range."""
+    grid = search.grid()
+    for choice in chosen:
+        seeds: dict[str, list[int]] = {}
+        for trial in choice.seeds:
+            notice = grid.edge_notice(
+                trial.alpha, trial.beta, low_setting="search.beta_low", high_setting="search.beta_high"
+            )
+            seeds.setdefault(notice, []).append(trial.seed)
+        for notice, at in seeds.items():
+            if notice:
+                yield f"{choice.method} at K={choice.shots}, seed {', '.join(map(str, at))}: {notice}"
 
 
 def best_on_val(chosen: Sequence[ChosenSetting]) -> ChosenSetting:

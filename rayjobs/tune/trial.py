@@ -35,6 +35,7 @@ from cafo.cache import (
 )
 from cafo.ensemble import table5
 from cafo.search import SearchResult, search, weight_grid
+from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
 from rayjobs.tune.search_space import SearchConfig, Trial
@@ -273,7 +274,12 @@ def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:
 def read_result(trial: Trial, folder: Path) -> TrialResult | None:
     """The result of a trial that has finished or was stopped; None for one that has not."""
     path = folder / trial.name / RESULT
-    return TrialResult(**read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return TrialResult(**read_json(path))
+    except (DataError, TypeError) as error:
+        raise DataError(f"{path} is no result of a trial ({error}); delete it, and the trial is run again") from error
 
 
 def open_cache(folder: Path, trial: str) -> Cache:

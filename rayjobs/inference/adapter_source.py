@@ -1,10 +1,29 @@
 """The model that a config names for inference: a frozen base, with or without an adapter, that may read images."""
 
+from pathlib import Path
+from typing import NamedTuple
+
+from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_file import check_adapter_fits
+from adapter.base_checkpoint import Checkpoint
+from adapter.errors import CheckpointError
 from adapter.model import AdaptedModel
+from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import AnyPath
+
+
+class OpenedSource(NamedTuple):
+    """What is known of a model before its weights are loaded."""
+
+    checkpoint: Checkpoint
+    tokenizer: Path
+    """path or URL of the tokenizer"""
+    conditioning: ImageConditioning | None
+    """the image encoder; None if images are left out"""
 
 
 @config
@@ -19,14 +38,33 @@ class AdapterSourceConfig:
     blind: bool = False
     """Leave images out although the adapter reads them, to measure what they add."""
 
-    def open_conditioning(self) -> ImageConditioning | None:
-        """The adapter's image encoder, checked to be its own; None if images are left out.
+    def open(self, *, needs_encoder: bool = True) -> OpenedSource:
+        """Open the base, the adapter and its image encoder, and check that they fit, before weights are loaded.
 
-        Raises a UserError if adapter and encoder do not fit, or if an encoder is missing and `blind` is not set.
+        needs_encoder: False where there is no image to read, so that an adapter that reads images needs no encoder.
+
+        Raises a UserError or an AdapterError if they do not fit, or if an encoder is missing and `blind` is not set.
         """
-        return open_image_conditioning(self.adapter, self.vision, self.blind)
+        checkpoint, tokenizer = self.base.open()
+        blind = self.blind or (self.vision is None and not needs_encoder)
+        conditioning = open_image_conditioning(self.adapter, self.vision, blind)
+        if self.adapter is not None:
+            try:
+                check_adapter_fits(
+                    read_adapter(cached_path(self.adapter)),
+                    checkpoint.config,
+                    fingerprint=checkpoint.fingerprint,
+                    tokenizer_sha256=Tokenizer(cached_path(tokenizer)).sha256,
+                    encoder=_identity(conditioning),
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.adapter}: {str(error).removeprefix(f'{self.adapter}: ')}") from error
+        return OpenedSource(checkpoint, tokenizer, conditioning)
 
     def load(self, device: str, conditioning: ImageConditioning | None) -> AdaptedModel:
         """The model on a device. Raises an error for an adapter that was trained with another image encoder."""
-        encoder = None if conditioning is None else conditioning.encoder.identity
-        return self.base.load(self.adapter, device, encoder=encoder)
+        return self.base.load(self.adapter, device, encoder=_identity(conditioning))
+
+
+def _identity(conditioning: ImageConditioning | None) -> str | None:
+    return None if conditioning is None else conditioning.encoder.identity

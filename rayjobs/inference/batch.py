@@ -1,11 +1,12 @@
 """Batch generation over many records: chunks of records, a pool of workers, one Parquet file per chunk.
 
-A chunk's file exists completely or not at all, so the same call resumes an interrupted one. Ray Data decodes the images
-ahead of the workers, which hold the model and the image encoder. A record whose image cannot be read is processed
-without it, and its `image_error` says why.
+A chunk's file exists completely or not at all, so the same call resumes an interrupted one; a file that was damaged
+since is made again. Ray Data decodes the images ahead of the workers, which hold the model and the image encoder. A
+record whose image cannot be read comes to the task without it, and its `image_error` says why.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,8 @@ from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.storage.files import read_parquet, write_parquet
 from rayjobs.storage.paths import resolve_path
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 GenerationTask = Callable[[AdaptedModel, list[Record], list[Tensor | None]], list[Record]]
@@ -72,7 +75,7 @@ class BatchGenerator:
     pool: WorkerPoolConfig
 
     def run(self, records: Iterable[Record]) -> pa.Table:
-        """All rows in the order of the records; chunks whose file exists are not generated again.
+        """All rows in the order of the records; chunks whose file exists and is whole are not generated again.
 
         Raises:
             ProvenanceError: if `parts` was made with another identity.
@@ -82,7 +85,8 @@ class BatchGenerator:
         chunks = self._chunks(records)
         if not chunks:
             raise DataError("no records to generate from: the data has none")
-        missing = [chunk for chunk in chunks if not chunk.part.exists()]
+        tables = {chunk.part: table for chunk in chunks if (table := self._read_part(chunk)) is not None}
+        missing = [chunk for chunk in chunks if chunk.part not in tables]
         if missing:
             connect(self.parts)
             total, left = (sum(chunk.size for chunk in some) for some in (chunks, missing))
@@ -90,7 +94,22 @@ class BatchGenerator:
             with ray_data_context(preserve_order=False), reraise_user_errors(), progress as bar:
                 for row in self._generated(missing).iter_rows():
                     bar.advance(int(row["rows"]))
-        return pa.concat_tables([read_parquet(chunk.part) for chunk in chunks])
+            tables |= {chunk.part: read_parquet(chunk.part) for chunk in missing}
+        return pa.concat_tables([tables[chunk.part] for chunk in chunks])
+
+    def _read_part(self, chunk: Chunk) -> pa.Table | None:
+        """The rows of a chunk; None if they must be generated, because there is no file or it is damaged."""
+        if not chunk.part.exists():
+            return None
+        try:
+            table = read_parquet(chunk.part)
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s cannot be read and is made again: %s", chunk.part, " ".join(str(error).split()))
+            return None
+        if table.num_rows == chunk.size and table.schema.equals(self.schema):
+            return table
+        logger.warning("%s holds other rows than its records' and is made again", chunk.part)
+        return None
 
     def _chunks(self, records: Iterable[Record]) -> list[Chunk]:
         remaining, chunks = iter(records), list[Chunk]()

@@ -1,8 +1,8 @@
-"""Answer instruction records: the decoding settings, the task of a worker, and the file of answers."""
+"""Answer instruction records: the decoding settings, and the task of a worker."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import compress
 
 import pyarrow as pa
 from pydantic import Field
@@ -13,9 +13,9 @@ from adapter.instruct import PromptTemplate
 from adapter.model import AdaptedModel
 from rayjobs.config import config
 from rayjobs.inference.batch import Record
-from rayjobs.storage.files import write_jsonl, write_parquet
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
+"""A record's answer, null if its image cannot be read; the other texts are empty if there are none."""
 
 
 @config
@@ -40,11 +40,13 @@ class AnswerInstructions:
     decoding: DecodingConfig
 
     def __call__(self, model: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> list[Record]:
-        """A row of `ANSWERS` for each record."""
-        answers = self.answers(model, [(record["instruction"], record["input"]) for record in records], images)
+        """A row of `ANSWERS` for each record; a record whose image cannot be read is not answered."""
+        readable = [not record.get("image_error") for record in records]
+        instructions = [(record["instruction"], record["input"]) for record in compress(records, readable)]
+        answers = iter(self.answers(model, instructions, list(compress(images, readable))))
         return [
-            {**{name: record.get(name) or "" for name in ANSWERS.names}, "answer": answer}
-            for record, answer in zip(records, answers, strict=True)
+            {**{name: record.get(name) or "" for name in ANSWERS.names}, "answer": next(answers) if read else None}
+            for record, read in zip(records, readable, strict=True)
         ]
 
     def answers(
@@ -60,14 +62,6 @@ class AnswerInstructions:
             images=images,
         )
         return [text.strip() for text in texts]
-
-
-def write_answers(path: Path, answers: pa.Table) -> None:
-    """Write answers as Parquet or JSONL, by the path's suffix."""
-    if path.suffix == ".parquet":
-        write_parquet(path, answers)
-    else:
-        write_jsonl(path, answers.to_pylist())
 
 
 def evenly_spaced(rows: list[Record], count: int = 12) -> list[Record]:

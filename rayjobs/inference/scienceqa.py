@@ -88,7 +88,7 @@ class AnswerProblems:
         """outputs: the generated text, or each option's loss; empty if there was an error."""
         predicted, text, scores = None, "", None
         if outputs and self.reading == "generate":
-            (text,) = outputs
+            text = outputs[0].strip()
             predicted = read_answer(text, record["choices"])
         elif outputs:
             scores = [-loss for loss in outputs]
@@ -120,10 +120,10 @@ def problem_record(problem: Problem) -> Record:
     }
 
 
-def rejected_problems(predictions: pa.Table) -> list[dict[str, str]]:
-    """{pid, reason} of the problems that did not fit, or were answered without their image."""
+def rejected_problems(predictions: pa.Table, file: str) -> list[dict[str, str]]:
+    """{file, pid, reason} of the problems that did not fit, or were answered without their image."""
     rows = predictions.select(["pid", "error", "image_error"]).to_pylist()
-    reasons = [{"pid": row["pid"], "reason": row["error"] or row["image_error"]} for row in rows]
+    reasons = [{"file": file, "pid": row["pid"], "reason": row["error"] or row["image_error"]} for row in rows]
     return [row for row in reasons if row["reason"]]
 
 

@@ -1,29 +1,33 @@
 """Measure a base, with or without an adapter, on held-out records, with a pool of workers.
 
 task=loss: cross-entropy and perplexity of the records' outputs. task=scienceqa: accuracy in the paper's eight classes;
-the same command resumes an interrupted run and keeps the predictions that are there.
+the same command resumes an interrupted run and keeps the predictions that are there. Records that cannot be used are
+set aside one by one.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adapter.scienceqa import read_problems
+from adapter.scienceqa import Problem, read_problems
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.records import RecordsConfig, Source
+from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
-from rayjobs.errors import ConfigError
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator
 from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.inference.loss import LOSSES, record_losses, summarize_losses
 from rayjobs.inference.scienceqa import (
+    MAX_ANSWER_TOKENS,
     PREDICTIONS,
     AnswerProblems,
     Reading,
@@ -32,6 +36,7 @@ from rayjobs.inference.scienceqa import (
     rejected_problems,
     summarize,
 )
+from rayjobs.inference.training_records import describe_overlap
 from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.reporting.example_gallery import write_examples
@@ -40,9 +45,13 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
+logger = logging.getLogger(__name__)
+
 
 @config
 class Config(AdapterSourceConfig):
+    """Settings of adapter-eval."""
+
     JOB: ClassVar = "adapter-eval"
 
     task: Literal["loss", "scienceqa"] = "loss"
@@ -63,15 +72,36 @@ class Config(AdapterSourceConfig):
 def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | None]:
     """Check everything that can be checked before a worker starts; return the tokenizer's path, the records' sources
     and the image encoder. Raises a UserError for the first problem."""
-    _, tokenizer = settings.base.open()
+    checkpoint, tokenizer, conditioning = settings.open()
+    length, window = settings.data.max_length, checkpoint.config.max_seq_len
     sources = settings.data.sources()
     if settings.task == "scienceqa":
         if len(sources) != 1:
             raise ConfigError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
-        sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
+        if settings.reading == "generate" and min(length, window) <= MAX_ANSWER_TOKENS:
+            raise ConfigError(
+                f"data.max_length={length} with a window of {window} leaves no prompt: an answer has up to "
+                f"{MAX_ANSWER_TOKENS} tokens"
+            )
+        source = replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")
+        read_test_problems(source)
+        return tokenizer, [source], conditioning
+    if length > window:
+        raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
+    if not sources:
+        raise ConfigError("data.path is empty: name at least one file of records")
     for source in sources:
-        next(iter(source.read()), None)
-    return tokenizer, sources, settings.open_conditioning()
+        if next(iter(source.read()), None) is None:
+            raise DataError(f"{source.path}: no records")
+    return tokenizer, sources, conditioning
+
+
+def read_test_problems(source: Source) -> list[Problem]:
+    """The problems of ScienceQA's split that a source names. Raises an error if there is none, or a malformed one."""
+    problems = read_problems(resolve_path(source.path), source.split)
+    if not problems:
+        raise DataError(f"{source.path}: no problems in the split {source.split!r}")
+    return problems
 
 
 def plan(settings: Config) -> None:
@@ -92,10 +122,16 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Measure; return and write `result.json`, with every record's loss or prediction beside it as Parquet."""
     tokenizer, sources, conditioning = check(settings)
+    overlap = describe_overlap(settings.adapter, sources)
+    if overlap:
+        logger.warning("%s", overlap)
     if settings.task == "scienceqa":
         result = measure_scienceqa(settings, sources[0], conditioning)
     else:
         result = measure_loss(settings, tokenizer, conditioning)
+    if overlap:
+        result["headline"] += ", on records that the adapter was trained on"
+        result["warning"] = overlap
     write_json(settings.run.folder / "result.json", result)
     show_result(settings.run.name, result)
     return result
@@ -122,9 +158,14 @@ def measure_loss(settings: Config, tokenizer: Path, conditioning: ImageCondition
 
 def measure_scienceqa(settings: Config, source: Source, conditioning: ImageConditioning | None) -> dict[str, Any]:
     """Predict the answer of every problem; write `predictions.parquet`, tables and examples."""
-    problems = read_problems(resolve_path(source.path), source.split)
-    reads_images = conditioning is not None
-    identity = {**model_identity(settings, conditioning), **task_identity(settings, source, reads_images=reads_images)}
+    problems, reads_images = read_test_problems(source), conditioning is not None
+    records = [problem_record(problem) for problem in problems]
+    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
+    identity = {
+        **model_identity(settings, conditioning),
+        **data_identity(records, source.images, reads_images),
+        "how": repr(how),
+    }
     parts = settings.run.folder / "parts"
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
@@ -138,21 +179,22 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
         conditioning=conditioning,
         image_root=source.images,
         pool=settings.scale,
-    ).run(map(problem_record, problems))
+    ).run(records)
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
-    write_jsonl(folder / REJECTED, rejected_problems(predictions))
+    rejected = rejected_problems(predictions, str(resolve_path(source.path) / "problems.json"))
+    write_jsonl(folder / REJECTED, rejected)
+    check_rejected_share(
+        [f"problem {row['pid']}: {row['reason']}" for row in rejected],
+        len(problems),
+        settings.data.max_rejected_fraction,
+        "data.max_rejected_fraction",
+        listed=str(folder / REJECTED),
+    )
     write_examples(folder, *prediction_examples(problems, predictions.to_pylist(), resolve_path(source.images)))
     result = summarize(settings.run.name, problems, predictions, folder)
     result["images_left_out"] = 0 if reads_images else result["with_image"]
     _show_by_class(source.path, result["accuracy_by_class"])
     return result
-
-
-def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, str]:
-    """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
-    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
-    records = [problem_record(problem) for problem in read_problems(resolve_path(source.path), source.split)]
-    return {**data_identity(records, source.images, reads_images), "how": repr(how)}
 
 
 def _show_by_class(title: str, accuracy_by_class: list[dict[str, str]]) -> None:

@@ -1,36 +1,45 @@
 """Answer instructions with a base and its adapter: one from the command line, a file of them, or interactively.
 
 A file is answered by a pool of workers in a run with its own folder and report. The same command resumes an interrupted
-run and keeps the answers that are there.
+run and keeps the answers that are there. Records that cannot be answered are set aside one by one.
 """
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from adapter.instruct import read_records
+from adapter.errors import AdapterError
+from adapter.record_files import check_text
+from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
 from rayjobs.data.records import prompt_template
+from rayjobs.data.rejected import check_rejected_share
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record, read_pixels
 from rayjobs.inference.identity import data_identity, model_identity
-from rayjobs.inference.instructions import (
-    ANSWERS,
-    AnswerInstructions,
-    DecodingConfig,
-    evenly_spaced,
+from rayjobs.inference.instruction_file import (
+    InstructionRow,
+    describe_long,
+    join_answers,
+    read_instructions,
+    rejected_rows,
+    set_aside_long,
+    shown_answer,
     write_answers,
 )
+from rayjobs.inference.instructions import ANSWERS, AnswerInstructions, DecodingConfig, evenly_spaced
+from rayjobs.inference.overwriting import check_output
 from rayjobs.lifecycle import job
-from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer, open_image_conditioning
+from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
@@ -38,13 +47,24 @@ from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 
+logger = logging.getLogger(__name__)
+
+TERMINAL = "-"
+"""The instruction that stands for those typed on the terminal."""
+
+
+def _terminal_if_null(instruction: Any) -> Any:
+    return TERMINAL if instruction is None else instruction
+
 
 @config
 class Config(AdapterSourceConfig):
+    """Settings of adapter-generate."""
+
     JOB: ClassVar = "adapter-generate"
 
-    instruction: str | None = None
-    """One instruction to answer; without it and `file`, instructions are read from the terminal."""
+    instruction: Annotated[str, BeforeValidator(_terminal_if_null)] = TERMINAL
+    """One instruction to answer; `-` reads instructions from the terminal, a line each."""
     input: str = ""
     """Input of the instruction."""
     image: AnyPath | None = None
@@ -54,7 +74,10 @@ class Config(AdapterSourceConfig):
     images: AnyPath | None = None
     """Folder that the file's image paths start from; null for the file's own folder."""
     out: AnyPath | None = None
-    """File or URL for the answers to `file`: .jsonl or .parquet; null for `answers.jsonl` in the run folder."""
+    """File or URL for the answers to `file`, with all fields of its records: .jsonl or .parquet; null for
+    `answers.jsonl` in the run folder."""
+    max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Stop if more than this share of the file's records cannot be answered."""
     template: FileOrName | None = None
     """Prompt template: 'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input'."""
     decoding: DecodingConfig = DecodingConfig()
@@ -68,44 +91,99 @@ class Config(AdapterSourceConfig):
     def task(self) -> AnswerInstructions:
         return AnswerInstructions(prompt_template(self.template), self.decoding)
 
+    @property
+    def answers_file(self) -> Path:
+        """The file of the answers to `file`."""
+        assert self.run is not None
+        return resolve_path(self.out) if self.out else self.run.folder / "answers.jsonl"
 
-def check(settings: Config) -> ImageConditioning | None:
-    """Check everything that can be checked before a model is loaded; return the image encoder.
+    @property
+    def image_root(self) -> Path:
+        """The folder that the file's image paths start from."""
+        assert self.file is not None
+        return resolve_path(self.images or resolve_path(self.file).parent)
 
-    Raises a UserError for the first problem.
+
+class Checked(NamedTuple):
+    """What `check` has opened."""
+
+    conditioning: ImageConditioning | None
+    """the image encoder; None if images are left out"""
+    rows: Sequence[InstructionRow]
+    """the records of the file, with an error in those that are set aside; none without a file"""
+    find_error: Callable[[str, str], str]
+    """(instruction, input) → why it cannot be answered, or an empty text"""
+
+
+def check(settings: Config) -> Checked:
+    """Check everything that can be checked before a model is loaded.
+
+    Raises a UserError or an AdapterError for the first problem.
     """
-    if settings.instruction is not None and settings.file is not None:
-        raise ConfigError("give either instruction or file, not both")
-    settings.base.open()
-    prompt_template(settings.template)
-    no_image = settings.file is None and settings.vision is None  # then there is no image to leave out
-    conditioning = open_image_conditioning(settings.adapter, settings.vision, settings.blind or no_image)
-    if settings.image is not None and (conditioning is None or settings.instruction is None):
+    _check_settings(settings)
+    one = settings.file is None
+    checkpoint, tokenizer, conditioning = settings.open(needs_encoder=not one)
+    template, pieces = prompt_template(settings.template), Tokenizer(cached_path(tokenizer))
+    window = checkpoint.config.max_seq_len
+
+    def find_error(instruction: str, input: str) -> str:
+        return describe_long(instruction, input, template, pieces, window)
+
+    if settings.image is not None and (conditioning is None or settings.instruction == TERMINAL):
         raise ConfigError("image belongs to an instruction, and needs the vision section of its adapter")
-    if settings.file is not None:
-        if settings.run is None:
-            raise ConfigError("run.name: required for a file's answers, but not given")
-        if settings.out is not None and Path(settings.out).suffix not in (".jsonl", ".parquet"):
-            raise ConfigError(f"out must end in .jsonl or .parquet, got {settings.out}")
-        next(read_records(cached_path(settings.file), answered=False), None)
-    return conditioning
+    if settings.file is None:
+        if settings.instruction != TERMINAL and (error := find_error(settings.instruction, settings.input)):
+            raise ConfigError(f"instruction: {error}: shorten it or its input")
+        return Checked(conditioning, (), find_error)
+    rows = list(set_aside_long(read_instructions(cached_path(settings.file)), template, pieces, window))
+    reasons = [f"{row.place}: {row.error}" for row in rows if row.error]
+    check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction")
+    if len(reasons) == len(rows):
+        raise DataError(f"{settings.file}: no record to answer" + (f"; {reasons[0]}" if reasons else ""))
+    return Checked(conditioning, rows, find_error)
+
+
+def _check_settings(settings: Config) -> None:
+    """Check what needs no model and no records."""
+    if settings.file is None:
+        if not settings.instruction.strip():
+            raise ConfigError(f"instruction is empty: give one, or {TERMINAL} to read instructions from the terminal")
+        for name, text in (("instruction", settings.instruction), ("input", settings.input)):
+            check_text(text, name)
+        if settings.out is not None:
+            raise ConfigError("out: names the file of the answers to `file`, which is not given")
+        return
+    if settings.instruction != TERMINAL:
+        raise ConfigError("give either instruction or file, not both")
+    if settings.run is None:
+        raise ConfigError("run.name: required for a file's answers, but not given")
+    if settings.answers_file.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"out must end in .jsonl or .parquet, got {settings.out}")
+    if settings.out is not None:
+        encoder = settings.vision.encoder if settings.vision else None
+        needed = [settings.file, settings.base.path, settings.base.tokenizer, settings.adapter, settings.template]
+        needed += [encoder.weights, encoder.config, encoder.name] if encoder else []
+        ours = [str(settings.run.folder / name) for name in ("rejected.jsonl", "parts")]
+        check_output(settings.out, [*filter(None, needed), *ours])
 
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    check(settings)
-    instructions = settings.instruction or "read from the terminal"
+    rows = check(settings).rows
+    instructions = "read from the terminal" if settings.instruction == TERMINAL else settings.instruction
     if settings.file is not None:
-        instructions = f"{settings.file} → {_out(settings)}"
-    rows = [["base", settings.base.path], ["adapter", settings.adapter or "none"], ["instructions", instructions]]
-    show_table("plan", ["", ""], rows)
+        rejected = sum(bool(row.error) for row in rows)
+        records = f"{len(rows):,} records" + (f", {rejected:,} set aside" if rejected else "")
+        instructions = f"{settings.file} → {settings.answers_file}: {records}"
+    table = [["base", settings.base.path], ["adapter", settings.adapter or "none"], ["instructions", instructions]]
+    show_table("plan", ["", ""], table)
 
 
 def run(settings: Config) -> dict[str, Any]:
     """Print the answers and return them; or write those of a file and return its result."""
     if settings.file is not None and settings.run is not None:
         return answer_file(settings)
-    conditioning = check(settings)
+    conditioning, _, find_error = check(settings)
     model = load_on_gpu(lambda device: settings.load(device, conditioning))
     features = None
     if conditioning is not None and settings.image is not None:
@@ -113,22 +191,57 @@ def run(settings: Config) -> dict[str, Any]:
         if pixels is None:
             raise DataError(error)
         features = ImageFeaturizer(conditioning.encoder, default_device()).features([pixels])[0]
-    answers = []
-    for instruction in _instructions(settings):
-        answers += settings.task.answers(model, [instruction], [features])
-        print(answers[-1], flush=True)
-    return {"answers": answers}
+
+    def answer(instruction: str, input: str) -> str:
+        (text,) = settings.task.answers(model, [(instruction, input)], [features])
+        print(text, flush=True)
+        return text
+
+    if settings.instruction == TERMINAL:
+        return {"answers": answer_terminal(answer, find_error)}
+    return {"answers": [answer(settings.instruction, settings.input)]}
+
+
+def answer_terminal(answer: Callable[[str, str], str], find_error: Callable[[str, str], str]) -> list[str]:
+    """Answer each line that is typed, until the end of the input or Ctrl-C; return the answers.
+
+    A line that cannot be answered is reported, and the next is read.
+
+    Args:
+        answer: (instruction, input) → the answer, which it also prints.
+        find_error: (instruction, input) → why it cannot be answered, or an empty text.
+    """
+    answers, prompt = list[str](), "instruction> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+            if error := _line_error(line, find_error):
+                logger.error("not answered: %s", error)
+            elif line:
+                answers.append(answer(line, ""))
+        except (EOFError, KeyboardInterrupt):
+            if prompt:
+                print()  # the shell's own prompt begins a new line
+            return answers
+        except UnicodeDecodeError as error:
+            raise DataError(f"the instructions on standard input are not UTF-8: {error}") from error
+
+
+def _line_error(line: str, find_error: Callable[[str, str], str]) -> str:
+    try:
+        return find_error(check_text(line, "the line"), "") if line else ""
+    except AdapterError as error:
+        return str(error)
 
 
 @job
 def answer_file(settings: Config) -> dict[str, Any]:
     """Answer a file of records; return and write `result.json`, with some of the answers for the report."""
-    conditioning = check(settings)
+    conditioning, rows, _ = check(settings)
     assert settings.run is not None
     assert settings.file is not None
-    file, parts = resolve_path(settings.file), settings.run.folder / "parts"
-    image_root = str(resolve_path(settings.images or file.parent))
-    records = list(read_records(cached_path(file), answered=False))
+    records, image_root = [row.record for row in rows if not row.error], str(settings.image_root)
+    parts = settings.run.folder / "parts"
     identity = {
         **model_identity(settings, conditioning),
         **data_identity(records, image_root, reads_images=conditioning is not None),
@@ -136,7 +249,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
     }
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
-    answers = BatchGenerator(
+    generated = BatchGenerator(
         task=settings.task,
         schema=ANSWERS,
         parts=parts,
@@ -147,53 +260,37 @@ def answer_file(settings: Config) -> dict[str, Any]:
         image_root=image_root,
         pool=settings.scale,
     ).run(records)
-    if conditioning is None:
-        answers = answers.drop_columns(["image", "image_error"])
-    out = _out(settings)
-    write_answers(out, answers)
-    rows = answers.to_pylist()
-    unreadable = [row for row in rows if row.get("image_error")]
-    write_jsonl(
-        folder / "rejected.jsonl", ({"image": row["image"], "reason": row["image_error"]} for row in unreadable)
-    )
-    _write_image_examples(folder, resolve_path(image_root), rows)
-    left_out = 0 if conditioning else sum(bool(record.get("image")) for record in records)
-    without = left_out + len(unreadable)
+    answers = join_answers(rows, generated.to_pylist())
+    rejected = rejected_rows(settings.file, [row for row, _ in answers])
+    write_jsonl(folder / "rejected.jsonl", rejected)
+    reasons = [f"{row['record']}: {row['reason']}" for row in rejected]
+    listed = str(folder / "rejected.jsonl")
+    check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction", listed=listed)
+    write_answers(settings.answers_file, answers)
+    shown = [shown_answer(row, answer) for row, answer in answers if not row.error]
+    if conditioning is not None:
+        _write_image_examples(folder, settings.image_root, shown)
+    left_out = 0 if conditioning else sum(bool(record["image"]) for record in records)
     result = {
-        "headline": f"{len(rows):,} answers" + (f", {without:,} without their image" if without else ""),
-        "answers": len(rows),
-        "unreadable_images": len(unreadable),
+        "headline": _headline(len(shown), len(rejected), left_out),
+        "answers": len(shown),
+        "rejected_records": len(rejected),
         "images_left_out": left_out,
-        "out": str(out),
-        "some_answers": evenly_spaced(rows),
+        "out": str(settings.answers_file),
+        "some_answers": [{n: v for n, v in row.items() if n != "error"} for row in evenly_spaced(shown)],
     }
     write_json(folder / "result.json", result)
-    print(f"{result['headline']} in {out}")
+    print(f"{result['headline']} in {settings.answers_file}")
     return result
 
 
-def _write_image_examples(folder: Path, image_root: Path, rows: list[Record]) -> None:
-    read = [row for row in rows if row.get("image") and not row["image_error"]]
-    examples = [(image_root / row["image"], f"{row['instruction']} {row['answer']}") for row in evenly_spaced(read)]
+def _headline(answers: int, rejected: int, left_out: int) -> str:
+    headline = f"{answers:,} answers"
+    headline += f", {left_out:,} without their image" if left_out else ""
+    return headline + (f"; {rejected:,} records set aside" if rejected else "")
+
+
+def _write_image_examples(folder: Path, image_root: Path, shown: list[Record]) -> None:
+    seen = [row for row in shown if row.get("image")]
+    examples = [(image_root / row["image"], f"{row['instruction']} {row['answer']}") for row in evenly_spaced(seen)]
     write_examples(folder, examples, "Some of the records with an image: instruction and answer.")
-
-
-def _out(settings: Config) -> Path:
-    """The file of a file's answers."""
-    assert settings.run is not None
-    return resolve_path(settings.out) if settings.out else settings.run.folder / "answers.jsonl"
-
-
-def _instructions(settings: Config) -> Iterator[tuple[str, str]]:
-    """(instruction, input) pairs: the one of the settings, or each line that is typed."""
-    if settings.instruction is not None:
-        yield settings.instruction, settings.input
-        return
-    prompt = "instruction> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            return
-        if line.strip():
-            yield line.strip(), ""

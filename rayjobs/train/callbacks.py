@@ -1,8 +1,15 @@
-"""Write each reported step to the run's metrics file and to experiment trackers."""
+"""Ray Train's controller and the workers' reports: metrics go to a file and to trackers, events to the driver.
+
+The controller is a process on the driver's node.
+"""
 
 import json
 import math
+import re
 from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import ray.train
@@ -11,12 +18,14 @@ from rayjobs.runs.trackers import TensorBoard, TrackConfig, Tracker, log_all, nu
 from rayjobs.storage.files import read_jsonl, write_jsonl
 from rayjobs.storage.sync import SyncedFolder
 
+STARTING, TRAINING = "starting", "training"
+"""What workers do that have not reported yet, and those that make steps."""
+
 
 class MetricsLog(ray.train.UserCallback):
     """Writes the rows that rank 0 reports to `metrics.jsonl` and to trackers.
 
-    It runs in Ray Train's controller, a process on the driver's node. Steps that a resumed run makes again replace
-    their earlier rows.
+    Steps that a resumed run makes again replace their earlier rows.
     """
 
     def __init__(self, synced: SyncedFolder, track: TrackConfig) -> None:
@@ -26,7 +35,7 @@ class MetricsLog(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Append the rows that rank 0 reported to metrics.jsonl and send them to the trackers."""
-        rows = metrics[0]["rows"]
+        rows = metrics[0].get("rows")
         if not rows:
             return
         path = self.synced.fetch("metrics.jsonl")
@@ -42,3 +51,67 @@ class MetricsLog(ray.train.UserCallback):
         log_all(self.trackers, [(row["step"], numbers(row)) for row in rows])
         with suppress(OSError):  # the next report sends it again; an error at the end of the run is raised
             self.synced.send(now=checkpoint is not None)
+
+
+DEATHS = (
+    (r"its node (has died|was terminated)|node .* (died|preempted)", "its node is lost"),
+    (r"memory pressure|\(OOM\)", "its node ran out of memory"),
+    (r"health check has been hanging", "it does not answer"),
+    (r"actor (has )?died|actor is dead|worker process has (died|exited)", "its process was ended"),
+)
+"""What Ray's errors about workers say, and a phrase for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that the driver shows."""
+
+    doing: str = ""
+    """What the workers do now; empty if this is not about it."""
+    message: str = ""
+
+
+class EventLog(ray.train.UserCallback):
+    """Appends to a file, which the driver reads, what the workers are doing and that one of them has died."""
+
+    def __init__(self, path: Path, max_failures: int) -> None:
+        """max_failures: failures from which the run recovers, -1 for any number."""
+        self.path, self.max_failures = path, max_failures
+        self.failures, self.saved_step = 0, 0
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        report = metrics[0]
+        if "resumed_at" in report:
+            self.saved_step = report["resumed_at"]
+        if checkpoint is not None:
+            self.saved_step = report["rows"][-1]["step"]
+        if "doing" in report:
+            self._append(Event(doing=report["doing"]))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.failures += 1
+        reason = describe_death(str(next(iter(worker_exceptions.values()))))
+        message = (
+            f"{'a worker' if len(worker_exceptions) == 1 else f'{len(worker_exceptions)} workers'} died ({reason})"
+        )
+        if self.max_failures < 0 or self.failures <= self.max_failures:
+            message += f"; going on from step {self.saved_step}"
+        self._append(Event(doing=STARTING, message=message))
+
+    def _append(self, event: Event) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(event)) + "\n")
+
+
+def read_events(path: Path) -> list[Event]:
+    """The events that an `EventLog` has written so far."""
+    return [Event(**row) for row in read_jsonl(path)] if path.exists() else []
+
+
+def describe_death(error: str) -> str:
+    """A phrase of why a worker ended, from the text of Ray's error: what became of its process, or what it raised."""
+    for pattern, phrase in DEATHS:
+        if re.search(pattern, error, re.IGNORECASE):
+            return phrase
+    raised = re.findall(r"^[\w.]+: .*$", error, re.MULTILINE)  # the ends of tracebacks
+    return shorten((raised or error.split("\n"))[-1], 200, placeholder=" …") or "of an unknown cause"

@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from rayjobs.errors import StorageError
+from rayjobs.storage.files import atomic_path
 
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 
@@ -35,7 +36,8 @@ class TrainingCheckpoint(NamedTuple):
 
 
 def write_checkpoint(folder: str | Path, checkpoint: TrainingCheckpoint) -> None:
-    save_file(checkpoint.state, Path(folder) / STATE_FILE)
+    with atomic_path(Path(folder) / STATE_FILE) as temporary:  # save_file alone gives a file that only its owner reads
+        save_file(checkpoint.state, temporary)
     (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": checkpoint.step, "rows": checkpoint.rows}))
 
 

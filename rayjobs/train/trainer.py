@@ -5,8 +5,11 @@ step, so that neither depends on the number of workers. A checkpoint holds the t
 derives the position in the data from the step.
 """
 
+import logging
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
@@ -21,11 +24,13 @@ from rayjobs.console import Progress, verbose
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
-from rayjobs.train.callbacks import MetricsLog
+from rayjobs.train.callbacks import STARTING, TRAINING, EventLog, MetricsLog, read_events
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig, TrainJob
 from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
 from rayjobs.train.worker import WorkerResult, train_worker
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT = "train"
 """Folder of Ray Train within the run's folder."""
@@ -41,13 +46,17 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
     """
     storage, synced = f"{folder}/{EXPERIMENT}", SyncedFolder(folder)
     delete_truncated_snapshot(storage)
-    trainer = build_trainer(job, scale, folder, MetricsLog(synced, track))
-    with synced:
-        result = run_with_progress(trainer, synced.local / "metrics.jsonl", job.total_steps, scale)
+    with synced, tempfile.TemporaryDirectory(prefix="rayjobs-") as temporary:
+        events = Path(temporary) / "events.jsonl"
+        callbacks = [MetricsLog(synced, track), EventLog(events, scale.max_failures)]
+        trainer = build_trainer(job, scale, folder, callbacks)
+        result = run_with_progress(trainer, Monitor(synced.local / "metrics.jsonl", events, scale), job.total_steps)
     return read_result(result, storage, job.total_steps)
 
 
-def build_trainer(job: TrainJob, scale: ScaleConfig, folder: Path, metrics_log: MetricsLog) -> TorchTrainer:
+def build_trainer(
+    job: TrainJob, scale: ScaleConfig, folder: Path, callbacks: Sequence[ray.train.UserCallback]
+) -> TorchTrainer:
     """Return the trainer with the scaling, failure and checkpoint settings of a run."""
     resources = scale.resources()
     fewest, most = scale.workers.min, scale.workers.max
@@ -68,7 +77,7 @@ def build_trainer(job: TrainJob, scale: ScaleConfig, folder: Path, metrics_log: 
                 max_failures=scale.max_failures, max_preemption_failures=scale.max_preemptions
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=[metrics_log, RefreshClusterResources()],
+            callbacks=[*callbacks, RefreshClusterResources()],
             worker_runtime_env={"env_vars": environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),
@@ -93,25 +102,56 @@ class FitThread(threading.Thread):
             self.future.set_exception(error)
 
 
-def run_with_progress(trainer: TorchTrainer, metrics: Path, total_steps: int, scale: ScaleConfig) -> ray.train.Result:
-    """Run the trainer to its end; meanwhile show the last row of the metrics file.
+class Monitor:
+    """What the driver knows about a running `fit`, from the files that Ray Train's controller writes."""
+
+    def __init__(self, metrics: Path, events: Path, scale: ScaleConfig) -> None:
+        self.metrics, self.events, self.scale = metrics, events, scale
+        self.told = 0
+        self.doing = STARTING
+        self.progress, self.changed_at = last_step(metrics), time.monotonic()
+
+    def refresh(self) -> tuple[int, str]:
+        """Log the messages that are new; return the last step and a phrase with its metrics, or why there is none."""
+        events = read_events(self.events)
+        for event in events[self.told :]:
+            self.doing = event.doing or self.doing
+            if event.message:
+                logger.warning("train: %s", event.message)
+        self.told = len(events)
+        progress = last_step(self.metrics)
+        if progress != self.progress:
+            self.progress, self.changed_at = progress, time.monotonic()
+        waiting_s = time.monotonic() - self.changed_at
+        if waiting_s >= WAITING_AFTER_S:
+            return progress[0], f"no step for {waiting_s:.0f} s: {self.describe_waiting()}"
+        return progress if progress[0] else (0, self.doing)
+
+    def describe_waiting(self) -> str:
+        """A phrase of what the run waits for."""
+        if self.doing not in (STARTING, TRAINING):
+            return f"the workers are {self.doing}"
+        # Ray Train also restarts workers without an error, for instance to add some.
+        needed = f"{self.scale.workers} worker{'' if self.scale.workers.max == 1 else 's'}"
+        starting = "waiting for workers; " if self.doing == STARTING else ""
+        return f"{starting}the run needs {needed}, the cluster has {cluster_capacity()}"
+
+
+def run_with_progress(trainer: TorchTrainer, monitor: Monitor, total_steps: int) -> ray.train.Result:
+    """Run the trainer to its end; meanwhile show how far it is.
 
     Raises what the workers raised, a user error without Ray's wrapping.
     """
     thread = FitThread(trainer)
     thread.start()
-    with Progress("train", unit="steps", total=total_steps) as progress:
-        shown, stepped_at = (0, ""), time.monotonic()
+    shown = monitor.refresh()
+    with Progress("train", unit="steps", total=total_steps, done=shown[0]) as progress:
         while not thread.future.done():
             wait([thread.future], timeout=REFRESH_S)
-            current = last_step(metrics)
-            waiting_s = time.monotonic() - stepped_at
+            current = monitor.refresh()
             if current != shown:
                 progress.update(*current)
-                shown, stepped_at = current, time.monotonic()
-            elif waiting_s > WAITING_AFTER_S and not thread.future.done():
-                needs = f"the run needs {scale.workers} workers, the cluster has {cluster_capacity()}"
-                progress.update(current[0], f"no step for {waiting_s:.0f} s: {needs}")
+                shown = current
     with reraise_user_errors():
         result = thread.future.result()
         if result.error is not None:
@@ -135,7 +175,7 @@ def last_step(metrics: Path) -> tuple[int, str]:
     rows = read_jsonl(metrics, last_bytes=1 << 14) if metrics.exists() else []
     steps = [row for row in rows if "loss" in row]
     if not steps:
-        return 0, "starting"
+        return 0, ""
     last = steps[-1]
     phrase = f"loss {last['loss']:.4f}  lr {last['lr']:.2e}  {last['tokens_per_s']:,} tokens/s"
     validated = [row["val_loss"] for row in rows if "val_loss" in row]

@@ -16,6 +16,7 @@ from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.data.loader import MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
+from rayjobs.train.callbacks import TRAINING
 from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
 from rayjobs.train.config import TrainJob
 from rayjobs.train.engine import Engine, adapted_model
@@ -87,10 +88,14 @@ class TrainingLoop:
 
     def run(self) -> int:
         """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
+        ray.train.report({"doing": "loading the model"})
         self.check_folders()
         self.setup()
         self.resume()
-        if self.step == 0 and self.job.validates_after(0):
+        validates = self.step == 0 and self.job.validates_after(0)
+        doing = "validating before the first step" if validates else TRAINING
+        ray.train.report({"doing": doing, "resumed_at": self.step})
+        if validates:
             self.log_validation()
         self.step_began = self.reported = time.monotonic()
         steps = range(self.step, self.job.total_steps)

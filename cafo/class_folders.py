@@ -84,7 +84,7 @@ def list_images(root: Path, folders: Iterable[str]) -> Listing:
                 else:
                     images[folder].append(entry.name)
         images[folder].sort()
-    suffixes = Counter(Path(path).suffix.lower() or "none" for path in other).most_common(_SHOWN)
+    suffixes = Counter(Path(path).suffix.lower() or "none" for path in sorted(other)).most_common(_SHOWN)
     kinds = ", ".join(f"{suffix}: {count}" for suffix, count in suffixes)
     notices = [
         _notice(other, "file without an image's suffix", "files without an image's suffix", kinds),

@@ -31,7 +31,7 @@ def check_class_names(names: Sequence[str], where: object, *, repeated: bool = F
         DatasetError: a name that is blank, not UTF-8, or the name of another class too.
     """
     if wrong := [label for label, name in enumerate(names) if not name.strip() or not is_utf8(name)]:
-        raise DatasetError(f"{where}: class {wrong[0]} has the name {readable(names[wrong[0]])!r}; give it another")
+        raise DatasetError(f"{where}: class {wrong[0]} has the name '{readable(names[wrong[0]])}'; give it another")
     notices = []
     if twice := _groups(names, names):
         labels = "; ".join(f"{name!r} is the name of classes {', '.join(map(str, at))}" for name, at in twice.items())
@@ -57,7 +57,7 @@ def check_items(items: Sequence[Item], where: object) -> None:
     labelled: dict[str, Item] = {}
     for item in items:
         if not is_utf8(item.path):
-            raise DatasetError(f"{where}: the path {readable(item.path)!r} is not UTF-8; rename the file")
+            raise DatasetError(f"{where}: the path '{readable(item.path)}' is not UTF-8; rename the file")
         first = labelled.setdefault(_normal(item.path), item)
         if first.label != item.label:
             raise DatasetError(

@@ -109,9 +109,7 @@ class CaFo:
         if not dataset.val:
             raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
         if len(dataset.class_names) < 2:
-            raise DatasetError(
-                f"{dataset.name} has {len(dataset.class_names)} class, and a classifier needs two or more"
-            )
+            raise DatasetError(f"{dataset.name} has one class, and a classifier needs two or more")
         for notice in dataset.notices:
             logger.warning("%s: %s", dataset.name, notice)
         loaded = _load_encoders(encoders, device)

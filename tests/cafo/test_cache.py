@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from cafo.cache import (
@@ -16,6 +17,7 @@ from cafo.cache import (
     train_keys,
 )
 from cafo.ensemble import Ensemble, combine, standardise
+from cafo.errors import CafoError
 from tests.cafo import reference
 
 N = 7
@@ -219,3 +221,23 @@ def test_shapes_that_do_not_fit_are_errors():
         replace(cache, keys={"clip": cache.keys["clip"][:5]})
     with pytest.raises(ValueError, match="dino"):
         cache.logits({"clip": features["clip"]})
+
+
+@pytest.mark.parametrize("content", ["cut", "pointer", "nothing", "headerless", "nan"])
+def test_a_damaged_cache_is_named_with_the_way_out(tmp_path, content):
+    path, (cache, _, _) = tmp_path / "cache.safetensors", make()
+    save_cache(cache, path)
+    message = r"cache\.safetensors is no whole cafo-cache-1 file .*bytes\); copy it again"
+    if content == "nan":
+        cache.keys["clip"][3, 1] = math.nan
+        save_cache(cache, path)
+        message = r"cache\.safetensors: keys\.clip hold NaN"
+    elif content == "headerless":
+        save_file({"labels": cache.labels}, path, {"format": "cafo-cache-1"})
+    elif content == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+        message = "is a Git LFS pointer, not the cache itself"
+    else:
+        path.write_bytes(path.read_bytes()[: 300 if content == "cut" else 0])
+    with pytest.raises(CafoError, match=message):
+        load_cache(path)

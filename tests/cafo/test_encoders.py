@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from cafo.encoders import EncoderSpec, ImageEncoder, load_encoder
+from cafo.errors import EncoderError
 from cafo.images import CLIP_MEAN, IMAGENET_MEAN, Preprocess
 
 VIT = {
@@ -315,3 +316,34 @@ def test_a_custom_network_and_features_that_are_not_finite():
         encoder.encode_image(batch)
     with pytest.raises(ValueError, match="forward_intermediates"):
         encoder.multi_scale(batch)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "timm"])
+def test_weights_that_are_no_numbers_are_named_at_load(tmp_path, kind):
+    if kind == "timm":
+        state = timm.create_model("test_resnet", pretrained=False, num_classes=0).state_dict()
+        spec = EncoderSpec(kind="timm", name="test_resnet", weights=str(tmp_path / "x.pth"))
+    else:
+        state = tiny(VIT).state_dict()
+        spec = EncoderSpec(kind="clip", weights=str(tmp_path / f"x.{kind}"), config=str(tmp_path / "model.json"))
+        (tmp_path / "model.json").write_text(json.dumps(VIT))
+    name = [name for name, tensor in state.items() if tensor.ndim > 1][1]
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state[name].view(-1)[3] = float("inf" if kind == "pth" else "nan")
+    (save_file if kind == "safetensors" else torch.save)(state, spec.weights)
+    with pytest.raises(ValueError, match=rf"x\.\w+: 1 of \d+ tensors hold NaN or infinity \({name}\)"):
+        load_encoder(spec)
+
+
+@pytest.mark.parametrize("file", ["x.safetensors", "x.pth"])
+@pytest.mark.parametrize("content", ["pointer", "cut", "text", "nothing"])
+def test_damaged_weight_files_are_named_with_the_way_out(tmp_path, file, content):
+    path = tmp_path / file
+    state = timm.create_model("test_resnet", pretrained=False, num_classes=0).state_dict()
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    whole = path.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
+    path.write_bytes({"pointer": pointer, "cut": whole[: len(whole) // 2], "text": b"<html>", "nothing": b""}[content])
+    message = "is a Git LFS pointer.*git lfs pull" if content == "pointer" else r"bytes\).*download it again"
+    with pytest.raises(EncoderError, match=rf"{file} .*{message}"):
+        load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=str(path)))

@@ -94,3 +94,9 @@ def test_unknown_sources_are_named():
             combine(zero_shot, caches, ensemble)
     with pytest.raises(ValueError, match="two classes"):
         combine(zero_shot[:, :1], caches, Ensemble())
+
+
+def test_text_in_place_of_a_list_of_sources_is_refused():
+    for use in (lambda: Ensemble(sources="clip"), lambda: table5("clip")):
+        with pytest.raises(ValueError, match="sources should be a list, got the text 'clip'"):
+            use()

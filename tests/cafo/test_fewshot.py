@@ -43,3 +43,15 @@ def test_a_saved_choice_is_read_back_equal(tmp_path):
         fewshot.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="no file"):
         fewshot.load(tmp_path / "none.json")
+
+
+def test_an_unreadable_image_gives_way_to_the_next_of_its_class():
+    before = fewshot.choose(ITEMS, NAMES, shots=3, seed=1)
+    more = fewshot.choose(ITEMS, NAMES, shots=4, seed=1)
+    bad = before.items[4]  # the second bee
+    after = fewshot.choose(ITEMS, NAMES, shots=3, seed=1, unreadable={bad.path})
+    assert [item for item in after.items if item.label != 1] == [item for item in before.items if item.label != 1]
+    bees = [item for item in more.items if item.label == 1]
+    assert [item for item in after.items if item.label == 1] == [bees[0], *bees[2:]]
+    with pytest.raises(ValueError, match=r"ant \(10\).*images of these classes that cannot be read: ant/0\.jpg"):
+        fewshot.choose(ITEMS, NAMES, shots=11, seed=1, unreadable={"ant/0.jpg"})

@@ -1,4 +1,5 @@
 import io
+import logging
 import zlib
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cafo import images
 from cafo.errors import ImageError
 from cafo.images import CLIP_MEAN, CLIP_STD, THIN, Preprocess, load_image, random_view
 
@@ -147,3 +149,106 @@ def test_views_keep_to_their_ranges():
     assert all(w * h > 0.88 * 311 * 211 for _, _, w, h, _ in large)
     assert random_view(1000, 3, key="x", index=0, seed=0)[2:4] == (4, 3)
     assert random_view(1, 1, key="x", index=0, seed=0)[2:4] == (1, 1)
+
+
+def pixels_of(image):
+    return np.asarray(load_image(image)).tolist()
+
+
+@pytest.mark.parametrize("form", ["rotated", "transparent", "16 bits", "palette", "CMYK", "two frames"])
+def test_a_pil_image_is_read_like_its_file(tmp_path, form):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, path, more = gradient(), tmp_path / "x.png", {}
+    if form == "rotated":
+        path, more = tmp_path / "x.jpg", {"exif": exif}
+    elif form == "transparent":
+        image = image.copy()
+        image.putalpha(Image.fromarray(np.arange(37 * 23, dtype=np.uint16).reshape(23, 37).astype(np.uint8)))
+    elif form == "16 bits":
+        image = Image.fromarray(np.linspace(0, 65535, 37 * 23).reshape(23, 37).astype(np.uint16))
+    elif form == "palette":
+        image, path, more = image.convert("P"), tmp_path / "x.gif", {"transparency": 3}
+    elif form == "CMYK":
+        image, path = image.convert("CMYK"), tmp_path / "x.tif"
+    else:
+        path, more = tmp_path / "x.gif", {"save_all": True, "append_images": [Image.new("RGB", (37, 23), "blue")]}
+    image.save(path, **more)
+    with Image.open(path) as opened:
+        for other in (opened, path.read_bytes(), str(path)):
+            assert pixels_of(other) == pixels_of(path)
+        assert torch.equal(PREPROCESS(opened), PREPROCESS(load_image(path)))
+        assert torch.equal(*[PREPROCESS.view(image, "x", 1, 0) for image in (opened, load_image(path))])
+
+
+def test_arrays_are_images():
+    pixels = np.asarray(gradient())
+    for array in (pixels, pixels / 255, (pixels / 255).astype(np.float32), pixels[:, ::-1][:, ::-1]):
+        assert pixels_of(array) == pixels.tolist()
+    assert pixels_of(pixels[..., 0]) == pixels_of(pixels[..., :1]) == pixels_of(Image.fromarray(pixels[..., 0]))
+    wide = np.linspace(0, 65535, 35).reshape(5, 7).astype(np.uint16)
+    assert pixels_of(wide) == pixels_of(Image.fromarray(wide))
+    with_alpha = np.concatenate([pixels, np.zeros_like(pixels[..., :1])], axis=2)
+    assert np.asarray(load_image(with_alpha)).min() == 255
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 5, 7), np.uint8), "channels last"),
+        (np.full((5, 7, 3), 2.0), "from 0 to 1, got 2 to 2"),
+        (np.full((5, 7, 3), np.nan), "from 0 to 1, got nan"),
+        (np.zeros((5, 7, 3), np.int64), "uint8, uint16 or floating point"),
+        (np.zeros((0, 7, 3), np.uint8), "has the shape"),
+        (torch.zeros(5, 7, 3), "a Tensor is no image"),
+    ],
+)
+def test_other_arrays_are_refused_with_what_is_expected(array, message):
+    with pytest.raises(ImageError, match=message):
+        load_image(array)
+
+
+@pytest.fixture
+def odd_images(monkeypatch, caplog):
+    """The log of odd images, as if none was seen before."""
+    monkeypatch.setattr(images, "_WARNED", set())
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
+def test_8_bit_values_in_a_wide_format_are_not_black(tmp_path, odd_images, dtype, kind):
+    values = np.arange(37 * 23).reshape(23, 37) % 251
+    for name in ("a", "b"):
+        Image.fromarray(values.astype(dtype)).save(tmp_path / name, kind)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a"))[..., 0], values)
+    load_image(tmp_path / "b")
+    (record,) = odd_images.records  # once
+    assert "/a has no value above 255 in a 16-bit or wider format" in record.getMessage()
+
+
+def test_other_dark_images_are_logged(tmp_path, odd_images):
+    twelve_bits = np.full((5, 7), 4095, np.uint16)
+    Image.fromarray(twelve_bits).save(tmp_path / "twelve.png")
+    assert np.asarray(load_image(tmp_path / "twelve.png")).max() == 15
+    assert "twelve.png is nearly black: its largest value is 4095 of 65535" in odd_images.text
+    black = np.zeros((5, 7), np.uint16)
+    Image.fromarray(black).save(tmp_path / "black.png")
+    assert np.asarray(load_image(tmp_path / "black.png")).max() == 0
+    assert len(odd_images.records) == 1  # black on purpose
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    rows = b"".join(b"\0" + bytes([0, 200] * 3 * 7) for _ in range(5))  # 16-bit RGB with values of 200
+    header = (7).to_bytes(4, "big") + (5).to_bytes(4, "big") + b"\x10\x02\0\0\0"
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    load_image(png, name="rgb.png")
+    assert "rgb.png is black: Pillow keeps the high byte of 16-bit colours" in odd_images.text
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "x.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    for source in (tmp_path / "x.jpg", (tmp_path / "x.jpg").read_bytes()):
+        with pytest.raises(ImageError, match="is a Git LFS pointer, not the image itself"):
+            load_image(source)

@@ -84,3 +84,31 @@ def test_errors_say_what_cannot_be_fitted(photos: Path, specs: dict, tmp_path: P
         CaFo.fit(photos, {"dino": specs["dino"]})
     with pytest.raises(ValueError, match=r"no sentence for 1 of 3 classes: red_thing"):
         CaFo.fit(photos, specs, shots=1, config=FitConfig(views=1, prompts={"green": ["green."], "blue": ["blue."]}))
+
+
+def test_one_image_in_place_of_a_list_is_refused(model: CaFo, photos: Path) -> None:
+    path = photos / "green" / "1.png"
+    opened = load_image(path)
+    array = np.asarray(opened)
+    for image in (str(path), path, path.read_bytes(), opened, array, array[..., 0]):
+        with pytest.raises(ValueError, match="images should be a list of images, got one"):
+            model.predict(image)  # type: ignore[arg-type]
+    batch = np.stack([array, array])
+    expected = model.logits([path, path])
+    assert torch.equal(model.logits(batch), expected)
+    assert torch.equal(model.logits([opened, array]), expected)
+    assert torch.equal(model.logits([path.read_bytes(), array / 255]), expected)
+
+
+def test_sentences_are_lists(photos: Path, specs: dict) -> None:
+    prompts = {"red_thing": ["red."], "green": "green.", "blue": ["blue."]}
+    with pytest.raises(ValueError, match=r"'green' should have a list of sentences, got 'green\.'"):
+        CaFo.fit(photos, specs, shots=1, config=FitConfig(views=1, prompts=prompts))
+
+
+def test_one_class_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    (tmp_path / "only").mkdir()
+    for i in range(9):
+        Image.new("RGB", (5, 7)).save(tmp_path / "only" / f"{i}.png")
+    with pytest.raises(ValueError, match="has one class, and a classifier needs two"):
+        CaFo.fit(tmp_path, {})

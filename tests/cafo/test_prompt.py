@@ -156,3 +156,25 @@ def test_the_papers_file_of_sentences(caltech):
     assert "joshua_tree" in names
     prompts = read_prompts(path, [name.replace("_", " ") for name in names])
     assert all(len(sentences) == 10 for sentences in prompts.values())
+
+
+@pytest.mark.parametrize("sentences", ["a cat.", ["a cat.", " "], [], None, [["a cat."]], {"a": "cat."}])
+def test_sentences_are_lists_of_text_wherever_they_come_from(tmp_path, sentences):
+    with pytest.raises(ValueError, match=r"'cat' should have a list of sentences|no sentence for 1 of 2 classes: cat"):
+        zero_shot_classifier(Letters(), {"cat": sentences, "dog": ["a dog."]}, ["cat", "dog"])
+    (tmp_path / "p.json").write_text(json.dumps({"cat": sentences, "dog": ["a dog."]}))
+    with pytest.raises(ValueError, match=r"p\.json.*('cat' should have a list|no sentence for 1 of 2 classes: cat)"):
+        read_prompts(tmp_path / "p.json", ["cat", "dog"])
+
+
+def test_one_class_or_template_in_place_of_a_list_is_refused(tmp_path):
+    for use in (
+        lambda: template_prompts("a {}.", ["cat"]),
+        lambda: template_prompts(["a {}."], "cat"),
+        lambda: read_prompts(tmp_path / "p.json", "cat"),
+        lambda: describe_classes(Fake(), "cat", tmp_path / "p.json"),
+        lambda: describe_classes(Fake(), ["cat"], tmp_path / "p.json", commands="What is a {}?"),
+        lambda: zero_shot_classifier(Letters(), {"c": ["c"]}, "c"),
+    ):
+        with pytest.raises(ValueError, match="should be a list, got the text"):
+            use()

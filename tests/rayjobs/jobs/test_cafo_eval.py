@@ -2,12 +2,13 @@
 
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cafo import paper_results
+from cafo import fewshot, paper_results
 from cafo.cache import load_cache
 from rayjobs.config import load
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
@@ -18,7 +19,7 @@ from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, settings_to_plot
 from tests.cafo.server import serve
-from tests.rayjobs.cafo_dataset import make_dataset, make_images
+from tests.rayjobs.cafo_dataset import CLASSES, make_dataset, make_images
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
 
@@ -192,10 +193,81 @@ def test_the_chain_opens_test_once_for_its_choice(
     torch.save({"teacher": {name: 1.5 * tensor for name, tensor in weights["teacher"].items()}}, other)
     with pytest.raises(ValueError, match=r"encoders.dino: the sweep's caches are of .*, the weights are now"):
         cafo_eval.run(evaluation)
-    with pytest.raises(ValueError, match="holds trials of other images or encoders than there are now"):
+    with pytest.raises(ValueError, match=r"holds trials of other inputs \(encoders.dino: was .*, now"):
         cafo_tune.run(cafo.tune_settings(config))
     chosen = read_json(config.run.folder / "chosen.json")
     chosen["chosen"][0]["seeds"].pop()
     write_json(config.run.folder / "chosen.json", chosen)
     with pytest.raises(ValueError, match=r"opened on .* for another choice"):
         cafo_eval.run(evaluation)
+
+
+def make_tree(folder: Path) -> list[str]:
+    """The images of `make_dataset` as a tree of class folders; return the overrides that name it."""
+    given = [one for one in make_dataset(folder) if not one.startswith(("data.", "encoders.dino"))]
+    for image in sorted((folder / "images").glob("*/*/*.png")):
+        target = folder / "tree" / image.parent.name / f"{image.parent.parent.name}-{image.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.rename(target)
+    few = ["space.shots=[2]", "space.seeds=[0]", "space.epochs=[1]", "search.beta_steps=20"]
+    return [*given, *few, f"data.tree={folder / 'tree'}", "features.max_rejected_fraction=0.5"]
+
+
+@pytest.mark.ray
+def test_classes_are_known_by_name_and_images_by_content_at_every_restart(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, tree = make_tree(tmp_path), tmp_path / "tree"
+
+    def sweep(name: str) -> cafo_tune.Config:
+        return load(cafo_tune.Config, None, [*given, f"run.name={name}"])
+
+    def stop(folder: Path, inputs: object) -> None:
+        raise KeyboardInterrupt
+
+    config = sweep("resumed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cafo_tune, "check_same_inputs", stop)  # when all images are encoded
+        cafo_tune.run(config)
+    for name in ("ash", "zinc"):  # before and behind the others
+        make_images(tmp_path / name, {"train": 9}, seed=7)
+        (tmp_path / name / "train" / "grey").rename(tree / name)
+    data = config.data.open()
+    bad = fewshot.choose(data.train, data.class_names, shots=2, seed=0).items[3].path
+    (tree / bad).write_bytes((tree / bad).read_bytes()[:60])
+
+    def found(name: str) -> list[dict[str, Any]]:
+        cafo_tune.run(sweep(name))
+        rows = pq.read_table(config.run.folder.parent / name / "results.parquet").to_pylist()
+        return [row | {"seconds": 0} for row in rows]
+
+    assert found("resumed") == found("fresh")
+    few = read_json(config.run.folder / "few_shot" / "shots2-seed0.json")["items"]
+    assert len(few) == 2 * 6
+    assert bad not in [path for path, _, _ in few]
+    (trial,) = (config.run.folder / "trials").glob("*/cache.safetensors")
+    cache = load_cache(trial)
+    assert cache.class_names == tuple(sorted([*CLASSES, "ash", "zinc"]))
+    assert torch.bincount(cache.labels).tolist() == [2] * 6
+
+    stamp = trial.stat().st_mtime_ns
+    (tree / bad).unlink()  # what could not be read is no loss
+    cafo_tune.run(config)
+    assert trial.stat().st_mtime_ns == stamp
+
+    evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
+    for old, new, message in (
+        (tree / "grey", tree / "gray", "renamed: 'grey' is now 'gray'"),
+        (tree / "ash", tmp_path / "gone", "removed: 'ash'"),
+    ):
+        old.rename(new)
+        with pytest.raises(ValueError, match=rf"the sweep's caches are of other classes .*{message}"):
+            cafo_eval.run(evaluation)
+        with pytest.raises(ValueError, match=rf"holds trials of other inputs \(classes {message}"):
+            cafo_tune.run(config)
+        new.rename(old)
+    assert not (config.run.folder / "test" / "opened.json").exists()
+    leaked = data.open_test()[0]
+    (tree / leaked.path).write_bytes((tree / few[0][0]).read_bytes())
+    result = cafo_eval.run(evaluation)
+    assert f"by content: {few[0][0]} = {leaked.path}" in result["notices"] or "two classes" in result["notices"]

@@ -10,8 +10,9 @@ QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ core logs connections that a lost node closes as errors.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # Ray Data draws a bar for each operator of a pipeline.
     "RAY_DATA_LOG_LEVEL": "CRITICAL",  # Ray Data logs each user error with the pipeline's traceback.
-    # Ray prints the traceback of every attempt of a task that it tries again, such as a user error in an actor.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": r"failed\. There are infinite retries remaining",
+    # Ray prints the traceback of every attempt of a task that it tries again, such as a user error in an actor, and a
+    # page of advice for each worker that died.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"failed\. There are infinite retries remaining|^A worker died or was killed while",
     "RAY_SCHEDULER_EVENTS": "0",  # The autoscaler prints its decisions to the driver's terminal.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train repeats through its logger what a worker prints.
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # PyTorch's process groups warn about host names and retried connections.

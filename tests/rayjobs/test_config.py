@@ -19,6 +19,7 @@ from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
 from rayjobs.storage.paths import AnyPath, FileOrName
 from rayjobs.storage.yaml_file import write_yaml
+from rayjobs.tune.adapter_sweep import SweepConfig
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]
@@ -207,12 +208,40 @@ def test_every_text_setting_of_a_job_takes_its_argument_verbatim(job: str) -> No
         assert functools.reduce(lambda section, key: section[key], name.split("."), values) == "#5: yes"
 
 
-def test_scientific_notation_reaches_deepspeed_as_a_whole_number() -> None:
+ZERO = {
+    "options.reduce_bucket_size": ("5e8", lambda zero: zero.reduce_bucket_size, 500_000_000),
+    "offload_optimizer": ("{device: cpu, buffer_count: 4e0}", lambda zero: zero.offload_optimizer.buffer_count, 4),
+    "offload_param.buffer_size": ("1.5e8", lambda zero: zero.offload_param.buffer_size, 150_000_000),
+}
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_scientific_notation_reaches_deepspeed_as_a_whole_number(name: str, tmp_path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    zero = load(Config, None, [*GIVEN, "zero.options.reduce_bucket_size=5e8"]).zero
-    bucket = DeepSpeedZeroConfig(stage=2, **zero.options).reduce_bucket_size
-    assert (bucket, type(bucket)) == (500_000_000, int)
+    from rayjobs.train.engine import deepspeed_config
+
+    text, read, expected = ZERO[name]
+    section, _, key = name.partition(".")
+    path = tmp_path / "zero.yaml"
+    path.write_text(f"zero: {{{section}: {{{key}: {text}}}}}" if key else f"zero: {{{section}: {text}}}")
+    for given, overrides in ((None, [*GIVEN, f"zero.{name}={text}"]), (path, GIVEN)):
+        zero = load(Config, given, overrides).zero
+        reached = read(DeepSpeedZeroConfig(**deepspeed_config(zero, None)["zero_optimization"]))
+        assert (reached, type(reached)) == (expected, int)
+
+
+def test_scientific_notation_reaches_trials_as_the_number_of_their_field() -> None:
+    axes = {"adapter.n_layers": [2.0], "optimizer.base_lr": [5e-3], "train.global_batch": [1e1]}
+    assert (
+        load(
+            SweepConfig, None, ["axes={adapter.n_layers: [2e0], optimizer.base_lr: [5e-3], train.global_batch: [1e1]}"]
+        ).axes
+        == axes
+    )
+    own = load(Config, None, GIVEN + [f"{name}={values[0]}" for name, values in axes.items()])
+    assert (own.adapter.n_layers, own.optimizer.base_lr, own.train.global_batch) == (2, 5e-3, 10)
+    assert all(type(number) is int for number in (own.adapter.n_layers, own.train.global_batch))
 
 
 def test_numbers_switches_lists_and_mappings_are_yaml() -> None:

@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, plans, and one line for everything that is wrong."""
 
+import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from rayjobs.__main__ import JOBS, main
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE_S
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -60,19 +63,16 @@ class _Bomb:
 
 
 @pytest.mark.parametrize(
-    ("change", "written", "message"),
+    ("change", "message"),
     [
-        ({"data.path": "[none.json]"}, "", "none.json: no such file"),
-        ({"data.path": "[a.json]"}, "[1,", "a.json, item 1: a record must be an object"),
-        ({"data.path": "[a.json]"}, '[\n{"instruction" 1}]', "a.json, item 1: malformed JSON"),
-        ({"data.path": "[a.json]"}, '[{"instruction": "i"}]', "a.json, item 1: the record has no 'output'"),
-        ({"train.epoch": "3"}, "", "train.epoch: unknown key; did you mean train.epochs?"),
-        ({"train.epochs": "many"}, "", "train.epochs: Input should be a valid number"),
-        ({"adapter.n_layers": "31"}, "", "adapter.n_layers is 31, but"),
-        ({"base.path": "nowhere"}, "", "nowhere"),
-        ({"data.template": "nowhere.json"}, "", "nowhere.json"),
+        ({"data.path": "[none.json]"}, "none.json: no such file"),
+        ({"train.epoch": "3"}, "train.epoch: unknown key; did you mean train.epochs?"),
+        ({"train.epochs": "many"}, "train.epochs: Input should be a valid number"),
+        ({"adapter.n_layers": "31"}, "adapter.n_layers is 31, but"),
+        ({"base.path": "nowhere"}, "nowhere"),
+        ({"data.template": "nowhere.json"}, "nowhere.json"),
     ],
-    ids=["file", "record", "json", "output", "key", "type", "layers", "base", "template"],
+    ids=["file", "key", "type", "layers", "base", "template"],
 )
 def test_bad_input_is_one_line_that_names_the_place(
     given: dict[str, str],
@@ -80,11 +80,9 @@ def test_bad_input_is_one_line_that_names_the_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     change: dict[str, str],
-    written: str,
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.json").write_text(written)
     code, out, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in {**given, **change}.items()))
     assert code == 2
     assert out == ""
@@ -92,6 +90,118 @@ def test_bad_input_is_one_line_that_names_the_place(
     assert err.startswith("rayjobs adapter-train: error: ")
     assert message in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("[1]", "a.json, item 1: a record must be an object"),
+        ("[1,", "a.json, item 2: malformed JSON: the file ends within it"),
+        ('[\n{"instruction" 1}]', "a.json, item 1: malformed JSON"),
+        ('[{"instruction": "i"}]', "a.json, item 1: the record has no 'output'"),
+    ],
+    ids=["record", "cut", "json", "output"],
+)
+def test_records_that_workers_refuse_are_one_line_that_names_the_place(
+    cluster: None,
+    given: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    written: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text(written)
+    given["data.path"] = "[a.json]"
+    code, out, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in given.items()))
+    assert (code, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if not line.startswith("tokenize: 1 records")]
+    assert line.startswith("rayjobs adapter-train: error: ")
+    assert message in line
+
+
+def test_with_verbose_an_error_of_the_user_shows_where_it_was_raised(
+    given: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", dict(os.environ))  # --verbose is passed on to workers there
+    given["adapter.n_layers"] = "31"
+    words = [f"{name}={value}" for name, value in given.items()]
+    code, _, err = run(capsys, "adapter-train", "--verbose", *words)
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert "adapter.n_layers is 31, but" in err.splitlines()[-1]
+    monkeypatch.setenv("RAYJOBS_VERBOSE", "0")
+    assert "Traceback" not in run(capsys, "adapter-train", *words)[2]
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "a/..", "a/b", "/tmp/a", "", "a b", "a\n", "C:\\a"])
+def test_a_run_name_that_is_not_a_folder_in_the_storage_is_refused(
+    given: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    given["run.name"] = name
+    code, _, err = run(capsys, "adapter-train", *(f"{key}={value}" for key, value in given.items()))
+    assert code == 2
+    assert "run.name: must be the name of a folder in run.storage" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_in_the_folder_of_prepared_data_is_refused(
+    given: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given["run.name"] = "cache"
+    code, _, err = run(capsys, "adapter-train", *(f"{key}={value}" for key, value in given.items()))
+    assert code == 2
+    assert "run.name is cache, but " in err
+
+
+TWICE = """
+import atexit, sys, time
+from rayjobs import __main__
+
+def rest(*_):
+    print("resting", flush=True)
+    time.sleep(600)
+
+def run_job(args):
+    try:
+        rest()
+    finally:
+        if sys.argv[1] == "cleaning up":
+            rest()
+
+if sys.argv[1] == "shutting down":
+    atexit.register(rest)
+__main__.run_job = run_job
+sys.exit(__main__.main(["adapter-train"]))
+"""
+
+
+@pytest.mark.parametrize("busy", ["cleaning up", "shutting down"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_ends_at_once_in_one_line(busy: str, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWICE, busy], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(2):
+        assert process.stdout.readline() == "resting\n"
+        process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130
+    (line,) = err.split("\n")[1:-1]
+    assert "the same command resumes" in line
+
+
+def test_a_list_of_runs_has_a_plain_line_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"job": "adapter-train", "state": "failed", "started": "2026-01-02T03:04:05+00:00"}
+    record["error"] = "\x1b[36mray::Worker\x1b[39m failed\tat http://user:secret@host"
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    code, out, _ = run(capsys, "runs", str(tmp_path))
+    assert code == 0
+    assert out == "r\tadapter-train\tfailed\t2026-01-02 03:04:05\tray::Worker failed at http://***@host\n"
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary(

@@ -5,10 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import figure_svg
 from rayjobs.reporting.html import Plot, Section, Table, write_page
-from rayjobs.reporting.report import RUN_COLUMNS, read_metrics, read_settings, read_tables, read_values, run_rows
+from rayjobs.reporting.report import (
+    RUN_COLUMNS,
+    read_metrics,
+    read_or_warn,
+    read_settings,
+    read_tables,
+    read_values,
+    run_rows,
+)
 from rayjobs.storage.files import read_parquet
 
 Values = Mapping[str, Mapping[str, str]]
@@ -16,21 +25,30 @@ Values = Mapping[str, Mapping[str, str]]
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page that compares the runs to `out`. Raises UserError for a folder that holds no run."""
-    rows = run_rows(folders)
+    """Write the page that compares the runs to `out`, without what cannot be read, which it names.
+
+    Raises UserError for a folder that holds no run.
+    """
+    rows, problems = run_rows(folders), list[str]()
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = dict(zip(names, folders, strict=True))
     sections: list[Section] = [Table("runs", RUN_COLUMNS, [[n, *row] for n, row in zip(names, rows, strict=True)])]
-    sections += _joined_tables({name: list(read_tables(folder)) for name, folder in runs.items()})
-    sections += _accuracy_plots(runs)
+    tables = {n: read_or_warn(lambda path: list(read_tables(path)), path, problems) or [] for n, path in runs.items()}
+    sections += _joined_tables(tables)
+    accuracies = {name: read_or_warn(_read_accuracies, folder, problems) or [] for name, folder in runs.items()}
+    sections += _accuracy_plots(accuracies)
     for title, file in (("test", "test/result.json"), ("result", "result.json")):
-        sections += _side_by_side(title, {name: read_values(folder / file) for name, folder in runs.items()})
-    metrics = {name: steps for name, folder in runs.items() if (steps := read_metrics(folder))}
-    sections += [Plot(title, figure_svg(figure)) for title, figure in plots.training_curves(metrics)]
-    settings = {name: read_settings(folder) for name, folder in runs.items()}
+        values = {name: read_or_warn(read_values, folder / file, problems) or {} for name, folder in runs.items()}
+        sections += _side_by_side(title, values)
+    metrics = {name: read_or_warn(read_metrics, folder, problems) or [] for name, folder in runs.items()}
+    curves = plots.training_curves({name: steps for name, steps in metrics.items() if steps})
+    sections += [Plot(title, figure_svg(figure)) for title, figure in curves]
+    settings = {name: read_or_warn(read_settings, folder, problems) or {} for name, folder in runs.items()}
     sections += _side_by_side("settings that differ", settings, only_differing=True)
+    if problems:
+        sections.append(Table("could not be read", [], [[problem] for problem in problems]))
     return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
 
 
@@ -88,12 +106,20 @@ def _shots_of(column: str) -> int:
     return int(number[0]) if number else -1
 
 
-def _accuracy_plots(runs: Mapping[str, Path]) -> Iterator[Plot]:
-    """A plot of accuracy over shots for each test set, with the runs that were scored on it."""
+def _read_accuracies(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `accuracy.parquet`; none if it was not scored."""
+    path = folder / "test" / "accuracy.parquet"
+    rows = read_parquet(path).to_pylist() if path.is_file() else []
+    if rows and not {"target", "method", "shots", "accuracy"} <= rows[0].keys():
+        raise DataError(f"{path}: expected columns target, method, shots and accuracy, got {', '.join(rows[0])}")
+    return rows
+
+
+def _accuracy_plots(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[Plot]:
+    """A plot of accuracy over shots for each test set, from the rows of each run that was scored on it."""
     by_target: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, folder in runs.items():
-        path = folder / "test" / "accuracy.parquet"
-        for row in read_parquet(path).to_pylist() if path.is_file() else []:
+    for name, rows in runs.items():
+        for row in rows:
             by_target.setdefault(row["target"], {}).setdefault(name, []).append(row)
     for target, by_run in by_target.items():
         from rayjobs.reporting.accuracy_tables import by_method  # imports torch, which other pages do without

@@ -2,10 +2,12 @@
 
 import html
 import io
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.storage.files import atomic_path, read_json, write_json, write_text
 
@@ -45,9 +47,31 @@ def save_plot(path: Path, title: str, figure: "Figure", *, group: str = "", fold
 
 
 def read_figures(folder: Path) -> list[SavedFigure]:
-    """The figures of a folder, in the order in which they were first saved."""
+    """The figures of a folder, in the order in which they were first saved; none without `figures.json`.
+
+    Raises DataError for a `figures.json` that is damaged.
+    """
     path = folder / MANIFEST
-    return [SavedFigure(**entry) for entry in read_json(path)] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [SavedFigure(**entry) for entry in read_json(path)]
+    except TypeError as error:
+        raise DataError(f"{path} is no list of figures: {error}") from error
+
+
+def unlisted_figures(folder: Path) -> list[SavedFigure]:
+    """The SVGs of a folder without `figures.json`, as earlier releases left them, in the order of their names."""
+    if not folder.is_dir() or (folder / MANIFEST).is_file():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".svg")
+    return [SavedFigure(file=path.name, title=_own_title(path)) for path in files]
+
+
+def _own_title(path: Path) -> str:
+    """The title within an SVG that `save_plot` wrote, or the file's name."""
+    title = re.search(r"<title>(.*?)</title>", path.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
+    return html.unescape(title[1]) if title else path.stem
 
 
 def copy_figure(source: Path, saved: SavedFigure, target: Path) -> None:

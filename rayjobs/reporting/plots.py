@@ -183,8 +183,11 @@ def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
 
 
 def plain_text(name: str) -> str:
-    """A name that matplotlib shows as it is; unescaped, it reads text between dollar signs as a formula."""
-    return name.replace("$", r"\$")
+    """A name that matplotlib shows as it is.
+
+    It would read text between dollar signs as a formula, and leave a name that begins with `_` out of legends.
+    """
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def legend_outside(figure: Figure) -> None:

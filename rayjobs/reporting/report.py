@@ -4,21 +4,28 @@ Each kind of file has one reader here, which turns it into sections of the page.
 time, also of a run that has not finished.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from rayjobs.cluster.hardware import HARDWARE_FILE
 from rayjobs.config import flatten, format_value
-from rayjobs.errors import UserError
+from rayjobs.errors import DataError, UserError
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
-from rayjobs.reporting.figures import figure_svg, read_figures
+from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
 from rayjobs.storage.files import read_json, read_jsonl
 from rayjobs.storage.urls import mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
+
+logger = logging.getLogger(__name__)
+Content = TypeVar("Content")
 
 MAX_ROWS = 50
 """Rows that the page shows of a long table."""
@@ -29,14 +36,42 @@ HEADER_VALUES = ("headline", "about", "tables")
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder. Raises UserError for a folder that holds no run."""
-    record = _record(folder)
-    sections = [section for reader in READERS for section in reader(folder)]
+    """Write `report.html` into a run's folder, without what cannot be read, which it names.
+
+    Raises UserError for a folder that holds no run.
+    """
+    record, problems = _record(folder), list[str]()
+    sections: list[Section] = []
+    for reader in READERS:
+        read_or_warn(partial(_append_sections, reader(folder), sections), folder, problems)
     facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
-    facts += [value for value in _json(folder / HARDWARE_FILE).values() if value != "none"]
-    about = str(_json(folder / "result.json").get("about", ""))
+    hardware = read_or_warn(_json, folder / HARDWARE_FILE, problems) or {}
+    facts += [str(value) for value in hardware.values() if value != "none"]
+    about = str((read_or_warn(_json, folder / "result.json", problems) or {}).get("about", ""))
     title, line = folder.name, headline(folder, record)
+    if problems:
+        sections.append(Table("could not be read", [], [[problem] for problem in dict.fromkeys(problems)]))
     return write_page(folder / REPORT_FILE, title, line, facts, sections, command=record.command, about=about)
+
+
+def _append_sections(generated: Iterator[Section], sections: list[Section], folder: Path) -> None:
+    """Append one section after the other, so that those before a damaged file stay."""
+    for section in generated:
+        sections.append(section)
+
+
+def read_or_warn(read: Callable[[Path], Content], path: Path, problems: list[str]) -> Content | None:
+    """What `read` returns; None, with a warning and the reason added to `problems`, for a file that is damaged."""
+    try:
+        return read(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+    except (KeyError, TypeError, AttributeError) as error:  # such as a list where an object belongs
+        reason = f"{path}: a file holds something else than expected: {error!r}"
+    if reason not in problems:
+        logger.warning("left out of the report: %s", reason)
+        problems.append(reason)
+    return None
 
 
 def run_rows(folders: Sequence[Path]) -> list[list[str]]:
@@ -71,7 +106,10 @@ def read_tables(folder: Path) -> Iterator[Table]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
-    return read_jsonl(path) if path.is_file() else []
+    rows = read_jsonl(path) if path.is_file() else []
+    if not all(isinstance(row, dict) and "step" in row for row in rows):
+        raise DataError(f"{path}: expected an object with a 'step' in each line")
+    return rows
 
 
 def read_settings(folder: Path) -> dict[str, str]:
@@ -91,7 +129,7 @@ def _figures(folder: Path) -> Iterator[Section]:
     """The figures that `save_plot` wrote: open ones first, then one fold for each group."""
     folds: dict[str, list[Plot]] = {}
     for source in (folder, folder / "test"):
-        for figure in read_figures(source):
+        for figure in read_figures(source) or unlisted_figures(source):
             drawing = (source / figure.file).read_text(encoding="utf-8")
             if figure.folded:
                 folds.setdefault(figure.group, []).append(Plot(figure.title, drawing))
@@ -147,9 +185,10 @@ def _rejected(folder: Path) -> Iterator[Section]:
 
 def _settings(folder: Path) -> Iterator[Section]:
     """The run's settings and the versions that it ran with, folded."""
-    for title, values in (("settings", read_settings(folder)), ("versions", _json(folder / "versions.json"))):
-        if values:
-            yield Fold(title, [Table("", ["", ""], [[name, str(value)] for name, value in values.items()])])
+    if settings := read_settings(folder):
+        yield Fold("settings", [Table("", ["", ""], list(map(list, settings.items())))])
+    if versions := _json(folder / "versions.json"):
+        yield Fold("versions", [Table("", ["", ""], [[name, str(version)] for name, version in versions.items()])])
 
 
 READERS: list[Callable[[Path], Iterator[Section]]] = [
@@ -181,7 +220,11 @@ def _is_table(value: Any) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    """The object in a JSON file; an empty one if there is no file. Raises DataError for anything else."""
+    value = read_json(path) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, got {value!r:.60}")
+    return value
 
 
 def _time(iso: str) -> str:

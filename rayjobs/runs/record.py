@@ -153,7 +153,8 @@ def _result_headline(folder: Path) -> str:
     for path in (folder / "test" / "result.json", folder / "result.json"):
         if path.is_file():
             try:
-                return str(read_json(path).get("headline", ""))
+                result = read_json(path)
+                return str(result.get("headline", "")) if isinstance(result, dict) else f"{path} is no result"
             except ValueError as error:
                 return str(error)
     return ""

@@ -342,3 +342,82 @@ def test_one_odd_record_does_not_end_the_listing(tmp_path: Path, capsys: pytest.
     assert all(str(tmp_path / name / RECORD_FILE) in told.err for name in ("cut", "other", "older"))
     assert main(["report", str(tmp_path / "cut")]) == 2
     assert f"{tmp_path / 'cut' / RECORD_FILE}: malformed JSON" in capsys.readouterr().err
+
+
+ODD_NAMES = ("a b", "[bold]x", "50%20 #1?", "_first", "Größe 犬")
+
+
+def test_odd_names_of_folders_are_shown_and_linked_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path / "all [runs] 100%"
+    folders = []
+    for number, name in enumerate(ODD_NAMES):
+        a_run(storage, f"run{number}", seed=number).rename(storage / name)
+        folders.append(storage / name)
+    step = {"step": "first", "report": "a b/50%20 #1?/report.html"}
+    write_json(folders[0] / "result.json", {"headline": "tab\there\nand there", "steps": [step]})
+    assert main(["runs", str(storage)]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert {line[0] for line in lines} == set(ODD_NAMES)
+    assert "tab here and there" in [line[4] for line in lines]
+    for folder in folders:
+        assert main(["report", str(folder)]) == 0
+    assert Reader(folders[0] / "report.html").fetched == ["a%20b/50%2520%20%231%3F/report.html"]
+    out = tmp_path / "c [1] %.html"
+    assert main(["report", *map(str, folders[:4]), "--out", str(out)]) == 0
+    text = out.read_text()
+    assert all(f"{name} loss in training" in text for name in ("a b", "[bold]x", "50%20 #1?", " _first"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("result.json", "{"),
+        ("result.json", "[1]"),
+        ("result.json", '{"tables": 3, "headline": null}'),
+        ("test/result.json", '{"tables": {"pets": [1]}}'),
+        ("metrics.jsonl", "3\n"),
+        ("metrics.jsonl", '{"loss": 1}\n'),
+        ("metrics.jsonl", "\xff{\n\n"),
+        ("config.yaml", "a: [\n"),
+        ("config.yaml", "3"),
+        ("figures.json", '[{"name": "x"}]'),
+        ("figures.json", '[{"file": "gone.svg", "title": "x"}]'),
+        ("examples.json", '{"images": [{"file": "gone.jpg", "caption": "x"}], "note": ""}'),
+        ("trials/a/trial.json", "{}"),
+        ("prompts.json", '{"cat": 3}'),
+        ("rejected.jsonl", "3\n"),
+        ("versions.json", "[]"),
+        ("hardware.json", "[]"),
+        ("test/accuracy.parquet", "PAR1"),
+        ("unknown.json", "{"),
+    ],
+)
+def test_a_damaged_file_costs_its_own_section(
+    tmp_path: Path, file: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = a_run(tmp_path, "one"), a_run(tmp_path, "two", seed=4)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(content, encoding="latin-1")
+    assert main(["report", str(folder)]) == 0
+    assert main(["report", str(folder), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "settings" in Reader(folder / "report.html").titles or file == "config.yaml"
+    harmless = ("unknown.json", "test/accuracy.parquet")
+    if "tables" not in content or file.startswith("test"):
+        assert ("could not be read" in Reader(folder / "report.html").titles) == (file not in harmless)
+        assert (f"{folder}" in told) == ("left out" in told) == (file != "unknown.json")
+
+
+def test_plots_of_an_earlier_release_are_shown_in_the_order_of_their_names(tmp_path: Path) -> None:
+    folder = a_run(tmp_path, "one")
+    for name in ("b", "a", "c"):
+        save_plot(folder / "test" / f"{name}.png", f"plot <{name}>", plots.confusion(["x", "y"], [[1, 0], [0, 1]]))
+    (folder / "test" / "figures.json").unlink()
+    (folder / "test" / "c.svg").write_text("<svg></svg>")
+    titles = Reader(write_report(folder)).titles
+    at = titles.index("plot <a>")
+    assert titles[at : at + 3] == ["plot <a>", "plot <b>", "c"]

@@ -117,7 +117,7 @@ def _version_note(folder: Path) -> str:
     """A note that names the version that the run was begun with, if it is not this one."""
     path = folder / VERSIONS_FILE
     before, now = read_json(path) if path.is_file() else {}, versions()
-    if before.get("commit") == now["commit"]:
+    if before.get("commit") in (None, now["commit"]):
         return ""
     names = [f"{'rayjobs ' + v['rayjobs'] + ', ' if 'rayjobs' in v else ''}commit {v['commit']}" for v in (before, now)]
     return f" (it was begun with {names[0]}; this is {names[1]})"

@@ -198,8 +198,8 @@ class TrainingLoop:
         raise AgreedError(
             NonFiniteLossError(
                 f"the loss became {loss} at step {self.step + 1} (lr {lr:.3g}) on records with ids {ids}; the weights "
-                "were not changed. Lower optimizer.base_lr, set optimizer.clip_norm, or look at these records; the "
-                "same command resumes from the last checkpoint"
+                "were not changed. With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes on "
+                "from the last checkpoint. Records that are corrected make another run, which needs another run.name"
             )
         )
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from ray import tune
 
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.config import config
 from rayjobs.console import Progress
 from rayjobs.data.records import SourceConfig
+from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.tables import markdown_table
@@ -80,6 +81,9 @@ class AdapterTrialResult:
         write_json(folder / RESULT, self.row())
 
 
+_RESULTS = TypeAdapter(AdapterTrialResult)
+
+
 class Metric(NamedTuple):
     """A figure of the results, by which settings can be compared."""
 
@@ -107,9 +111,22 @@ def describe_overrides(overrides: dict[str, Any]) -> str:
 
 
 def read_result(folder: Path) -> AdapterTrialResult | None:
-    """The result of the trial whose run folder this is; None if it is not finished."""
+    """The result of the trial whose run folder this is; None if it is not finished.
+
+    Raises DataError for a file that lacks a value; values that this version does not know are left out.
+    """
     path = folder / RESULT
-    return AdapterTrialResult(**read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return _RESULTS.validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        raise DataError(
+            f"{path} is not the result of a trial: {field}{first['msg']}; remove this file, and the same command makes "
+            "it again"
+        ) from error
 
 
 def comparison_metric(results: Sequence[AdapterTrialResult]) -> Metric:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from html import unescape
@@ -156,6 +157,14 @@ def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) 
     (checkpoint,) = (path for path in (folder / "train").glob("checkpoint_*") if path.is_dir())
     state = load_file(checkpoint / "state.safetensors")
     assert sum(tensor.numel() for tensor in state.values()) == 3 * trainable + 1, "never base or encoder"
+
+
+def test_all_files_of_a_run_follow_the_umask(trained: adapter_train.Config, storage: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path: path.stat().st_mode & 0o777 for path in storage.rglob("*") if path.is_file()}
+    assert {path.suffix for path in modes} >= {".safetensors", ".parquet", ".json", ".jsonl", ".yaml", ".html"}
+    assert {path: mode for path, mode in modes.items() if mode != 0o666 & ~umask} == {}
 
 
 def test_a_finished_run_is_shown_again_and_other_settings_are_refused(
@@ -336,7 +345,7 @@ def test_formats_mix_in_one_store_with_their_images(
     store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, preprocess=Preprocess(size=32, resize=32))
     rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
     told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
-    assert [row["id"] % 2**40 for row in rejected if "conversation 1, id 'odd'" in row["reason"]] == [2]
+    assert [row["id"] % 2**40 for row in rejected if "conversation 1, id 'odd'" in row["record"]] == [2]
     assert len(rejected) == len(told) + len(BAD) + 1
     assert store.rows("train") == 60 + 2 + 101 - len(told)
     assert store.images("train") == 24 + 2 + 50 - sum(bool(row["image"]) for row in told)
@@ -376,7 +385,7 @@ def test_records_without_a_label_are_set_aside_with_their_reason(
     store = prepare_tokens(RecordsConfig(path=[str(path)], max_length=250), tokenizer, tmp_path)
     assert (store.rows("train"), store.rejected) == (29, 1)
     (rejected,) = read_jsonl(Path(store.folder) / "rejected.jsonl")
-    assert rejected["id"] == 4
+    assert (rejected["id"], rejected["file"], rejected["record"]) == (4, str(path), "record 5")
     assert "leaves no label within 250" in rejected["reason"]
     with pytest.raises(ValueError, match=r"1 of 30 records cannot be used.*leaves no label"):
         prepare_tokens(
@@ -396,14 +405,13 @@ def test_bad_records_far_down_are_set_aside_one_by_one(cluster: None, tiny_base:
     paths, tokenizer = [str(tmp_path / "r.jsonl"), str(tmp_path / "r.json")], tiny_base / "tokenizer.model"
     store = prepare_tokens(RecordsConfig(path=paths), tokenizer, tmp_path)
     assert (store.rows("train"), store.rejected) == (1504, 5)
-    rejected = [row["reason"].removeprefix(f"{tmp_path}/") for row in read_jsonl(Path(store.folder) / "rejected.jsonl")]
-    assert [reason.partition(":")[0] for reason in rejected] == [
-        *(f"r.jsonl, line {number}" for number in (1501, 1502, 1503)),
-        *(f"r.json, item {number}" for number in (4, 5)),
+    rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
+    assert [(row["file"], row["record"]) for row in rejected] == [
+        *((paths[0], f"line {number}") for number in (1501, 1502, 1503)),
+        *((paths[1], f"item {number}") for number in (4, 5)),
     ]
-    assert "the record has no 'output'" in rejected[0]
-    assert "half of a surrogate pair" in rejected[1]
-    assert "malformed JSON: Unterminated string" in rejected[2]
+    reasons = ["the record has no 'output'", "half of a surrogate pair", "malformed JSON: Unterminated string"]
+    assert all(reason in row["reason"] for reason, row in zip([*reasons, *reasons[:2]], rejected, strict=True))
     with pytest.raises(
         DataError, match=r"5 of 1509 records cannot be used, over data\.max_rejected_fraction=0\.001: .*1501"
     ):

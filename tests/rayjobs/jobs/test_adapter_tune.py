@@ -8,9 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayjobs.config import load
-from rayjobs.errors import ConfigError
+from rayjobs.errors import ConfigError, DataError, ProvenanceError
 from rayjobs.jobs import adapter_tune
-from rayjobs.tune.adapter_sweep import AdapterTrial, enumerate_overrides
+from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
+from rayjobs.storage.files import write_json
+from rayjobs.train.run_identity import lock_run
+from rayjobs.tune.adapter_sweep import AdapterTrial, AdapterTrialResult, enumerate_overrides, read_result
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
@@ -68,6 +71,40 @@ def test_what_cannot_be_swept_is_told_before_anything_starts(
     assert not (tmp_path / "sweep").exists()
     adapter_tune.plan(settings(tiny_base, records, tmp_path, scienceqa={"path": questions}, seeds=[0, 1]))
     assert "4 trials, 4 of them different" in capsys.readouterr().out
+
+
+def test_trials_of_other_records_at_the_same_path_are_refused(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    shutil.copy(records, path)
+    config = settings(tiny_base, path, tmp_path)
+    trial = AdapterTrial({"adapter.attention": "prefix"}, 0)
+    own = adapter_tune.trial_settings(config, trial)
+    lock_run(own.run.folder, own, identify(own, open_inputs(own)), FREE_TO_CHANGE)
+    write_json(own.run.folder / "result.json", {})
+    adapter_tune.check(config)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(ProvenanceError, match=rf"{own.run.name} .*data\.path\[0\]\.records was \w+, now \w+"):
+        adapter_tune.run(config)
+
+
+def test_a_trial_s_result_of_another_version_is_read_or_named(tmp_path: Path) -> None:
+    result = AdapterTrialResult(
+        setting="s",
+        seed=0,
+        run="r",
+        trainable_parameters=1,
+        first_loss=3.0,
+        peak_loss=3.0,
+        final_loss=1.0,
+        val_loss=None,
+        evaluated_on=None,
+    )
+    write_json(tmp_path / "trial.json", {**result.row(), "of_a_later_release": 1})
+    assert read_result(tmp_path) == result
+    write_json(tmp_path / "trial.json", {"setting": "s"})
+    with pytest.raises(DataError, match=r"trial\.json is not the result of a trial: seed: "):
+        read_result(tmp_path)
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapter.adapter_checkpoint import read_adapter
+from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
@@ -99,6 +102,8 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs, undisturbed:
     next(child for child in family if "RayTrainWorker" in " ".join(child.cmdline())).kill()
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors[-2000:]
+    assert "train: a worker died (its process was ended); going on from step 40\n" in errors
+    assert "A worker died or was killed" not in errors, "Ray's page of advice"
     runs.is_as_undisturbed("worker-killed")
 
 
@@ -140,14 +145,12 @@ def test_a_run_cut_off_twice_resumes_with_the_same_command_on_other_workers(
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_records(
     runs: Runs, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     poisoned = tmp_path / "base"
     poisoned.mkdir()
     for path in tiny_base.iterdir():
         (poisoned / path.name).write_bytes(path.read_bytes())
     tensors = load_file(poisoned / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:] = float("nan")
+    tensors["model.embed_tokens.weight"][:] = 3e38  # finite, but no square of it is
     save_file(tensors, poisoned / "model.safetensors")
     arguments = [*runs.arguments, "run.name=poisoned", f"base.path={poisoned}", "scale.workers=2"]
     assert main(arguments) == 2
@@ -157,3 +160,56 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_records(
     assert len(ids) == 5
     assert len(set(ids)) == 5
     assert not (runs.storage / "poisoned" / "adapter.safetensors").exists()
+
+
+def test_after_a_loss_that_was_not_finite_a_lower_rate_goes_on_from_the_last_checkpoint(
+    cluster: None, tmp_path: Path, tiny_base: Path, records: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One token of one record has weights too large to compute with, so the run stops at this record at any rate."""
+    base, lines = tmp_path / "base", records.read_text().splitlines()
+    shutil.copytree(tiny_base, base)
+    tokenizer = Tokenizer(base / "tokenizer.model")
+    ids = [set(tokenizer.encode(json.loads(line)["output"])) for line in lines]
+    token = min(set.union(*ids), key=lambda id: sum(id in some for some in ids))
+    chosen = [line for line, some in zip(lines, ids, strict=True) if token not in some]
+    chosen.append(next(line for line, some in zip(lines, ids, strict=True) if token in some))
+    (tmp_path / "records.jsonl").write_text("\n".join(chosen) + "\n")
+    tensors = load_file(base / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    embeddings[token] = 3e38  # finite, but no square of it is
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    arguments = [
+        "adapter-train",
+        f"base.path={base}",
+        f"data.path=[{tmp_path / 'records.jsonl'}]",
+        "data.val_fraction=0",
+        "data.max_length=200",
+        "adapter.n_layers=2",
+        "train.epochs=1",
+        "train.warmup_epochs=0",
+        "train.global_batch=5",
+        "train.checkpoint_every_steps=1",
+        "scale.workers=1",
+        f"run.storage={tmp_path}",
+        "run.name=r",
+    ]
+    metrics = tmp_path / "r" / "metrics.jsonl"
+
+    def stop(*more: str) -> str:
+        assert main([*arguments, *more]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        return line
+
+    first = stop()
+    step = int(first.split(" at step ")[1].split()[0])
+    assert step > 1, "there is a checkpoint"
+    assert "With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes on" in first
+    rows = read_jsonl(metrics)
+    assert "(train.global_batch was 5, now 6)" in stop("train.global_batch=6", "optimizer.base_lr=1e-4")
+    lower = stop("optimizer.base_lr=1e-4", "optimizer.clip_norm=1")
+    assert f" at step {step} (lr " in lower
+    assert float(lower.split("(lr ")[1].split(")")[0]) < float(first.split("(lr ")[1].split(")")[0])
+    assert read_jsonl(metrics) == rows, "it went on from the last checkpoint, whose steps are not made again"
+    (change,) = json.loads((tmp_path / "r" / "provenance.json").read_text())["changed_settings"]
+    assert change["changes"] == [["optimizer.base_lr", 9e-3, 1e-4], ["optimizer.clip_norm", None, 1.0]]
+    assert f"step {step}" in change["after"]

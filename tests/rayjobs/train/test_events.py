@@ -1,0 +1,106 @@
+"""The driver is told what the workers do and why one has died, in a sentence of ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayjobs.cluster.capacity import Capacity
+from rayjobs.config import load
+from rayjobs.console import setup_logging
+from rayjobs.train import trainer
+from rayjobs.train.callbacks import EventLog, describe_death, read_events
+from rayjobs.train.config import ScaleConfig
+from rayjobs.train.trainer import Monitor
+
+RAYS_TEXT = """A worker health check failed.
+Worker info: Worker(actor=Actor(RayTrainWorker, 1), metadata=...)
+The actor died unexpectedly before finishing this task.
+\tclass_name: RayTrainWorker
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        (RAYS_TEXT, "its process was ended"),
+        ("The actor died because its node has died. Node Id: 1", "its node is lost"),
+        ("Task was killed due to the node running low on memory: memory pressure", "its node ran out of memory"),
+        ("A worker health check has been hanging for 60 seconds.", "it does not answer"),
+        ('Traceback:\n  File "a", line 1\nRuntimeError: CUDA error: x\nsee the log\n', "RuntimeError: CUDA error: x"),
+        (f'  File "a"\nValueError: {"word " * 99}', f"ValueError: {'word ' * 36}word …"),
+    ],
+)
+def test_a_death_has_a_phrase(text: str, phrase: str) -> None:
+    assert describe_death(text) == phrase
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Watched:
+    """A monitor, and the callback that its events come from."""
+
+    def __init__(self, folder: Path, *scale: str) -> None:
+        self.metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
+        settings = load(ScaleConfig, None, scale)
+        self.callback = EventLog(events, settings.max_failures)
+        self.monitor = Monitor(self.metrics, events, settings)
+
+    def report(self, *rows: dict[str, Any], checkpoint: Any = None, **other: Any) -> None:
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps({"loss": 1.0, "lr": 1e-3, "tokens_per_s": 9, **row}) + "\n" for row in rows)
+        self.callback.after_report(None, [{**({"rows": rows} if rows else {}), **other}], checkpoint)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(trainer, "cluster_capacity", lambda: Capacity(nodes=({"CPU": 2.0},)))
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("scale", "needs"),
+    [("workers=1", "1 worker"), ("workers=3", "3 workers"), ("workers={min: 1, max: 4}", "1 to 4 workers")],
+)
+def test_while_there_is_no_step_the_line_says_why(tmp_path: Path, clock: Clock, scale: str, needs: str) -> None:
+    watched = Watched(tmp_path, scale)
+    assert watched.monitor.refresh() == (0, "starting")
+    clock.now += 31
+    capacity = "the cluster has 1 node, 2 CPU and 0 GPU in all"
+    expected = f"no step for 31 s: waiting for workers; the run needs {needs}, {capacity}"
+    assert watched.monitor.refresh() == (0, expected)
+    watched.report(doing="loading the model")
+    clock.now += 14
+    assert watched.monitor.refresh() == (0, "no step for 45 s: the workers are loading the model")
+    watched.report(doing="validating before the first step", resumed_at=0)
+    assert watched.monitor.refresh() == (0, "no step for 45 s: the workers are validating before the first step")
+    watched.report({"step": 1})
+    assert watched.monitor.refresh() == (1, "loss 1.0000  lr 1.00e-03  9 tokens/s")
+
+
+def test_a_death_is_one_line_with_the_step_from_which_the_run_goes_on(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging()
+    watched = Watched(tmp_path, "max_failures=1")
+    watched.report(doing="training", resumed_at=40)
+    watched.report({"step": 41}, {"step": 50}, checkpoint="of step 50")
+    watched.report({"step": 51})
+    for errors in ({1: RuntimeError(RAYS_TEXT)}, {0: RuntimeError(RAYS_TEXT), 1: RuntimeError(RAYS_TEXT)}):
+        watched.callback.after_exception(None, errors)
+        watched.monitor.refresh()
+        watched.monitor.refresh()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: a worker died (its process was ended); going on from step 50",
+        "train: 2 workers died (its process was ended)",  # more than max_failures
+    ]
+    assert read_events(tmp_path / "events.jsonl")[-1].doing == "starting"

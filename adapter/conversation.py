@@ -36,7 +36,7 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, str]]:
             yield from list(_answer_records(row))
         except RecordError as error:
             name = f"conversation {index}" + (f", id {row['id']!r}" if isinstance(row, dict) and "id" in row else "")
-            yield rejected_record(f"{path}, {place}, {name}: {error}")
+            yield rejected_record(f"{place}, {name}", str(error))
 
 
 def _answer_records(row: Any) -> Iterator[dict[str, str]]:

@@ -138,16 +138,15 @@ def read_records(path: str | Path, *, answered: bool = True, keep_rejected: bool
                 raise RecordError(error)
             record = _checked(row, answered)
         except RecordError as error:
-            reason = f"{path}, {place}: {error}"
             if not keep_rejected:
-                raise RecordError(reason) from error
-            record = rejected_record(reason)
+                raise RecordError(f"{path}, {place}: {error}") from error
+            record = rejected_record(place, str(error))
         yield record
 
 
-def rejected_record(reason: str) -> dict[str, str]:
-    """An empty record in place of one that cannot be used, with the reason, which names it, in `rejected`."""
-    return {**dict.fromkeys(_FIELDS, ""), "rejected": reason}
+def rejected_record(place: str, reason: str) -> dict[str, str]:
+    """An empty record in place of one that cannot be used, with its `place` in the file, and the reason `rejected`."""
+    return {**dict.fromkeys(_FIELDS, ""), "place": place, "rejected": reason}
 
 
 def _checked(record: Any, answered: bool) -> dict[str, str]:

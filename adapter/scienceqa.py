@@ -88,9 +88,9 @@ def read_problems(folder: str | Path, split: str) -> list[Problem]:
     another measurement.
     """
     problems = []
-    for problem in _read_split(folder, split):
+    for pid, problem in _read_split(folder, split):
         if isinstance(problem, RecordError):
-            raise problem
+            raise RecordError(f"{folder}/problems.json, problem {pid}: {problem}")
         problems.append(problem)
     return problems
 
@@ -100,27 +100,29 @@ def read_problem_records(folder: str | Path, split: str) -> Iterator[dict[str, s
 
     Raises RecordError, naming the file, if `problems.json` or `pid_splits.json` cannot be read or has no such split.
     """
-    for problem in _read_split(folder, split):
-        yield rejected_record(str(problem)) if isinstance(problem, RecordError) else problem.record()
+    for pid, problem in _read_split(folder, split):
+        if isinstance(problem, RecordError):
+            yield rejected_record(f"problem {pid}", str(problem))
+        else:
+            yield problem.record()
 
 
-def _read_split(folder: str | Path, split: str) -> Iterator[Problem | RecordError]:
-    """The problems of one split, with an error in place of each malformed one."""
+def _read_split(folder: str | Path, split: str) -> Iterator[tuple[str, Problem | RecordError]]:
+    """The ids and problems of one split, with an error in place of each malformed one."""
     folder = Path(folder) if isinstance(folder, str) else folder  # keep other path objects, such as URLs
     problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
     if split not in splits:
         raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
     if not isinstance(splits[split], list):
         raise RecordError(f"{folder / 'pid_splits.json'}: {split!r} must be a list, got {splits[split]!r:.60}")
-    path = folder / "problems.json"
     for pid in map(str, splits[split]):
         if not isinstance(problems.get(pid), dict):
-            yield RecordError(f"{path}: no problem {pid}, which pid_splits.json lists under {split!r}")
+            yield pid, RecordError(f"no problem {pid}, which pid_splits.json lists under {split!r}")
             continue
         try:
-            yield _problem(pid, problems[pid], split)
+            yield pid, _problem(pid, problems[pid], split)
         except RecordError as error:
-            yield RecordError(f"{path}, problem {pid}: {error}")
+            yield pid, error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class Source:
     def read(self) -> Iterator[dict[str, str]]:
         """Yield the records {instruction, input, output, image} in order.
 
-        In place of a record that cannot be used stands an empty one, with the reason, which names it, in the key
-        `rejected`.
+        In place of a record that cannot be used stands an empty one, with its place in the file in the key `place` and
+        the reason in the key `rejected`.
 
         Raises:
             RecordError: the file as a whole cannot be read.
@@ -63,12 +63,7 @@ class Source:
             return
         copy = str(cached_path(self.path))
         try:
-            for record in (
-                read_conversations(copy) if self.format == "llava" else read_records(copy, keep_rejected=True)
-            ):
-                if "rejected" in record:
-                    record["rejected"] = record["rejected"].replace(copy, self.path)
-                yield record
+            yield from read_conversations(copy) if self.format == "llava" else read_records(copy, keep_rejected=True)
         except RecordError as error:
             raise RecordError(str(error).replace(copy, self.path)) from error  # the URL, not the copy of it
 

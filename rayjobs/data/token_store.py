@@ -155,7 +155,7 @@ def _check_rejected(store: TokenStore, allowed: float) -> None:
     The limit is no part of a store, so a store that exists is checked like a new one.
     """
     usable, listed = store.rows("train") + store.rows("val"), f"{store.folder}/{REJECTED}"
-    reasons = [row["reason"] for row in read_jsonl(listed)]
+    reasons = [f"{row['file']}, {row['record']}: {row['reason']}" for row in read_jsonl(listed)]
     check_rejected_share(reasons, usable + len(reasons), allowed, "data.max_rejected_fraction", listed=listed)
     if not usable:
         raise DataError(f"none of {len(reasons)} records can be used; the first: {reasons[0]}; all of them: {listed}")
@@ -239,16 +239,16 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
     rejected = []
     for id, record in enumerate(records, first):
         image_index = record.pop("image_index")
+        found = {"id": id, "file": source.path, "record": record.pop("place", f"record {id % ROWS_PER_SOURCE + 1}")}
         if reason := record.pop("rejected", ""):
-            rejected.append({"id": id, "reason": reason, **record})
+            rejected.append({**found, "reason": reason, **record})
             continue
         try:
             example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
             if encoding.images and image_index is not None:
                 _check_image(source.images, record["image"], preprocess)
         except ValueError as error:  # RecordError, or ImageError for an image that cannot be read
-            reason = f"{source.path}, record {id % ROWS_PER_SOURCE + 1}: {error}"
-            rejected.append({"id": id, "reason": reason, **record})
+            rejected.append({**found, "reason": str(error), **record})
             continue
         image = image_index if encoding.images else None
         side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"

@@ -54,7 +54,7 @@ def read_instructions(path: Path) -> list[InstructionRow]:
             place=row.place,
             fields=row.value,
             record=record,
-            error=record.get("rejected", "").removeprefix(f"{path}, {row.place}: "),
+            error=record.get("rejected", ""),
         )
         for row, record in zip(read_rows(path), checked, strict=True)
     ]

@@ -69,7 +69,8 @@ RAW = {"id": "x7", "conversations": turns("a", "b")}
 def test_an_odd_conversation_is_rejected_with_its_place_and_reason(tmp_path, row, message):
     first, odd, last = read_conversations(write(tmp_path / "a.json", RAW, {**RAW, **row}, RAW))
     assert first == last
-    assert re.search(rf"a\.json, item 2, conversation 1, id 'x7': .*{message}", odd["rejected"])
+    assert odd["place"] == "item 2, conversation 1, id 'x7'"
+    assert re.search(message, odd["rejected"])
     assert not odd["output"]
 
 
@@ -78,8 +79,8 @@ def test_what_is_no_list_of_conversations_is_named(tmp_path):
     with pytest.raises(RecordError, match=r"a\.json, item 1: malformed JSON"):
         list(read_conversations(tmp_path / "a.json"))
     (odd,) = read_conversations(write(tmp_path / "a.json", "text"))
-    assert "conversation 0: a conversation is an object" in odd["rejected"]
+    assert (odd["place"], odd["rejected"][:29]) == ("item 1, conversation 0", "a conversation is an object w")
     (tmp_path / "a.json").write_text("""[{"a" 1}, {'a'}]""")
     first, second = read_conversations(tmp_path / "a.json")
-    assert "item 1, conversation 0: malformed JSON" in first["rejected"]
-    assert "item 2, conversation 1: malformed JSON" in second["rejected"]
+    assert [first["place"], second["place"]] == ["item 1, conversation 0", "item 2, conversation 1"]
+    assert all("malformed JSON" in record["rejected"] for record in (first, second))

@@ -138,6 +138,8 @@ def check(settings: Config) -> Checked:
     rows = list(set_aside_long(read_instructions(cached_path(settings.file)), template, pieces, window))
     reasons = [f"{row.place}: {row.error}" for row in rows if row.error]
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction")
+    if conditioning is not None and any(row.record["image"] for row in rows) and not settings.image_root.is_dir():
+        raise ConfigError(f"images: {settings.image_root} is no folder; the file's image paths start from it")
     if len(reasons) == len(rows):
         raise DataError(f"{settings.file}: no record to answer" + (f"; {reasons[0]}" if reasons else ""))
     return Checked(conditioning, rows, find_error)
@@ -184,13 +186,13 @@ def run(settings: Config) -> dict[str, Any]:
     if settings.file is not None and settings.run is not None:
         return answer_file(settings)
     conditioning, _, find_error = check(settings)
-    model = load_on_gpu(lambda device: settings.load(device, conditioning))
     features = None
     if conditioning is not None and settings.image is not None:
         pixels, error = read_pixels(resolve_path(settings.image), conditioning)
         if pixels is None:
             raise DataError(error)
         features = ImageFeaturizer(conditioning.encoder, default_device()).features([pixels])[0]
+    model = load_on_gpu(lambda device: settings.load(device, conditioning))
 
     def answer(instruction: str, input: str) -> str:
         (text,) = settings.task.answers(model, [(instruction, input)], [features])

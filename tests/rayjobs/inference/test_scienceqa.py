@@ -138,6 +138,21 @@ def test_an_adapter_that_reads_images_is_given_its_own_encoder_or_told_to_be_bli
         adapter_generate.plan(load(adapter_generate.Config, {**question, "image": "a.png"}))
 
 
+def test_images_that_are_not_there_are_refused_before_the_model_is_loaded(
+    settings: adapter_eval.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_generate, "load_on_gpu", None)
+    given = {name: value for name, value in to_dict(settings).items() if name in ("base", "adapter", "vision")}
+    one = {**given, "instruction": "What is it?", "image": str(tmp_path / "gone.png")}
+    with pytest.raises(ValueError, match=r"gone\.png: no such file"):
+        adapter_generate.run(load(adapter_generate.Config, one))
+    write_jsonl(tmp_path / "file.jsonl", [{"instruction": "What is it?", "image": "a.png"}])
+    of_file = {**given, "file": str(tmp_path / "file.jsonl"), "run": {"name": "asked", "storage": str(tmp_path)}}
+    with pytest.raises(ValueError, match=r"images: .*gone is no folder"):
+        adapter_generate.run(load(adapter_generate.Config, {**of_file, "images": str(tmp_path / "gone")}))
+    assert not (tmp_path / "asked").exists()
+
+
 def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter_eval.Config, scienceqa: Path) -> None:
     conditioning = settings.vision.open()
     problems = [problem for problem in read_problems(scienceqa, "test") if problem.image][:3]

@@ -424,6 +424,6 @@ def _check_labels(items: tuple[Item, ...], names: Sequence[str], where: Path) ->
             expected = repr(names[item.label]) if item.label < len(names) else f"beyond the {len(names)} classes"
             raise DatasetError(
                 f"{where}: {item.path} has label {item.label} and class {item.class_name!r}, "
-                f"but that label is {expected} in the class list"
+                f"but that label is {expected} in the class list; the list should name the labels in their order"
             )
     return items

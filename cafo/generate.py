@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from cafo.class_folders import is_image_name
+from cafo.dataset_layouts import check_templates
 from cafo.datasets import Item
-from cafo.errors import CafoError, ImageError
+from cafo.errors import CafoError, ImageError, refuse_text
 from cafo.files import as_path, atomic_path, read_json, write_json
 from cafo.images import load_image
 from cafo.openai_client import Endpoint, RateLimitedClient
@@ -140,7 +141,7 @@ class GenerationJob:
     The list is rewritten after each class. A job that is run again goes on with the classes that the list lacks.
 
     Raises:
-        CafoError: `keep` is not between 1 and `candidates`.
+        CafoError: `keep` is not between 1 and `candidates`, or the template has not exactly one `{}`.
     """
 
     generator: ImageGenerator
@@ -162,6 +163,8 @@ class GenerationJob:
     """class n is generated with seed + n"""
 
     def __post_init__(self) -> None:
+        refuse_text(self.class_names, "class_names")
+        check_templates([self.template])
         if not 1 <= self.keep <= self.candidates:
             raise CafoError(f"keep must be from 1 to the {self.candidates} candidates, got {self.keep}")
 
@@ -177,7 +180,7 @@ class GenerationJob:
                 unusable. A class without a usable image is left out of the list, so the next run tries it again.
 
         Raises:
-            CafoError: the list was made with other settings.
+            CafoError: the list was made with other settings, or of other classes.
         """
         content = self._read_list()
         finished = {label for _, label, _ in content["train"]}
@@ -213,6 +216,13 @@ class GenerationJob:
             raise CafoError(
                 f"{self.list_path} was made with other settings ({content.get('settings')}, now {settings}); "
                 "give another list_name"
+            )
+        names = dict(enumerate(self.class_names))
+        if other := [entry for entry in content["train"] if names.get(entry[1]) != entry[2]]:
+            path, label, name = other[0]
+            raise CafoError(
+                f"{self.list_path} is of other classes: {path} is of class {label}, {name!r}, which is now "
+                f"{names.get(label, 'not there')!r}; restore the classes, or give another list_name and folder"
             )
         return content
 

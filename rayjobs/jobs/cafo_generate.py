@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from cafo.dataset_checks import class_changes
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json as read_list
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
@@ -18,7 +19,7 @@ from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.class_names import ClassNames, open_class_names
 from rayjobs.data.image_dataset import ImageDatasetConfig
-from rayjobs.errors import ConfigError, DataError
+from rayjobs.errors import ConfigError, DataError, ProvenanceError
 from rayjobs.inference.class_images import (
     ImageGenerationConfig,
     generate_images,
@@ -29,7 +30,7 @@ from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_jsonl, write_json
+from rayjobs.storage.files import read_json, read_jsonl, write_json
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import resolve_path
 
@@ -84,7 +85,12 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
         "seed": settings.seed,
         "list_name": settings.list_name,
     }
-    check_provenance(settings.run.folder / "source.json", identity)
+    source = settings.run.folder / "source.json"
+    if source.exists() and (change := class_changes(read_json(source).get("class_names", []), classes.names)):
+        raise ProvenanceError(
+            f"{settings.run.folder} holds images of other classes ({change}): restore them, or choose another run.name"
+        )
+    check_provenance(source, identity)
     return classes, identity
 
 

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,11 @@ def test_an_interruption_loses_one_class_and_other_settings_are_refused(tmp_path
         make(tmp_path, Painter(), keep=3).run()
     with pytest.raises(ValueError, match="keep must be"):
         make(tmp_path / "new", Painter(), keep=6)
+    other = replace(make(tmp_path, Painter(), keep=2), class_names=("crane", "auk", "emu_bird"))
+    with pytest.raises(ValueError, match=r"00001/000\.png is of class 1, 'emu_bird', which is now 'auk'"):
+        other.run()
+    with pytest.raises(ValueError, match="a template needs one"):
+        replace(other, template="a photo")
 
 
 def test_a_folder_of_images_generated_before(tmp_path):

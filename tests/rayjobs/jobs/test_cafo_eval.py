@@ -113,7 +113,7 @@ def chain(folder: Path, *more: str) -> cafo.Config:
     shifted = make_images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
     steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable="]
     steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
-    steps += ["generate.source=folder", f"generate.folder={folder / 'drawn' / 'train'}"]
+    steps += ["generate.source=folder", f"generate.folder={folder / 'generated' / 'train'}"]
     steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]
     return load(cafo.Config, None, [*given, *FEW, *steps, "data.name=colours", "run.name=chain", *more])
 
@@ -258,7 +258,7 @@ def test_classes_are_known_by_name_and_images_by_content_at_every_restart(
 
     evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
     for old, new, message in (
-        (tree / "grey", tree / "gray", "renamed: 'grey' is now 'gray'"),
+        (tree / "grey", tree / "greyish", "renamed: 'grey' is now 'greyish'"),
         (tree / "ash", tmp_path / "gone", "removed: 'ash'"),
     ):
         old.rename(new)

@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from adapter.errors import AdapterError
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.data.loader import MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
@@ -45,7 +46,7 @@ class WorkerResult:
     """What a worker returns to the driver."""
 
     steps: int = 0
-    error: UserError | None = None
+    error: UserError | AdapterError | None = None
 
 
 class AgreedError(Exception):
@@ -54,7 +55,7 @@ class AgreedError(Exception):
     Such an error is returned to the driver. Ray Train would restart the workers `max_failures` times for a raised one.
     """
 
-    def __init__(self, error: UserError) -> None:
+    def __init__(self, error: UserError | AdapterError) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -120,11 +121,14 @@ class TrainingLoop:
             raise AgreedError(agreed)
 
     def setup(self) -> None:
-        """Build the model, the engine and the image encoder."""
+        """Build the model, the engine and the image encoder. All workers find the same errors in the same files."""
         job = self.job
-        model = adapted_model(
-            job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=self.device
-        )
+        try:
+            model = adapted_model(
+                job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=self.device
+            )
+        except AdapterError as error:
+            raise AgreedError(error) from error
         model.checkpoint_activations = job.train.checkpoint_activations
         self.engine = Engine(model, job.zero, job.optimizer)
         self.featurizer = ImageFeaturizer(job.encoder, self.device)
@@ -198,8 +202,8 @@ class TrainingLoop:
         raise AgreedError(
             NonFiniteLossError(
                 f"the loss became {loss} at step {self.step + 1} (lr {lr:.3g}) on records with ids {ids}; the weights "
-                "were not changed. With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes on "
-                "from the last checkpoint. Records that are corrected make another run, which needs another run.name"
+                "were not changed. With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes "
+                "on from the last checkpoint. Records that are corrected make another run, with another run.name"
             )
         )
 
@@ -232,6 +236,7 @@ class TrainingLoop:
     def report_checkpoint(self) -> None:
         """Report with a checkpoint, which rank 0 writes. Gathering the state takes all workers."""
         state = self.engine.state()
+        check_finite(state, self.step)
         if self.rank:
             ray.train.report({"rows": self.rows})
             return
@@ -242,6 +247,18 @@ class TrainingLoop:
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=new_checkpoint_name(self.storage, self.step),
             )
+
+
+def check_finite(state: Mapping[str, torch.Tensor], step: int) -> None:
+    """Raise AgreedError with a NonFiniteLossError if a tensor of the training state, which all workers have, is not
+    finite: a loss that is finite may have had a gradient that is not, and no run could go on from such a checkpoint."""
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise AgreedError(
+            NonFiniteLossError(
+                f"{broken[0]} is no longer finite after step {step}, which is not saved. With a lower "
+                "optimizer.base_lr, or with optimizer.clip_norm, the same command goes on from the last checkpoint"
+            )
+        )
 
 
 def validation_loss(engine: Engine, featurizer: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rayjobs.errors import NonFiniteLossError
 from rayjobs.train.checkpoint import (
     POSITION_FILE,
     STATE_FILE,
@@ -17,6 +18,7 @@ from rayjobs.train.checkpoint import (
     write_checkpoint,
 )
 from rayjobs.train.ray_workarounds import delete_truncated_snapshot
+from rayjobs.train.worker import AgreedError, check_finite
 
 
 @pytest.fixture
@@ -47,6 +49,24 @@ def test_a_truncated_file_costs_one_checkpoint_and_is_reported(
     assert kept.rows == [{"step": 20}]
     assert torch.equal(kept.state["prompt"], torch.full((5, 7), 20.0))
     assert f"{newest} is damaged" in caplog.text
+
+
+def test_a_state_that_is_not_finite_is_not_saved() -> None:
+    state = {"prompt": torch.zeros(5, 7), "prompt.exp_avg": torch.tensor([1.0, float("inf")])}
+    with pytest.raises(AgreedError) as raised:
+        check_finite(state, 30)
+    assert isinstance(raised.value.error, NonFiniteLossError)
+    assert str(raised.value.error).startswith("prompt.exp_avg is no longer finite after step 30, which is not saved.")
+    check_finite({"prompt": torch.zeros(5, 7)}, 30)
+
+
+def test_others_can_read_a_checkpoint_if_the_umask_lets_them(storage: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        write_checkpoint(storage, TrainingCheckpoint({"prompt": torch.zeros(5)}, 1, []))
+    finally:
+        os.umask(umask)
+    assert {(storage / name).stat().st_mode & 0o777 for name in (STATE_FILE, POSITION_FILE)} == {0o640}
 
 
 def test_a_missing_file_costs_one_checkpoint_and_nothing_left_is_a_fresh_start(storage: Path) -> None:

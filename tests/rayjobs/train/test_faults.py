@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter.adapter_checkpoint import read_adapter
+from adapter.instruct import encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl
@@ -150,7 +151,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_records(
     for path in tiny_base.iterdir():
         (poisoned / path.name).write_bytes(path.read_bytes())
     tensors = load_file(poisoned / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:] = 3e38  # finite, but no square of it is
+    tensors["lm_head.weight"][:] = torch.finfo(torch.float32).max
     save_file(tensors, poisoned / "model.safetensors")
     arguments = [*runs.arguments, "run.name=poisoned", f"base.path={poisoned}", "scale.workers=2"]
     assert main(arguments) == 2
@@ -169,14 +170,16 @@ def test_after_a_loss_that_was_not_finite_a_lower_rate_goes_on_from_the_last_che
     base, lines = tmp_path / "base", records.read_text().splitlines()
     shutil.copytree(tiny_base, base)
     tokenizer = Tokenizer(base / "tokenizer.model")
-    ids = [set(tokenizer.encode(json.loads(line)["output"])) for line in lines]
+    examples = [encode_record({"image": "", **json.loads(line)}, tokenizer, max_length=200) for line in lines]
+    ids = [set(example.ids) for example in examples]
     token = min(set.union(*ids), key=lambda id: sum(id in some for some in ids))
     chosen = [line for line, some in zip(lines, ids, strict=True) if token not in some]
     chosen.append(next(line for line, some in zip(lines, ids, strict=True) if token in some))
     (tmp_path / "records.jsonl").write_text("\n".join(chosen) + "\n")
     tensors = load_file(base / "model.safetensors")
-    embeddings = tensors["model.embed_tokens.weight"]
-    embeddings[token] = 3e38  # finite, but no square of it is
+    largest = torch.tensor([1.0, -1.0]).repeat(12) * torch.finfo(torch.float32).max
+    tensors["model.embed_tokens.weight"][token] = largest  # the sum with the first attention's output overflows
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 1e37
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     arguments = [
         "adapter-train",
@@ -203,7 +206,7 @@ def test_after_a_loss_that_was_not_finite_a_lower_rate_goes_on_from_the_last_che
     first = stop()
     step = int(first.split(" at step ")[1].split()[0])
     assert step > 1, "there is a checkpoint"
-    assert "With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes on" in first
+    assert "With a lower optimizer.base_lr, or with optimizer.clip_norm, the same command goes on " in first
     rows = read_jsonl(metrics)
     assert "(train.global_batch was 5, now 6)" in stop("train.global_batch=6", "optimizer.base_lr=1e-4")
     lower = stop("optimizer.base_lr=1e-4", "optimizer.clip_norm=1")

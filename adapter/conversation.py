@@ -43,6 +43,8 @@ def _answer_records(row: Any) -> Iterator[dict[str, str]]:
     turns = row.get("conversations") if isinstance(row, dict) else None
     if isinstance(row, dict) and turns is None and "instruction" in row:
         raise RecordError("it is an instruction record, which the format alpaca reads, not a conversation")
+    if isinstance(row, dict) and turns is None and "messages" in row:
+        raise RecordError("chat 'messages' are not read; rewrite them as 'conversations' of 'from' and 'value'")
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"a conversation is an object with a list of 'conversations', got {row!r:.60}")
     image = row.get("image") or ""

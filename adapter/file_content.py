@@ -8,7 +8,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_content(path: Path, error: type[AdapterError]) -> None:
-    """Raise `error`, naming the file, for a Git LFS pointer or an HTML page where data should be.
+    """Raise `error`, naming the file, for a Git LFS pointer, an HTML page or a gzip archive where data should be.
 
     A file that cannot be opened is left to the reader that wanted it.
     """
@@ -23,3 +23,5 @@ def check_content(path: Path, error: type[AdapterError]) -> None:
         )
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise error(f"{path}: an HTML page, perhaps of a login or an error; download the file itself")
+    if head.startswith(b"\x1f\x8b"):
+        raise error(f"{path}: compressed by gzip; unpack it first")

@@ -95,7 +95,7 @@ def _json_start(path: Path) -> bytes:
     """The beginning of a JSON file, without byte order mark and white space. Raises RecordError for UTF-16."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]:
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (b"\0" in head[:4] and head[:4].strip(b"\0")[:1] in (b"[", b"{")):
         raise RecordError(
             f"{path}: UTF-16 or UTF-32, not UTF-8; save it as UTF-8, such as by `iconv -f UTF-16 -t UTF-8`"
         )
@@ -125,7 +125,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _describe_other_json(start: bytes) -> str:
     """What a file that begins like this is instead of an array, and what to do."""
     if not start.startswith(b"{"):
-        return "the file is no JSON array"
+        return "the file is no JSON array" if start else "the file is empty"
     first, _, rest = start.partition(b"\n")
     line = _parse("", first.strip(_SPACE)).value
     if isinstance(line, dict) and (rest.strip(_SPACE) or {"instruction", "conversations"} & line.keys()):

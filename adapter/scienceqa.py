@@ -129,7 +129,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     check_content(path, RecordError)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordError(f"{path}: no such file; ScienceQA is a folder with problems.json and pid_splits.json") from (
             error
         )

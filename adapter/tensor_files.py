@@ -6,6 +6,7 @@ A mapped tensor takes no memory until it is read. From then on its pages count a
 
 import ctypes
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -95,14 +96,15 @@ def _load_pickle(path: Path) -> object:
             is_zip = file.read(2) == b"PK"
         return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        fault = f"holds {named[1]}" if named else "is damaged or holds more than tensors"
         raise CheckpointError(
-            f"{path}: refused, because its pickle is damaged or holds more than tensors, and a pickle can run code. "
-            f"If you trust the file, save its tensors alone, as safetensors. ({_first_line(error)})"
+            f"{path}: refused, because its pickle {fault}, and a pickle can run code. If you trust the file, save its "
+            "tensors alone, as safetensors."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable PyTorch file, truncated or corrupt ({_first_line(error)})"
-        ) from error
+    except Exception as error:  # the unpickler does not check damaged content, so that any error may come of it
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a readable PyTorch file, truncated or corrupt ({reason})") from error
 
 
 def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
@@ -116,7 +118,3 @@ def _named_tensors(path: Path, content: object) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise CheckpointError(f"{path}: {key} is not a plain dense tensor")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -61,13 +61,13 @@ class Tokenizer:
         self._proto = proto
         self._name = name
         self._processor = SentencePieceProcessor()
+        if not proto:
+            raise TokenizerError(f"{name}: the file is empty; LLaMA's tokenizer is a SentencePiece model")
         try:
-            if not proto:
-                raise RuntimeError("it is empty")
             self._processor.LoadFromSerializedProto(proto)
         except RuntimeError as error:
             raise TokenizerError(
-                f"{name}: not a SentencePiece model, truncated or corrupt; LLaMA's is called tokenizer.model ({error})"
+                f"{name}: not a SentencePiece model, truncated or corrupt; LLaMA's is called tokenizer.model"
             ) from error
         for kind, piece in (("BOS", self.bos_id), ("EOS", self.eos_id)):
             if piece < 0:

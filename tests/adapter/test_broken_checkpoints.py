@@ -1,5 +1,6 @@
 """Checkpoints that cannot be used are refused at opening, by an error that names the file and the key."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -214,3 +215,20 @@ def test_cut_files_of_pytorchs_format_are_refused(tmp_path: Path, model: LlamaFo
         file.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else int(keep)])
         with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: (not a readable PyTorch file|refused)"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"\x80\x02junk", b"hello world" * 100, b"PK\3\4" + bytes(500), bytes(99)])
+def test_junk_in_place_of_a_pytorch_file_is_refused(tmp_path: Path, model: LlamaForCausalLM, content: bytes) -> None:
+    path = write_meta(tmp_path, model)
+    (path / "consolidated.00.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: (not a readable PyTorch file|refused)"):
+        open_checkpoint(path)
+
+
+def test_a_pickle_of_objects_is_refused_with_what_it_holds(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    path = write_meta(tmp_path, model)
+    torch.save({"args": argparse.Namespace(lr=1)}, path / "consolidated.00.pth")
+    with pytest.raises(
+        CheckpointError, match=r"refused, because its pickle holds argparse\.Namespace, .*safetensors\.$"
+    ):
+        open_checkpoint(path)

@@ -57,6 +57,7 @@ RAW = {"id": "x7", "conversations": turns("a", "b")}
         ({"conversations": turns("a", "b", "c")[1:]}, "turn 0 is an answer of 'gpt' without a question"),
         ({"conversations": turns("a", "b", "c", "d")[1:]}, "turn 0 is an answer of 'gpt' without a question"),
         ({"conversations": turns("a \ud83d", "b")}, r"turn 0 holds '\\ud83d' at character 3, half of a surrogate pair"),
+        ({"conversations": None, "messages": []}, "chat 'messages' are not read; rewrite them as 'conversations'"),
         ({"conversations": None, "instruction": "i", "output": "o"}, "an instruction record, which the format alpaca"),
         ({"conversations": [{"from": "system", "value": "s"}]}, "the last of 1 turns has no answer"),
         ({"conversations": [*turns("a", "b"), {"from": "system", "value": "s"}, *turns("c")]}, "turn 2: expected"),

@@ -1,5 +1,6 @@
 """Files of records: read in bounded memory, and refused where an unknown part of them is missing."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
         ("a.json", ONE + "] and more", "ends after item 1, but the file goes on"),
         ("a.json", ONE + "]" + " " * 99_999 + BOM, "ends after item 1, but the file goes on"),
         ("a.json", " []]", "ends after item 0, but the file goes on"),
-        ("a.json", "", "expected a JSON array of records; the file is no JSON array"),
+        ("a.json", "", "expected a JSON array of records; the file is empty"),
+        ("a.json", "\0\0\0\0", "the file is no JSON array"),
         ("a.json", "instruction,output", "the file is no JSON array"),
         ("a.json", '{"instruction": "i", "output": "o"}', "an object per line belongs in a .jsonl"),
         ("a.json", '{"a": [{}]}\n{"a": [{}]}\n', "an object per line belongs in a .jsonl"),
@@ -103,6 +105,12 @@ def test_utf_16_is_named_with_the_way_out(tmp_path: Path, name: str, encoding: s
     (tmp_path / name).write_text(ONE + "]", encoding=encoding)
     with pytest.raises(RecordError, match=r"UTF-16 or UTF-32, not UTF-8; save it as UTF-8, such as by `iconv"):
         list(read_rows(tmp_path / name))
+
+
+def test_a_compressed_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(gzip.compress(b"[]"))
+    with pytest.raises(RecordError, match=r"a\.json: compressed by gzip; unpack it first"):
+        list(read_rows(tmp_path / "a.json"))
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

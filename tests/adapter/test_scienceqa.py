@@ -78,6 +78,8 @@ def test_missing_files_splits_and_problems_are_named(tmp_path):
     write(tmp_path, {"7": RAW}, {"test": ["8"]})
     with pytest.raises(RecordError, match="no split 'train'; it has test"):
         read_problems(tmp_path, "train")
+    with pytest.raises(RecordError, match=r"problems\.json: no such file; ScienceQA is a folder"):
+        read_problems(tmp_path / "problems.json", "train")
     write(tmp_path, {"7": RAW}, {"test": ["8"], "val": None})
     with pytest.raises(RecordError, match="'val' must be a list, got None"):
         read_problems(tmp_path, "val")

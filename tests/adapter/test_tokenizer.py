@@ -112,10 +112,13 @@ def test_rows_past_the_pieces_have_no_text(model: Path) -> None:
 def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.model: no tokenizer"):
         Tokenizer(tmp_path / "absent.model")
-    for name, content in (("empty.model", b""), ("junk.model", b"{}" * 50), ("cut.model", model.read_bytes()[:200])):
+    for name, content in (("junk.model", b"{}" * 50), ("cut.model", model.read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenizerError, match=f"{name}: not a SentencePiece model"):
             Tokenizer(tmp_path / name)
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(TokenizerError, match=r"empty\.model: the file is empty"):
+        Tokenizer(tmp_path / "empty.model")
     (tmp_path / "tokenizer.json").write_text("{}")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*needs the SentencePiece tokenizer\.model that"):

@@ -7,7 +7,7 @@ meant, such as class names that differ only in case, is returned as a notice.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cafo.class_folders import is_utf8, readable
@@ -46,6 +46,42 @@ def check_class_names(names: Sequence[str], where: object, *, repeated: bool = F
         if len(group) > 1
     ]
     return tuple(notices)
+
+
+def infer_classes(items: Iterable[Item], where: object) -> tuple[str, ...]:
+    """Return the class list that the (label, name) pairs of `items` spell out.
+
+    Raises:
+        DatasetError: a label with two names, or a label below the largest that has no image.
+    """
+    names: dict[int, str] = {}
+    for item in items:
+        if names.setdefault(item.label, item.class_name) != item.class_name:
+            raise DatasetError(
+                f"{where} gives label {item.label} two names: {names[item.label]!r} and {item.class_name!r} "
+                f"({item.path})"
+            )
+    if gaps := sorted(set(range(len(names))) - set(names)):
+        raise DatasetError(
+            f"{where} has no train or val image of label {gaps[0]}; give the class list as `class_names`"
+        )
+    return tuple(names[label] for label in range(len(names)))
+
+
+def check_labels(items: tuple[Item, ...], names: Sequence[str], where: object) -> tuple[Item, ...]:
+    """Return `items` if every label and class name agrees with the class list.
+
+    Raises:
+        DatasetError: an item whose label and class name do not agree with it.
+    """
+    for item in items:
+        if item.label >= len(names) or names[item.label] != item.class_name:
+            expected = repr(names[item.label]) if item.label < len(names) else f"beyond the {len(names)} classes"
+            raise DatasetError(
+                f"{where}: {item.path} has label {item.label} and class {item.class_name!r}, "
+                f"but that label is {expected} in the class list; the list should name the labels in their order"
+            )
+    return items
 
 
 def check_items(items: Sequence[Item], where: object) -> None:

@@ -11,13 +11,13 @@ Two rules hold for every reader:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cafo.class_folders import list_class_folders, list_images, refuse_empty_classes
-from cafo.dataset_checks import check_class_names, check_disjoint, check_items
+from cafo.dataset_checks import check_class_names, check_disjoint, check_items, check_labels, infer_classes
 from cafo.dataset_layouts import (
     IMAGENET_TEMPLATES,
     LAYOUTS,
@@ -142,21 +142,21 @@ def load_split(
     lists = {part: _parse_items(content.get(part, []), f"{split}, {part}") for part in ("train", "val")}
     if not lists["train"] and not lists["val"]:
         raise DatasetError(f"{split} lists no train and no val image; a test-only set needs no split file of its own")
-    names = tuple(class_names) if class_names is not None else _infer_classes([*lists["train"], *lists["val"]], split)
+    names = tuple(class_names) if class_names is not None else infer_classes([*lists["train"], *lists["val"]], split)
 
     def read_test() -> tuple[Item, ...]:
         current = _read_split_lists(split)
         if "test" not in current:
             raise DatasetError(f"{split} has no test list; an evaluation needs one")
-        return _check_labels(_parse_items(current["test"], f"{split}, test"), names, split)
+        return check_labels(_parse_items(current["test"], f"{split}, test"), names, split)
 
     return Dataset(
         name=name or split.stem,
         class_names=names,
         templates=tuple(templates),
         image_root=_require_folder(as_path(image_root), "give the folder that the paths of the split are relative to"),
-        train=_check_labels(lists["train"], names, split),
-        val=_check_labels(lists["val"], names, split),
+        train=check_labels(lists["train"], names, split),
+        val=check_labels(lists["val"], names, split),
         read_test=read_test,
         notices=check_class_names(names, split),
     )
@@ -259,7 +259,7 @@ def load_generated_list(path: str | Path, class_names: Sequence[str]) -> tuple[I
     path = as_path(path)
     content = read_json(path, "give the JSON that the generate step wrote")
     entries = content.get("train", []) if isinstance(content, dict) else content
-    return _check_labels(_parse_items(entries, f"{path}, train"), tuple(class_names), path)
+    return check_labels(_parse_items(entries, f"{path}, train"), tuple(class_names), path)
 
 
 def stable_uniform(seed: int, path: str) -> float:
@@ -399,31 +399,3 @@ def _parse_items(entries: Any, where: str) -> tuple[Item, ...]:
             case _:
                 raise DatasetError(f"{where}, entry {number}: {entry!r} is not [path, label, class name]")
     return tuple(items)
-
-
-def _infer_classes(items: Iterable[Item], where: Path) -> tuple[str, ...]:
-    """Return the class list that the (label, name) pairs of `items` spell out."""
-    names: dict[int, str] = {}
-    for item in items:
-        if names.setdefault(item.label, item.class_name) != item.class_name:
-            raise DatasetError(
-                f"{where} gives label {item.label} two names: {names[item.label]!r} and {item.class_name!r} "
-                f"({item.path})"
-            )
-    if gaps := sorted(set(range(len(names))) - set(names)):
-        raise DatasetError(
-            f"{where} has no train or val image of label {gaps[0]}; give the class list as `class_names`"
-        )
-    return tuple(names[label] for label in range(len(names)))
-
-
-def _check_labels(items: tuple[Item, ...], names: Sequence[str], where: Path) -> tuple[Item, ...]:
-    """Return `items` if every label and class name agrees with the class list."""
-    for item in items:
-        if item.label >= len(names) or names[item.label] != item.class_name:
-            expected = repr(names[item.label]) if item.label < len(names) else f"beyond the {len(names)} classes"
-            raise DatasetError(
-                f"{where}: {item.path} has label {item.label} and class {item.class_name!r}, "
-                f"but that label is {expected} in the class list; the list should name the labels in their order"
-            )
-    return items

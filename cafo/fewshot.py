@@ -37,6 +37,7 @@ def choose(
     seed: int,
     short: Literal["error", "report"] = "error",
     unreadable: Collection[str] = (),
+    ranked: Sequence[Sequence[Item]] | None = None,
 ) -> FewShot:
     """Choose K images of every class of the class list.
 
@@ -49,6 +50,7 @@ def choose(
         seed: seed of the choice.
         short: what to do with a class that has fewer than K images: raise an error, or report it in the result.
         unreadable: paths that are not chosen.
+        ranked: what `rank` returns for these images, seed and unreadable paths, if it is known already.
 
     Raises:
         CafoError: K is negative.
@@ -57,10 +59,8 @@ def choose(
     refuse_text(class_names, "class_names")
     if shots < 0:
         raise CafoError(f"shots must be at least 0, got {shots}")
-    ranked: list[list[Item]] = [[] for _ in class_names]
-    for item in sorted(set(items), key=lambda item: (stable_uniform(seed, item.path), item.path)):
-        if item.path not in unreadable:
-            ranked[item.label].append(item)
+    if ranked is None:
+        ranked = rank(items, class_names, seed=seed, unreadable=unreadable)
     counts = {name: len(images) for name, images in zip(class_names, ranked, strict=True)}
     lacking = {name: count for name, count in counts.items() if count < shots}
     if lacking and short == "error":
@@ -71,6 +71,17 @@ def choose(
         )
     chosen = tuple(item for images in ranked for item in images[:shots])
     return FewShot(shots=shots, seed=seed, items=chosen, short=lacking)
+
+
+def rank(
+    items: Sequence[Item], class_names: Sequence[str], *, seed: int, unreadable: Collection[str] = ()
+) -> list[list[Item]]:
+    """Return the images of each class in the order in which a seed chooses them, without the unreadable ones."""
+    ranked: list[list[Item]] = [[] for _ in class_names]
+    for item in sorted(set(items), key=lambda item: (stable_uniform(seed, item.path), item.path)):
+        if item.path not in unreadable:
+            ranked[item.label].append(item)
+    return ranked
 
 
 def _name_unreadable(items: Sequence[Item], classes: Collection[str], unreadable: Collection[str]) -> str:

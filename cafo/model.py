@@ -105,13 +105,7 @@ class CaFo:
             CafoError: a class without a sentence, a prompt file that cannot be read.
         """
         config = config or FitConfig()
-        dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
-        if not dataset.val:
-            raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
-        if len(dataset.class_names) < 2:
-            raise DatasetError(f"{dataset.name} has one class, and a classifier needs two or more")
-        for notice in dataset.notices:
-            logger.warning("%s: %s", dataset.name, notice)
+        dataset = _open_dataset(data, seed)
         loaded = _load_encoders(encoders, device)
         clip_name, clip = next(iter(loaded.items()))
         if not isinstance(clip, ClipEncoder):
@@ -198,6 +192,18 @@ class CaFo:
         probabilities, labels = self.logits(images).softmax(dim=-1).max(dim=-1)
         names = [self.cache.class_names[label] for label in labels.tolist()]
         return [Prediction(name, share) for name, share in zip(names, probabilities.tolist(), strict=True)]
+
+
+def _open_dataset(data: Dataset | str | Path, seed: int) -> Dataset:
+    """Return a data set that a classifier can be fitted on; log its notices."""
+    dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
+    if not dataset.val:
+        raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
+    if len(dataset.class_names) < 2:
+        raise DatasetError(f"{dataset.name} has one class, and a classifier needs two or more")
+    for notice in dataset.notices:
+        logger.warning("%s: %s", dataset.name, notice)
+    return dataset
 
 
 def _load_encoders(specs: Mapping[str, EncoderSpec], device: str | torch.device) -> dict[str, ImageEncoder]:

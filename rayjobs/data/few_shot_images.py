@@ -34,11 +34,14 @@ class FewShotPlan:
             DatasetError: a class has fewer than K images and `short` is `error`.
         """
         train, names = self.dataset.train, self.dataset.class_names
-        return {
-            (count, seed): fewshot.choose(train, names, shots=count, seed=seed, short=self.short, unreadable=unreadable)
-            for count in self.shots
-            for seed in self.seeds
-        }
+        choices = {}
+        for seed in self.seeds:
+            ranked = fewshot.rank(train, names, seed=seed, unreadable=unreadable)  # the slow part, for all K at once
+            for shots in self.shots:
+                choices[shots, seed] = fewshot.choose(
+                    train, names, shots=shots, seed=seed, short=self.short, unreadable=unreadable, ranked=ranked
+                )
+        return choices
 
 
 @dataclass(frozen=True, kw_only=True)

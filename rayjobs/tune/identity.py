@@ -91,7 +91,10 @@ def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / INPUTS
     if not path.exists() or not any((folder / "trials").glob(f"*/{RESULT}")):
         return {}
-    return read_json(path)
+    recorded = read_json(path)
+    if lacking := [key for key in ("classes", "encoders", "sentences", "choices") if key not in recorded]:
+        raise ProvenanceError(f"{path} does not record {', '.join(lacking)}: choose another run.name")
+    return recorded
 
 
 def _class_change(before: Sequence[str], now: Sequence[str]) -> list[str]:

@@ -26,16 +26,17 @@ class SweepImage(NamedTuple):
 
 def write_images(folder: Path, images: Sequence[SweepImage]) -> None:
     """Write `images.parquet`."""
-    columns = zip(*images, strict=True)
-    write_parquet(folder / IMAGES, pa.table({n: list(c) for n, c in zip(SweepImage._fields, columns, strict=True)}))
+    write_parquet(folder / IMAGES, pa.Table.from_pylist([image._asdict() for image in images]))
 
 
 def read_images(folder: Path) -> list[SweepImage]:
-    """Read `images.parquet`.
+    """Read `images.parquet`; a folder without it has no images.
 
     Raises:
         DataError: the file is damaged.
     """
+    if not (folder / IMAGES).exists():
+        return []
     try:
         return [SweepImage(**row) for row in read_parquet(folder / IMAGES).to_pylist()]
     except (pa.ArrowException, TypeError) as error:

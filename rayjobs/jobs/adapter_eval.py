@@ -160,12 +160,7 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
     """Predict the answer of every problem; write `predictions.parquet`, tables and examples."""
     problems, reads_images = read_test_problems(source), conditioning is not None
     records = [problem_record(problem) for problem in problems]
-    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
-    identity = {
-        **model_identity(settings, conditioning),
-        **data_identity(records, source.images, reads_images),
-        "how": repr(how),
-    }
+    identity = {**model_identity(settings, conditioning), **task_identity(settings, source, reads_images=reads_images)}
     parts = settings.run.folder / "parts"
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
@@ -195,6 +190,13 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
     result["images_left_out"] = 0 if reads_images else result["with_image"]
     _show_by_class(source.path, result["accuracy_by_class"])
     return result
+
+
+def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, str]:
+    """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
+    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
+    records = [problem_record(problem) for problem in read_test_problems(source)]
+    return {**data_identity(records, source.images, reads_images), "how": repr(how)}
 
 
 def _show_by_class(title: str, accuracy_by_class: list[dict[str, str]]) -> None:

@@ -36,6 +36,7 @@ from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
+from rayjobs.storage.urls import mask_credentials
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 from rayjobs.train.run_identity import RESULT_FILE, check_same_run, drop_keys, lock_run, record_nonfinite_loss
@@ -80,6 +81,8 @@ class Config:
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig
 
+
+ADAPTER_FILE = "adapter.safetensors"
 
 FREE_TO_CHANGE = (
     "run",
@@ -224,7 +227,7 @@ def train(settings: Config, inputs: Inputs) -> None:
         record_nonfinite_loss(folder, error)
         raise
     file = adapter_file(job.adaption, trained, inputs.checkpoint, inputs.tokenizer)
-    with atomic_path(folder / "adapter.safetensors") as temporary:
+    with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
     write_json(folder / RESULT_FILE, summarize(settings, job, file))
 
@@ -305,7 +308,7 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
         headline = f"held-out loss {val_losses[0]:.3f} → {val_losses[-1]:.3f}"
     return {
         "headline": headline,
-        "adapter": str(folder / "adapter.safetensors"),
+        "adapter": mask_credentials(str(folder / ADAPTER_FILE)),
         "trainable_parameters": file.trainable,
         "steps": job.total_steps,
         "train_records": store.rows("train"),

@@ -197,7 +197,7 @@ def train_trial(
         evaluated_on=evaluation_identity(settings, own),
     )
     if settings.sweep.scienceqa is not None:
-        evaluation = evaluation_settings(settings, own, trained["adapter"])
+        evaluation = evaluation_settings(settings, own, str(own.run.folder / adapter_train.ADAPTER_FILE))
         evaluation = replace(evaluation, run=replace(evaluation.run, name=f"eval-{result.evaluated_on}"))
         result = replace(result, accuracy=adapter_eval.run(evaluation)["accuracy"])
     result.write(own.run.folder)

@@ -83,7 +83,7 @@ def lock_provenance(
 ) -> None:
     """Write `identity` to the file `path`, before the folder's first result. Raises ProvenanceError as above."""
     check_provenance(path, identity, hint=hint, kind=kind)
-    write_json(path, comparable(dict(identity)))
+    write_json(path, mask_credentials(dict(identity)))
 
 
 def _short(value: Any) -> str:

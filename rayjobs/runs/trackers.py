@@ -21,7 +21,7 @@ from rayjobs.errors import ConfigError
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.paths import is_url
 from rayjobs.storage.sync import SyncedFolder
-from rayjobs.storage.urls import mask_credentials
+from rayjobs.storage.urls import drop_mask, mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class MLflow:
     def __init__(self, folder: Path, track: TrackConfig) -> None:
         from mlflow import MlflowClient
 
-        self.client = MlflowClient(tracking_uri=track.mlflow)
+        self.client = MlflowClient(tracking_uri=drop_mask(str(track.mlflow)))
         id_file = folder / "mlflow.json"
         if id_file.exists():
             self.id = read_json(id_file)["run_id"]

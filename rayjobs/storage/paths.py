@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from rayjobs.errors import ConfigError, StorageError
+from rayjobs.storage.urls import drop_mask
 
 _REACHED: set[str] = set()
 """The hosts and buckets that have answered."""
@@ -32,6 +33,7 @@ def resolve_path(path: str | Path) -> Path:
     import fsspec
     from upath import UPath
 
+    path = drop_mask(str(path))
     protocol, _, rest = str(path).partition("://")
     try:
         fsspec.get_filesystem_class(protocol)

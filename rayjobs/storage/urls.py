@@ -29,3 +29,8 @@ def mask_credentials(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [mask_credentials(inner) for inner in value]
     return value
+
+
+def drop_mask(url: str) -> str:
+    """A URL that was written masked, without the mask: its credentials are then those of the environment."""
+    return url.replace(f"://{MASK}@", "://")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rayjobs.storage.urls import mask_credentials
+from rayjobs.storage.paths import resolve_path
+from rayjobs.storage.urls import drop_mask, mask_credentials
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,9 @@ def test_credentials_are_masked(url: str, masked: str) -> None:
 )
 def test_anything_else_stays(text: str) -> None:
     assert mask_credentials(text) == text
+
+
+def test_a_masked_url_is_read_with_the_credentials_of_the_environment() -> None:
+    """cafo-eval reads the settings of its sweep from the sweep's files."""
+    assert drop_mask("http://***@host/a") == "http://host/a"
+    assert str(resolve_path("memory://***@bucket/a")) == str(resolve_path("memory://bucket/a"))

@@ -35,7 +35,8 @@ class ImageDatasetConfig:
     images: AnyPath | None = None
     """Folder that the paths of `split` are relative to; null for the folder of `split`."""
     tree: AnyPath | None = None
-    """Folder with one subfolder per class, split into train, val and test by `seed`."""
+    """Folder with one subfolder per class, whose images lie directly in it, split into train, val and test by `seed`.
+    Anything else in it is ignored, counted and named."""
     tree_shares: tuple[float, float] = (0.5, 0.2)
     """Shares of train and val among the images of `tree`; the rest is test."""
     val_share: float = Field(default=0.01, gt=0, lt=1)

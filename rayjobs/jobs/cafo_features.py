@@ -95,13 +95,15 @@ def run(settings: Config) -> dict[str, Any]:
         resources=resources,
     )
     others = [images for images in lists if not images.training]
-    by_role = encode_few_shot(store, few_shot_plan(settings, dataset), settings.features.views, others).features
-    rejected = [image for features in by_role.values() for image in features.rejected]
+    images = encode_few_shot(store, few_shot_plan(settings, dataset), settings.features.views, others)
+    rejected = [image for features in images.features.values() for image in features.rejected]
     write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
-    encoded = sum(len(features.rows) for features in by_role.values())
-    headline = f"{encoded} images through {', '.join(settings.encoders)}"
-    result: dict[str, Any] = {"headline": headline, "data_set": dataset.name}
-    result |= {f"{role}_images": len(features.rows) for role, features in by_role.items()}
+    counts: dict[str, int] = {}
+    for role, features in images.features.items():
+        kind = "train" if images.lists[role].training else role
+        counts[f"{kind}_images"] = counts.get(f"{kind}_images", 0) + len(features.rows)
+    headline = f"{sum(counts.values())} images through {', '.join(settings.encoders)}"
+    result: dict[str, Any] = {"headline": headline, "data_set": dataset.name, **counts}
     result |= {"rejected_images": len(rejected), **log_notices(dataset.notices)}
     write_json(folder / "result.json", result)
     show_result(settings.run.name, result)

@@ -72,12 +72,8 @@ def start_run(folder: Path, job: str) -> bool:
     """
     if _jobs_here.get(str(folder), job) != job:
         return False
+    refuse_second_process(folder)
     before = read_record(folder)
-    if before and before.now().state == "running" and before.host == socket.gethostname() and before.pid != os.getpid():
-        raise ResourceError(
-            f"{folder} is being run by process {before.pid} of {before.host}: let it end, stop it, or choose another "
-            "run.name"
-        )
     record = RunRecord(
         job=job,
         state="running",
@@ -92,6 +88,16 @@ def start_run(folder: Path, job: str) -> bool:
     (folder / REPORT_FILE).unlink(missing_ok=True)  # it shows the state of an earlier start
     _jobs_here[str(folder)] = job
     return True
+
+
+def refuse_second_process(folder: Path) -> None:
+    """Raise ResourceError if another process of this machine is running in `folder`."""
+    record = read_record(folder)
+    if record and record.now().state == "running" and record.host == socket.gethostname() and record.pid != os.getpid():
+        raise ResourceError(
+            f"{folder} is being run by process {record.pid} of {record.host}: let it end, stop it, or choose another "
+            "run.name"
+        )
 
 
 def finish_run(folder: Path, job: str, state: State, error: str = "") -> bool:

@@ -80,6 +80,7 @@ class EventLog(ray.train.UserCallback):
         self.failures, self.saved_step = 0, 0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Note what the workers say that they do now, and the step of the newest checkpoint."""
         report = metrics[0]
         if "resumed_at" in report:
             self.saved_step = report["resumed_at"]
@@ -89,6 +90,7 @@ class EventLog(ray.train.UserCallback):
             self._append(Event(doing=report["doing"]))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Note that workers have died, why, and from which step the run goes on."""
         self.failures += 1
         reason = describe_death(str(next(iter(worker_exceptions.values()))))
         message = (

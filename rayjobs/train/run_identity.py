@@ -11,7 +11,7 @@ from typing import Any
 from rayjobs.config import to_dict
 from rayjobs.errors import NonFiniteLossError, ProvenanceError
 from rayjobs.runs.provenance import Change, comparable, find_changes, refuse_changes
-from rayjobs.runs.record import read_record
+from rayjobs.runs.record import read_record, refuse_second_process
 from rayjobs.runs.run_dir import CONFIG_FILE, VERSIONS_FILE, versions
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.yaml_file import read_yaml
@@ -51,9 +51,10 @@ def check_same_run(folder: Path, settings: Any, identity: Mapping[str, Any], fre
 def lock_run(folder: Path, settings: Any, identity: Mapping[str, Any], free: tuple[str, ...]) -> None:
     """Record the identity of the run that now begins or goes on in `folder`; log what differs from what was recorded.
 
-    Changes with which a run goes on, and the step at which it does, stay in the record. Raises what `check_same_run`
-    raises.
+    Changes with which a run goes on stay in the record. Raises what `check_same_run` raises, and ResourceError if
+    another process is running there.
     """
+    refuse_second_process(folder)
     changes = check_same_run(folder, settings, identity, free)
     provenance = _provenance(folder)
     told = "; ".join(map(str, changes))

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayjobs.config import load, to_dict
-from rayjobs.errors import NonFiniteLossError, ProvenanceError
+from rayjobs.errors import NonFiniteLossError, ProvenanceError, ResourceError
 from rayjobs.jobs import adapter_train
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import read_json, write_json
@@ -255,3 +257,14 @@ def test_the_folder_of_another_job_is_refused(run: Run) -> None:
     record: dict[str, Any] = read_json(run.folder / "run.json")
     write_json(run.folder / "run.json", {**record, "job": "cafo-tune"})
     assert "holds a run of cafo-tune" in run.refused()
+
+
+def test_the_record_of_a_run_that_another_process_is_running_is_left_alone(run: Run) -> None:
+    path = run.folder / PROVENANCE_FILE
+    before = path.read_text()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        record: dict[str, Any] = read_json(run.folder / "run.json")
+        write_json(run.folder / "run.json", {**record, "pid": other.pid, "pid_since": 0})
+        with pytest.raises(ResourceError, match=f"is being run by process {other.pid}"):
+            run.begin("train.epochs=3")
+    assert path.read_text() == before

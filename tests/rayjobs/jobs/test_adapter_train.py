@@ -265,7 +265,7 @@ def test_generate_answers_a_file_as_the_library_does(
     base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     prompts = [prompt_template(config.template).render(row["instruction"], row["input"]) for row in rows[:9]]
-    images = [features(pictured, trained, row["image"]) for row in rows[:9]]
+    images = [features(pictured, trained, row.get("image")) for row in rows[:9]]
     expected = base.generate(prompts, images=images, max_new_tokens=7, temperature=0)
     assert [row["answer"] for row in rows[:9]] == [text.strip() for text in expected]
     assert [row["image"] for row in rows if row["error"]] == list(BAD)

@@ -32,7 +32,7 @@ from rayjobs.runs.run_dir import RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
-from rayjobs.tune.evaluation import TargetScore, record_opening, score_target, write_scores
+from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, score_target, write_scores
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
@@ -90,6 +90,7 @@ def run(settings: Config) -> dict[str, Any]:
     """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
     swept, chosen = check(settings)
     folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
+    check_opening(folder, chosen)
     targets = open_targets(swept.data.open(), settings.targets)
     own, own_dataset = next(iter(targets.items()))
     lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}

@@ -60,21 +60,34 @@ class TargetScore:
         return {**about, "images": self.images, "correct": self.correct, "accuracy": self.accuracy}
 
 
+def check_opening(folder: Path, chosen: Sequence[ChosenSetting]) -> dict[str, Any]:
+    """Return what `opened.json` says; empty if the test split was never opened.
+
+    Raises ProvenanceError if it was opened for another choice.
+    """
+    path = folder / "opened.json"
+    before = read_json(path) if path.exists() else {}
+    if before and before["choice"] != _choice_digest(chosen):
+        raise ProvenanceError(
+            f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
+            "Sweep under another run.name"
+        )
+    return before
+
+
 def record_opening(folder: Path, chosen: Sequence[ChosenSetting], targets: Sequence[str]) -> None:
     """Write `opened.json`: when the test split was opened, and for which choice.
 
     Raises ProvenanceError if it was opened for another choice.
     """
-    digest = fingerprint([choice.to_json() for choice in chosen])
-    path = folder / "opened.json"
-    before = read_json(path) if path.exists() else {}
-    if before and before["choice"] != digest:
-        raise ProvenanceError(
-            f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "
-            "Sweep under another run.name"
-        )
+    before = check_opening(folder, chosen)
     opened = before.get("opened") or datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(path, {"opened": opened, "choice": digest, "targets": sorted({*before.get("targets", []), *targets})})
+    names = sorted({*before.get("targets", []), *targets})
+    write_json(folder / "opened.json", {"opened": opened, "choice": _choice_digest(chosen), "targets": names})
+
+
+def _choice_digest(chosen: Sequence[ChosenSetting]) -> str:
+    return fingerprint([choice.to_json() for choice in chosen])
 
 
 def score_target(

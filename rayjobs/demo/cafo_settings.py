@@ -62,7 +62,7 @@ def cafo_job_settings(settings: CascadeConfig, world: World, run: RunConfig, gpu
         },
         "generate": {
             "source": "folder",
-            "folder": str(world.drawn),
+            "folder": str(world.generated_images),
             "candidates": 2 * max(settings.generated),
             "keep": max(settings.generated),
         },

@@ -1,5 +1,6 @@
 """The demo's stages: announce each with the time that is left, and record how long it took."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 
 from rayjobs.demo.cache_dir import cache_folder
 from rayjobs.storage.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 
 class Stage(NamedTuple):
@@ -38,7 +41,7 @@ class Stages:
         stage, left = self.stages[number], self.seconds_left()
         notes = ["from the cache"] if self.cached[number] else []
         notes += [f"about {left:.0f} s left in all"] if left else []
-        print(f"{number + 1}/{len(self.stages)}  {stage.title}  ({', '.join(notes)})", flush=True)
+        logger.info("%d/%d  %s  (%s)", number + 1, len(self.stages), stage.title, ", ".join(notes))
         yield
         self.durations.append(time.monotonic() - started)
         if not self.cached[number]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from rayjobs.cluster.capacity import cluster_capacity
+from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
@@ -50,8 +51,8 @@ class World(NamedTuple):
     """the tiny CLIP, in open_clip's format"""
     dino: Path
     """the tiny DINO, in timm's format"""
-    drawn: Path
-    """generated images, a folder for each digit"""
+    generated_images: Path
+    """a folder of images for each digit"""
     notes: Path
     """the tiny LLaMA that copies notes, in Hugging Face's format"""
     questions: Path
@@ -89,7 +90,7 @@ def world_paths(cache: Path, settings: WorldConfig) -> World:
         digits=cache_folder(cache, "digits", to_dict(settings.digits)),
         clip=cache_folder(cache, "clip", to_dict(settings.clip), descriptions()),
         dino=cache_folder(cache, "dino", to_dict(settings.dino), to_dict(settings.digits)),
-        drawn=cache_folder(cache, "drawn", settings.drawings, settings.digits.seed),
+        generated_images=cache_folder(cache, "drawn", settings.drawings, settings.digits.seed),
         notes=cache_folder(cache, "llama", to_dict(settings.notes), training_documents(settings.notes)),
         questions=cache_folder(cache, "llama", to_dict(settings.questions), training_documents(settings.questions)),
     )
@@ -109,8 +110,8 @@ def make_world(world: World, settings: WorldConfig) -> None:
             "LLaMA for notes": Training(world.notes, notes.steps, partial(train_llama, notes)),
         }
     )
-    if not world.drawn.exists():
-        with atomic_folder(world.drawn) as new:
+    if not world.generated_images.exists():
+        with atomic_folder(world.generated_images) as new:
             write_drawings(new, settings.drawings, settings.digits.seed)
 
 
@@ -123,7 +124,7 @@ def train_models(models: Mapping[str, Training]) -> None:
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=share, num_returns="streaming")(train_model)
-    running = {task.remote(model, "cuda" if share else "cpu"): name for name, model in missing.items()}
+    running = {task.remote(model, worker_device({"GPU": share})): name for name, model in missing.items()}
     losses: dict[str, list[float]] = {name: [] for name in missing}
     with (
         reraise_user_errors(),

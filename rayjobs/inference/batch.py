@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     part: Path
     """the file of their rows"""
     records: str
-    """JSON"""
+    """as JSON: the fields differ from task to task, and a struct column would add absent ones as nulls"""
     size: int
 
 
@@ -63,7 +63,7 @@ class BatchGenerator:
     """of the rows"""
     parts: Path
     """folder of the chunks' files"""
-    identity: Mapping[str, str]
+    identity: Mapping[str, Any]
     """what the rows depend on, by content"""
     chunk_size: int
     """records that one worker processes together"""

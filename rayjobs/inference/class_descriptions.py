@@ -26,7 +26,7 @@ from rayjobs.storage.sync import SyncedFolder
 
 
 @config
-class LlamaConfig:
+class LlamaDescriberConfig:
     """A LLaMA on this machine, or on a GPU of the cluster."""
 
     base: BaseModelConfig
@@ -87,7 +87,7 @@ class DescriptionConfig:
     file: AnyPath | None = None
     """For source=file: JSON {class name: [sentence, …]}, which is checked and copied."""
     endpoint: EndpointConfig | None = None
-    llama: LlamaConfig | None = None
+    llama: LlamaDescriberConfig | None = None
     commands: list[str] = Field(default=list(COMMANDS), min_length=1)
     """Commands that an endpoint or a LLaMA is given about each class, with {} for the class name."""
     answers: int = Field(default=ANSWERS, ge=1)
@@ -111,8 +111,8 @@ class DescriptionConfig:
             raise ConfigError(f"source is {self.source}, so {needed} is required, but not given")
         check_templates(self.commands, "command")
         sampling = {"temperature": self.sampling.temperature, "max_tokens": self.sampling.max_tokens}
-        asked = {"commands": self.commands, "answers": self.answers}
-        return {"source": self.source, **asked, **sampling, **model}
+        commands = {"commands": self.commands, "answers": self.answers}
+        return {"source": self.source, **commands, **sampling, **model}
 
     def language_model(self) -> LanguageModel:
         """The endpoint or the LLaMA, loaded."""
@@ -147,9 +147,9 @@ def write_descriptions(settings: DescriptionConfig, classes: ClassNames, path: P
         Progress("prompt", unit="classes", total=len(names), done=described) as bar,
     ):
 
-        def report(name: str, sentences: int) -> None:
+        def report(name: str, descriptions: int) -> None:
             folder.send(now=True)
-            bar.advance(note=f"{name}: {sentences} sentences")
+            bar.advance(note=f"{name}: {descriptions} descriptions")
 
         file = folder.fetch(path.name)
         return describe_classes(model, names, file, commands=settings.commands, answers=settings.answers, report=report)
@@ -159,7 +159,7 @@ class LlamaModel:
     """A `LanguageModel` on this machine. The first command about a class decodes the answers to all commands."""
 
     def __init__(
-        self, model: AdaptedModel, settings: LlamaConfig, sampling: SamplingConfig, commands: Sequence[str]
+        self, model: AdaptedModel, settings: LlamaDescriberConfig, sampling: SamplingConfig, commands: Sequence[str]
     ) -> None:
         self._model, self._settings, self._sampling = model, settings, sampling
         self._commands, self._template = list(dict.fromkeys(commands)), settings.prompt_template()

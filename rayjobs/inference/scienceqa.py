@@ -55,15 +55,15 @@ class AnswerProblems:
         prompt_window = window - MAX_ANSWER_TOKENS if self.reading == "generate" else window
         encoded = [self._encode(record, model, prompt_window) for record in records]
         examples = [example for of_problem, _ in encoded for example in of_problem]
-        seen = [image for image, (of_problem, _) in zip(images, encoded, strict=True) for _ in of_problem]
+        example_images = [image for image, (of_problem, _) in zip(images, encoded, strict=True) for _ in of_problem]
         outputs: Iterator[Any]
         if self.reading == "generate":
             prompts = [example.ids[: example.label_start] for example in examples]
             outputs = iter(
-                model.generate_from_ids(prompts, images=seen, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
+                model.generate_from_ids(prompts, images=example_images, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
             )
         else:
-            outputs = iter(model.losses(examples, images=seen))
+            outputs = iter(model.losses(examples, images=example_images))
         return [
             self._prediction(record, of_problem, [next(outputs) for _ in of_problem], error)
             for record, (of_problem, error) in zip(records, encoded, strict=True)

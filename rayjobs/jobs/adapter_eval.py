@@ -6,7 +6,7 @@ set aside one by one.
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -192,11 +192,16 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
     return result
 
 
-def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, str]:
+def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, Any]:
     """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
-    how = (source.template, settings.reading, settings.data.max_length, settings.batch_size)
     records = [problem_record(problem) for problem in read_test_problems(source)]
-    return {**data_identity(records, source.images, reads_images), "how": repr(how)}
+    return {
+        **data_identity(records, source.images, reads_images),
+        "template": asdict(source.template),
+        "reading": settings.reading,
+        "max_length": settings.data.max_length,
+        "batch_size": settings.batch_size,
+    }
 
 
 def _show_by_class(title: str, accuracy_by_class: list[dict[str, str]]) -> None:

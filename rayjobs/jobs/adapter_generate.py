@@ -7,6 +7,7 @@ run and keeps the answers that are there. Records that cannot be answered are se
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -247,7 +248,9 @@ def answer_file(settings: Config) -> dict[str, Any]:
     identity = {
         **model_identity(settings, conditioning),
         **data_identity(records, image_root, reads_images=conditioning is not None),
-        "how": repr((settings.task.template, to_dict(settings.decoding), settings.batch_size)),
+        "template": asdict(settings.task.template),
+        "decoding": to_dict(settings.decoding),
+        "batch_size": settings.batch_size,
     }
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
@@ -282,7 +285,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
         "some_answers": [{n: v for n, v in row.items() if n != "error"} for row in evenly_spaced(shown)],
     }
     write_json(folder / "result.json", result)
-    print(f"{result['headline']} in {settings.answers_file}")
+    logger.info("%s in %s", result["headline"], settings.answers_file)
     return result
 
 
@@ -293,6 +296,8 @@ def _headline(answers: int, rejected: int, left_out: int) -> str:
 
 
 def _write_image_examples(folder: Path, image_root: Path, shown: list[Record]) -> None:
-    seen = [row for row in shown if row.get("image")]
-    examples = [(image_root / row["image"], f"{row['instruction']} {row['answer']}") for row in evenly_spaced(seen)]
+    with_image = [row for row in shown if row.get("image")]
+    examples = [
+        (image_root / row["image"], f"{row['instruction']} {row['answer']}") for row in evenly_spaced(with_image)
+    ]
     write_examples(folder, examples, "Some of the records with an image: instruction and answer.")

@@ -6,6 +6,7 @@ adapter-train and adapter-eval. What exists in the cache is not made again, so a
 
 import importlib.util
 import io
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -51,6 +52,8 @@ from rayjobs.storage.files import read_jsonl, write_json
 from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
 
+logger = logging.getLogger(__name__)
+
 ADAPTERS = ("no adapter", "text-only", "image-conditioned")
 HEADLINE = list(CASCADE)[-1]
 """The method of the headline."""
@@ -82,6 +85,8 @@ class DemoRun(RunConfig):
 
 @config
 class Config:
+    """Settings of demo."""
+
     JOB: ClassVar = "demo"
 
     world: WorldConfig = WorldConfig()
@@ -159,7 +164,7 @@ def run(settings: Config) -> dict[str, Any]:
         ],
     }
     write_json(folder / "result.json", result)
-    print(f"To show: {folder / REPORT_FILE}")
+    logger.info("report: %s", folder / REPORT_FILE)
     return result
 
 
@@ -174,8 +179,8 @@ def inner_runs(settings: Config, world: World) -> dict[str, str]:
 
     A name has a fingerprint of what the run depends on, so other settings or a newer version use another folder.
     """
-    digits, clip, dino, drawn, notes, questions = (path.name for path in world)
-    of_cafo = demo_fingerprint(digits, clip, dino, drawn, to_dict(settings.cafo))
+    digits, clip, dino, generated, notes, questions = (path.name for path in world)
+    of_cafo = demo_fingerprint(digits, clip, dino, generated, to_dict(settings.cafo))
     of_notes = demo_fingerprint(notes, to_dict(settings.adapters))
     of_questions = demo_fingerprint(digits, clip, questions, to_dict(settings.adapters))
     names = {

@@ -1,7 +1,7 @@
 """The demo's world: seeded, held out by content, and a base that is what the cache says."""
 
 import re
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import yaml
 
 from adapter import AdaptedModel
 from rayjobs.config import flatten, load
+from rayjobs.console import setup_logging
 from rayjobs.demo import notes
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE
 from rayjobs.demo.llama import TinyLlamaConfig, train_llama
@@ -74,9 +75,10 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def storage(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a demo that was run, and `told.txt`, what its terminal showed."""
+    """A folder with a demo that was run, and `terminal.txt`, what its terminal showed."""
     storage = tmp_path_factory.mktemp("storage")
-    with (storage / "told.txt").open("w") as told, redirect_stdout(told):
+    setup_logging()
+    with (storage / "terminal.txt").open("w") as terminal, redirect_stdout(terminal), redirect_stderr(terminal):
         demo.run(load(demo.Config, None, [*FEW, f"run.storage={storage}"]))
     return storage
 
@@ -103,10 +105,10 @@ def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Pat
     folder = storage / "demo"
     report, result = (folder / "report.html").read_text(), read_json(folder / "result.json")
     assert "30 validation scans; only then were the 40 test scans opened, once" in report
-    shown = ["training loss of the two adapters", "accuracy over shots, digits", "data:image/jpeg"]
-    shown += ["accuracy on val over α and β", "confusion on test", "accuracy of each class on test"]
-    for told in (*(name for name in result if name not in ("headline", "about")), *shown):
-        assert told in report
+    titles = ["training loss of the two adapters", "accuracy over shots, digits", "data:image/jpeg"]
+    titles += ["accuracy on val over α and β", "confusion on test", "accuracy of each class on test"]
+    for text in (*(name for name in result if name not in ("headline", "about")), *titles):
+        assert text in report
     linked = [row["report"] for row in result["reports of the steps"]]
     assert len(linked) == 7
     assert all(f'<a href="{page}">' in report and (folder / page).is_file() for page in linked)
@@ -122,9 +124,9 @@ def test_a_second_run_trains_nothing_and_says_when_it_was_done(
     first = read_json(storage / "demo" / "result.json")
     second = demo.run(load(demo.Config, None, [*FEW, f"run.storage={storage}"]))
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    told = capsys.readouterr().out
+    terminal = capsys.readouterr().err
     for number in range(1, 5):
-        assert re.search(rf"^{number}/4  .*\(from the cache\)$", told, re.M)
+        assert re.search(rf"^{number}/4  .*\(from the cache\)$", terminal, re.M)
     cached = [{**row, "made": "before, from the cache"} for row in first["seconds"]]
     assert cached[0]["seconds"].isdigit()
     assert second == {**first, "seconds": cached}
@@ -132,13 +134,13 @@ def test_a_second_run_trains_nothing_and_says_when_it_was_done(
 
 @pytest.mark.ray
 def test_the_terminal_shows_stages_time_left_answers_and_where_the_report_is(storage: Path) -> None:
-    told, result = (storage / "told.txt").read_text(), read_json(storage / "demo" / "result.json")
+    terminal, result = (storage / "terminal.txt").read_text(), read_json(storage / "demo" / "result.json")
     for number in range(1, 5):
-        assert re.search(rf"^{number}/4  .*\(about \d+ s left in all\)$", told, re.M)
+        assert re.search(rf"^{number}/4  .*\(about \d+ s left in all\)$", terminal, re.M)
     assert len(result["answers about scans"]) == 3
     for row in result["answers about scans"]:
-        assert all(row[name] in told for name in demo.ADAPTERS)
-    assert f"To show: {storage / 'demo' / 'report.html'}" in told
+        assert all(row[name] in terminal for name in demo.ADAPTERS)
+    assert f"report: {storage / 'demo' / 'report.html'}" in terminal
 
 
 def test_a_stand_in_is_a_base_like_any_other_and_the_same_in_every_run(tmp_path: Path) -> None:

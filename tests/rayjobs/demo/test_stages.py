@@ -1,5 +1,6 @@
-"""What the demo tells of its stages: how much is left, and what came from the cache."""
+"""The demo announces its stages: the time that is left, and what came from the cache."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from rayjobs.demo.stages import Stage, Stages
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock whose time the test sets."""
 
     now = 0.0
 
@@ -18,28 +19,29 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+    caplog.set_level(logging.INFO, "rayjobs")
     clock = Clock()
     monkeypatch.setattr(stages, "time", clock)
     return clock
 
 
 def run(folder: Path, clock: Clock, seconds: list[float]) -> list[dict]:
-    """Three stages, each of which takes so long and leaves a file."""
+    """Run three stages, each of which takes some seconds and leaves a file; return the table's rows."""
     planned = [Stage(f"stage {i}", 10.0 * (i + 1), [folder / str(i)]) for i in range(3)]
-    told = Stages(planned, folder)
+    announced = Stages(planned, folder)
     for stage, took in zip(planned, seconds, strict=True):
-        with told.next():
+        with announced.next():
             clock.now += took
             stage.outputs[0].touch()
-    return told.rows()
+    return announced.rows()
 
 
 def test_what_is_left_goes_at_the_pace_of_what_was_made(
-    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = run(tmp_path, clock, [20, 40, 60])  # twice as long as planned
-    assert capsys.readouterr().out.splitlines() == [
+    assert caplog.messages == [
         "1/3  stage 0  (about 60 s left in all)",
         "2/3  stage 1  (about 100 s left in all)",
         "3/3  stage 2  (about 60 s left in all)",
@@ -48,13 +50,13 @@ def test_what_is_left_goes_at_the_pace_of_what_was_made(
 
 
 def test_what_is_in_the_cache_is_not_waited_for_and_keeps_its_seconds(
-    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, clock, [20, 40, 60])
     (tmp_path / "1").unlink()
-    capsys.readouterr()
+    caplog.clear()
     rows = run(tmp_path, clock, [1, 41, 1])
-    assert capsys.readouterr().out.splitlines() == [
+    assert caplog.messages == [
         "1/3  stage 0  (from the cache, about 20 s left in all)",
         "2/3  stage 1  (about 20 s left in all)",
         "3/3  stage 2  (from the cache)",

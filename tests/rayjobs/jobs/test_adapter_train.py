@@ -284,7 +284,7 @@ def test_generate_answers_a_file_as_the_library_does(
     assert [json.loads(row["record"]) for row in table] == read_jsonl(pictured), "every field of every record"
     assert [row["output"] for row in rows] == [row["output"] for row in read_jsonl(pictured)]
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing is answered twice"
-    with pytest.raises(ValueError, match=r"parts holds results of other settings \(how was"):
+    with pytest.raises(ValueError, match=r"parts holds results of other settings \(decoding\.max_new_tokens was"):
         adapter_generate.run(replace(config, decoding=adapter_generate.DecodingConfig(max_new_tokens=8)))
     assert read_record(folder).state == "done", "what is refused leaves no trace"
     with pytest.raises(ValueError, match=r"run\.name: required"):

@@ -33,7 +33,7 @@ class SourceConfig:
     images: AnyPath | None = None
     """Folder that the image paths of the records are relative to; null for the folder of the file."""
     weight: float = Field(default=1, gt=0)
-    """How often each record is trained on in an epoch: 2 for twice, 0.5 for every second epoch."""
+    """Times that each record is trained on in an epoch: 2 for twice, 0.5 for every second epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class RecordsConfig:
     path: list[AnyPath | SourceConfig]
     """Sources of records: .json (an array), .jsonl or .parquet files, or ScienceQA's folder. A source with settings of
     its own is written {path: …, format: …, split: …, images: …, weight: …}, where images is the folder that its image
-    paths are relative to and weight is how often each record is trained on in an epoch."""
+    paths are relative to and weight is the number of times that each record is trained on in an epoch."""
     format: Format = "alpaca"
     """Format of the records: alpaca {instruction, input?, output, image?}; scienceqa, its original folder; llava
     {image?, conversations}."""

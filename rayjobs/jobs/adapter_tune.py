@@ -34,7 +34,7 @@ from rayjobs.tune.adapter_sweep import (
     describe_overrides,
     enumerate_overrides,
     plot_first_steps,
-    read_result,
+    read_adapter_result,
     run_trials,
     summarize,
     write_table,
@@ -166,7 +166,7 @@ def finished_results(settings: Config, trials: Sequence[AdapterTrial]) -> list[A
     results = []
     for trial in trials:
         own = trial_settings(settings, trial)
-        result = read_result(own.run.folder)
+        result = read_adapter_result(own.run.folder)
         if result and result.evaluated_on == evaluation_identity(settings, own):
             results.append(replace(result, setting=describe_overrides(trial.overrides)))
     return results

@@ -4,9 +4,9 @@ Writes accuracies by seed and by class, confusions and, for each of `targets`, t
 sweep whose test split was opened for another choice is refused.
 """
 
-import functools
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +28,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.accuracy_tables import accuracy_table, by_method, published_rows, summary, write_tables
 from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
-from rayjobs.runs.run_dir import RunConfig
+from rayjobs.runs.run_dir import CONFIG_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
@@ -54,42 +54,64 @@ class Config:
     scale: WorkerPoolConfig = WorkerPoolConfig()
     """Workers that encode the test images."""
 
-    @functools.cached_property
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation that can be made: its settings, those of the sweep, and the settings that the sweep has chosen."""
+
+    JOB: ClassVar = Config.JOB
+
+    settings: Config
+    swept: cafo_tune.Config
+    chosen: list[ChosenSetting]
+
+    @property
     def run(self) -> RunConfig:
-        """The sweep's run, whose cache and trackers its config.yaml names."""
-        folder = resolve_path(self.sweep)
-        saved = folder / "config.yaml"
-        known = read_yaml(saved).get("run", {}) if saved.is_file() else {}
-        return RunConfig(**{**known, "name": folder.name, "storage": str(folder.parent)})
+        """The sweep's run, as which the evaluation is recorded and tracked."""
+        return self.swept.run
 
 
-def check(settings: Config) -> tuple[cafo_tune.Config, list[ChosenSetting]]:
-    """The sweep's settings and what it has chosen. Raises ConfigError if it has not chosen yet."""
-    folder = settings.run.folder
+def check(settings: Config) -> Evaluation:
+    """Read what the sweep has chosen. Raises ConfigError if it has not chosen yet."""
+    folder = resolve_path(settings.sweep)
     if not (folder / cafo_tune.SWEEP).is_file():
         raise ConfigError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
     if not (folder / "chosen.json").is_file():
         raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
-    swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(settings.run)})
+    swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(_read_run(folder))})
     try:
-        return swept, [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
+        chosen = [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'chosen.json'} is no choice ({error}); run cafo-tune again to write it") from error
+    return Evaluation(settings=settings, swept=swept, chosen=chosen)
+
+
+def _read_run(folder: Path) -> RunConfig:
+    """The run of a sweep's folder; the folder's config.yaml names its cache and trackers."""
+    saved = folder / CONFIG_FILE
+    recorded = read_yaml(saved).get("run", {}) if saved.is_file() else {}
+    return RunConfig(**{**recorded, "name": folder.name, "storage": str(folder.parent)})
 
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    swept, chosen = check(settings)
+    evaluation = check(settings)
     rows = [["sweep", settings.sweep], ["targets", ", ".join(["test", *settings.targets])]]
-    rows += [[f"{choice.shots} shots", f"{choice.method}: {len(choice.seeds)} seeds"] for choice in chosen]
-    show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(swept.encoders)]])
+    rows += [[f"{choice.shots} shots", f"{choice.method}: {len(choice.seeds)} seeds"] for choice in evaluation.chosen]
+    show_table("plan", ["", ""], [*rows, ["encoders", ", ".join(evaluation.swept.encoders)]])
+
+
+def run(settings: Config) -> dict[str, Any]:
+    """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
+    return score(check(settings))
 
 
 @job
-def run(settings: Config) -> dict[str, Any]:
-    """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
-    swept, chosen = check(settings)
-    folder, trials = settings.run.folder / "test", settings.run.folder / "trials"
+def score(evaluation: Evaluation) -> dict[str, Any]:
+    """Score the chosen caches on the test images of all targets; see `run`."""
+    settings, swept, chosen = evaluation.settings, evaluation.swept, evaluation.chosen
+    run_folder = swept.run.folder
+    folder, trials = run_folder / "test", run_folder / "trials"
     check_opening(folder, chosen)
     targets = open_targets(swept.data.open(), settings.targets)
     own, own_dataset = next(iter(targets.items()))
@@ -98,10 +120,10 @@ def run(settings: Config) -> dict[str, Any]:
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     names = (trial.trial for choice in chosen for trial in choice.seeds)
     check_same_caches(trials, names, own_dataset.class_names, identities)
-    connect(settings.run.folder, settings.run.cache_folder)
+    connect(run_folder, swept.run.cache_folder)
     resources = settings.scale.resources()  # workers that can never run are refused before test is opened
     record_opening(folder, chosen, list(targets))
-    start_run(settings.run.folder, settings.JOB)
+    start_run(run_folder, settings.JOB)
 
     store = FeatureStore(
         encoders=encoders,
@@ -133,7 +155,7 @@ def run(settings: Config) -> dict[str, Any]:
             name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
             for name, (columns, lines) in tables.items()
         },
-        **log_notices([*own_dataset.notices, *find_leaks(settings.run.folder, lists, features)]),
+        **log_notices([*own_dataset.notices, *find_leaks(run_folder, lists, features)]),
     }
     write_json(folder / "result.json", result)
     for name, (columns, lines) in tables.items():

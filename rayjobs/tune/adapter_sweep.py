@@ -22,7 +22,7 @@ from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
 from rayjobs.tune.search_space import Distinct, Some
 from rayjobs.tune.tuner import run_tuner
 
-RESULT = "trial.json"
+ADAPTER_TRIAL_FILE = "trial.json"
 FIRST_STEPS = 50
 """Steps of the loss plot: an unstable start shows in them."""
 
@@ -33,7 +33,7 @@ class SweepConfig:
 
     axes: dict[str, Annotated[list[Any], Some]] = Field(min_length=1)
     """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init,
-    rand-init]}. Settings that are equal after all are trained once."""
+    rand-init]}. Settings with equal values are trained once."""
     method: Literal["grid", "each"] = "grid"
     """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
     others."""
@@ -78,7 +78,7 @@ class AdapterTrialResult:
         return {name: value for name, value in asdict(self).items() if name != "accuracy" or value is not None}
 
     def write(self, folder: Path) -> None:
-        write_json(folder / RESULT, self.row())
+        write_json(folder / ADAPTER_TRIAL_FILE, self.row())
 
 
 _RESULTS = TypeAdapter(AdapterTrialResult)
@@ -110,12 +110,12 @@ def describe_overrides(overrides: dict[str, Any]) -> str:
     return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in overrides.items())
 
 
-def read_result(folder: Path) -> AdapterTrialResult | None:
+def read_adapter_result(folder: Path) -> AdapterTrialResult | None:
     """The result of the trial whose run folder this is; None if it is not finished.
 
     Raises DataError for a file that lacks a value; values that this version does not know are left out.
     """
-    path = folder / RESULT
+    path = folder / ADAPTER_TRIAL_FILE
     if not path.exists():
         return None
     try:
@@ -193,7 +193,7 @@ def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> 
     save_plot(path, f"training loss of the first {FIRST_STEPS} steps", figure)
 
 
-class SweepProgress(tune.Callback):
+class AdapterSweepProgress(tune.Callback):
     """Shows in the progress bar how many trials are finished, and the best setting so far."""
 
     def __init__(self, bar: Progress, read_results: Callable[[], Sequence[AdapterTrialResult]]) -> None:
@@ -211,7 +211,7 @@ def run_trials(
     train: Callable[..., None],
     count: int,
     folder: Path,
-    at_once: int,
+    concurrent_trials: int,
     total: int,
     read_results: Callable[[], Sequence[AdapterTrialResult]],
 ) -> None:
@@ -227,13 +227,13 @@ def run_trials(
     on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     bar = Progress("tune", unit="trials", total=total, done=total - count)
     with bar, reraise_user_errors():
-        progress = SweepProgress(bar, read_results)
+        progress = AdapterSweepProgress(bar, read_results)
         progress.update()
         errors = run_tuner(
             tune.with_resources(train, on_head),
             {"trial": tune.grid_search(list(range(count)))},
             folder,
-            tune.TuneConfig(max_concurrent_trials=at_once),
+            tune.TuneConfig(max_concurrent_trials=concurrent_trials),
             progress,
         )
         if errors:

@@ -56,8 +56,8 @@ class TargetScore:
 
     def row(self) -> dict[str, Any]:
         """The row of `accuracy.parquet`."""
-        about = {"target": self.target, "shots": self.shots, "method": self.method, "seed": self.seed}
-        return {**about, "images": self.images, "correct": self.correct, "accuracy": self.accuracy}
+        key = {"target": self.target, "shots": self.shots, "method": self.method, "seed": self.seed}
+        return {**key, "images": self.images, "correct": self.correct, "accuracy": self.accuracy}
 
 
 def check_opening(folder: Path, chosen: Sequence[ChosenSetting]) -> dict[str, Any]:
@@ -155,16 +155,18 @@ def write_scores(folder: Path, scores: Sequence[TargetScore], dataset: Dataset) 
     weighs most) and `confusion.parquet` (only pairs that occur)."""
     per_class, confusions, sources = [], [], []
     for score in scores:
-        about = score.identity()
+        identity = score.identity()
         for label, counts in enumerate(score.confusion):
             class_name = dataset.class_names[label]
-            per_class.append({**about, "class": class_name, "images": int(counts.sum()), "correct": int(counts[label])})
+            per_class.append(
+                {**identity, "class": class_name, "images": int(counts.sum()), "correct": int(counts[label])}
+            )
             for predicted in np.flatnonzero(counts):
                 names = {"true": class_name, "predicted": dataset.class_names[predicted]}
-                confusions.append({**about, **names, "images": int(counts[predicted])})
+                confusions.append({**identity, **names, "images": int(counts[predicted])})
         for source, images in score.winning_sources.items():
             by_class = zip(dataset.class_names, images, strict=True)
-            sources += [{**about, "class": name, "source": source, "images": count} for name, count in by_class]
+            sources += [{**identity, "class": name, "source": source, "images": count} for name, count in by_class]
     tables = {
         "accuracy": [score.row() for score in scores],
         "per_class": per_class,

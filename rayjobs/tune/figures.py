@@ -88,17 +88,17 @@ def _plot_landscape(folder: Path, number: int, title: str, values: dict[str, Any
 
 
 def _plot_score(folder: Path, number: int, title: str, score: TargetScore, class_names: Sequence[str]) -> None:
-    shown: dict[str, Any] = {"group": title, "folded": number > 0}
+    group: dict[str, Any] = {"group": title, "folded": number > 0}
     images = score.confusion.sum(axis=1)
     accuracy = (100 * score.confusion.diagonal() / images.clip(min=1)).tolist()
     figure = plots.class_accuracy(class_names, accuracy)
-    save_plot(folder / f"classes-{number:02d}.png", "accuracy of each class on test", figure, **shown)
+    save_plot(folder / f"classes-{number:02d}.png", "accuracy of each class on test", figure, **group)
     figure = plots.confusion(class_names, score.confusion.tolist())
-    save_plot(folder / f"confusion-{number:02d}.png", "confusion on test", figure, **shown)
+    save_plot(folder / f"confusion-{number:02d}.png", "confusion on test", figure, **group)
     if len(score.winning_sources) > 1:
         percent = {
             source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
             for source, counts in score.winning_sources.items()
         }
         figure = plots.winning_sources(class_names, percent)
-        save_plot(folder / f"sources-{number:02d}.png", "which source weighs most on test", figure, **shown)
+        save_plot(folder / f"sources-{number:02d}.png", "which source weighs most on test", figure, **group)

@@ -11,7 +11,7 @@ from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.images import image_changes, read_images, write_images
 from rayjobs.tune.inputs import SweepInputs
-from rayjobs.tune.trial import RESULT, open_cache
+from rayjobs.tune.trial import TRIAL_FILE, open_cache
 
 INPUTS = "inputs.json"
 
@@ -89,7 +89,7 @@ def _by_name(items: Iterable[Item]) -> list[list[str]]:
 def _recorded(folder: Path) -> dict[str, Any]:
     """Return the recorded inputs of the trials in a run's folder; empty if no trial is over."""
     path = folder / INPUTS
-    if not path.exists() or not any((folder / "trials").glob(f"*/{RESULT}")):
+    if not path.exists() or not any((folder / "trials").glob(f"*/{TRIAL_FILE}")):
         return {}
     recorded = read_json(path)
     if lacking := [key for key in ("classes", "encoders", "sentences", "choices") if key not in recorded]:

@@ -68,8 +68,8 @@ class SweepInputs:
                 present = generated | {item.class_name for item in choice.items}
                 lacking = [name for name in names if name not in present]
                 if lacking and (shots or count):
-                    shown = ", ".join(lacking[:5]) + (" …" if len(lacking) > 5 else "")
-                    yield f"K={shots}, seed {seed}, K'={count}: {len(lacking)} classes have no key: {shown}"
+                    first_names = ", ".join(lacking[:5]) + (" …" if len(lacking) > 5 else "")
+                    yield f"K={shots}, seed {seed}, K'={count}: {len(lacking)} classes have no key: {first_names}"
 
 
 def write_few_shot(folder: Path, inputs: SweepInputs) -> None:

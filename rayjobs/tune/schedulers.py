@@ -22,7 +22,7 @@ class GroupedASHAScheduler(FIFOScheduler):
         super().__init__()
         self.search = search
         self.max_epochs = max((trial.setting.epochs for trial in trials), default=0)
-        self.schedulers = {self._group(trial): self._asha() for trial in trials}
+        self.schedulers = {trial.group_key(search.compare): self._asha() for trial in trials}
         for trial in trials:
             if trial.name in earlier:
                 self._replay(trial, earlier[trial.name].val_curve)
@@ -44,11 +44,8 @@ class GroupedASHAScheduler(FIFOScheduler):
             stop_last_trials=False,
         )
 
-    def _group(self, trial: Trial) -> str:
-        return repr((trial.shots, trial.setting.compared_values(self.search.compare)))
-
     def _scheduler(self, trial: Any) -> ASHAScheduler:
-        return self.schedulers[self._group(trial.config["trials"][0])]
+        return self.schedulers[trial.config["trials"][0].group_key(self.search.compare)]
 
     def _replay(self, trial: Trial, val_curve: Sequence[float]) -> None:
         """Feed an earlier trial's validation accuracies to the scheduler."""

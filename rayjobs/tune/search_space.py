@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -134,6 +134,10 @@ class Setting(NamedTuple):
         """The method and the values of the compared hyperparameters: a setting is chosen for each combination."""
         return {"method": self.method, **{name: getattr(self, name) for name in compare}}
 
+    def group_key(self, compare: Sequence[Hyperparameter]) -> tuple[Hashable, ...]:
+        """The compared values alone, the same for all settings among which one is chosen."""
+        return tuple(self.compared_values(compare).values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -147,6 +151,10 @@ class Trial:
     def name(self) -> str:
         digest = fingerprint([self.shots, self.seed, self.setting])
         return f"shots{self.shots}-seed{self.seed}-{digest[:10]}"
+
+    def group_key(self, compare: Sequence[Hyperparameter]) -> tuple[Hashable, ...]:
+        """K and the compared values, the same for all trials that are compared with each other."""
+        return self.shots, *self.setting.group_key(compare)
 
 
 def enumerate_settings(
@@ -214,7 +222,7 @@ def _check_space(
             raise ConfigError(f"space.{name}: {min(values)} is negative")
     if isinstance(space.lr, Range) and search.method == "grid":
         raise ConfigError(
-            "space.lr: a range can be drawn from, but a grid search needs a list: give one, or another search.method"
+            "space.lr: a range needs search.method random, asha or optuna; for a grid search, give a list of values"
         )
 
 
@@ -233,9 +241,9 @@ def _sample_settings(settings: Sequence[Setting], lr: list[float] | Range, searc
 
 def group_settings(settings: Iterable[Setting], compare: Sequence[Hyperparameter]) -> list[list[Setting]]:
     """Group settings by their compared values; a choice is made within each group."""
-    groups: dict[str, list[Setting]] = {}
+    groups: dict[tuple[Hashable, ...], list[Setting]] = {}
     for setting in settings:
-        groups.setdefault(repr(setting.compared_values(compare)), []).append(setting)
+        groups.setdefault(setting.group_key(compare), []).append(setting)
     return list(groups.values())
 
 

@@ -1,6 +1,6 @@
 """Choose settings among a sweep's trials: by mean validation accuracy over seeds, never by anything else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,9 @@ def choose_settings(
     that was enumerated first.
     """
     seeds = {trial.seed for trial, _ in results}
-    groups: dict[str, dict[Setting, list[TrialResult]]] = {}
+    groups: dict[tuple[Hashable, ...], dict[Setting, list[TrialResult]]] = {}
     for trial, result in results:
-        key = repr((trial.shots, trial.setting.compared_values(compare)))
-        groups.setdefault(key, {}).setdefault(trial.setting, []).append(result)
+        groups.setdefault(trial.group_key(compare), {}).setdefault(trial.setting, []).append(result)
     return [_choose(group, compare, len(seeds)) for group in groups.values()]
 
 
@@ -150,7 +149,7 @@ def settings_to_plot(chosen: Sequence[ChosenSetting]) -> list[ChosenSetting]:
 
 def remove_other_caches(folder: Path, chosen: Sequence[ChosenSetting]) -> None:
     """Remove the caches of all trials but the chosen ones: a thousand trials of ImageNet would take 200 GB."""
-    kept = {trial.trial for choice in chosen for trial in choice.seeds}
+    chosen_trials = {trial.trial for choice in chosen for trial in choice.seeds}
     for cache in (folder / "trials").rglob(CACHE):
-        if cache.parent.name not in kept:
+        if cache.parent.name not in chosen_trials:
             cache.unlink(missing_ok=True)

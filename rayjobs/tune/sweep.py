@@ -7,10 +7,10 @@ earlier trials. Two drivers that run one sweep at the same time do no harm.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -31,7 +31,7 @@ from rayjobs.tune.search_space import (
     group_settings,
     method_space,
 )
-from rayjobs.tune.trial import RESULT, SharedInputs, TrialResult, read_result, run_trial, stop_trial
+from rayjobs.tune.trial import TRIAL_FILE, SharedInputs, TrialResult, read_trial_result, run_trial, stop_trial
 from rayjobs.tune.tuner import run_tuner
 
 Results = list[tuple[Trial, TrialResult]]
@@ -44,7 +44,7 @@ _ATTEMPTS = 3
 class TrialPool:
     """Trials that run at the same time, and the resources of each."""
 
-    at_once: int
+    concurrent_trials: int
     resources: Mapping[str, float]
     """CPU and GPU of each trial"""
 
@@ -64,7 +64,7 @@ def run_sweep(
         folder: holds a folder for each trial.
     """
     trials = enumerate_trials(space, settings)
-    earlier = sum(read_result(trial, folder) is not None for trial in trials)
+    earlier = sum(read_trial_result(trial, folder) is not None for trial in trials)
     total = _planned_trials(space, search, trials)
     with Progress("tune", unit="trials", total=total, done=earlier) as bar, reraise_user_errors():
         sweep = _Sweep(shared, search, folder, pool, bar)
@@ -79,7 +79,7 @@ def run_sweep(
 def _planned_trials(space: SpaceConfig, search: SearchConfig, trials: Sequence[Trial]) -> int:
     if search.method != "optuna":
         return len(trials)
-    studies = {(trial.shots, repr(trial.setting.compared_values(search.compare))) for trial in trials}
+    studies = {trial.group_key(search.compare) for trial in trials}
     return search.samples * len(studies) * len(space.seeds)
 
 
@@ -107,6 +107,13 @@ def _run_studies(sweep: "_Sweep", space: SpaceConfig, settings: Sequence[Setting
     return list(suggested.values())
 
 
+class _Attempt(NamedTuple):
+    """One run of Ray Tune."""
+
+    trials: list[Trial]
+    errors: Sequence[BaseException]
+
+
 class _Sweep:
     """Runs trials with Ray Tune on one copy of the shared inputs."""
 
@@ -119,44 +126,43 @@ class _Sweep:
 
     def run(self, trials: Sequence[Trial], *, halving: bool = False) -> None:
         """Run those of the trials that have no result, each by itself; with `halving`, under ASHA."""
+        self._until_complete(partial(self._run_missing, trials, halving))
 
-        def attempt() -> Sequence[BaseException]:
-            over = {path.parent.name for path in self.folder.rglob(RESULT)}  # one listing, not a request per trial
-            points = [[trial] for trial in trials if trial.name not in over or not self.progress.update([trial])]
-            if not points:
-                return []
-            scheduler = GroupedASHAScheduler(self.search, trials, self.progress.by_name) if halving else None
-            return self._tune({"trials": tune.grid_search(points)}, halving, scheduler=scheduler)
-
-        self._until_complete(attempt)
+    def _run_missing(self, trials: Sequence[Trial], halving: bool) -> _Attempt:
+        over = {path.parent.name for path in self.folder.rglob(TRIAL_FILE)}  # one listing, not a request per trial
+        missing = [trial for trial in trials if trial.name not in over or not self.progress.update([trial])]
+        if not missing:
+            return _Attempt([], [])
+        scheduler = GroupedASHAScheduler(self.search, trials, self.progress.by_name) if halving else None
+        points = {"trials": tune.grid_search([[trial] for trial in missing])}
+        return _Attempt(missing, self._tune(points, tune.TuneConfig(scheduler=scheduler), halving))
 
     def run_study(self, make_study: Callable[[], Study]) -> list[Trial]:
         """Run all suggestions of a study; returns their trials. Each attempt asks a new study from the beginning."""
-        trials: list[Trial] = []
+        return self._until_complete(partial(self._run_suggestions, make_study))
 
-        def attempt() -> Sequence[BaseException]:
-            study = make_study()
-            errors = self._tune(None, False, search_alg=study, num_samples=self.search.samples)
-            trials[:] = study.trials
-            return errors
+    def _run_suggestions(self, make_study: Callable[[], Study]) -> _Attempt:
+        study = make_study()
+        errors = self._tune(None, tune.TuneConfig(search_alg=study, num_samples=self.search.samples), halving=False)
+        return _Attempt(study.trials, errors)
 
-        self._until_complete(attempt)
-        return trials
+    def _until_complete(self, run: Callable[[], _Attempt]) -> list[Trial]:
+        """Repeat an attempt whose only errors are dead workers; return the trials of the last one.
 
-    def _until_complete(self, attempt: Callable[[], Sequence[BaseException]]) -> None:
-        """Repeat an attempt whose only errors are dead workers. Raises any other error, and theirs in the end.
-
-        Tune restarts the trial of a worker that dies, but not if the worker had not begun with it.
+        Raises any other error, and that of a dead worker after the last attempt. Tune restarts the trial of a worker
+        that dies, but not if the worker had not begun with it.
         """
         for _ in range(_ATTEMPTS):
-            errors = attempt()
-            if not errors:
-                return
-            if not all(isinstance(error, RayActorError) for error in errors):
+            attempt = run()
+            if not attempt.errors:
+                return attempt.trials
+            if not all(isinstance(error, RayActorError) for error in attempt.errors):
                 break
-        raise errors[0]
+        raise attempt.errors[0]
 
-    def _tune(self, param_space: dict[str, Any] | None, halving: bool, **how: Any) -> Sequence[BaseException]:
+    def _tune(
+        self, param_space: dict[str, Any] | None, tune_config: tune.TuneConfig, halving: bool
+    ) -> Sequence[BaseException]:
         """Run points {"trials": trials of one setting, one after the other}; returns the errors."""
         cpus, gpus = self.pool.resources["CPU"], self.pool.resources.get("GPU", 0)
         task = TrialTask(
@@ -167,12 +173,11 @@ class _Sweep:
             halving=halving,
         )
         trainable = tune.with_parameters(train_point, shared=self.shared, task=task)
-        tune_config = tune.TuneConfig(max_concurrent_trials=self.pool.at_once, reuse_actors=True, **how)
         return run_tuner(
             tune.with_resources(trainable, {"cpu": cpus, "gpu": gpus}),
             param_space,
             self.folder.parent / "tune",
-            tune_config,
+            replace(tune_config, max_concurrent_trials=self.pool.concurrent_trials, reuse_actors=True),
             self.progress,
             max_failures=2,
         )
@@ -200,7 +205,7 @@ def train_point(point: dict[str, Any], *, shared: SharedInputs, task: TrialTask)
             tune.report({"epoch": len(curve) - 1, "epoch_accuracy": curve[-1], "curve": list(curve)})
 
     results = [
-        read_result(trial, task.folder) or run_trial(trial, shared, task.search, task.folder, task.device, report)
+        read_trial_result(trial, task.folder) or run_trial(trial, shared, task.search, task.folder, task.device, report)
         for trial in point["trials"]
     ]
     tune.report({"objective": sum(result.val_accuracy or 0.0 for result in results) / len(results)})
@@ -241,7 +246,7 @@ class SweepProgress(tune.Callback):
 
     def update(self, trials: Sequence[Trial]) -> bool:
         """Read the trials' results and update the display. Returns whether all of the trials are over."""
-        results = [self.by_name.get(trial.name) or read_result(trial, self.folder) for trial in trials]
+        results = [self.by_name.get(trial.name) or read_trial_result(trial, self.folder) for trial in trials]
         for result in results:
             if result and result.trial not in self.by_name:
                 self.by_name[result.trial] = result

@@ -40,7 +40,7 @@ from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
 from rayjobs.tune.search_space import SearchConfig, Trial
 
-CACHE, RESULT = "cache.safetensors", "result.json"
+CACHE, TRIAL_FILE = "cache.safetensors", "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +107,16 @@ class TrialResult:
         cls, trial: Trial, status: Literal["finished", "stopped"], val_curve: list[float], **chosen: Any
     ) -> "TrialResult":
         """The result of `trial`; `chosen` are the values that only a finished trial has."""
-        about: dict[str, Any] = trial.setting._asdict() | {"encoders": " + ".join(trial.setting.encoders)}
+        setting: dict[str, Any] = trial.setting._asdict() | {"encoders": " + ".join(trial.setting.encoders)}
         common: dict[str, Any] = {"trial": trial.name, "status": status, "shots": trial.shots, "seed": trial.seed}
-        return cls(**common, **about, val_curve=list(val_curve), **chosen)
+        return cls(**common, **setting, val_curve=list(val_curve), **chosen)
 
     def write(self, folder: Path) -> None:
         """Write `result.json` into the trial's folder below `folder`."""
         values = asdict(self)
         if self.status == "stopped":
             values = {name: value for name, value in values.items() if value is not None}
-        write_json(folder / self.trial / RESULT, values)
+        write_json(folder / self.trial / TRIAL_FILE, values)
 
 
 class SharedRows:
@@ -271,9 +271,9 @@ def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:
     return result
 
 
-def read_result(trial: Trial, folder: Path) -> TrialResult | None:
+def read_trial_result(trial: Trial, folder: Path) -> TrialResult | None:
     """The result of a trial that has finished or was stopped; None for one that has not."""
-    path = folder / trial.name / RESULT
+    path = folder / trial.name / TRIAL_FILE
     if not path.exists():
         return None
     try:

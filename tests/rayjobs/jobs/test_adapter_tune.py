@@ -13,7 +13,7 @@ from rayjobs.jobs import adapter_tune
 from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
 from rayjobs.storage.files import write_json
 from rayjobs.train.run_identity import lock_run
-from rayjobs.tune.adapter_sweep import AdapterTrial, AdapterTrialResult, enumerate_overrides, read_result
+from rayjobs.tune.adapter_sweep import AdapterTrial, AdapterTrialResult, enumerate_overrides, read_adapter_result
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
@@ -101,10 +101,10 @@ def test_a_trial_s_result_of_another_version_is_read_or_named(tmp_path: Path) ->
         evaluated_on=None,
     )
     write_json(tmp_path / "trial.json", {**result.row(), "of_a_later_release": 1})
-    assert read_result(tmp_path) == result
+    assert read_adapter_result(tmp_path) == result
     write_json(tmp_path / "trial.json", {"setting": "s"})
     with pytest.raises(DataError, match=r"trial\.json is not the result of a trial: seed: "):
-        read_result(tmp_path)
+        read_adapter_result(tmp_path)
 
 
 @pytest.mark.ray

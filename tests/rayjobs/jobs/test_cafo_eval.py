@@ -181,7 +181,7 @@ def test_the_chain_opens_test_once_for_its_choice(
     assert tracked.data.metrics["result/tune/val_accuracy"] > 0
 
     evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
-    assert evaluation.run == config.run
+    assert cafo_eval.check(evaluation).run == config.run
     opened = read_json(test / "opened.json")
     accuracies = [row["accuracy"] for row in rows if row["target"] == "colours"]
     cafo_eval.run(evaluation)  # the same choice, the same answer

@@ -54,7 +54,7 @@ def test_settings_of_a_space() -> None:
         (SpaceConfig(ensemble=["median"]), "median unknown"),
         (SpaceConfig(encoders=[["vit"]]), "vit not among"),
         (SpaceConfig(views=[9]), "not from 1 to"),
-        (ranged, "a range can be drawn"),
+        (ranged, "a range needs search.method"),
     ):
         with pytest.raises(ValueError, match=match):
             enumerate_settings(wrong, SearchConfig(), ["clip", "dino"], 4, file=False)

@@ -7,7 +7,7 @@ from rayjobs.tune.adapter_sweep import (
     AdapterTrialResult,
     best_setting,
     comparison_metric,
-    read_result,
+    read_adapter_result,
     summarize,
     write_table,
 )
@@ -43,8 +43,8 @@ def test_the_best_setting_has_the_best_mean_over_seeds_and_is_the_first_on_ties(
 def test_a_result_is_read_as_it_was_written_and_leaves_out_an_accuracy_that_was_not_measured(tmp_path: Path) -> None:
     RESULT.write(tmp_path)
     assert '"accuracy"' not in (tmp_path / "trial.json").read_text()
-    assert read_result(tmp_path) == RESULT
-    assert read_result(tmp_path / "nowhere") is None
+    assert read_adapter_result(tmp_path) == RESULT
+    assert read_adapter_result(tmp_path / "nowhere") is None
 
 
 def test_the_table_has_a_row_for_each_setting(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rayjobs.tune.identity import check_same_classes, check_same_inputs
 from rayjobs.tune.images import SweepImage, duplicate_notices
 from rayjobs.tune.inputs import SweepInputs, share_inputs
 from rayjobs.tune.search_space import Setting, Trial
-from rayjobs.tune.trial import read_result
+from rayjobs.tune.trial import read_trial_result
 
 NAMES = ("ant", "bee")
 
@@ -199,11 +199,11 @@ def test_classes_without_a_key_are_noted() -> None:
 @pytest.mark.parametrize("content", ["", '{"trial": "t"', '{"no": 1}'])
 def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
     trial = Trial(shots=1, seed=0, setting=Setting(0, 1, ("clip",), "average", "file", 1.0, 1, 1.0, 1.0))
-    assert read_result(trial, tmp_path) is None
+    assert read_trial_result(trial, tmp_path) is None
     path = tmp_path / trial.name / "result.json"
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(
         ValueError, match=r"result\.json is no result of a trial .*delete it, and the trial is run again"
     ):
-        read_result(trial, tmp_path)
+        read_trial_result(trial, tmp_path)

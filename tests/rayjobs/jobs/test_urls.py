@@ -37,7 +37,7 @@ NAMES = list(CLASSES)
 
 def chain(given: list[str], root: str) -> cafo.Config:
     """All steps over the world at `root`, a folder or a URL."""
-    steps = ["prompt.source=templates", "generate.source=folder", f"generate.folder={root}/drawn/train"]
+    steps = ["prompt.source=templates", "generate.source=folder", f"generate.folder={root}/generated/train"]
     steps += ["generate.candidates=3", "generate.keep=2", "generate.template='art of a {}.'"]
     few = ["space.shots=[2]", "space.seeds=[0,1]", "space.generated=[0,2]", "space.epochs=[2]", "search.beta_steps=20"]
     given = [one for one in given if not one.startswith(("data.prompts", "data.generated"))]

@@ -1,6 +1,7 @@
 """CaFo: prompt, generate, then cache (arXiv 2303.02151). PyTorch and open_clip, no cluster.
 
 datasets, fewshot    images and labels, and the K-shot choice
+paper_datasets       the paper's own data sets
 encoders, images     images → unit features
 prompt               sentences → CLIP's zero-shot classifier W
 generate             generated images, the best K' by CLIP
@@ -15,13 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cafo.datasets import load_dataset, load_split, load_tree
+    from cafo.datasets import load_split, load_tree
     from cafo.encoder_spec import EncoderSpec
     from cafo.model import CaFo, FitConfig
+    from cafo.paper_datasets import load_dataset
 
 __all__ = ["CaFo", "EncoderSpec", "FitConfig", "load_dataset", "load_split", "load_tree"]
 
-_MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec", "FitConfig": "model"}
+_MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec", "FitConfig": "model", "load_dataset": "paper_datasets"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Class names, sentence templates and lists of labelled images of a data set. No image is opened here.
+"""Data sets of labelled images: the class, and readers of split files and of folders. No image is opened here.
 
-CaFo (arXiv 2303.02151), section 4.1. Few-shot splits are CoOp's `split_zhou_*.json`:
-`{"train" | "val" | "test": [[path relative to the images, label, class name], …]}`.
+CaFo (arXiv 2303.02151), section 4.1. The paper's own sets are in `cafo.paper_datasets`. Few-shot splits are CoOp's
+`split_zhou_*.json`: `{"train" | "val" | "test": [[path relative to the images, label, class name], …]}`.
 
 Two rules hold for every reader:
 - The number of classes N is the length of the class list, whatever labels occur in the split.
@@ -18,14 +18,7 @@ from typing import Any, NamedTuple
 
 from cafo.class_folders import list_class_folders, list_images, refuse_empty_classes
 from cafo.dataset_checks import check_class_names, check_disjoint, check_items, check_labels, infer_classes
-from cafo.dataset_layouts import (
-    IMAGENET_TEMPLATES,
-    LAYOUTS,
-    PHOTO_TEMPLATES,
-    TEST_ONLY,
-    DatasetLayout,
-    check_templates,
-)
+from cafo.dataset_layouts import PHOTO_TEMPLATES, check_templates
 from cafo.errors import DatasetError, refuse_text
 from cafo.files import as_path, read_json
 
@@ -78,40 +71,6 @@ class Dataset:
         return test
 
 
-def load_dataset(name: str, root: str | Path, *, val_share: float = 0.01, seed: int = 0) -> Dataset:
-    """Load one of the paper's eleven sets, or a test set of the distribution shift, from the data root.
-
-    Args:
-        name: a key of `LAYOUTS`, or one of `TEST_ONLY`.
-        root: the folder that holds the sets in CoOp's layout.
-        val_share: share of ImageNet's training images held out for validation, since its own `val` folder is the
-            test split. The other sets bring a validation list.
-        seed: seed of that selection.
-
-    Raises:
-        DatasetError: an unknown name; a missing root, folder or list; a malformed list.
-    """
-    root = as_path(root)
-    if name in TEST_ONLY:
-        return _load_shifted_imagenet(name, root)
-    if name not in LAYOUTS:
-        raise DatasetError(f"no data set called {name!r}; there are {', '.join([*LAYOUTS, *TEST_ONLY])}")
-    layout = LAYOUTS[name]
-    folder = _require_folder(
-        root / layout.folder, f"put {name} in CoOp's layout under the data root, or give another root"
-    )
-    if name == "imagenet":
-        return _load_imagenet(folder, layout, val_share, seed)
-    if name == "fgvc_aircraft":
-        return _load_fgvc_aircraft(folder, layout)
-    return load_split(
-        folder / layout.split,
-        _require_folder(folder / layout.images, "unpack the images"),
-        name=name,
-        templates=layout.templates,
-    )
-
-
 def load_split(
     split: str | Path,
     image_root: str | Path,
@@ -154,7 +113,7 @@ def load_split(
         name=name or split.stem,
         class_names=names,
         templates=tuple(templates),
-        image_root=_require_folder(as_path(image_root), "give the folder that the paths of the split are relative to"),
+        image_root=require_folder(as_path(image_root), "give the folder that the paths of the split are relative to"),
         train=check_labels(lists["train"], names, split),
         val=check_labels(lists["val"], names, split),
         read_test=read_test,
@@ -189,7 +148,7 @@ def load_tree(
             add up to more than 1.
     """
     refuse_text(templates, "templates")
-    root = _require_folder(as_path(root), "give the folder that holds one folder per class")
+    root = require_folder(as_path(root), "give the folder that holds one folder per class")
     if min(shares) < 0 or sum(shares) > 1:
         raise DatasetError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
     names, beside = list_class_folders(root)
@@ -201,7 +160,7 @@ def load_tree(
         images: Mapping[str, Sequence[str]],
     ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
         items = [
-            (stable_uniform(seed, item.path), item) for item in _label_images(images, {name: name for name in names})
+            (stable_uniform(seed, item.path), item) for item in label_images(images, {name: name for name in names})
         ]
         train = tuple(item for position, item in items if position < val_from)
         val = tuple(item for position, item in items if val_from <= position < test_from)
@@ -221,34 +180,6 @@ def load_tree(
     )
 
 
-def load_generated(dataset: Dataset, root: str | Path, source: str = "dalle") -> tuple[Path, tuple[Item, ...]]:
-    """Load the generated images of one of the eleven sets: `<source>_<folder>` with one list `<source>_*.json`.
-
-    Args:
-        dataset: one of the eleven sets.
-        root: the data root.
-        source: `dalle`, or `sd` for Stable Diffusion.
-
-    Returns:
-        The folder that the paths are relative to, and the items.
-
-    Raises:
-        DatasetError: a missing folder, no list or several, a class that is not the data set's.
-    """
-    if dataset.name not in LAYOUTS:
-        raise DatasetError(f"{dataset.name!r} is not one of the eleven sets; read its list with `load_generated_list`")
-    layout = LAYOUTS[dataset.name]
-    folder_name = (layout.stable_diffusion if source == "sd" else "") or f"{source}_{layout.folder}"
-    folder = _require_folder(as_path(root) / folder_name, "put the generated images there, or leave them out")
-    lists = sorted(folder.glob(f"{source}_*.json"))
-    if len(lists) != 1:
-        names = ", ".join(path.name for path in lists) or "none"
-        raise DatasetError(f"{folder} should hold one list {source}_*.json, found {names}")
-    images = folder / layout.images
-    image_root = images if images.is_dir() else folder
-    return image_root, load_generated_list(lists[0], dataset.class_names)
-
-
 def load_generated_list(path: str | Path, class_names: Sequence[str]) -> tuple[Item, ...]:
     """Read the `train` list of generated images in CoOp's format.
 
@@ -262,105 +193,14 @@ def load_generated_list(path: str | Path, class_names: Sequence[str]) -> tuple[I
     return check_labels(_parse_items(entries, f"{path}, train"), tuple(class_names), path)
 
 
-def stable_uniform(seed: int, path: str) -> float:
-    """Return a pseudo-random number in [0, 1) from the hash of a seed and a path: the same on every machine."""
-    digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _load_imagenet(folder: Path, layout: DatasetLayout, val_share: float, seed: int) -> Dataset:
-    """Load `images/{train,val}/<wnid>/…` with CoOp's `classnames.txt`; the folder `val` is the test split."""
-    wnids, names = _read_wnid_names(folder / "classnames.txt")
-    images = _require_folder(folder / layout.images, "unpack ImageNet there")
-    _require_folder(images / "train", "unpack ImageNet's training images there")
-    train_folders = {f"train/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
-    test_folders = {f"val/{wnid}": name for wnid, name in zip(wnids, names, strict=True)}
-    listing = list_images(images, train_folders)
-    items = _label_images(listing.images, train_folders)
-    val = tuple(item for item in items if stable_uniform(seed, item.path) < val_share)
-    train = tuple(item for item in items if stable_uniform(seed, item.path) >= val_share)
-    return Dataset(
-        name="imagenet",
-        class_names=names,
-        templates=layout.templates,
-        image_root=images,
-        train=train,
-        val=val,
-        read_test=lambda: _list_test_images(images, test_folders),
-        notices=(*listing.notices, *check_class_names(names, folder / "classnames.txt", repeated=True)),
-    )
-
-
-def _load_shifted_imagenet(name: str, root: Path) -> Dataset:
-    """Load ImageNet-V2 (folders named by class number) or ImageNet-Sketch (by wnid), with ImageNet's class list."""
-    if name == "imagenet_v2":
-        folder, images = root / "imagenetv2", "imagenetv2-matched-frequency-format-val"
-    else:
-        folder, images = root / "imagenet-sketch", "images"
-    own = folder / "classnames.txt"
-    wnids, names = _read_wnid_names(own if own.is_file() else root / "imagenet" / "classnames.txt")
-    folders = [str(label) for label in range(len(names))] if name == "imagenet_v2" else wnids
-    return Dataset(
-        name=name,
-        class_names=names,
-        templates=IMAGENET_TEMPLATES,
-        image_root=folder / images,
-        train=(),
-        val=(),
-        read_test=lambda: _list_test_images(folder / images, dict(zip(folders, names, strict=True))),
-    )
-
-
-def _load_fgvc_aircraft(folder: Path, layout: DatasetLayout) -> Dataset:
-    """Load FGVC-Aircraft's lists: `variants.txt`, and `images_variant_<split>.txt` of lines `<image> <variant>`."""
-    names = tuple(line.strip() for line in _read_lines(folder / "variants.txt"))
-    labels = {name: label for label, name in enumerate(names)}
-
-    def read_list(split: str) -> tuple[Item, ...]:
-        path = folder / f"images_variant_{split}.txt"
-        items = []
-        for number, line in enumerate(_read_lines(path), start=1):
-            image, _, variant = line.strip().partition(" ")
-            if variant not in labels:
-                raise DatasetError(f"{path}, line {number}: {variant!r} is not in {folder / 'variants.txt'}")
-            items.append(Item(f"{image}.jpg", labels[variant], variant))
-        return tuple(items)
-
-    return Dataset(
-        name="fgvc_aircraft",
-        class_names=names,
-        templates=layout.templates,
-        image_root=_require_folder(folder / layout.images, "unpack the images"),
-        train=read_list("train"),
-        val=read_list("val"),
-        read_test=lambda: read_list("test"),
-    )
-
-
-def _require_folder(path: Path, hint: str) -> Path:
+def require_folder(path: Path, hint: str) -> Path:
+    """Return the path of a folder. Raises DatasetError, which ends with the hint, if there is none."""
     if not path.is_dir():
         raise DatasetError(f"no folder {path}; {hint}")
     return path
 
 
-def _read_lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise DatasetError(f"no file {path}; it comes with the data set's download")
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
-
-
-def _read_wnid_names(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Read CoOp's `classnames.txt`: lines `<wnid> <name>`, where the line number is the label."""
-    pairs = [line.strip().partition(" ") for line in _read_lines(path)]
-    if nameless := [wnid for wnid, _, name in pairs if not name]:
-        raise DatasetError(f"{path} needs lines of a wnid and a name; {nameless[0]!r} has no name")
-    return tuple(wnid for wnid, _, _ in pairs), tuple(name.strip() for _, _, name in pairs)
-
-
-def _label_images(images: Mapping[str, Sequence[str]], class_folders: Mapping[str, str]) -> list[Item]:
+def label_images(images: Mapping[str, Sequence[str]], class_folders: Mapping[str, str]) -> list[Item]:
     """Return the images {folder: file names} of class folders {folder: class name}: by label, then by file name.
 
     The labels are the positions of the folders in the mapping.
@@ -372,13 +212,10 @@ def _label_images(images: Mapping[str, Sequence[str]], class_folders: Mapping[st
     ]
 
 
-def _list_test_images(root: Path, class_folders: Mapping[str, str]) -> tuple[Item, ...]:
-    items = _label_images(list_images(root, class_folders).images, class_folders)
-    if not items:
-        raise DatasetError(
-            f"no test image under {root} in folders like {next(iter(class_folders))}; unpack the test images there"
-        )
-    return tuple(items)
+def stable_uniform(seed: int, path: str) -> float:
+    """Return a pseudo-random number in [0, 1) from the hash of a seed and a path: the same on every machine."""
+    digest = hashlib.sha256(f"{seed}\0{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _read_split_lists(path: Path) -> dict[str, Any]:

@@ -22,14 +22,18 @@ def as_path(path: str | Path) -> Path:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds, remove it if the block fails.
 
-    So a reader sees the whole file or none. Missing folders are created.
+    So a reader sees the whole file or none. Missing folders are created. The file gets the mode that the umask gives
+    any new file, whoever wrote it: the safetensors library alone would make it readable for its owner only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for every writer, so that two runs cannot mix their bytes; the dot hides it from listings.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

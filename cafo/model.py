@@ -112,11 +112,7 @@ class CaFo:
             raise EncoderError(f"the first encoder encodes the sentences, so it must be a CLIP; {clip_name} is not")
         sentences = _read_sentences(dataset, config.prompts)
 
-        choice = fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short="report")
-        images = [(dataset.image_root, item) for item in choice.items]
-        if config.generated is not None:
-            folder, generated = config.generated
-            images += [(folder, item) for item in generated]
+        images = _key_images(dataset, shots, seed, config.generated)
         views = _encode_views(loaded, images, config.views, seed)
         labels = torch.tensor([item.label for _, item in images])
         val = _encode(loaded, [dataset.image_root / item.path for item in dataset.val])
@@ -132,10 +128,7 @@ class CaFo:
         )
         training = config.training or KeyTraining(seed=seed)
         trained, _ = train_keys(untrained, views, labels, val, val_labels, training)
-        best = search(trained.zero_shot(val), trained.affinities(val), labels, val_labels, grid=config.grid)
-        if notice := config.grid.edge_notice(best.alpha, best.beta):
-            logger.warning("%s", notice)
-        return cls(replace(trained, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble), loaded)
+        return cls(_search_on_val(trained, val, val_labels, config.grid), loaded)
 
     @classmethod
     def load(cls, path: str | Path, encoders: Mapping[str, EncoderSpec], *, device: str | torch.device = "cpu") -> CaFo:
@@ -216,6 +209,26 @@ def _read_sentences(
     if prompts is None:
         return template_prompts(dataset.templates, dataset.class_names)
     return prompts if isinstance(prompts, Mapping) else read_prompts(prompts, dataset.class_names)
+
+
+def _key_images(
+    dataset: Dataset, shots: int, seed: int, generated: tuple[Path, Sequence[Item]] | None
+) -> list[tuple[Path, Item]]:
+    """Choose the few-shot images and add the generated ones; return each with the folder of its path."""
+    choice = fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short="report")
+    images = [(dataset.image_root, item) for item in choice.items]
+    if generated is not None:
+        folder, items = generated
+        images += [(folder, item) for item in items]
+    return images
+
+
+def _search_on_val(cache: Cache, val: dict[str, Tensor], val_labels: Tensor, grid: BetaGrid) -> Cache:
+    """Return the cache with the α, β and ensemble that are best on validation images; log if they are at an edge."""
+    best = search(cache.zero_shot(val), cache.affinities(val), cache.labels, val_labels, grid=grid)
+    if notice := grid.edge_notice(best.alpha, best.beta):
+        logger.warning("%s", notice)
+    return replace(cache, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble)
 
 
 def _first_chars(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The data set that a CaFo job names: images, labels, generated images and sentences about the classes."""
+"""The data set that a CaFo job names: images, labels, generated images and descriptions of the classes."""
 
 import logging
 from collections.abc import Iterable
@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from cafo.dataset_layouts import LAYOUTS, TEST_ONLY
-from cafo.datasets import Dataset, Item, load_dataset, load_generated, load_generated_list, load_split, load_tree
+from cafo.datasets import Dataset, Item, load_generated_list, load_split, load_tree
 from cafo.generate import best_per_class
+from cafo.paper_datasets import load_dataset, load_generated
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
 from rayjobs.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ Sentences = Literal["file", "templates"]
 
 @config
 class ImageDatasetConfig:
-    """A data set of labelled images, with sentences about its classes."""
+    """A data set of labelled images, with descriptions of its classes."""
 
     name: str = ""
     """Name of one of the paper's eleven sets, read from `root`. Any other set needs `split` or `tree`, and may have any
@@ -46,7 +47,7 @@ class ImageDatasetConfig:
     templates: list[str] | None = Field(default=None, min_length=1)
     """Sentences with {} for the class name; null for the data set's own."""
     prompts: AnyPath | None = None
-    """JSON file of sentences about each class, in the format of cafo-prompt and of CaFo; null to use templates only."""
+    """JSON file of descriptions of each class, in the format of cafo-prompt and of CaFo; null to use templates only."""
     generated: Literal["dalle", "sd"] | AnyPath | None = None
     """Generated images: `dalle` or `sd` for one of the eleven sets under `root`, or the list of cafo-generate."""
     short_classes: Literal["error", "report"] = "error"
@@ -99,16 +100,18 @@ class ImageDatasetConfig:
         return root, best_per_class(items, keep)
 
     def sentences(self, dataset: Dataset, kind: Sentences) -> dict[str, list[str]]:
-        """Return the sentences about every class, from `prompts` or from the templates.
+        """Return the descriptions of every class, from `prompts` or from the templates.
 
         Raises:
             ConfigError: `kind` is `file` and `prompts` is not set.
-            CafoError: `prompts` cannot be read, or has no sentence for some classes; they are named.
+            CafoError: `prompts` cannot be read, or has no description of some classes; they are named.
         """
         if kind == "templates":
             return template_prompts(dataset.templates, dataset.class_names)
         if self.prompts is None:
-            raise ConfigError("sentences from a file are used, but data.prompts is not set; set it to their JSON file")
+            raise ConfigError(
+                "descriptions from a file are used, but data.prompts is not set; set it to their JSON file"
+            )
         return read_prompts(resolve_path(self.prompts), dataset.class_names)
 
 

@@ -1,7 +1,6 @@
 """Tables of test accuracies as the paper prints them, with the paper's own accuracies beside ours."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from cafo import paper_results
 from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
 from rayjobs.models.encoder import VisionEncoderConfig
-from rayjobs.reporting.tables import markdown_table, write_csv
+from rayjobs.reporting.tables import markdown_table, mean_and_deviation, write_csv
 from rayjobs.storage.files import write_text
 
 ZERO_SHOT = "CLIP zero-shot"
@@ -19,8 +18,7 @@ PUBLISHED = "CaFo, published"
 
 def summary(accuracies: Sequence[float]) -> str:
     """Mean ± sample standard deviation, in percent; the mean alone if all values are equal, as without shots."""
-    mean = f"{100 * statistics.mean(accuracies):.2f}"
-    return f"{mean} ± {100 * statistics.stdev(accuracies):.2f}" if len(set(accuracies)) > 1 else mean
+    return mean_and_deviation(accuracies if len(set(accuracies)) > 1 else accuracies[:1], digits=2, factor=100)
 
 
 def published_rows(

@@ -1,7 +1,8 @@
-"""Write a table of text as Markdown and CSV; `console.show_table` prints one."""
+"""Write a table of text as Markdown and CSV, and the cells of means; `console.show_table` prints a table."""
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def markdown_table(columns: Sequence[str], rows: Rows) -> str:
     rule = ["---"] + ["---:"] * (len(columns) - 1)
     lines = [[_cell(text) for text in columns], rule, *([_cell(text) for text in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mean_and_deviation(values: Sequence[float], digits: int, factor: float = 1) -> str:
+    """Mean ± sample standard deviation, both times `factor` (100 for percent); the mean alone of a single value."""
+    mean = f"{factor * statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Rows) -> None:

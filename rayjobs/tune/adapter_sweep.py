@@ -11,13 +11,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ray import tune
 
 from rayjobs.cluster.errors import reraise_user_errors
+from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
 from rayjobs.config import config
 from rayjobs.console import Progress
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
-from rayjobs.reporting.tables import markdown_table
+from rayjobs.reporting.tables import markdown_table, mean_and_deviation
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
 from rayjobs.tune.search_space import Distinct, Some
 from rayjobs.tune.tuner import run_tuner
@@ -147,12 +148,6 @@ def best_setting(results: Sequence[AdapterTrialResult]) -> tuple[str, str]:
     return best, f"{best}, {metric.name.replace('_', ' ')} {mean_and_deviation(values[best], metric.digits)}"
 
 
-def mean_and_deviation(values: Sequence[float], digits: int) -> str:
-    """Mean ± sample standard deviation; the mean alone of a single value."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
 def summarize(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
     """The sweep's `result.json`: the best setting, and a row for each setting with means over seeds."""
     best, phrase = best_setting(results)
@@ -224,7 +219,7 @@ def run_trials(
         read_results: reads the results of the finished trials.
     """
     # the trainable itself runs on the head node, where it and Ray Train's controller are as safe as this job
-    on_head = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+    on_head = tune.PlacementGroupFactory([{"CPU": 0, HEAD_RESOURCE: 0.001}])
     bar = Progress("tune", unit="trials", total=total, done=total - count)
     with bar, reraise_user_errors():
         progress = AdapterSweepProgress(bar, read_results)

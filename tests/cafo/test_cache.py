@@ -1,4 +1,6 @@
 import math
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -201,6 +203,16 @@ def test_a_saved_cache_is_read_back_equal(tmp_path):
     assert (loaded.class_names, loaded.encoders) == (chosen.class_names, chosen.encoders)
     assert torch.equal(loaded.logits(features), chosen.logits(features))
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
+
+
+def test_a_saved_cache_has_the_mode_of_any_new_file(tmp_path):
+    cache, _, _ = make()
+    before = os.umask(0o027)
+    try:
+        save_cache(cache, tmp_path / "cache.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache.safetensors").stat().st_mode) == 0o640
 
 
 def test_errors_of_loading_name_the_cause(tmp_path):

@@ -7,9 +7,9 @@ import torch
 
 from cafo import fewshot
 from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, train_keys
-from cafo.datasets import load_dataset
 from cafo.encoders import EncoderSpec, load_encoder
 from cafo.images import load_image
+from cafo.paper_datasets import load_dataset
 from cafo.prompt import read_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
 from tests.cafo.test_encoders import RESNET

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from cafo.datasets import LAYOUTS, load_dataset, load_generated, load_split, load_tree, stable_uniform
+from cafo.dataset_layouts import LAYOUTS
+from cafo.datasets import load_split, load_tree, stable_uniform
+from cafo.paper_datasets import load_dataset, load_generated
 
 
 def touch(root, *paths):

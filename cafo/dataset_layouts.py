@@ -1,4 +1,4 @@
-"""Where CaFo's eleven data sets keep their files, and the sentence templates of each.
+"""Folders and files of CaFo's eleven data sets, and the sentence templates of each.
 
 CaFo (arXiv 2303.02151), section 4.1, in CoOp's folder layout under one data root.
 """

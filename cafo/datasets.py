@@ -51,7 +51,7 @@ class Dataset:
     val: tuple[Item, ...]
     read_test: Callable[[], tuple[Item, ...]] = field(repr=False, compare=False)
     notices: tuple[str, ...] = ()
-    """what a user should know about the data set, such as files that were ignored; one sentence each"""
+    """notices for the user, such as files that were ignored; one sentence each"""
 
     def __post_init__(self) -> None:
         check_templates(self.templates)

@@ -8,7 +8,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Which encoder to load, in plain values that fit in a config file."""
+    """The encoder to load, in plain values that fit in a config file."""
 
     kind: Literal["clip", "dino", "timm", "pixels"]
     """library of the encoder; `pixels` is the image itself, scaled down: the baseline that every encoder should beat"""
@@ -20,5 +20,5 @@ class EncoderSpec:
     config: str = ""
     """open_clip model JSON of a custom CLIP; empty: the one beside the weights"""
     quick_gelu: bool | None = None
-    """whether the weights were trained with QuickGELU; needed only where neither the file nor its name tells"""
+    """True if the weights were trained with QuickGELU; needed only where neither the file nor its name tells"""
     precision: Precision = "fp32"

@@ -153,7 +153,7 @@ class GenerationJob:
     template: str
     """prompt of the generator, with one `{}` for the class name"""
     folder: str | Path
-    """where the images and their list are written"""
+    """the folder that the images and their list are written to"""
     list_name: str = "dalle_generated.json"
     candidates: int = 16
     """images generated of each class"""

@@ -199,7 +199,7 @@ def _warn_once(message: str, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How an encoder's input is made from a PIL image, which `load_image` first turns into RGB.
+    """The preprocessing that makes an encoder's input from a PIL image, which `load_image` first turns into RGB.
 
     It is part of the encoder's identity.
     """

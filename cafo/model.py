@@ -65,7 +65,7 @@ class FitConfig:
     generated: tuple[Path, Sequence[Item]] | None = None
     """folder and images that join the cache, as `load_generated` returns them"""
     training: KeyTraining | None = None
-    """how the keys are trained; None for the paper's recipe with the seed of the fit"""
+    """recipe of the keys' training; None for the paper's recipe with the seed of the fit"""
     grid: BetaGrid = field(default_factory=BetaGrid)
     """values of β that are searched"""
 

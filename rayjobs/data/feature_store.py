@@ -104,7 +104,7 @@ class FeatureStore:
     workers: int
     """number of actors that hold the encoders"""
     resources: Mapping[str, float]
-    """what each actor reserves"""
+    """resources that each actor reserves"""
 
     def load(self, lists: Sequence[ImageList], *, max_rejected_fraction: float | None = None) -> dict[str, Features]:
         """Return the features of each list by its role, after encoding what the stores lack.

@@ -22,7 +22,7 @@ class FewShotPlan:
     shots: Sequence[int]
     seeds: Sequence[int]
     short: Literal["error", "report"]
-    """what to do with a class that has fewer than K images"""
+    """treatment of a class that has fewer than K images"""
 
     def choose(self, unreadable: frozenset[str] = frozenset()) -> Choices:
         """Make the choices; they depend on the seeds, the images' paths and the class names alone.

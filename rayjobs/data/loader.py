@@ -35,21 +35,21 @@ class MicroBatch:
     """each record's image as an `ImageSource` returns it"""
 
 
-def load_micro_batches(order: ElasticBatchSampler, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
+def load_micro_batches(sampler: ElasticBatchSampler, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
     """Yield a worker's micro-batches of the given steps, in order.
 
     Args:
-        order: the order of training.
+        sampler: the order of training.
         rank: number of the worker.
         world: number of workers.
         steps: steps, counted from 0 over all epochs.
     """
-    epochs = range(steps.start // order.steps_per_epoch, -(-steps.stop // order.steps_per_epoch))
+    epochs = range(steps.start // sampler.steps_per_epoch, -(-steps.stop // sampler.steps_per_epoch))
     windows = [
         {"epoch": epoch, "window": window}
         for epoch in epochs
-        for window in range(order.windows_per_epoch)
-        if any(step in steps for step in order.steps(epoch, window))
+        for window in range(sampler.windows_per_epoch)
+        if any(step in steps for step in sampler.steps(epoch, window))
     ]
     if not windows:
         return
@@ -60,7 +60,7 @@ def load_micro_batches(order: ElasticBatchSampler, rank: int, world: int, steps:
             batch_size=1,
             num_cpus=0,  # so that it runs even where the workers reserve every CPU
             compute=TaskPoolStrategy(size=1),
-            fn_kwargs={"order": order, "steps": steps, "rank": rank, "world": world},
+            fn_kwargs={"sampler": sampler, "steps": steps, "rank": rank, "world": world},
         )
         for table in tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
             yield from map(collate_micro_batch, table.to_pylist())

@@ -47,7 +47,7 @@ MICRO_BATCH_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class PartSlice:
-    """What an epoch takes from a part of the store."""
+    """The rows that an epoch takes from a part of the store."""
 
     file: str
     """name of the part's file"""
@@ -72,9 +72,9 @@ class ElasticBatchSampler:
     seed: int | None
     """None keeps the order of the sources"""
     weights: tuple[float, ...] = ()
-    """how often each source is read in an epoch; 1 for sources past the end"""
+    """times that each source is read in an epoch; 1 for sources past the end"""
     images: ImageSource | None = None
-    """where the records' images come from; None leaves images out"""
+    """source of the records' images; None leaves images out"""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,7 +128,7 @@ class ElasticBatchSampler:
         return size if source >= len(self.weights) else max(1, round(self.weights[source] * size))
 
     def _slices(self, epoch: int) -> list[PartSlice]:
-        """Return what an epoch takes from each part, in the order of the store."""
+        """Return the rows that an epoch takes from each part, in the order of the store."""
         slices: list[PartSlice] = []
         for source, parts in self._parts_of_sources.items():
             size, count = sum(rows for _, rows in parts), self._records_per_epoch(source)
@@ -212,28 +212,28 @@ def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) 
 
 
 def window_micro_batches(
-    batch: dict[str, Any], order: ElasticBatchSampler, steps: range, rank: int, world: int
+    batch: dict[str, Any], sampler: ElasticBatchSampler, steps: range, rank: int, world: int
 ) -> Iterator[pa.Table]:
     """Yield a worker's micro-batches of one window, for Ray Data: a table of `MICRO_BATCH_SCHEMA` for each step.
 
     Args:
         batch: a Ray Data row {epoch, window}.
-        order: the order of training.
+        sampler: the order of training.
         steps: the steps to yield; others of the window are left out.
         rank: number of the worker.
         world: number of workers.
     """
     epoch, window = int(batch["epoch"][0]), int(batch["window"][0])
-    table, window_steps = order.rows(epoch, window), order.steps(epoch, window)
+    table, window_steps = sampler.rows(epoch, window), sampler.steps(epoch, window)
     for step in window_steps:
         if step not in steps:
             continue
-        rows = table.slice((step - window_steps.start) * order.global_batch, order.global_batch).to_pylist()
+        rows = table.slice((step - window_steps.start) * sampler.global_batch, sampler.global_batch).to_pylist()
         lengths = [len(row["tokens"]) for row in rows]
         step_labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
-        batches = assign_micro_batches(lengths, order.token_budget, world)[rank]
+        batches = assign_micro_batches(lengths, sampler.token_budget, world)[rank]
         for i in {i for positions in batches for i in positions}:
-            rows[i]["image"] = order.read_image(rows[i], epoch)
+            rows[i]["image"] = sampler.read_image(rows[i], epoch)
         micros = [
             {
                 "step": step,

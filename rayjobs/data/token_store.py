@@ -26,6 +26,7 @@ from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.errors import DataError
+from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
@@ -47,7 +48,6 @@ ROWS_PER_SOURCE = 1 << 40
 """Record ids are source * ROWS_PER_SOURCE + position, so they are unique and name the record's source."""
 IMAGE_LISTS = "images.json"
 """File of a store: {source: image paths}."""
-REJECTED = "rejected.jsonl"
 """File of a store, copied to the run folder: the records that cannot be used, each with its reason."""
 
 
@@ -142,8 +142,8 @@ def prepare_tokens(
             write_json(folder / IMAGE_LISTS, image_lists)
             _write_store(folder, sources, encoding, preprocess)
     finally:
-        if run and (folder / REJECTED).exists():
-            write_jsonl(run / REJECTED, read_jsonl(folder / REJECTED))
+        if run and (folder / REJECTED_FILE).exists():
+            write_jsonl(run / REJECTED_FILE, read_jsonl(folder / REJECTED_FILE))
     store = TokenStore.read(folder)
     _check_rejected(store, records.max_rejected_fraction)
     return store
@@ -154,7 +154,7 @@ def _check_rejected(store: TokenStore, allowed: float) -> None:
 
     The limit is no part of a store, so a store that exists is checked like a new one.
     """
-    usable, listed = store.rows("train") + store.rows("val"), f"{store.folder}/{REJECTED}"
+    usable, listed = store.rows("train") + store.rows("val"), f"{store.folder}/{REJECTED_FILE}"
     reasons = [f"{row['file']}, {row['record']}: {row['reason']}" for row in read_jsonl(listed)]
     check_rejected_share(reasons, usable + len(reasons), allowed, "data.max_rejected_fraction", listed=listed)
     if not usable:
@@ -203,7 +203,7 @@ def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Enc
         listed.sort()
     if not rejected and not any(parts.values()):
         raise DataError(f"no records in {', '.join(source.path for source, _ in sources)}; check data.path")
-    write_jsonl(folder / REJECTED, rejected)
+    write_jsonl(folder / REJECTED_FILE, rejected)
     write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
 
 

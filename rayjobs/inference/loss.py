@@ -55,7 +55,7 @@ def record_losses(
             batch_size=1,
             num_cpus=0.01,
             compute=TaskPoolStrategy(size=min(2, len(windows))),
-            fn_kwargs={"order": sampler, "steps": range(sampler.steps_per_epoch), "rank": 0, "world": 1},
+            fn_kwargs={"sampler": sampler, "steps": range(sampler.steps_per_epoch), "rank": 0, "world": 1},
         )
         scored = batches.map_batches(
             LossWorker,

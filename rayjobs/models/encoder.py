@@ -17,7 +17,7 @@ from cafo.encoder_spec import EncoderSpec
 from cafo.images import Preprocess
 from rayjobs.config import config
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.paths import is_url, resolve_path
+from rayjobs.storage.paths import ShownAs, is_url, resolve_path
 
 if TYPE_CHECKING:
     from cafo.encoders import ImageEncoder
@@ -28,7 +28,7 @@ def _absolute_if_path(text: str) -> str:
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
-PathOrName = Annotated[str, AfterValidator(_absolute_if_path)]
+PathOrName = Annotated[str, AfterValidator(_absolute_if_path), ShownAs("path or name")]
 
 
 @config
@@ -52,16 +52,16 @@ class VisionEncoderConfig(EncoderSpec):
 
 
 class EncoderInfo(NamedTuple):
-    """What is known about an encoder without holding its weights."""
+    """The facts about an encoder that are known without loading its weights."""
 
     spec: EncoderSpec
-    """How to load it."""
+    """Kind, name and weights, from which it is loaded."""
     identity: str
     """Digest of all that its features depend on."""
     preprocess: Preprocess
     """From an image to the encoder's pixels."""
     clip: bool
-    """Whether it also encodes text."""
+    """True if it also encodes text."""
     scales: int = 0
     """0 for the embedding of unit norm; otherwise the number of blocks of `multi_scale`, whose features are joined."""
     batch: int = 64

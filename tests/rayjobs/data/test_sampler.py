@@ -29,23 +29,23 @@ def store(tmp_path: Path) -> TokenStore:
     return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
 
 
-def walk(order: ElasticBatchSampler, world: int, steps: range) -> list[list[dict]]:
+def walk(sampler: ElasticBatchSampler, world: int, steps: range) -> list[list[dict]]:
     """Every worker's micro-batches."""
     windows = {
-        (step // order.steps_per_epoch, step % order.steps_per_epoch // order.steps_per_window) for step in steps
+        (step // sampler.steps_per_epoch, step % sampler.steps_per_epoch // sampler.steps_per_window) for step in steps
     }
     return [
         [
             micro
             for epoch, window in sorted(windows)
-            for table in window_micro_batches({"epoch": [epoch], "window": [window]}, order, steps, rank, world)
+            for table in window_micro_batches({"epoch": [epoch], "window": [window]}, sampler, steps, rank, world)
             for micro in table.to_pylist()
         ]
         for rank in range(world)
     ]
 
 
-def order_of(store: TokenStore, **changes: object) -> ElasticBatchSampler:
+def make_sampler(store: TokenStore, **changes: object) -> ElasticBatchSampler:
     settings = {"global_batch": 7, "token_budget": 64, "shuffle_records": 20, "seed": 5, **changes}
     return ElasticBatchSampler(store=store, split="train", **settings)  # type: ignore[arg-type]
 
@@ -53,10 +53,10 @@ def order_of(store: TokenStore, **changes: object) -> ElasticBatchSampler:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("shuffle_records", [1, 20, 1000])
 def test_every_record_once_per_epoch_in_even_steps(store: TokenStore, world: int, shuffle_records: int) -> None:
-    order = order_of(store, shuffle_records=shuffle_records)
-    assert order.steps_per_epoch == 15
+    sampler = make_sampler(store, shuffle_records=shuffle_records)
+    assert sampler.steps_per_epoch == 15
     for epoch in range(2):
-        workers = walk(order, world, range(epoch * 15, epoch * 15 + 15))
+        workers = walk(sampler, world, range(epoch * 15, epoch * 15 + 15))
         seen = Counter(row["id"] for worker in workers for micro in worker for row in micro["rows"])
         assert seen == Counter(range(101))
         shapes = [[(micro["step"], micro["last"]) for micro in worker] for worker in workers]
@@ -65,11 +65,11 @@ def test_every_record_once_per_epoch_in_even_steps(store: TokenStore, world: int
 
 
 def test_a_step_is_the_same_for_any_number_of_workers(store: TokenStore) -> None:
-    order = order_of(store)
+    sampler = make_sampler(store)
 
     def steps(world: int) -> dict[int, tuple[list[int], int]]:
         by_step: dict[int, tuple[list[int], int]] = {}
-        for worker in walk(order, world, range(30)):
+        for worker in walk(sampler, world, range(30)):
             for micro in worker:
                 ids, _ = by_step.get(micro["step"], ([], 0))
                 by_step[micro["step"]] = (sorted(ids + [row["id"] for row in micro["rows"]]), micro["step_labels"])
@@ -79,15 +79,15 @@ def test_a_step_is_the_same_for_any_number_of_workers(store: TokenStore) -> None
 
 
 def test_resuming_in_the_middle_gives_the_rest(store: TokenStore) -> None:
-    order = order_of(store)
-    whole, rest = walk(order, 2, range(30)), walk(order, 2, range(11, 30))
+    sampler = make_sampler(store)
+    whole, rest = walk(sampler, 2, range(30)), walk(sampler, 2, range(11, 30))
     for rank in range(2):
         assert rest[rank] == [micro for micro in whole[rank] if micro["step"] >= 11]
 
 
 def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> None:
     for step in range(15):
-        workers = walk(order_of(store), 2, range(step, step + 1))
+        workers = walk(make_sampler(store), 2, range(step, step + 1))
         rows = [row for worker in workers for micro in worker for row in micro["rows"]]
         labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
         assert {micro["step_labels"] for worker in workers for micro in worker} == {labels}
@@ -95,8 +95,8 @@ def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> Non
 
 def test_epochs_and_seeds_differ_and_repeat(store: TokenStore) -> None:
     def ids(seed: int | None, epoch: int) -> list[int]:
-        order = order_of(store, seed=seed, shuffle_records=1000)
-        return order.rows(epoch, 0)["id"].to_pylist()
+        sampler = make_sampler(store, seed=seed, shuffle_records=1000)
+        return sampler.rows(epoch, 0)["id"].to_pylist()
 
     assert ids(5, 0) == ids(5, 0)
     assert ids(5, 0) != ids(5, 1)
@@ -115,12 +115,12 @@ def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None
             parts.append((name, rows))
             first += rows
     store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
-    order = order_of(store, weights=(1.0, 2.5, 0.5))
-    assert order.steps_per_epoch == -(-(17 + 15 + 2) // 7)
+    sampler = make_sampler(store, weights=(1.0, 2.5, 0.5))
+    assert sampler.steps_per_epoch == -(-(17 + 15 + 2) // 7)
     counts_by_id: Counter[int] = Counter()
     for epoch in range(4):
-        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-        epoch_ids = [row["id"] for worker in walk(order, 2, steps) for micro in worker for row in micro["rows"]]
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        epoch_ids = [row["id"] for worker in walk(sampler, 2, steps) for micro in worker for row in micro["rows"]]
         assert Counter(id // ROWS_PER_SOURCE for id in epoch_ids) == {0: 17, 1: 15, 2: 2}
         counts_by_id += Counter(epoch_ids)
         for source, total in ((0, 17), (1, 6), (2, 4)):
@@ -141,15 +141,15 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
     listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1, "image": i if i % 2 else None} for i in range(9)]
     write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
     parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
-    order = order_of(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), images=IndexedImages())
+    sampler = make_sampler(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), images=IndexedImages())
     for epoch in (0, 1):
-        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-        for worker in walk(order, 2, steps):
+        steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
+        for worker in walk(sampler, 2, steps):
             for micro in worker:
                 for row in micro["rows"]:
                     place = row["id"] - first
                     assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
-    plain = order_of(order.store, seed=None, images=IndexedImages())
+    plain = make_sampler(sampler.store, seed=None, images=IndexedImages())
     (rows,) = [row for row in walk(plain, 1, range(1))[0][0]["rows"] if row["id"] == first + 1]
     assert rows["image"] == b"3 1 None", "without a seed an image is shown as it is"
 

@@ -19,8 +19,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adapter.adapter_checkpoint import export_v1, read_adapter
     from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
+    from adapter.adapter_formats import export_v1, read_adapter
     from adapter.adaption import AdaptionConfig
     from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
     from adapter.decoder import Llama, LlamaConfig
@@ -46,11 +46,11 @@ _MODULE_OF = {
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
     "apply_adapter": "adapter_file",
-    "export_v1": "adapter_checkpoint",
+    "export_v1": "adapter_formats",
     "extract_adapter": "adapter_file",
     "load_llama": "base_checkpoint",
     "open_checkpoint": "base_checkpoint",
-    "read_adapter": "adapter_checkpoint",
+    "read_adapter": "adapter_formats",
     "save_llama": "base_checkpoint",
 }
 

@@ -2,7 +2,7 @@
 
 The own format is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32. An adapter that reads images
 adds its projection under `vision.*`. The header states the format's version, the gate convention, the base's shape and
-fingerprint, the tokenizer's hash, and the image encoder's identity and preprocessing. `adapter.adapter_checkpoint`
+fingerprint, the tokenizer's hash, and the image encoder's identity and preprocessing. `adapter.adapter_formats`
 reads this format and the foreign ones.
 
 L adapted layers, K prompt length, C width, H query heads.

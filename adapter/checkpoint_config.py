@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from adapter.decoder import LlamaConfig
 from adapter.errors import AdapterError, CheckpointError
-from adapter.file_content import check_content
+from adapter.file_kind import check_content
 from adapter.rope import RopeScaling
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]

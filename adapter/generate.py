@@ -22,7 +22,7 @@ from adapter.errors import AdapterError
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How answers are sampled, and how long they may be. The defaults are those of LLaMA-Adapter's code."""
+    """Settings of sampling answers, and their maximum length. The defaults are those of LLaMA-Adapter's code."""
 
     max_new_tokens: int = 256
     """Maximum number of tokens in an answer."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter.adapter_checkpoint import read_adapter
 from adapter.adapter_file import apply_adapter, extract_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama, open_checkpoint
 from adapter.batching import collate
@@ -62,11 +62,11 @@ class AdaptedModel:
         pieces = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
         pieces.check_fits(checkpoint.config.vocab_size)
         model = load_llama(checkpoint, dtype=dtype, device=device)
-        return cls(model, pieces, fingerprint=checkpoint.fingerprint)
+        return cls(model, pieces, fingerprint=checkpoint.fingerprint())
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """The device of the model's weights."""
         return self.model.tok_embeddings.weight.device
 
     def add_adapter(self, config: AdaptionConfig, *, seed: int = 0) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adapter.errors import RecordError
-from adapter.file_content import check_content
+from adapter.file_kind import check_content
 
 READ_BYTES = 1 << 16
 """How much of a JSON file is read at a time."""
@@ -38,7 +38,7 @@ _WITHIN_ITEM = re.compile(rb'(?:[^][{}"]+|"[^"\\]*")*')
 class Row(NamedTuple):
     """One row of a file, or the reason why it cannot be read."""
 
-    place: str
+    location: str
     """ "item 3" of an array or "line 3" of a JSONL file, counted from 1; "row 3" of a Parquet file, counted from 0."""
     value: Any
     error: str = ""
@@ -49,8 +49,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
     JSON is UTF-8, with or without a byte order mark.
 
-    Raises RecordError, naming the file and the place, for a file that is missing, cut short, in another encoding, or
-    not a list of rows.
+    Raises RecordError, naming the file and the location in it, for a file that is missing, cut short, in another
+    encoding, or not a list of rows.
     """
     path = Path(path)
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
@@ -81,14 +81,14 @@ def check_text(value: Any, name: str) -> str:
     return value
 
 
-def _parse(place: str, text: bytes) -> Row:
+def _parse(location: str, text: bytes) -> Row:
     try:
-        return Row(place, json.loads(text.decode()))
+        return Row(location, json.loads(text.decode()))
     except UnicodeDecodeError as error:
         byte = text[error.start]
-        return Row(place, None, f"not UTF-8: byte {byte:#04x} at {error.start + 1}; save the file as UTF-8")
+        return Row(location, None, f"not UTF-8: byte {byte:#04x} at {error.start + 1}; save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python converts
-        return Row(place, None, f"malformed JSON: {error}; it begins with {text[:40].decode(errors='replace')!r}")
+        return Row(location, None, f"malformed JSON: {error}; it begins with {text[:40].decode(errors='replace')!r}")
 
 
 def _json_start(path: Path) -> bytes:
@@ -141,12 +141,12 @@ def _array_items(path: Path) -> Iterator[bytes]:
     Raises RecordError where the array's end cannot be found, or is not the end of the file.
     """
     text, start = b"", 0  # what was read, and where the item begins in it
-    place, depth, number = 0, 0, 0  # where the next token is searched, the open brackets there, and the item's number
+    position, depth, number = 0, 0, 0  # start of the search for a token, open brackets there, the item's number
     with path.open("rb") as file:
         while number == 0 or depth:
-            if depth > 1 and (skipped := _WITHIN_ITEM.match(text, place)):
-                place = skipped.end()
-            token = _TOKEN.search(text, place)
+            if depth > 1 and (skipped := _WITHIN_ITEM.match(text, position)):
+                position = skipped.end()
+            token = _TOKEN.search(text, position)
             if token is None or token[1] == b"":
                 if len(text) - start > MAX_ITEM_BYTES:
                     raise RecordError(f"{path}, item {number}: malformed JSON: a bracket or quote is missing")
@@ -155,13 +155,13 @@ def _array_items(path: Path) -> Iterator[bytes]:
                     raise RecordError(
                         f"{path}, item {number}: malformed JSON: the file ends within it; is it cut short?"
                     )
-                place = (len(text) if token is None else token.start()) - start
+                position = (len(text) if token is None else token.start()) - start
                 text, start = text[start:] + more, 0
                 continue
-            place, symbol = token.end(), token[0]
+            position, symbol = token.end(), token[0]
             depth += (symbol in b"[{") - (symbol in b"]}")
             if number == 0:  # the array's own bracket
-                start, number = place, 1
+                start, number = position, 1
             elif depth == 0 and symbol == b"}":
                 raise RecordError(f"{path}, item {number}: malformed JSON: a bracket is missing before its end")
             elif depth == 0 or (depth == 1 and symbol == b","):
@@ -169,7 +169,7 @@ def _array_items(path: Path) -> Iterator[bytes]:
                 if depth or number > 1 or item:
                     yield item
                     number += 1
-                start = place
+                start = position
         rest = text[start:]
         while not rest.strip(_SPACE):
             rest = file.read(READ_BYTES)

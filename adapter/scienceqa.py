@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter.errors import AdapterError, RecordError
-from adapter.file_content import check_content
+from adapter.file_kind import check_content
 from adapter.instruct import PromptTemplate, rejected_record
 from adapter.record_files import check_text
 

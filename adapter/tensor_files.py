@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapter.errors import CheckpointError
-from adapter.file_content import check_content
+from adapter.file_kind import check_content
 
 _PAGE = 4096
 _MADV_DONTNEED = 4

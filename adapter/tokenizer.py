@@ -9,7 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from adapter.errors import TokenizerError
-from adapter.file_content import check_content
+from adapter.file_kind import check_content
 
 _JSON_ONLY = (
     "{}: a Hugging Face fast tokenizer, which a later release will read; this one needs the SentencePiece "

@@ -149,10 +149,10 @@ class Typed:
 def test_commands_and_code_work_as_written(
     cluster: None, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed, told = Typed(folder), [words for words in commands() if words[:3] == OURS]
+    typed, ours = Typed(folder), [words for words in commands() if words[:3] == OURS]
     weights = file_fingerprint(folder / "weights" / "stories260K" / "consolidated.00.pth")
-    assert len(told) > 10
-    for words in told:
+    assert len(ours) > 10
+    for words in ours:
         typed(words)
         if "configs/adapter/scienceqa_7b.yaml" in words:
             typed(words, dry=False)  # a later command takes its adapter

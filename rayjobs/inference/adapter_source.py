@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from adapter.adapter_checkpoint import read_adapter
 from adapter.adapter_file import check_adapter_fits
+from adapter.adapter_formats import read_adapter
 from adapter.base_checkpoint import Checkpoint
 from adapter.errors import CheckpointError
 from adapter.model import AdaptedModel
@@ -53,7 +53,7 @@ class AdapterSourceConfig:
                 check_adapter_fits(
                     read_adapter(cached_path(self.adapter)),
                     checkpoint.config,
-                    fingerprint=checkpoint.fingerprint,
+                    fingerprint=checkpoint.fingerprint(),
                     tokenizer_sha256=Tokenizer(cached_path(tokenizer)).sha256,
                     encoder=_identity(conditioning),
                 )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.instruct import ALPACA, PromptTemplate
 from adapter.model import AdaptedModel
 from cafo.dataset_layouts import check_templates
@@ -54,7 +54,7 @@ class LlamaDescriberConfig:
             read_adapter(cached_path(self.adapter))
         template = self.prompt_template()
         return {
-            "base": checkpoint.fingerprint,
+            "base": checkpoint.fingerprint(),
             "tokenizer": file_fingerprint(tokenizer),
             "dtype": self.base.dtype,
             "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
@@ -85,7 +85,7 @@ class DescriptionConfig:
     """Source of the descriptions: a JSON `file`, an OpenAI-compatible `endpoint`, a `llama` on this machine, or the
     data set's `templates` alone."""
     file: AnyPath | None = None
-    """For source=file: JSON {class name: [sentence, …]}, which is checked and copied."""
+    """For source=file: JSON {class name: [description, …]}, which is checked and copied."""
     endpoint: EndpointConfig | None = None
     llama: LlamaDescriberConfig | None = None
     commands: list[str] = Field(default=list(COMMANDS), min_length=1)

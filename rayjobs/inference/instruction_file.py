@@ -36,7 +36,7 @@ ANSWER_FILE = pa.schema(
 class InstructionRow:
     """One record of a file of instructions."""
 
-    place: str
+    location: str
     """its place in the file, such as "line 3" """
     fields: Any
     """as it stands in the file: an object, or what stands in its place; None if it could not be parsed"""
@@ -51,7 +51,7 @@ def read_instructions(path: Path) -> list[InstructionRow]:
     checked = read_records(path, answered=False, keep_rejected=True)
     return [
         InstructionRow(
-            place=row.place,
+            location=row.location,
             fields=row.value,
             record=record,
             error=record.get("rejected", ""),
@@ -93,7 +93,7 @@ def join_answers(rows: Sequence[InstructionRow], answers: Iterable[Record]) -> l
 
 def rejected_rows(file: str, rows: Iterable[InstructionRow]) -> list[dict[str, str]]:
     """{file, record, reason} of the rows that were set aside."""
-    return [{"file": file, "record": row.place, "reason": row.error} for row in rows if row.error]
+    return [{"file": file, "record": row.location, "reason": row.error} for row in rows if row.error]
 
 
 def shown_answer(row: InstructionRow, answer: str | None) -> Record:

@@ -26,7 +26,6 @@ from rayjobs.data.rejected import check_rejected_share
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record, read_pixels
-from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.inference.instruction_file import (
     InstructionRow,
     describe_long,
@@ -39,11 +38,12 @@ from rayjobs.inference.instruction_file import (
 )
 from rayjobs.inference.instructions import ANSWERS, AnswerInstructions, DecodingConfig, evenly_spaced
 from rayjobs.inference.overwriting import check_output
+from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
@@ -137,7 +137,7 @@ def check(settings: Config) -> Checked:
             raise ConfigError(f"instruction: {error}: shorten it or its input")
         return Checked(conditioning, (), find_error)
     rows = list(set_aside_long(read_instructions(cached_path(settings.file)), template, pieces, window))
-    reasons = [f"{row.place}: {row.error}" for row in rows if row.error]
+    reasons = [f"{row.location}: {row.error}" for row in rows if row.error]
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction")
     if conditioning is not None and any(row.record["image"] for row in rows) and not settings.image_root.is_dir():
         raise ConfigError(f"images: {settings.image_root} is no folder; the file's image paths start from it")
@@ -166,7 +166,7 @@ def _check_settings(settings: Config) -> None:
         encoder = settings.vision.encoder if settings.vision else None
         needed = [settings.file, settings.base.path, settings.base.tokenizer, settings.adapter, settings.template]
         needed += [encoder.weights, encoder.config, encoder.name] if encoder else []
-        ours = [str(settings.run.folder / name) for name in ("rejected.jsonl", "parts")]
+        ours = [str(settings.run.folder / name) for name in (REJECTED_FILE, "parts")]
         check_output(settings.out, [*filter(None, needed), *ours])
 
 
@@ -267,9 +267,9 @@ def answer_file(settings: Config) -> dict[str, Any]:
     ).run(records)
     answers = join_answers(rows, generated.to_pylist())
     rejected = rejected_rows(settings.file, [row for row, _ in answers])
-    write_jsonl(folder / "rejected.jsonl", rejected)
+    write_jsonl(folder / REJECTED_FILE, rejected)
     reasons = [f"{row['record']}: {row['reason']}" for row in rejected]
-    listed = str(folder / "rejected.jsonl")
+    listed = str(folder / REJECTED_FILE)
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction", listed=listed)
     write_answers(settings.answers_file, answers)
     shown = [shown_answer(row, answer) for row, answer in answers if not row.error]

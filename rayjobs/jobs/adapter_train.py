@@ -32,14 +32,14 @@ from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
 from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
-from rayjobs.storage.urls import mask_credentials
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
-from rayjobs.train.run_identity import RESULT_FILE, check_same_run, drop_keys, lock_run, record_nonfinite_loss
+from rayjobs.train.resume_check import RESULT_FILE, check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ FREE_TO_CHANGE = (
 
 
 class Inputs(NamedTuple):
-    """What a run reads besides the records, opened and checked."""
+    """Inputs of a run besides the records, opened and checked."""
 
     checkpoint: Checkpoint
     """The base."""
@@ -143,7 +143,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
     """Return what a run's result depends on: its settings, with the content of what they name in place of its path."""
     values = drop_keys(to_dict(settings), FREE_TO_CHANGE)
     values["base"] |= {
-        "path": inputs.checkpoint.fingerprint[:16],
+        "path": inputs.checkpoint.fingerprint()[:16],
         "tokenizer": file_fingerprint(cached_path(inputs.tokenizer))[:16],
     }
     with_images = inputs.conditioning is not None
@@ -295,7 +295,7 @@ def adapter_file(
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
     sha256 = Tokenizer(cached_path(tokenizer)).sha256
-    return extract_adapter(model, base_fingerprint=checkpoint.fingerprint, tokenizer_sha256=sha256)
+    return extract_adapter(model, base_fingerprint=checkpoint.fingerprint(), tokenizer_sha256=sha256)
 
 
 def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, Any]:

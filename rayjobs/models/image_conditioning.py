@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.image_projection import ImageProjectionConfig, Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
@@ -19,7 +19,7 @@ from rayjobs.storage.download import cached_path
 
 @config
 class VisionConfig:
-    """How images are read. Without this section, training leaves images out."""
+    """Settings of reading images. Without this section, training leaves images out."""
 
     encoder: VisionEncoderConfig
     """The frozen image encoder. Its identity is saved with the adapter, which then works with this encoder only."""
@@ -97,7 +97,7 @@ def open_image_conditioning(adapter: str | None, vision: VisionConfig | None, bl
 
 
 class ImageConditioning(NamedTuple):
-    """How an adapter reads images: its encoder, and the trainable projection of the encoder's features."""
+    """The frozen encoder of an adapter's images, and the trainable projection of the encoder's features."""
 
     encoder: EncoderInfo
     projection: ImageProjectionConfig

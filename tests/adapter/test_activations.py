@@ -10,7 +10,7 @@ from adapter.decoder import Llama, LlamaConfig, RMSNorm
 DIM, ROWS, TOKENS = 256, 2, 256
 
 
-def kept(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
+def saved_bytes(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
     """Bytes that autograd saves, parameters left out, each storage once. As in LLaMA: D = 128, 2.69 C inside."""
     config = LlamaConfig(dim=DIM, n_layers=6, n_heads=2, n_kv_heads=2, hidden_dim=DIM * 43 // 16, vocab_size=97)
     model = Llama(config)
@@ -36,7 +36,7 @@ def kept(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "checkpointed", "told"),
+    ("dtype", "checkpointed", "expected"),
     [
         (torch.bfloat16, False, 34.5),
         (torch.bfloat16, True, 2.0),
@@ -45,7 +45,8 @@ def kept(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
     ],
 )
 def test_bytes_for_each_token_adapted_layer_and_unit_of_width(
-    dtype: torch.dtype, checkpointed: bool, told: float
+    dtype: torch.dtype, checkpointed: bool, expected: float
 ) -> None:
-    more = kept(dtype, 5, checkpointed) - kept(dtype, 2, checkpointed)  # the lowest adapted layer keeps less
-    assert more / (3 * ROWS * TOKENS * DIM) == pytest.approx(told, rel=0.01)
+    # a difference, because the lowest adapted layer keeps less
+    more = saved_bytes(dtype, 5, checkpointed) - saved_bytes(dtype, 2, checkpointed)
+    assert more / (3 * ROWS * TOKENS * DIM) == pytest.approx(expected, rel=0.01)

@@ -122,7 +122,7 @@ def test_hf_folder_equals_transformers_and_survives_saving(tmp_path: Path, chang
     again = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(hf_logits(again), hf_logits(model), rtol=0, atol=0)
     assert open_checkpoint(tmp_path / "ours").config == ours.config
-    assert open_checkpoint(tmp_path / "ours").fingerprint == open_checkpoint(path).fingerprint
+    assert open_checkpoint(tmp_path / "ours").fingerprint() == open_checkpoint(path).fingerprint()
 
 
 def test_hf_sharded_and_pickled_forms_are_one_model(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -142,7 +142,7 @@ def test_hf_sharded_and_pickled_forms_are_one_model(tmp_path: Path, model: Llama
     (both / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     for folder in (single, sharded, pickled, both):
         torch.testing.assert_close(our_logits(folder), hf_logits(model), rtol=0, atol=1e-4)
-    assert len({open_checkpoint(folder).fingerprint for folder in (single, sharded, pickled, both)}) == 1
+    assert len({open_checkpoint(folder).fingerprint() for folder in (single, sharded, pickled, both)}) == 1
 
 
 def test_older_config_spellings(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -167,14 +167,14 @@ def test_meta_shards_merge_to_the_hf_model(tmp_path: Path, shards: int, embed_di
     assert (checkpoint.config.vocab_size, checkpoint.config.hidden_dim) == (model.config.vocab_size, HIDDEN)
     assert checkpoint.config.tied_head == tied
     torch.testing.assert_close(our_logits(path), hf_logits(model), rtol=0, atol=1e-4)
-    assert checkpoint.fingerprint == open_checkpoint(write_hf(tmp_path / "hf", model)).fingerprint
+    assert checkpoint.fingerprint() == open_checkpoint(write_hf(tmp_path / "hf", model)).fingerprint()
 
 
 def test_four_shards_of_many_heads(tmp_path: Path) -> None:
     model = hf_model(num_attention_heads=12, num_key_value_heads=4, hidden_size=48, intermediate_size=68, vocab_size=44)
     path = write_meta(tmp_path / "meta", model, shards=4)
     torch.testing.assert_close(our_logits(path), hf_logits(model), rtol=0, atol=1e-4)
-    assert open_checkpoint(path).fingerprint == open_checkpoint(write_hf(tmp_path / "hf", model)).fingerprint
+    assert open_checkpoint(path).fingerprint() == open_checkpoint(write_hf(tmp_path / "hf", model)).fingerprint()
 
 
 def test_meta_params_reach_the_config(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -202,7 +202,7 @@ def test_fingerprint_tells_bases_apart_but_not_precisions(tmp_path: Path, model:
         "other": write_hf(tmp_path / "other", hf_model(seed=1)),
         "model": write_hf(tmp_path / "model", model),
     }
-    prints = {name: open_checkpoint(path).fingerprint for name, path in paths.items()}
+    prints = {name: open_checkpoint(path).fingerprint() for name, path in paths.items()}
     assert prints["half"] == prints["whole"]
     assert len(set(prints.values())) == 3
     assert load_llama(paths["half"], dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16

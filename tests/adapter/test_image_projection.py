@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from adapter.adapter_checkpoint import export_v1, read_adapter
 from adapter.adapter_file import apply_adapter, extract_adapter
+from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Llama, LlamaConfig
 from adapter.errors import CheckpointError

@@ -55,7 +55,7 @@ def test_lines_end_as_on_any_system(tmp_path: Path, end: str) -> None:
     first, second, cut = read_rows(tmp_path / "a.jsonl")
     assert first[:2] == ("line 1", {"a": "x\u2028y"})
     assert second[:2] == ("line 3", {"a": 2})
-    assert (cut.place, cut.error) == (
+    assert (cut.location, cut.error) == (
         "line 4",
         "malformed JSON: Expecting ':' delimiter: line 1 column 5 (char 4); it begins with '{\"a\"'",
     )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from rayjobs.storage.files import read_jsonl
 from tests.cluster_lab.hosts import Hosts
 from tests.conftest import ROOT
@@ -145,7 +145,7 @@ class Mark(NamedTuple):
     """A moment of a run."""
 
     at: float
-    kept: int
+    checkpoint_step: int
     """The step of its newest checkpoint."""
     workers: set[int]
 
@@ -194,7 +194,7 @@ class Training:
         rows = read_jsonl(metrics, last_bytes=1 << 12) if metrics.exists() else []
         return rows[-1]["step"] if rows else 0
 
-    def kept(self) -> list[tuple[int, Path]]:
+    def checkpoints(self) -> list[tuple[int, Path]]:
         """The steps of the checkpoints that are there, and their folders, the oldest first."""
         found = []
         for path in self.folder.glob("train/checkpoint_*/position.json"):
@@ -221,8 +221,8 @@ class Training:
 
     def mark(self) -> "Mark":
         """Where the run is, before something happens to it."""
-        kept = max((step for step, _ in self.kept()), default=0)
-        return Mark(time.monotonic(), kept, {one.pid for one in self.workers_on().values()})
+        newest = max((step for step, _ in self.checkpoints()), default=0)
+        return Mark(time.monotonic(), newest, {one.pid for one in self.workers_on().values()})
 
     def goes_on(self, since: "Mark", what: str, seconds: float = RECOVERED_S) -> None:
         """Waits until steps are reported again, and notes the time from the mark until then, and the steps redone."""
@@ -236,7 +236,7 @@ class Training:
             assert time.monotonic() - since.at < seconds, f"{what}: no step in {seconds:.0f} s"
             assert self.process.poll() is None, self.process.communicate()[0][-4000:]
         restarted = since.workers != {one.pid for one in self.workers_on().values()}
-        lost = f"{last - since.kept} steps again" if restarted else "no step lost"
+        lost = f"{last - since.checkpoint_step} steps again" if restarted else "no step lost"
         self.cluster.timings.append(Timing(what, paused, lost))
 
     def workers_on(self) -> dict[int, psutil.Process]:

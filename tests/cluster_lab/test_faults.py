@@ -102,10 +102,12 @@ def test_worker_host_without_power_in_a_sweep(
 
 def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> None:
     mark = run.mark()
-    _, newest = run.kept()[-1]
+    _, newest = run.checkpoints()[-1]
     os.truncate(newest / "state.safetensors", 1000)
     next(iter(run.workers_on().values())).kill()
-    run.goes_on(mark._replace(kept=run.kept()[-2][0]), "newest checkpoint truncated, worker process killed")
+    run.goes_on(
+        mark._replace(checkpoint_step=run.checkpoints()[-2][0]), "newest checkpoint truncated, worker process killed"
+    )
     run.ends_well()
     run.is_as(undisturbed)
 

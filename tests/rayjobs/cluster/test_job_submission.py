@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from rayjobs.__main__ import main
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE_S, wait_until

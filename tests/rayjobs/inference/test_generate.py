@@ -104,8 +104,8 @@ def test_too_many_records_to_set_aside_are_refused_before_anything_is_written(
 
 def test_answers_in_parquet_keep_what_json_has_no_type_for(tmp_path: Path) -> None:
     fields = {"instruction": "the cat", "day": date(2024, 2, 3), "bytes": b"\x00\xff", "half": "\ud83d"}
-    row = InstructionRow(place="row 0", fields=fields, record={})
-    bad = InstructionRow(place="row 1", fields={"instruction": "\ud83d"}, record={}, error="no text")
+    row = InstructionRow(location="row 0", fields=fields, record={})
+    bad = InstructionRow(location="row 1", fields={"instruction": "\ud83d"}, record={}, error="no text")
     for name in ("a.parquet", "a.jsonl"):
         write_answers(tmp_path / name, [(row, "sat"), (bad, None)])
     (first, second), (line, other) = pq.read_table(tmp_path / "a.parquet").to_pylist(), read_jsonl(tmp_path / "a.jsonl")

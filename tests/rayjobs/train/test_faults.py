@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.instruct import encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main

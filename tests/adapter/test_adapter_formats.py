@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from adapter.adapter_checkpoint import export_v1, read_adapter
 from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
+from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base_checkpoint import load_llama
 from adapter.decoder import Llama, LlamaConfig

@@ -14,7 +14,7 @@ def model_identity(model: AdapterSourceConfig, conditioning: ImageConditioning |
     """The base, tokenizer, adapter and image encoder, by content and not by path."""
     checkpoint, tokenizer = model.base.open()
     return {
-        "base": f"{checkpoint.fingerprint[:16]} in {model.base.dtype}",
+        "base": f"{checkpoint.fingerprint()[:16]} in {model.base.dtype}",
         "tokenizer": _content(cached_path(tokenizer)),
         "adapter": _content(cached_path(model.adapter)) if model.adapter else "none",
         "encoder": conditioning.encoder.identity if conditioning else "none",

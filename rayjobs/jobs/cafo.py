@@ -49,7 +49,7 @@ def prompt_settings(settings: Config) -> cafo_prompt.Config | None:
     if settings.prompt is None:
         return None
     if settings.data.prompts is not None:
-        raise ConfigError("prompt makes the sentences that data.prompts already names: give one of the two")
+        raise ConfigError("prompt makes the class descriptions that data.prompts already names: give one of the two")
     return cafo_prompt.Config(**_fields(settings.prompt), data=settings.data, run=_step_run(settings, "prompt"))
 
 

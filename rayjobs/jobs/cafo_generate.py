@@ -29,7 +29,7 @@ from rayjobs.inference.class_images import (
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.runs.provenance import check_provenance, lock_provenance
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import read_json, read_jsonl, write_json
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import resolve_path
@@ -56,7 +56,10 @@ class Config(ImageGenerationConfig):
         return self.prompts or (self.data.prompts if self.data is not None else None)
 
     def descriptions(self, classes: ClassNames) -> dict[str, list[str]]:
-        """Each class's sentences that its images are scored against. Raises an error naming the classes without one."""
+        """The descriptions of each class, which its images are scored against.
+
+        Raises an error that names the classes without one.
+        """
         if self.description_file is not None:
             return read_prompts(resolve_path(self.description_file), classes.names)
         return template_prompts(classes.templates, classes.names)
@@ -124,13 +127,13 @@ def run(settings: Config) -> dict[str, Any]:
     generate_images(settings, classes, identity["template"], encoder, classifier.weights, settings.list_path)
     content = read_list(settings.list_path, "run the job again")
     if not content["train"]:
-        raise DataError(f"no usable image was generated of any class; the reasons are in {folder / 'rejected.jsonl'}")
+        raise DataError(f"no usable image was generated of any class; the reasons are in {folder / REJECTED_FILE}")
     write_image_examples(folder, settings.list_path, content)
     result = {
         "headline": f"{len(content['train'])} images of {len(classes.names)} classes",
         "source": settings.source,
         **count_images(classes, content, settings.keep, finished),
-        "rejected_images": len(read_jsonl(folder / "rejected.jsonl")),
+        "rejected_images": len(read_jsonl(folder / REJECTED_FILE)),
         "sentences_truncated": len(classifier.truncated),
         "list": str(settings.list_path),
     }

@@ -75,13 +75,13 @@ def run(settings: Config) -> dict[str, Any]:
     else:
         missing = len(classes.missing(read_descriptions(path)))
         prompts = write_descriptions(settings, classes, path) if missing else read_prompts(path, classes.names)
-    sentences = sum(map(len, prompts.values()))
+    count = sum(map(len, prompts.values()))
     result = {
-        "headline": f"{sentences} sentences about {len(classes.names)} classes",
+        "headline": f"{count} descriptions of {len(classes.names)} classes",
         "source": settings.source,
         "classes": len(classes.names),
         "classes_asked_now": missing,
-        "sentences": sentences,
+        "sentences": count,
         "prompts": str(path),
     }
     write_json(folder / "result.json", result)

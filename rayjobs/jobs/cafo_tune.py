@@ -25,7 +25,7 @@ from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table
 from rayjobs.runs.provenance import lock_provenance
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.tune.figures import write_search_surfaces
 from rayjobs.tune.identity import check_same_classes, check_same_inputs
@@ -116,7 +116,7 @@ def run(settings: Config) -> dict[str, Any]:
     pool = TrialPool(settings.trials.workers.max, settings.trials.resources(reserved_cpus=0))
 
     inputs = prepare_inputs(settings, dataset, tried)
-    write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in inputs.rejected))
+    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in inputs.rejected))
     check_same_inputs(folder, inputs)
     write_few_shot(folder, inputs)
     shared, counts = share_inputs(inputs), inputs.counts()
@@ -160,7 +160,7 @@ def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
 
 
 def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> SweepInputs:
-    """Choose the few-shot images, encode all images and sentences that the settings need; reuse what is cached."""
+    """Choose the few-shot images, encode all images and descriptions that the settings need; reuse what is cached."""
     data, cache, resources = settings.data, settings.run.cache_folder, settings.scale.resources()
     generated = {count: data.generated_images(dataset, count) for count in {setting.generated for setting in tried}}
     used = dict.fromkeys(name for setting in tried for name in setting.encoders)

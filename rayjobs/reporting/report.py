@@ -20,8 +20,9 @@ from rayjobs.reporting.example_gallery import EXAMPLES
 from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
 from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
+from rayjobs.runs.run_dir import REJECTED_FILE
+from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
-from rayjobs.storage.urls import mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -167,16 +168,16 @@ def _examples(folder: Path) -> Iterator[Section]:
             yield Gallery("examples", images, examples["note"])
 
 
-def _sentences(folder: Path) -> Iterator[Section]:
-    """The sentences of a language model about each class."""
+def _class_descriptions(folder: Path) -> Iterator[Section]:
+    """The descriptions of each class."""
     if prompts := _json(folder / "prompts.json"):
-        rows = [[name, "\n".join(sentences)] for name, sentences in prompts.items()]
-        yield _shortened(Table("sentences", ["class", "sentences"], rows), "prompts.json")
+        rows = [[name, "\n".join(descriptions)] for name, descriptions in prompts.items()]
+        yield _shortened(Table("class descriptions", ["class", "descriptions"], rows), "prompts.json")
 
 
 def _rejected(folder: Path) -> Iterator[Section]:
     """The records and images that could not be used, with the reasons."""
-    for title, path in (("rejected", folder / "rejected.jsonl"), ("rejected on test", folder / "test/rejected.jsonl")):
+    for title, path in (("rejected", folder / REJECTED_FILE), ("rejected on test", folder / "test" / REJECTED_FILE)):
         if rows := read_jsonl(path) if path.is_file() else []:
             columns = list(dict.fromkeys(column for row in rows for column in row if row[column] not in (None, "")))
             lines = [[format_value(row.get(column)) for column in columns] for row in rows]
@@ -197,7 +198,7 @@ READERS: list[Callable[[Path], Iterator[Section]]] = [
     _values,
     _curves,
     _examples,
-    _sentences,
+    _class_descriptions,
     _rejected,
     _settings,
 ]

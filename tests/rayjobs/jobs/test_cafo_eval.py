@@ -171,8 +171,8 @@ def test_the_chain_opens_test_once_for_its_choice(
     record = read_record(config.run.folder)
     assert (record.job, record.state) == ("cafo", "done")
     assert load(cafo.Config, config.run.folder / "config.yaml") == config, "of what was typed, not of its parts"
-    (told, *_) = read_json(config.run.folder / "prompt" / "prompts.json")["red_thing"]
-    assert escape(told) in (config.run.folder / "prompt" / "report.html").read_text()
+    (description, *_) = read_json(config.run.folder / "prompt" / "prompts.json")["red_thing"]
+    assert escape(description) in (config.run.folder / "prompt" / "report.html").read_text()
     assert (config.run.folder / "generate" / "report.html").read_text().count("<img") == 4 * 2
     client = mlflow.MlflowClient(tracking_uri=config.run.track.mlflow)
     (tracked,) = client.search_runs([client.get_experiment_by_name("rayjobs").experiment_id])

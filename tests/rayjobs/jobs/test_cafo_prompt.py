@@ -94,11 +94,11 @@ def test_a_refusing_endpoint_ends_in_one_line_and_keeps_what_was_said(
     with serve(fail_first=1) as (url, _):
         given = [f"class_names={json.dumps(NAMES)}", f"run.storage={tmp_path / 'runs'}", "run.name=p", *endpoint(url)]
         assert main(["cafo-prompt", *given]) == 2
-        told = capsys.readouterr().err
-        assert "gpt at http://127.0.0.1" in told
-        assert "slow down" in told
-        assert "the same command goes on" in told
-        assert "Traceback" not in told
+        terminal = capsys.readouterr().err
+        assert "gpt at http://127.0.0.1" in terminal
+        assert "slow down" in terminal
+        assert "the same command goes on" in terminal
+        assert "Traceback" not in terminal
         assert main(["cafo-prompt", *given]) == 0
     assert list(written(tmp_path)) == NAMES
 
@@ -144,8 +144,8 @@ def test_a_llama_is_asked_through_the_alpaca_template_with_its_adapter(tmp_path:
         f"\n\n### Instruction:\n{command.format('joshua tree')}\n\n### Response:"
         for command in COMMANDS
     ]
-    told = base.generate(asked, max_new_tokens=7, temperature=0)
-    assert written(tmp_path)["joshua_tree"] == [text for one in told if (text := " ".join(one.split()))]
+    expected = base.generate(asked, max_new_tokens=7, temperature=0)
+    assert written(tmp_path)["joshua_tree"] == [text for one in expected if (text := " ".join(one.split()))]
     cafo_prompt.run(settings(tmp_path, *llama(tiny_base, *greedy, "run.name=bare")))
     assert written(tmp_path, "bare") != written(tmp_path)
     with pytest.raises(ValueError, match=r"adapter was .*, now None"):

@@ -92,8 +92,8 @@ def test_the_whole_of_cafo_on_a_bucket_is_the_same(cluster: None, bucket: str, t
     test = there.run.folder / "test"
     assert {"table.md", "opened.json", "result.json"} <= {path.name for path in test.iterdir()}
     assert len(list(test.glob("landscape-*.png"))) == 1
-    told = html.unescape((there.run.folder / "report.html").read_text(encoding="utf-8"))
-    assert result["eval"]["headline"].replace(" ± ", "\u00a0±\u00a0") in told
+    page = html.unescape((there.run.folder / "report.html").read_text(encoding="utf-8"))
+    assert result["eval"]["headline"].replace(" ± ", "\u00a0±\u00a0") in page
 
     # one lost trial and one lost part of the features are made again, and nothing else is
     before = stamps(there)

@@ -46,9 +46,9 @@ def seen(page: Path, folder: Path, scheme: str) -> dict[str, Any]:
     done = subprocess.run(
         [BROWSER, *flags, "--dump-dom", framed.as_uri()], capture_output=True, text=True, timeout=PATIENCE_S
     )
-    told = re.search(r"<body>(\{.*?\})\s*</body>", done.stdout, flags=re.S)
-    assert told, done.stderr
-    return json.loads(unescape(told[1]))
+    measured = re.search(r"<body>(\{.*?\})\s*</body>", done.stdout, flags=re.S)
+    assert measured, done.stderr
+    return json.loads(unescape(measured[1]))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")

@@ -188,11 +188,12 @@ def test_no_heading_stands_above_nothing(tmp_path: Path) -> None:
     assert not {"examples", "rejected"} & set(Reader(write_report(folder)).titles)
 
 
-def test_sentences_and_rejected_test_images_are_shown(tmp_path: Path) -> None:
+def test_class_descriptions_and_rejected_test_images_are_shown(tmp_path: Path) -> None:
     folder = a_run(tmp_path, "one")
     write_json(folder / "prompts.json", {"cat": ["It purrs.", "It sleeps."]})
     write_jsonl(folder / "test" / "rejected.jsonl", [{"role": "pets", "path": "c.png", "reason": "cannot be decoded"}])
     page = Reader(write_report(folder))
+    assert "class descriptions" in page.titles
     assert ["cat", "It purrs.\nIt sleeps."] in page.rows
     assert ["pets", "c.png", "cannot be decoded"] in page.rows
 
@@ -336,10 +337,10 @@ def test_one_odd_record_does_not_end_the_listing(tmp_path: Path, capsys: pytest.
         (tmp_path / name).mkdir()
         (tmp_path / name / RECORD_FILE).write_text(text)
     assert main(["runs", str(tmp_path)]) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith("a" * 90 + "\t")
-    assert told.out.count("\n") == 1
-    assert all(str(tmp_path / name / RECORD_FILE) in told.err for name in ("cut", "other", "older"))
+    terminal = capsys.readouterr()
+    assert terminal.out.startswith("a" * 90 + "\t")
+    assert terminal.out.count("\n") == 1
+    assert all(str(tmp_path / name / RECORD_FILE) in terminal.err for name in ("cut", "other", "older"))
     assert main(["report", str(tmp_path / "cut")]) == 2
     assert f"{tmp_path / 'cut' / RECORD_FILE}: malformed JSON" in capsys.readouterr().err
 
@@ -403,13 +404,13 @@ def test_a_damaged_file_costs_its_own_section(
     assert main(["report", str(folder)]) == 0
     assert main(["report", str(folder), str(other), "--out", str(tmp_path / "both.html")]) == 0
     assert main(["runs", str(tmp_path)]) == 0
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
+    terminal = capsys.readouterr().err
+    assert "Traceback" not in terminal
     assert "settings" in Reader(folder / "report.html").titles or file == "config.yaml"
     harmless = ("unknown.json", "test/accuracy.parquet")
     if "tables" not in content or file.startswith("test"):
         assert ("could not be read" in Reader(folder / "report.html").titles) == (file not in harmless)
-        assert (f"{folder}" in told) == ("left out" in told) == (file != "unknown.json")
+        assert (f"{folder}" in terminal) == ("left out" in terminal) == (file != "unknown.json")
 
 
 def test_plots_of_an_earlier_release_are_shown_in_the_order_of_their_names(tmp_path: Path) -> None:

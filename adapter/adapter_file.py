@@ -41,7 +41,7 @@ class AdapterFile:
     gate: Tensor
     """(L, H), or (L, 1) where one gate serves all heads."""
     convention: Gate
-    """What the model applies to the gates (see `AdaptionConfig.gate`)."""
+    """The function that the model applies to the gates (see `AdaptionConfig.gate`)."""
     base_shape: Mapping[str, int] = field(default_factory=dict)
     """Fields of the base's `LlamaConfig`, as far as the file states them; foreign files state few."""
     base_fingerprint: str | None = None
@@ -49,7 +49,7 @@ class AdapterFile:
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer's file; None in foreign files."""
     vision: ImageProjectionConfig | None = None
-    """How the adapter reads images, and with which encoder; None for text alone."""
+    """Image projection of the adapter, with the identity of its encoder; None for text alone."""
     projection: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of `ImageProjection`, by name."""
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -41,10 +41,10 @@ class AdaptionConfig:
     prompt_length: int = 10
     """K, number of prompt tokens in each adapted layer."""
     gate: Gate = "tanh"
-    """What the model applies to g: `tanh` (as the official training code does) or `identity` (as official v1 inference,
-    litgpt and PEFT do). `one` and `prefix` have no trainable g."""
+    """Function that the model applies to g: `tanh` (as the official training code does) or `identity` (as official v1
+    inference, litgpt and PEFT do). `one` and `prefix` have no trainable g."""
     vision: ImageProjectionConfig | None = None
-    """How the adapter reads images; None for text alone."""
+    """Image projection of the adapter; None for text alone."""
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.prompt_length < 1:

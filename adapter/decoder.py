@@ -129,7 +129,7 @@ class KVCache:
 
 
 class AttentionInputs(NamedTuple):
-    """What every layer's attention reads besides the hidden states."""
+    """The inputs of every layer's attention besides the hidden states."""
 
     rope: tuple[Tensor, Tensor]
     """cos and sin, each (B or 1, 1, T, D)."""

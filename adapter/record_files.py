@@ -21,7 +21,7 @@ from adapter.errors import RecordError
 from adapter.file_kind import check_content
 
 READ_BYTES = 1 << 16
-"""How much of a JSON file is read at a time."""
+"""Size of each read of a JSON file."""
 
 MAX_ITEM_BYTES = 1 << 28
 """A longer item of an array is taken for a missing bracket or quote."""
@@ -29,10 +29,10 @@ MAX_ITEM_BYTES = 1 << 28
 _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _TOKEN = re.compile(rb'[][{},]|"(?:[^"\\]+|\\.)*("?)', re.DOTALL)
-"""What decides where an item ends. Group 1 is None for a bracket or comma, and empty for a string without its end."""
+"""The tokens that decide where an item ends. Group 1 is None for a bracket or comma, empty for a string without end."""
 
 _WITHIN_ITEM = re.compile(rb'(?:[^][{}"]+|"[^"\\]*")*')
-"""What can be skipped inside an item at once: all up to the next bracket, or a string with a backslash."""
+"""The text inside an item that can be skipped at once: all up to the next bracket, or a string with a backslash."""
 
 
 class Row(NamedTuple):
@@ -123,7 +123,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _describe_other_json(start: bytes) -> str:
-    """What a file that begins like this is instead of an array, and what to do."""
+    """Describe a file that begins like this and is no array, and what to do about it."""
     if not start.startswith(b"{"):
         return "the file is no JSON array" if start else "the file is empty"
     first, _, rest = start.partition(b"\n")

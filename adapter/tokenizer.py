@@ -19,7 +19,7 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 """The first line of Llama 3's `tokenizer.model`: a token in base64 and its rank."""
 
 MIN_UNUSED_ROWS, UNUSED_ROWS_SHARE = 64, 1 / 32
-"""How many more rows than its tokenizer has pieces a base may embed: see `Tokenizer.check_fits`."""
+"""Number of rows that a base may embed beyond the pieces of its tokenizer: see `Tokenizer.check_fits`."""
 
 
 class Tokenizer:

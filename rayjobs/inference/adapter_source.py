@@ -17,7 +17,7 @@ from rayjobs.storage.paths import AnyPath
 
 
 class OpenedSource(NamedTuple):
-    """What is known of a model before its weights are loaded."""
+    """The parts of a model that are known before its weights are loaded."""
 
     checkpoint: Checkpoint
     tokenizer: Path

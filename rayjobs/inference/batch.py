@@ -60,7 +60,7 @@ class BatchGenerator:
     task: GenerationTask
     """makes the rows; pickled into the workers"""
     schema: pa.Schema
-    """of the rows"""
+    """columns of the rows"""
     parts: Path
     """folder of the chunks' files"""
     identity: Mapping[str, Any]

@@ -70,7 +70,7 @@ def set_aside_long(
 
 
 def describe_long(instruction: str, input: str, template: PromptTemplate, tokenizer: Tokenizer, window: int) -> str:
-    """What is wrong with an instruction that leaves no room for an answer; empty if nothing is."""
+    """Describe why an instruction leaves no room for an answer; empty if it leaves some."""
     tokens = len(tokenizer.encode(template.render(instruction, input), bos=True, eos=False))
     if tokens < window:
         return ""

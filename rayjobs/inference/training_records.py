@@ -11,7 +11,7 @@ from rayjobs.storage.yaml_file import read_yaml
 
 
 def describe_overlap(adapter: str | None, sources: Iterable[Source]) -> str:
-    """Which of the sources the adapter was trained on, by the content of their files; empty if none is known.
+    """Name the sources that the adapter was trained on, by the content of their files; empty if none is known.
 
     It is known where the settings of the training run lie beside the adapter, and its files are still there. Records
     that a run held out of a file for validation count as trained on, since nothing tells them apart here.
@@ -32,7 +32,7 @@ def describe_overlap(adapter: str | None, sources: Iterable[Source]) -> str:
 
 
 def _content(source: Source) -> tuple[str, ...] | None:
-    """What a source holds: the digests of its files, and its split; None if a file is not there any more."""
+    """The digests of a source's files, and its split; None if a file is not there any more."""
     try:
         return (*source.digests(), source.split)
     except OSError:

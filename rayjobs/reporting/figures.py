@@ -25,7 +25,7 @@ class SavedFigure:
     """Name of the SVG."""
     title: str
     group: str = ""
-    """What several figures are about, such as one trial; it comes before the title."""
+    """Subject of several figures, such as one trial; it comes before the title."""
     folded: bool = False
     """True to show the figure only when the reader opens its group."""
 

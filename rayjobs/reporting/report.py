@@ -62,7 +62,7 @@ def _append_sections(generated: Iterator[Section], sections: list[Section], fold
 
 
 def read_or_warn(read: Callable[[Path], Content], path: Path, problems: list[str]) -> Content | None:
-    """What `read` returns; None, with a warning and the reason added to `problems`, for a file that is damaged."""
+    """Read a file with `read`; for a damaged file return None, with a warning and the reason added to `problems`."""
     try:
         return read(path)
     except (OSError, ValueError, pa.ArrowException) as error:

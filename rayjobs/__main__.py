@@ -1,8 +1,10 @@
 """The command line: rayjobs JOB --config FILE [section.key=value …] [--dry-run | --submit]."""
 
 import argparse
+import difflib
 import importlib
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,11 +14,11 @@ from types import ModuleType
 from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
-from rayjobs.config import describe, load
+from rayjobs.config import describe, iter_paths, load
 from rayjobs.console import printable, setup_logging, show_table
 from rayjobs.errors import USER_ERRORS, UserError
 from rayjobs.runs.record import find_runs
-from rayjobs.storage.paths import resolve_path
+from rayjobs.storage.paths import check_reachable, resolve_path
 
 logger = logging.getLogger("rayjobs")
 
@@ -94,7 +96,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)  # argparse leaves the overrides that follow an option
     takes_overrides = args.job in JOBS
     if unknown := [word for word in rest if word.startswith("-") or not takes_overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        own: argparse.ArgumentParser = args.parser if takes_overrides else parser
+        close = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", own.format_usage()), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if takes_overrides:
         args.overrides += rest
     return args
@@ -111,6 +116,8 @@ def run_job(args: argparse.Namespace) -> int:
     settings = load(job.Config, args.config, args.overrides)
     if args.submit:
         return submit(job_command(args.job, job.Config, args.config, args.overrides, verbose=args.verbose))
+    for path in iter_paths(settings):
+        check_reachable(path)
     if not args.dry_run:
         job.run(settings)
         return DONE
@@ -128,6 +135,8 @@ def show_report(args: argparse.Namespace) -> int:
     from rayjobs.reporting.comparison import compare
     from rayjobs.reporting.report import write_report
 
+    for run in args.run:
+        check_reachable(run)
     folders = [resolve_path(run) for run in args.run]
     print(write_report(*folders) if len(folders) == 1 else compare(folders, args.out))
     return DONE
@@ -137,6 +146,7 @@ def list_runs(args: argparse.Namespace) -> int:
     """Print the runs of a folder: a table on a terminal, elsewhere a tab-separated line each, for grep and cut."""
     from rayjobs.reporting.report import RUN_COLUMNS, run_rows
 
+    check_reachable(args.storage)
     storage = resolve_path(args.storage)
     folders = find_runs(storage)
     names = [str(folder.relative_to(storage)) for folder in folders]
@@ -152,7 +162,7 @@ def _print_help(parser: argparse.ArgumentParser, job: ModuleType) -> None:
     parser.print_help()
     print(f"\n{(job.__doc__ or '').strip()}\n\nsettings:")
     for field in describe(job.Config):
-        default = field.default if field.default == "required" else f"default {field.default}"
+        default = field.default if field.default.startswith("required") else f"default {field.default}"
         print(f"  {field.name}  ({field.type}, {default})\n      {field.meaning}")
 
 

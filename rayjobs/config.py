@@ -3,6 +3,8 @@
 import copy
 import difflib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ def load(
         built = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         missing = [".".join(_keys(cls, item["loc"])) for item in error.errors() if item["type"] in _MISSING]
-        problems += dict.fromkeys(_explain(cls, item, missing) for item in error.errors())
+        problems += dict.fromkeys(line for item in error.errors() for line in _explain(cls, item, missing))
     if problems:
         raise ConfigError("\n".join(problems))
     return built
@@ -103,15 +105,25 @@ def _parse(text: str, kind: Any) -> Any:
     """The value of an override for a field of this type.
 
     A field that holds text takes it verbatim: `#tag`, `42`, `yes`, quotes, newlines and nothing at all. Only `null` is
-    None, and only where the field may be None. For any other field, the text is YAML.
+    None, and only where the field may be None. For any other field, the text is YAML; one item stands for a list of it.
     """
     kinds = _members(kind)
     if all(member is NoneType or _is_text(member) for member in kinds):
         return None if text == "null" and NoneType in kinds else text
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except ConfigError:
         return text  # the field's own error then shows it
+    return [value] if _is_item(value, kinds) else value
+
+
+def _is_item(value: Any, kinds: Sequence[Any]) -> bool:
+    """True for a text or number where only a list of such is allowed: `data.path=x.json`."""
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    if not lists or any(kind not in lists and kind is not NoneType and not is_dataclass(kind) for kind in kinds):
+        return False
+    holds_text = any(map(_is_text, _members(get_args(lists[0])[0])))
+    return isinstance(value, str) if holds_text else isinstance(value, int | float)
 
 
 def field_type(kind: Any, keys: Sequence[str | int]) -> Any:
@@ -172,6 +184,25 @@ def to_dict(built: Any) -> dict[str, Any]:
     return TypeAdapter(type(built)).dump_python(built, mode="json")
 
 
+def iter_paths(value: Any, is_path: bool = False) -> Iterator[str]:
+    """The paths, URLs and file names that a config holds, in its sections too.
+
+    is_path: texts in `value` are of a field of paths, or of files or names.
+    """
+    if is_dataclass(value):
+        for name, info in type(value).__pydantic_fields__.items():  # type: ignore[union-attr]
+            kind = _type_name(info.annotation, info.metadata)
+            yield from iter_paths(getattr(value, name), re.search(r"\bpath\b|\bfile or name\b", kind) is not None)
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from iter_paths(inner, is_path)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from iter_paths(inner, is_path)
+    elif is_path and isinstance(value, str):
+        yield value
+
+
 class FieldHelp(NamedTuple):
     """The help of one config field."""
 
@@ -179,24 +210,40 @@ class FieldHelp(NamedTuple):
     """The dotted key."""
     type: str
     default: str
-    """`required` if there is none."""
+    """The default as it may be typed; `required` if there is none, or "required if `section` is given"."""
     meaning: str
 
 
-def describe(cls: Any, prefix: str = "") -> Iterator[FieldHelp]:
-    """The help of every field of a config and its sections."""
+def describe(cls: Any, prefix: str = "", given: Any = None, optional: str = "") -> Iterator[FieldHelp]:
+    """The help of every field of a config and its sections.
+
+    given: a default of the field that holds this config, whose values stand in place of the class's own defaults.
+    optional: the key of the section that may be left out, with all required fields in it.
+    """
     for name, info in cls.__pydantic_fields__.items():
-        section = next((kind for kind in _members(info.annotation) if is_dataclass(kind)), None)
+        key, default = prefix + name, MISSING
+        if given is not None:
+            default = getattr(given, name)
+        elif not info.is_required():
+            default = info.get_default(call_default_factory=True)
+        section = _section(info.annotation)
         if section is not None:
-            yield from describe(section, f"{prefix}{name}.")
+            inner = default if is_dataclass(default) else None
+            yield from describe(section, f"{key}.", inner, key if default is None else optional)
             continue
-        default = "required"
-        if not info.is_required():
-            default = _shown(TypeAdapter(Any).dump_python(info.get_default(call_default_factory=True), mode="json"))
+        shown = "required" + (f" if `{optional}` is given" if optional else "")
+        if default is not MISSING:
+            shown = _shown(TypeAdapter(Any).dump_python(default, mode="json"))
         # A subclass's fields lose the docstrings that stand in its base.
         inherited = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
         meaning = next((field.description for field in inherited if field and field.description), "")
-        yield FieldHelp(prefix + name, _type_name(info.annotation, info.metadata), default, " ".join(meaning.split()))
+        yield FieldHelp(key, _type_name(info.annotation, info.metadata), shown, " ".join(meaning.split()))
+
+
+def _section(kind: Any) -> Any:
+    """The config that a field of this type holds; None for a field that may also be a plain value, such as a list."""
+    kinds = [member for member in _members(kind) if member is not NoneType]
+    return kinds[0] if kinds and all(is_dataclass(member) for member in kinds) else None
 
 
 def _type_name(kind: Any, metadata: Sequence[Any] = ()) -> str:
@@ -221,15 +268,19 @@ def _type_name(kind: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default as it may be typed."""
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    """A default as it may be typed: a path in the current folder without that folder."""
+    here = os.getcwd()
+    value = "" if value == here else value
+    if isinstance(value, str) and value:
+        return value.removeprefix(f"{here}{os.sep}")
+    return json.dumps(value, ensure_ascii=False)
 
 
 _MISSING = ("missing", "missing_argument")
 
 
-def _explain(cls: Any, item: Any, missing: Sequence[str]) -> str:
-    """One of pydantic's errors as a line of ours: the dotted key, what is wrong, the value.
+def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:
+    """One of pydantic's errors as lines of ours: the dotted key, what is wrong, the value.
 
     missing: the required keys that are not given. An unknown key of a section with one of them is taken for that one.
     """
@@ -238,15 +289,17 @@ def _explain(cls: Any, item: Any, missing: Sequence[str]) -> str:
         section = ".".join(_keys(cls, item["loc"][:-1]))
         key = ".".join(filter(None, [section, str(item["loc"][-1])]))  # not a name of a union's member
         if section and (siblings := [name for name in missing if name.rpartition(".")[0] == section]):
-            return f"{key}: unknown key; did you mean {siblings[0]}?"
+            return [f"{key}: unknown key; did you mean {siblings[0]}?"]
         known = [field.name for field in describe(cls)]
         known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+        return [f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")]
     if item["type"] in _MISSING:
-        return f"{key}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {item['input']!r}" if key else message
+        section = _section(field_type(cls, item["loc"]))
+        inner = [field.name for field in describe(section, f"{key}.") if field.default == "required"] if section else []
+        return [f"{name}: required, but not given" for name in inner or [key]]
+    message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    return [f"{key}: {message}, got {item['input']!r}" if key else message]
 
 
 def _keys(kind: Any, location: Sequence[str | int]) -> Iterator[str]:

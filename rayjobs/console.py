@@ -24,7 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from rayjobs.storage.urls import mask_credentials
+from rayjobs.storage.credentials import mask_credentials
 
 logger = logging.getLogger(__name__)
 

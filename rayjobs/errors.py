@@ -4,6 +4,8 @@ A message says what is wrong, with the value; which setting or file; and what to
 this program and keeps its traceback.
 """
 
+import socket
+
 from adapter.errors import AdapterError
 from cafo.errors import CafoError
 
@@ -36,5 +38,18 @@ class NonFiniteLossError(UserError):
     """A training loss that became infinite or NaN."""
 
 
-USER_ERRORS = (UserError, AdapterError, CafoError, OSError)
-"""The exceptions that a command reports in one message. OSError is the system's: a missing file, a full disk."""
+USER_ERRORS = (
+    UserError,
+    AdapterError,
+    CafoError,
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+)
+"""The exceptions that a command reports in one message. Those of the system name a path, or a host without an answer.
+Any other OSError, such as a closed file's, is a fault; a full disk is a StorageError."""

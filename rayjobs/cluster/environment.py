@@ -19,7 +19,7 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",  # TensorBoard's libraries announce the CPU features that they use.
     "TQDM_DISABLE": "1",  # Progress bars of libraries would overwrite ours.
 }
-"""What libraries print or log. `--verbose` leaves these out, so nothing here may change how a job runs."""
+"""Variables that silence libraries. `--verbose` leaves these out, so nothing here may change how a job runs."""
 
 BEHAVIOUR = {
     # Ask at most 4 s apart whether a worker process or node that does not answer is lost. The pause otherwise grows to
@@ -43,7 +43,7 @@ BEHAVIOUR = {
     # Ctrl-C ends the whole job. Tune's own handler would end the current sweep only.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-"""What changes how Ray and PyTorch work."""
+"""Variables that change how Ray and PyTorch work."""
 
 
 def environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rayjobs.cluster.ray_init import INTERRUPTED
 from rayjobs.config import flatten, given_values
 from rayjobs.console import printable, verbose
 from rayjobs.errors import UserError
@@ -125,7 +126,7 @@ def submit(command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nthe submitted job keeps running; the same command, or ray job logs -f {job_id}, follows it again")
         print(f"ray job stop {job_id} stops it")
-        return 130
+        return INTERRUPTED
     except (RuntimeError, RayError) as error:
         raise ConnectionError(str(error)) from error
 

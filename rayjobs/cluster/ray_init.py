@@ -22,7 +22,7 @@ INTERRUPTED = 130
 def connect(*shared: Path) -> None:
     """Join the cluster that RAY_ADDRESS names, as `ray job submit` sets it, or start one on this machine.
 
-    If this process is connected to a cluster already, that connection is used as it is; whoever made it has set the
+    If this process is connected to a cluster already, that connection is used as it is; its creator has set the
     workers' environment. Ray allows one worker setup hook per job, and refuses a job that was submitted with another.
 
     shared: folders that nodes share; URLs are skipped. Raises UserError if a node does not see one of the folders.

@@ -4,6 +4,7 @@ tests/rayjobs/cluster/test_ray_workarounds.py fails when a workaround can go.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,16 @@ from rayjobs.storage.yaml_file import parse_yaml
 
 HEAD_RESOURCE = "node:__internal_head__"
 """The resource that only the head node has. Ray has no public way to tell which node is the head."""
+
+_UPLOAD_FOLDER = re.compile(r'/[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/')
+
+
+def remove_upload_folder(text: str) -> str:
+    """Make paths in JSON relative that lie in a submitted job's working directory.
+
+    Ray unpacks it to a different path for each upload, and has no public way to tell that path from others.
+    """
+    return _UPLOAD_FOLDER.sub("", text)
 
 
 @contextmanager

@@ -18,9 +18,11 @@ class WorkerRange:
     """Bounds of the number of workers. A single number N in a config stands for {min: N, max: N}."""
 
     min: int = Field(default=1, ge=1)
-    """Minimum number of workers: needed to start, and to continue after losing nodes."""
+    """Minimum number of workers, for which the cluster must have room. Training continues with it after losing
+    nodes."""
     max: int = 1
-    """Maximum number of workers: the run grows to it when nodes are added."""
+    """Maximum number of workers: training grows to it when nodes are added; pools that encode images, generate text or
+    run trials have this fixed size."""
 
     def __post_init__(self) -> None:
         if self.max < self.min:

@@ -16,6 +16,7 @@ from rayjobs.data.class_names import ClassNames
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.reporting.example_gallery import write_examples
+from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_jsonl, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
@@ -135,7 +136,7 @@ def generate_images(
         template: the generator's prompt.
         classifier: W (C, N), the class texts that images are scored against.
     """
-    log = list_path.parent.parent / "rejected.jsonl"
+    log = list_path.parent.parent / REJECTED_FILE
     finished = len(labels_in_list(list_path))
     with (
         endpoint_errors(settings.endpoint),

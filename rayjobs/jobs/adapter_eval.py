@@ -20,12 +20,12 @@ from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
-from rayjobs.data.token_store import IMAGE_LISTS, REJECTED, prepare_tokens
+from rayjobs.data.token_store import IMAGE_LISTS, prepare_tokens
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator
-from rayjobs.inference.identity import data_identity, model_identity
 from rayjobs.inference.loss import LOSSES, record_losses, summarize_losses
+from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.inference.scienceqa import (
     MAX_ANSWER_TOKENS,
     PREDICTIONS,
@@ -41,7 +41,7 @@ from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
@@ -177,13 +177,13 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
     ).run(records)
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
     rejected = rejected_problems(predictions, str(resolve_path(source.path) / "problems.json"))
-    write_jsonl(folder / REJECTED, rejected)
+    write_jsonl(folder / REJECTED_FILE, rejected)
     check_rejected_share(
         [f"problem {row['pid']}: {row['reason']}" for row in rejected],
         len(problems),
         settings.data.max_rejected_fraction,
         "data.max_rejected_fraction",
-        listed=str(folder / REJECTED),
+        listed=str(folder / REJECTED_FILE),
     )
     write_examples(folder, *prediction_examples(problems, predictions.to_pylist(), resolve_path(source.images)))
     result = summarize(settings.run.name, problems, predictions, folder)

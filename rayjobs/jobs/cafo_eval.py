@@ -28,7 +28,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.accuracy_tables import accuracy_table, by_method, published_rows, summary, write_tables
 from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run
-from rayjobs.runs.run_dir import CONFIG_FILE, RunConfig
+from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
@@ -134,7 +134,7 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     )
     features = store.load(list(lists.values()))
     rejected = [image for of_target in features.values() for image in of_target.rejected]
-    write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
+    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
 
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)

@@ -19,7 +19,7 @@ from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl
 from rayjobs.tune.search_space import Distinct
 
@@ -97,7 +97,7 @@ def run(settings: Config) -> dict[str, Any]:
     others = [images for images in lists if not images.training]
     images = encode_few_shot(store, few_shot_plan(settings, dataset), settings.features.views, others)
     rejected = [image for features in images.features.values() for image in features.rejected]
-    write_jsonl(folder / "rejected.jsonl", (image._asdict() for image in rejected))
+    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
     counts: dict[str, int] = {}
     for role, features in images.features.items():
         kind = "train" if images.lists[role].training else role

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from cafo.openai_client import Endpoint, RateLimitedClient
 from rayjobs.config import config
+from rayjobs.errors import StorageError
 
 
 @config
@@ -41,7 +42,7 @@ class EndpointConfig(Endpoint):
 
 @contextmanager
 def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
-    """Turn the client's errors into OSErrors that name the endpoint and say how to continue."""
+    """Turn the client's errors into StorageErrors that name the endpoint and say how to continue."""
     if endpoint is None:
         yield
         return
@@ -51,7 +52,7 @@ def endpoint_errors(endpoint: EndpointConfig | None) -> Iterator[None]:
         yield
     except openai.OpenAIError as error:
         where = endpoint.base_url or "OpenAI"
-        raise OSError(
+        raise StorageError(
             f"{endpoint.model} at {where}: {' '.join(str(error).split())}; finished answers are kept, the same command "
             "goes on from there"
         ) from error

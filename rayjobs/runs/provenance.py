@@ -1,17 +1,16 @@
 """Refuse to mix results: lock what a folder's results were made from, and compare it with what is now given."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rayjobs.cluster.ray_workarounds import remove_upload_folder
 from rayjobs.config import MISSING, field_default, field_type
 from rayjobs.errors import ProvenanceError
+from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.storage.urls import mask_credentials
 
-_UPLOAD_FOLDER = re.compile(r'/[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/')
 SHOWN_CHARS = 60
 
 
@@ -51,11 +50,8 @@ def find_changes(before: Any, now: Any, kind: Any = Any, key: str = "") -> Itera
 
 
 def comparable(values: Any) -> Any:
-    """Plain values as they are written and compared: without credentials of URLs and without Ray's upload directory.
-
-    Ray unpacks a submitted working directory to a different path for each upload.
-    """
-    return json.loads(_UPLOAD_FOLDER.sub("", json.dumps(mask_credentials(values))))
+    """Plain values as they are written and compared: without credentials of URLs and without Ray's upload folder."""
+    return json.loads(remove_upload_folder(json.dumps(mask_credentials(values))))
 
 
 def check_provenance(

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rayjobs.console import printable
 from rayjobs.errors import DataError, ResourceError
+from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.storage.urls import mask_credentials
 
 logger = logging.getLogger(__name__)
 

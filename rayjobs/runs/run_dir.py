@@ -14,13 +14,15 @@ from rayjobs.config import config, to_dict
 from rayjobs.errors import ConfigError
 from rayjobs.runs.record import start_run
 from rayjobs.runs.trackers import TrackConfig, open_trackers
+from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import write_json
-from rayjobs.storage.paths import AnyPath, resolve_path
-from rayjobs.storage.urls import mask_credentials
+from rayjobs.storage.paths import AnyPath, check_reachable, resolve_path
 from rayjobs.storage.yaml_file import write_yaml
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+REJECTED_FILE = "rejected.jsonl"
+"""The records or images that a job could not use, each with its reason."""
 
 
 def _folder_name(name: str) -> str:
@@ -31,7 +33,7 @@ def _folder_name(name: str) -> str:
 
 @config
 class RunConfig:
-    """Where a run's files go. The same command with the same folder resumes the run."""
+    """The folders of a run and its cache. The same command with the same folder resumes the run."""
 
     name: Annotated[str, AfterValidator(_folder_name)]
     """Name of the run, of letters, digits, `_`, `-` and `.`; its folder is `storage/name`."""
@@ -60,9 +62,11 @@ def open_run(run: RunConfig, settings: Any) -> Path:
     Credentials of URLs are not written. A job that is a part of another job's run leaves that job's files as they are.
     `settings` is the job's config, whose `JOB` is the job's name.
 
-    Raises ResourceError if another process is running there, and what a tracker raises if it cannot be reached: better
-    now than after the work.
+    Raises StorageError if a URL of the run cannot be reached, ResourceError if another process is running there, and
+    what a tracker raises if it cannot be reached: better now than after the work.
     """
+    check_reachable(run.folder)
+    check_reachable(run.cache_folder)
     if start_run(run.folder, settings.JOB):
         write_yaml(run.folder / CONFIG_FILE, mask_credentials(to_dict(settings)))
         write_json(run.folder / VERSIONS_FILE, versions())

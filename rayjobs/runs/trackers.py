@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Protocol
 from rayjobs.config import config, flatten
 from rayjobs.console import printable
 from rayjobs.errors import ConfigError
+from rayjobs.storage.credentials import drop_mask, mask_credentials
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.paths import is_url
 from rayjobs.storage.sync import SyncedFolder
-from rayjobs.storage.urls import drop_mask, mask_credentials
 from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)

@@ -14,19 +14,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adapter import atomic_file
-from rayjobs.errors import DataError
+from rayjobs.errors import USER_ERRORS, DataError, StorageError
 from rayjobs.storage.paths import is_url, resolve_path, upload_file
+
+
+@contextmanager
+def _as_storage_error(path: str | Path, action: str) -> Iterator[None]:
+    """Turn an OSError that does not name what is wrong by its class, such as a full disk's, into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, USER_ERRORS):
+            raise
+        raise StorageError(f"{path} cannot be {action}: {error.strerror or error}") from error
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary local path; it becomes `path` if the block succeeds and is removed if the block fails.
 
-    For a URL, the finished file is uploaded in one request.
+    For a URL, the finished file is uploaded in one request. Raises StorageError, for instance for a full disk.
     """
     path = resolve_path(path)
     if not is_url(path):
-        with atomic_file.atomic_path(path) as temporary:
+        with _as_storage_error(path, "written"), atomic_file.atomic_path(path) as temporary:
             yield temporary
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +72,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises DataError, which names the file, and OSError."""
-    return _parse_json(resolve_path(path).read_bytes(), path)
+    with _as_storage_error(path, "read"):
+        text = resolve_path(path).read_bytes()
+    return _parse_json(text, path)
 
 
 def _parse_json(text: bytes, path: str | Path) -> Any:
@@ -80,7 +93,7 @@ def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[
 
     A last line without an end is left out: a crash cut it short. Raises DataError if another line is malformed.
     """
-    with resolve_path(path).open("rb") as file:
+    with _as_storage_error(path, "read"), resolve_path(path).open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
@@ -96,6 +109,7 @@ def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The table of a Parquet file, or only the named columns of it."""
     resolved: Any = resolve_path(path)
-    if is_url(resolved):
-        return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
-    return pq.read_table(resolved, columns=columns)
+    with _as_storage_error(path, "read"):
+        if is_url(resolved):
+            return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
+        return pq.read_table(resolved, columns=columns)

@@ -5,6 +5,7 @@ a file that grows is written locally and uploaded whole (`rayjobs.storage.sync`)
 copied first (`rayjobs.storage.download`).
 """
 
+import difflib
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,17 +17,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from rayjobs.errors import ConfigError, StorageError
-from rayjobs.storage.urls import drop_mask
-
-_REACHED: set[str] = set()
-"""The hosts and buckets that have answered."""
+from rayjobs.storage.credentials import drop_mask
 
 
 def resolve_path(path: str | Path) -> Path:
     """An absolute local path, or for a URL an object with a path's methods (a UPath, by type no Path).
 
-    Raises StorageError for a URL whose protocol fsspec does not know or cannot load, with fsspec's own advice on what
-    to install, and for a host or bucket that cannot be reached.
+    Sends no request. Raises StorageError for a URL whose protocol fsspec does not know, with the closest that it knows,
+    or cannot load, with fsspec's own advice on what to install.
     """
     if not is_url(path):
         return Path(path).absolute()
@@ -34,19 +32,28 @@ def resolve_path(path: str | Path) -> Path:
     from upath import UPath
 
     path = drop_mask(str(path))
-    protocol, _, rest = str(path).partition("://")
+    protocol = path.partition("://")[0]
     try:
         fsspec.get_filesystem_class(protocol)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
+        close = difflib.get_close_matches(protocol, fsspec.available_protocols(), n=1)
+        hint = f"did you mean {close[0]}://?" if close else "write a local path, or a URL such as s3://bucket/folder"
+        raise StorageError(f"{path}: {error}; {hint}") from error
+    except ImportError as error:
         raise StorageError(f"{path}: {error}") from error
     # Other processes write there too, so a listing of a minute ago must not stand for the present one.
-    resolved: Any = UPath(str(path), use_listings_cache=False)
-    bucket = f"{protocol}://{rest.partition('/')[0]}"
-    if bucket not in _REACHED:  # one request, so that a wrong name or missing credentials end the command at once
-        with _as_storage_error(path, "reached"):
-            resolved.exists()
-        _REACHED.add(bucket)
+    resolved: Any = UPath(path, use_listings_cache=False)
     return resolved
+
+
+def check_reachable(path: str | Path) -> None:
+    """Send one request to a URL, so that a wrong name or missing credentials end a command before its work starts.
+
+    A URL that names nothing yet passes, as does a local path. Raises StorageError.
+    """
+    if is_url(path):
+        with _as_storage_error(path, "reached"):
+            resolve_path(path).exists()
 
 
 def is_url(path: str | Path) -> bool:
@@ -74,6 +81,8 @@ def _as_storage_error(path: str | Path, action: str) -> Iterator[None]:
     """Turn an error of any backend, each of which has its own classes, into a StorageError that names the URL."""
     try:
         yield
+    except StorageError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StorageError(f"{path} cannot be {action}: {reason}") from error

@@ -19,7 +19,7 @@ from rayjobs.storage.files import read_jsonl, write_jsonl
 from rayjobs.storage.sync import SyncedFolder
 
 STARTING, TRAINING = "starting", "training"
-"""What workers do that have not reported yet, and those that make steps."""
+"""States of workers that have not reported yet, and those that make steps."""
 
 
 class MetricsLog(ray.train.UserCallback):
@@ -59,7 +59,7 @@ DEATHS = (
     (r"health check has been hanging", "it does not answer"),
     (r"actor (has )?died|actor is dead|worker process has (died|exited)", "its process was ended"),
 )
-"""What Ray's errors about workers say, and a phrase for it."""
+"""Text of Ray's errors about workers, and a phrase for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Event:
     """Something that the driver shows."""
 
     doing: str = ""
-    """What the workers do now; empty if this is not about it."""
+    """The present state of the workers; empty if this is not about it."""
     message: str = ""
 
 

@@ -21,6 +21,7 @@ from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.environment import environment
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress, verbose
+from rayjobs.errors import StorageError
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
@@ -103,22 +104,22 @@ class FitThread(threading.Thread):
 
 
 class Monitor:
-    """What the driver knows about a running `fit`, from the files that Ray Train's controller writes."""
+    """The state of a running `fit`, read from the files that Ray Train's controller writes."""
 
     def __init__(self, metrics: Path, events: Path, scale: ScaleConfig) -> None:
         self.metrics, self.events, self.scale = metrics, events, scale
-        self.told = 0
+        self.logged = 0
         self.doing = STARTING
         self.progress, self.changed_at = last_step(metrics), time.monotonic()
 
     def refresh(self) -> tuple[int, str]:
         """Log the messages that are new; return the last step and a phrase with its metrics, or why there is none."""
         events = read_events(self.events)
-        for event in events[self.told :]:
+        for event in events[self.logged :]:
             self.doing = event.doing or self.doing
             if event.message:
                 logger.warning("train: %s", event.message)
-        self.told = len(events)
+        self.logged = len(events)
         progress = last_step(self.metrics)
         if progress != self.progress:
             self.progress, self.changed_at = progress, time.monotonic()
@@ -144,14 +145,14 @@ def run_with_progress(trainer: TorchTrainer, monitor: Monitor, total_steps: int)
     """
     thread = FitThread(trainer)
     thread.start()
-    shown = monitor.refresh()
-    with Progress("train", unit="steps", total=total_steps, done=shown[0]) as progress:
+    last = monitor.refresh()
+    with Progress("train", unit="steps", total=total_steps, done=last[0]) as progress:
         while not thread.future.done():
             wait([thread.future], timeout=REFRESH_S)
             current = monitor.refresh()
-            if current != shown:
+            if current != last:
                 progress.update(*current)
-                shown = current
+                last = current
     with reraise_user_errors():
         result = thread.future.result()
         if result.error is not None:
@@ -166,7 +167,7 @@ def read_result(result: ray.train.Result, storage: str, total_steps: int) -> dic
         raise returned.error
     final = newest_readable([result.checkpoint] if result.checkpoint else list_checkpoints(storage))
     if final is None or final.step < total_steps:
-        raise OSError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
+        raise StorageError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
     return final.state
 
 

@@ -43,7 +43,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """What a worker returns to the driver."""
+    """The values that a worker returns to the driver."""
 
     steps: int = 0
     error: UserError | AdapterError | None = None
@@ -135,14 +135,14 @@ class TrainingLoop:
 
     def resume(self) -> None:
         """Load the newest checkpoint. Rank 0 chooses and reads it, so that all workers resume from the same step."""
-        found: list[TrainingCheckpoint | UserError | None] = [None]
+        newest: list[TrainingCheckpoint | UserError | None] = [None]
         if self.rank == 0:
             try:
-                found = [find_resumable(self.storage)]
+                newest = [find_resumable(self.storage)]
             except UserError as error:
-                found = [error]
-        dist.broadcast_object_list(found, device=self.device)
-        checkpoint = found[0]
+                newest = [error]
+        dist.broadcast_object_list(newest, device=self.device)
+        checkpoint = newest[0]
         if isinstance(checkpoint, UserError):
             raise AgreedError(checkpoint)
         if checkpoint is None:
@@ -224,7 +224,7 @@ class TrainingLoop:
         self.reported = time.monotonic()
 
     def is_newly_preempted(self) -> bool:
-        """Return whether a node of this run is about to be taken away, of which no earlier call has told.
+        """Return whether a node of this run is about to be taken away that no earlier call reported.
 
         All workers get the same answer, and wait for each other: hence this is asked with reports, not at every step.
         """

@@ -4,7 +4,8 @@ import functools
 import importlib
 import json
 import os
-from dataclasses import fields
+from collections.abc import Container
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import pytest
 from pydantic import Field
 
 from rayjobs.__main__ import JOBS
-from rayjobs.config import config, describe, given_values, load, to_dict
+from rayjobs.config import config, describe, given_values, iter_paths, load, to_dict
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
@@ -20,6 +21,7 @@ from rayjobs.jobs.adapter_train import Config
 from rayjobs.storage.paths import AnyPath, FileOrName
 from rayjobs.storage.yaml_file import write_yaml
 from rayjobs.tune.adapter_sweep import SweepConfig
+from rayjobs.tune.search_space import Range, SpaceConfig
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]
@@ -44,15 +46,15 @@ def test_every_error_is_told_at_once_with_its_path() -> None:
     assert "zero.stage: " in text
     assert "train.global_batch: " in text
     assert "'nonsense': an override looks like section.key=value" in text
-    assert "base: required, but not given" in text
-    assert "run: required, but not given" in text
+    assert "base.path: required, but not given" in text
+    assert "run.name: required, but not given" in text
 
 
 def test_an_unknown_key_beside_a_missing_one_is_taken_for_it() -> None:
     with pytest.raises(ConfigError) as error:
         load(Config, None, [*GIVEN, "vision.tower.kind=clip"])
     assert str(error.value).splitlines() == [
-        "vision.encoder: required, but not given",
+        "vision.encoder.kind: required, but not given",
         "vision.tower: unknown key; did you mean vision.encoder?",
     ]
     with pytest.raises(ConfigError, match=r"^vision\.scale: unknown key; did you mean vision\.scales\?$"):
@@ -119,8 +121,8 @@ JOB_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if pat
 @pytest.mark.parametrize("path", JOB_CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    job = first.split()[2]
-    assert first.startswith("# rayjobs ")
+    job = first.split()[4]
+    assert first.startswith("# python -m rayjobs ")
     assert str(path.relative_to(ROOT)) in first
     load(importlib.import_module(f"rayjobs.jobs.{job.replace('-', '_')}").Config, path)
 
@@ -167,7 +169,7 @@ def value(override: str) -> Any:
     return getattr(load(Kinds, None, [f"section.{override}"]).section, override.partition("=")[0])
 
 
-TEXT_TYPES = ("text", "path", "local path", "file or name")
+TEXT_TYPES = ("text", "path", "local path", "file or name", "path or name")
 TYPED = [
     "Explain issue #5",
     "#tag",
@@ -282,6 +284,62 @@ def test_a_file_is_yaml_1_2(tmp_path: Path) -> None:
         load(Kinds, path)
     write_yaml(path, to_dict(load(Kinds, None, ["section.text=yes", "section.maybe=5e8", "section.file=~"])))
     assert load(Kinds, path).section.maybe == "5e8"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_shows_the_defaults_that_a_job_has(job: str) -> None:
+    """Also of a section whose default differs from its own fields' defaults."""
+    cls = importlib.import_module(f"rayjobs.jobs.{job.replace('-', '_')}").Config
+    helps = {field.name: field for field in describe(cls)}
+    values: dict[str, Any] = {}
+    for name, field in cls.__pydantic_fields__.items():
+        if not field.is_required() and is_dataclass(default := field.get_default(call_default_factory=True)):
+            values |= nested(to_dict(default), name, helps)
+    shown = {name: helps[name].default for name in values if not helps[name].default.startswith("required")}
+    here = f"{os.getcwd()}/"
+    assert shown == {
+        name: values[name].removeprefix(here)
+        if isinstance(values[name], str) and values[name]
+        else json.dumps(values[name])
+        for name in shown
+    }
+
+
+def nested(values: dict[str, Any], prefix: str, known: Container[str]) -> dict[str, Any]:
+    """The values of nested sections by those of their dotted keys that are known."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        if key in known:
+            flat[key] = value
+        elif isinstance(value, dict):
+            flat |= nested(value, key, known)
+    return flat
+
+
+def test_the_paths_of_a_config_in_all_its_sections() -> None:
+    given = ["data.path=[/a, {path: s3://b/c, images: /d}]", "base.path=/e", "run.name=r", "run.storage=s3://f/g"]
+    built = load(Config, None, [*given, "vision.encoder.kind=clip", "vision.encoder.weights=s3://h/i"])
+    assert {"/a", "s3://b/c", "/d", "/e", "s3://f/g", "s3://h/i"} <= set(iter_paths(built))
+    assert "r" not in set(iter_paths(built))
+
+
+def test_help_of_optional_and_mixed_fields() -> None:
+    trained = {field.name: field for field in describe(Config)}
+    assert trained["vision.encoder.kind"].default == "required if `vision` is given"
+    assert trained["base.path"].default == "required"
+    tuned = {field.name: field for field in describe(cafo_tune.Config)}
+    assert (tuned["trials.workers.max"].default, tuned["trials.gpus_per_worker"].default) == ("2", "0.0")
+    assert tuned["space.lr"][1:3] == ("list[float] or {low, high}", "[0.001]")
+
+
+def test_one_item_stands_for_a_list_of_it() -> None:
+    assert (value("texts=a b"), value("paths=/a"), value("mixed=a")) == (["a b"], ["/a"], "a")
+    built = load(Config, None, ["base.path=b", "data.path=/d.json", "run.name=r"])
+    assert built.data.path == ["/d.json"]
+    assert load(SpaceConfig, None, ["shots=4", "lr=1e-2"]).shots == [4]
+    assert load(SpaceConfig, None, ["lr=1e-2"]).lr == [0.01]
+    assert load(SpaceConfig, None, ["lr={low: 1e-4, high: 1e-2}"]).lr == Range(low=1e-4, high=1e-2)
 
 
 def test_help_names_types_as_they_are_written() -> None:

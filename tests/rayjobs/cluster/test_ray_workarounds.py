@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import ray
 import ray.autoscaler.sdk
+from ray._private.runtime_env.packaging import get_uri_for_directory
+from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from rayjobs.cluster.environment import BEHAVIOUR, QUIET
-from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
+from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, remove_upload_folder
 
 START = "import ray; ray.init(address='local', include_dashboard=False, logging_level='ERROR', log_to_driver=False)"
 
@@ -32,6 +36,15 @@ def test_ray_s_core_still_writes_to_stderr_before_it_has_read_its_log_level() ->
 def test_one_node_has_the_head_s_resource(cluster: None) -> None:
     """If this fails, Ray has renamed it; `HEAD_RESOURCE` must follow."""
     assert sum(HEAD_RESOURCE in node["Resources"] for node in ray.nodes()) == 1
+
+
+def test_a_working_directory_is_still_unpacked_under_the_hash_of_its_upload(tmp_path: Path) -> None:
+    """If this fails, Ray has renamed the folder, which `remove_upload_folder` must follow, or keeps one path for all
+    uploads, and it can go."""
+    (tmp_path / "a.py").write_text("1")
+    name = urlsplit(get_uri_for_directory(str(tmp_path), include_gitignore=False)).netloc.removesuffix(".zip")
+    folder = WorkingDirPlugin(str(tmp_path / "session"), None)._resources_dir
+    assert remove_upload_folder(f'["{folder}/{name}/data/a.json"]') == '["data/a.json"]'
 
 
 def test_the_autoscaler_still_has_no_public_way_to_ask_for_its_limits() -> None:

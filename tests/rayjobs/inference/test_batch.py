@@ -10,7 +10,7 @@ from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from rayjobs.config import load
 from rayjobs.inference.adapter_source import AdapterSourceConfig
-from rayjobs.inference.identity import data_identity, model_identity
+from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.jobs import adapter_generate
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.storage.files import read_json

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapter import AdaptedModel
-from adapter.adapter_checkpoint import read_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
 from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image

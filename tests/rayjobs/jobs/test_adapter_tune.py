@@ -12,7 +12,7 @@ from rayjobs.errors import ConfigError, DataError, ProvenanceError
 from rayjobs.jobs import adapter_tune
 from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
 from rayjobs.storage.files import write_json
-from rayjobs.train.run_identity import lock_run
+from rayjobs.train.resume_check import lock_run
 from rayjobs.tune.adapter_sweep import AdapterTrial, AdapterTrialResult, enumerate_overrides, read_adapter_result
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders

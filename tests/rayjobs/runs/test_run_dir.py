@@ -9,7 +9,7 @@ from rayjobs.config import load
 from rayjobs.jobs import adapter_train
 from rayjobs.runs.record import finish_run
 from rayjobs.runs.run_dir import open_run
-from rayjobs.train.run_identity import PROVENANCE_FILE, lock_run
+from rayjobs.train.resume_check import PROVENANCE_FILE, lock_run
 
 
 def test_credentials_of_urls_are_in_no_file_and_do_not_keep_a_run_from_resuming(

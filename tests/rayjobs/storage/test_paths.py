@@ -204,7 +204,9 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
         "cafo-features", "encoders.a.kind=pixels", "data={root: s3://test/x, name: dtd}"
     )
     assert "run.storage: must be a local path, not a URL: mount" in error("demo", "run.storage=s3://test/runs")
-    assert "ftpx://x/y.jsonl: Protocol not known: ftpx" in error("adapter-eval", base, "data.path=[ftpx://x/y.jsonl]")
+    assert "ftpx://x/y.jsonl: Protocol not known: ftpx; did you mean ftp://?" in error(
+        "adapter-eval", base, "data.path=[ftpx://x/y.jsonl]"
+    )
     for protocol, package in (("gs", "gcsfs"), ("az", "adlfs")):
         monkeypatch.setitem(sys.modules, package, None)
         url = f"{protocol}://x/y.jsonl"
@@ -214,7 +216,6 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
     assert "s3://elsewhere/runs/r/run.json cannot be written: The specified bucket" in error("adapter-eval", *given)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.setattr("rayjobs.storage.paths._REACHED", set())
     s3fs.S3FileSystem.clear_instance_cache()
     assert "s3://elsewhere/runs cannot be reached: Unable to locate credentials" in error("adapter-eval", *given)
     s3fs.S3FileSystem.clear_instance_cache()

@@ -29,7 +29,7 @@ def test_a_number_is_short_for_equal_bounds() -> None:
         min=1, max=5
     )
     for wrong, told in (
-        (0, "workers.min: Input should be greater than or equal to 1, got 0"),
+        (0, "workers.min: must be greater than or equal to 1, got 0"),
         ({"min": 3, "max": 2}, "workers: max is 2, below min, 3"),
         ("many", r"workers: must be a number, or bounds such as {min: 2, max: 8}, got 'many'"),
     ):

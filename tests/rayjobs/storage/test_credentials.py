@@ -2,8 +2,8 @@
 
 import pytest
 
+from rayjobs.storage.credentials import drop_mask, mask_credentials
 from rayjobs.storage.paths import resolve_path
-from rayjobs.storage.urls import drop_mask, mask_credentials
 
 
 @pytest.mark.parametrize(

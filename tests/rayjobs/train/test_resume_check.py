@@ -16,7 +16,7 @@ from rayjobs.jobs import adapter_train
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.yaml_file import read_yaml, write_yaml
-from rayjobs.train.run_identity import PROVENANCE_FILE, lock_run, record_nonfinite_loss
+from rayjobs.train.resume_check import PROVENANCE_FILE, lock_run, record_nonfinite_loss
 from tests.conftest import make_base
 from tests.rayjobs.cafo_dataset import make_encoders
 

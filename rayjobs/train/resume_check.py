@@ -33,7 +33,7 @@ def check_same_run(folder: Path, settings: Any, identity: Mapping[str, Any], fre
     result does not depend on.
 
     Raises ProvenanceError, which names each difference with its old and its new value, if the folder holds a finished
-    or partly trained run that is another. After a loss that was not finite, other settings of the optimizer are let
+    or partly trained run of another identity. After a loss that was not finite, other settings of the optimizer are let
     through.
     """
     record = read_record(folder)
@@ -57,15 +57,15 @@ def lock_run(folder: Path, settings: Any, identity: Mapping[str, Any], free: tup
     refuse_second_process(folder)
     changes = check_same_run(folder, settings, identity, free)
     provenance = _provenance(folder)
-    told = "; ".join(map(str, changes))
+    differences = "; ".join(map(str, changes))
     if not _has_trained(folder):
         if changes:
-            logger.warning("%s: nothing has been trained yet, so the run begins anew (%s)", folder.name, told)
+            logger.warning("%s: nothing has been trained yet, so the run begins anew (%s)", folder.name, differences)
             for tracker in ("mlflow.json", "wandb.json"):  # a new run there too: it shows the settings of the old one
                 (folder / tracker).unlink(missing_ok=True)
         provenance = {}
     elif changes:
-        logger.warning("%s: goes on with other settings (%s)", folder.name, told)
+        logger.warning("%s: goes on with other settings (%s)", folder.name, differences)
         entry = {"after": provenance.pop("nonfinite_loss"), "changes": [list(change) for change in changes]}
         provenance["changed_settings"] = [*provenance.get("changed_settings", []), entry]
     elif not provenance:
@@ -93,7 +93,7 @@ def drop_keys(values: Mapping[str, Any], dropped: tuple[str, ...], prefix: str =
 
 
 def _changes(folder: Path, settings: Any, identity: Mapping[str, Any], free: tuple[str, ...]) -> list[Change]:
-    """What differs from the recorded identity. A version without one recorded the settings, so these are compared."""
+    """Differences from the recorded identity. A version without one recorded the settings, so these are compared."""
     if recorded := _provenance(folder).get("identity"):
         before, now = recorded, comparable(dict(identity))
     elif (folder / CONFIG_FILE).is_file():

@@ -43,8 +43,9 @@ def check_same_run(folder: Path, settings: Any, identity: Mapping[str, Any], fre
     if not changes or not _has_trained(folder):
         return changes
     stopped = "nonfinite_loss" in _provenance(folder) and not (folder / RESULT_FILE).exists()
-    if not (stopped and all(change.key.startswith(FREE_AFTER_NONFINITE_LOSS) for change in changes)):
-        refuse_changes(folder, changes, f"choose another run.name, or remove that folder{_version_note(folder)}")
+    refused = [change for change in changes if not (stopped and change.key.startswith(FREE_AFTER_NONFINITE_LOSS))]
+    if refused:
+        refuse_changes(folder, refused, f"choose another run.name, or remove that folder{_version_note(folder)}")
     return changes
 
 

@@ -1,4 +1,4 @@
-"""What relies on internals of Ray 2.60 outside Ray Train, because Ray has no public way.
+"""Workarounds that rely on internals of Ray 2.60 outside Ray Train, because Ray has no public way.
 
 tests/rayjobs/cluster/test_ray_workarounds.py fails when a workaround can go.
 """

@@ -106,7 +106,7 @@ class Config(AdapterSourceConfig):
 
 
 class Checked(NamedTuple):
-    """What `check` has opened."""
+    """Inputs that `check` has opened."""
 
     conditioning: ImageConditioning | None
     """the image encoder; None if images are left out"""

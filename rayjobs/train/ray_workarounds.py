@@ -1,4 +1,4 @@
-"""What relies on internals of Ray Train 2.60, because Ray has no public way.
+"""Workarounds that rely on internals of Ray Train 2.60, because Ray has no public way.
 
 tests/rayjobs/train/test_ray_workarounds.py fails when a workaround can go.
 """

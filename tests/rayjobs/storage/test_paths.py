@@ -200,7 +200,7 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
     assert "s3://test/none.jsonl: there is no such file" in error(
         "adapter-eval", base, "data.path=[s3://test/none.jsonl]"
     )
-    assert "no folder s3://test/x/dtd; put dtd in CoOp's layout" in error(
+    assert "no folder s3://test/x/dtd; put dtd there in CoOp's layout" in error(
         "cafo-features", "encoders.a.kind=pixels", "data={root: s3://test/x, name: dtd}"
     )
     assert "run.storage: must be a local path, not a URL: mount" in error("demo", "run.storage=s3://test/runs")

@@ -16,7 +16,7 @@ from rayjobs.cluster.job_submission import cluster_environment, job_command, ray
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
 from rayjobs.config import describe, iter_paths, load
 from rayjobs.console import printable, setup_logging, show_table
-from rayjobs.errors import USER_ERRORS, UserError
+from rayjobs.errors import UserError, is_user_error
 from rayjobs.runs.record import find_runs
 from rayjobs.storage.paths import check_reachable, resolve_path
 
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("\nrayjobs %s: interrupted; the same command resumes it", args.job)
         end_at_next_interrupt()
         return INTERRUPTED
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not is_user_error(error):
+            raise
         if args.verbose:
             logger.error("%s", traceback.format_exc())
         for line in str(error).splitlines():

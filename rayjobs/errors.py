@@ -4,6 +4,7 @@ A message says what is wrong, with the value; which setting or file; and what to
 this program and keeps its traceback.
 """
 
+import errno
 import socket
 
 from adapter.errors import AdapterError
@@ -51,5 +52,15 @@ USER_ERRORS = (
     TimeoutError,
     socket.gaierror,
 )
-"""The exceptions that a command reports in one message. Those of the system name a path, or a host without an answer.
-Any other OSError, such as a closed file's, is a fault; a full disk is a StorageError."""
+"""The exceptions that a command reports in one message. Those of the system name a path, or a host without an answer."""
+
+_SYSTEM_LIMITS = {errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC, errno.EROFS}
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Return whether a command reports this error in one message.
+
+    Besides `USER_ERRORS` these are limits of a system without an exception class, such as a full disk. Any other
+    OSError, such as that of a closed file, is a fault of this program.
+    """
+    return isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in _SYSTEM_LIMITS)

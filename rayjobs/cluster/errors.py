@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rayjobs.errors import USER_ERRORS
+from rayjobs.errors import USER_ERRORS, is_user_error
 
 RETRY_NOTE = "\nFailed to apply UDF transform"
 """Ray Data appends this note to the message of an error in a pipeline."""
@@ -18,7 +18,7 @@ def reraise_user_errors() -> Iterator[None]:
         yield
     except Exception as error:
         for cause in iterate_causes(error):
-            if type(cause).__module__.partition(".")[0] != "ray" and isinstance(cause, USER_ERRORS):
+            if type(cause).__module__.partition(".")[0] != "ray" and is_user_error(cause):
                 message, note, _ = str(cause).partition(RETRY_NOTE)
                 if note:
                     cause.args = (message,)

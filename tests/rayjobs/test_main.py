@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, plans, and one line for everything that is wrong."""
 
+import errno
 import json
 import os
 import pickle
@@ -249,3 +250,18 @@ def test_the_module_runs_and_exits_with_the_code() -> None:
         f"rayjobs adapter-train: error: {name}: required, but not given"
         for name in ("base.path", "data.path", "run.name")
     ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EMFILE, 2), (errno.EBADF, None)])
+def test_a_full_disk_is_one_message_and_a_fault_keeps_its_traceback(
+    number: int, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("rayjobs.__main__.list_runs", fail)
+    if code is None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            main(["runs"])
+    else:
+        assert main(["runs"]) == code

@@ -52,7 +52,7 @@ USER_ERRORS = (
     TimeoutError,
     socket.gaierror,
 )
-"""The exceptions that a command reports in one message. Those of the system name a path, or a host without an answer."""
+"""Exceptions that a command reports in one message. Those of the system name a path, or a host without an answer."""
 
 _SYSTEM_LIMITS = {errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC, errno.EROFS}
 

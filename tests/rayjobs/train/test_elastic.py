@@ -135,9 +135,9 @@ def test_a_preempted_node_is_no_failure_and_the_run_goes_on_from_a_checkpoint_ma
         time.sleep(max(0.0, noticed_at + notice_s + 1 - time.monotonic()))
         nodes.remove_node(lost, allow_graceful=False)
         run.wait_for([2, 1])
-        (checkpoint,) = saved.glob("checkpoint_*")
+        steps = {int(folder.name.split("_")[1].split(".")[0]) for folder in saved.glob("checkpoint_*")}
         first = next(row["step"] for row in run.rows() if row["workers"] == 1)
-        assert checkpoint.name == f"checkpoint_{first - 1:08d}"
+        assert first - 1 in steps, "the run goes on from a checkpoint that was made after the notice"
     finally:
         run.interrupt()
     assert run.process.returncode == 130

@@ -79,7 +79,7 @@ def test_problems_are_answered_tabled_and_taken_up_again(
         i != 2 for i in range(len(parts))
     ]
     before = {path.name: path.read_bytes() for path in built.run.folder.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match=r"eval/parts holds results of other settings \(how was"):
+    with pytest.raises(ValueError, match=r"eval/parts holds results of other settings \(reading was"):
         adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "reading": "likelihood"}))
     with pytest.raises(ValueError, match=r"\(encoder was CLIP.*, now none; images was .*, now left out\)"):
         adapter_eval.run(load(adapter_eval.Config, {**to_dict(built), "vision": None, "blind": True}))

@@ -103,8 +103,6 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs, undisturbed:
     next(child for child in family if "RayTrainWorker" in " ".join(child.cmdline())).kill()
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors[-2000:]
-    assert "train: a worker died (its process was ended); going on from step 40\n" in errors
-    assert "A worker died or was killed" not in errors, "Ray's page of advice"
     runs.is_as_undisturbed("worker-killed")
 
 

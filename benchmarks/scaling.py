@@ -84,7 +84,7 @@ class Device:
     inside: Link
     between: Link
     overlaps: bool = True
-    """Whether the host's work and the gathering of weights run during computation."""
+    """True if the host's work and the gathering of weights run during computation."""
 
     def link(self, workers: int) -> Link:
         return self.inside if workers <= self.per_node else self.between

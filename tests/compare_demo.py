@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, Counter[str]]:
 
 
 def fingerprint(file: Path) -> str:
-    """Of a file's content, without what says when and where it was made."""
+    """Digest a file's content, without what says when and where it was made."""
     if file.suffix == ".parquet":
         table = pq.read_table(file)
         table = table.drop_columns([name for name in table.column_names if name in TIMINGS])

@@ -23,7 +23,7 @@ def bucket(s3: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
-    """What a terminal is sent, one so wide that nothing is cut."""
+    """Capture what a command writes to a terminal that is wide enough to cut nothing."""
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "300")

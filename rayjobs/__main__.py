@@ -99,7 +99,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     takes_overrides = args.job in JOBS
     if unknown := [word for word in rest if word.startswith("-") or not takes_overrides]:
         own: argparse.ArgumentParser = args.parser if takes_overrides else parser
-        close = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", own.format_usage()), n=1)
+        close = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", own.format_help()), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         own.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if takes_overrides:

@@ -41,8 +41,9 @@ from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
-from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.storage.files import write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def run(settings: Config) -> dict[str, Any]:
     if overlap:
         result["headline"] += ", on records that the adapter was trained on"
         result["warning"] = overlap
-    write_json(settings.run.folder / "result.json", result)
+    write_result(settings.run.folder, result)
     show_result(settings.run.name, result)
     return result
 

@@ -43,9 +43,10 @@ from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import write_json, write_jsonl
+from rayjobs.storage.files import write_jsonl
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 
 logger = logging.getLogger(__name__)
@@ -284,7 +285,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
         "out": str(settings.answers_file),
         "some_answers": [{n: v for n, v in row.items() if n != "error"} for row in evenly_spaced(shown)],
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     logger.info("%s in %s", result["headline"], settings.answers_file)
     return result
 

@@ -31,15 +31,15 @@ from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
+from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import atomic_path, read_json, read_jsonl, write_json
+from rayjobs.storage.files import atomic_path, read_json, read_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig
-from rayjobs.train.resume_check import RESULT_FILE, check_same_run, drop_keys, lock_run, record_nonfinite_loss
+from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def train(settings: Config, inputs: Inputs) -> None:
     file = adapter_file(job.adaption, trained, inputs.checkpoint, inputs.tokenizer)
     with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
-    write_json(folder / RESULT_FILE, summarize(settings, job, file))
+    write_result(folder, summarize(settings, job, file))
 
 
 def prepare(settings: Config) -> None:
@@ -308,7 +308,7 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
         headline = f"held-out loss {val_losses[0]:.3f} → {val_losses[-1]:.3f}"
     return {
         "headline": headline,
-        "adapter": mask_credentials(str(folder / ADAPTER_FILE)),
+        "adapter": str(folder / ADAPTER_FILE),
         "trainable_parameters": file.trainable,
         "steps": job.total_steps,
         "train_records": store.rows("train"),

@@ -24,8 +24,9 @@ from rayjobs.console import show_table
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.lifecycle import job
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import open_run
-from rayjobs.storage.files import read_jsonl, write_json, write_parquet
+from rayjobs.storage.files import read_jsonl, write_parquet
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.adapter_sweep import (
     AdapterTrial,
@@ -108,7 +109,7 @@ def run(settings: Config) -> dict[str, Any]:
     write_parquet(folder / "results.parquet", pa.Table.from_pylist([result.row() for result in results]))
     summary = summarize(results)
     write_table(folder / "table.md", summary["settings"])
-    write_json(folder / "result.json", summary)
+    write_result(folder, summary)
     plot_first_steps(folder / "first_steps.png", _runs_by_setting(settings))
     rows = summary["settings"]
     show_table(settings.run.name, list(rows[0]), [list(row.values()) for row in rows])

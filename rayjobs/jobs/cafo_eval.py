@@ -27,9 +27,9 @@ from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.accuracy_tables import accuracy_table, by_method, published_rows, summary, write_tables
 from rayjobs.reporting.figures import save_plot
-from rayjobs.runs.record import start_run
+from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
-from rayjobs.storage.files import read_json, write_json, write_jsonl
+from rayjobs.storage.files import read_json, write_jsonl
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, score_target, write_scores
@@ -157,7 +157,7 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
         },
         **log_notices([*own_dataset.notices, *find_leaks(run_folder, lists, features)]),
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     for name, (columns, lines) in tables.items():
         show_table(f"{name}: test accuracy, %", columns, lines)
     return result

@@ -19,8 +19,9 @@ from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list, training_list
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
-from rayjobs.storage.files import write_json, write_jsonl
+from rayjobs.storage.files import write_jsonl
 from rayjobs.tune.search_space import Distinct
 
 
@@ -105,6 +106,6 @@ def run(settings: Config) -> dict[str, Any]:
     headline = f"{sum(counts.values())} images through {', '.join(settings.encoders)}"
     result: dict[str, Any] = {"headline": headline, "data_set": dataset.name, **counts}
     result |= {"rejected_images": len(rejected), **log_notices(dataset.notices)}
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     show_result(settings.run.name, result)
     return result

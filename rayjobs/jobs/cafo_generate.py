@@ -29,8 +29,9 @@ from rayjobs.inference.class_images import (
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.runs.provenance import check_provenance, lock_provenance
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
-from rayjobs.storage.files import read_json, read_jsonl, write_json
+from rayjobs.storage.files import read_json, read_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import resolve_path
 
@@ -137,7 +138,7 @@ def run(settings: Config) -> dict[str, Any]:
         "sentences_truncated": len(classifier.truncated),
         "list": str(settings.list_path),
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     show_result(settings.run.name, result)
     return result
 

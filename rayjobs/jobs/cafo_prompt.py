@@ -17,6 +17,7 @@ from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.inference.class_descriptions import DescriptionConfig, read_descriptions, write_descriptions
 from rayjobs.lifecycle import job
 from rayjobs.runs.provenance import check_provenance, lock_provenance
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import write_json
 from rayjobs.storage.paths import resolve_path
@@ -84,6 +85,6 @@ def run(settings: Config) -> dict[str, Any]:
         "sentences": count,
         "prompts": str(path),
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     show_result(settings.run.name, result)
     return result

@@ -25,6 +25,7 @@ from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.reporting.accuracy_tables import accuracy_table
 from rayjobs.runs.provenance import lock_provenance
+from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.tune.figures import write_search_surfaces
@@ -142,7 +143,7 @@ def run(settings: Config) -> dict[str, Any]:
         **counts,
         **log_notices(notices),
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     show_table(f"{settings.run.name}: chosen, accuracy on val, %", columns, lines)
     return result
 

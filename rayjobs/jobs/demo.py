@@ -46,9 +46,9 @@ from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
-from rayjobs.runs.record import REPORT_FILE
+from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_jsonl, write_json
+from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
 
@@ -163,7 +163,7 @@ def run(settings: Config) -> dict[str, Any]:
             if (folder / name / REPORT_FILE).exists()
         ],
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
     logger.info("report: %s", folder / REPORT_FILE)
     return result
 
@@ -196,18 +196,18 @@ def inner_runs(settings: Config, world: World) -> dict[str, str]:
 
 def demo_stages(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
     """The demo's four stages."""
-    evaluated = [folder / names[f"{name}, test"] / "result.json" for name in ADAPTERS]
+    evaluated = [folder / names[f"{name}, test"] / RESULT_FILE for name in ADAPTERS]
     return [
         Stage("Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs.", 50, world),
         Stage(
             "CaFo: CLIP ranks generated images; encode once; train and search caches; choose on val; open test.",
             28,
-            [folder / names["cafo"] / "test" / "result.json"],
+            [folder / names["cafo"] / "test" / RESULT_FILE],
         ),
         Stage(
             "LLaMA-Adapter: an adapter on one frozen LLaMA learns an instruction that the LLaMA does not know.",
             26,
-            [folder / names["instruction"] / "result.json"],
+            [folder / names["instruction"] / RESULT_FILE],
         ),
         Stage(
             "LLaMA-Adapter: adapters on the other answer questions about scans, without and with CLIP's features.",

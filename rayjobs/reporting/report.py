@@ -19,7 +19,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
 from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
-from rayjobs.runs.record import REPORT_FILE, RunRecord, headline, read_record
+from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, RunRecord, headline, read_record
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
@@ -48,7 +48,7 @@ def write_report(folder: Path) -> Path:
     facts = [record.job, record.state, f"started {_time(record.started)} UTC", f"{record.seconds:,.0f} s"]
     hardware = read_or_warn(_json, folder / HARDWARE_FILE, problems) or {}
     facts += [str(value) for value in hardware.values() if value != "none"]
-    about = str((read_or_warn(_json, folder / "result.json", problems) or {}).get("about", ""))
+    about = str((read_or_warn(_json, folder / RESULT_FILE, problems) or {}).get("about", ""))
     title, line = folder.name, headline(folder, record)
     if problems:
         sections.append(Table("could not be read", [], [[problem] for problem in dict.fromkeys(problems)]))
@@ -93,11 +93,11 @@ def read_values(path: Path) -> dict[str, str]:
 
 def read_tables(folder: Path) -> Iterator[Table]:
     """The tables of a run: its test accuracies, and each list of rows in its `result.json`."""
-    for target, lines in _json(folder / "test" / "result.json").get("tables", {}).items():
+    for target, lines in _json(folder / "test" / RESULT_FILE).get("tables", {}).items():
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
         yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
-    for name, value in _json(folder / "result.json").items():
+    for name, value in _json(folder / RESULT_FILE).items():
         if _is_table(value):
             columns = list(dict.fromkeys(column for row in value for column in row))
             rows = [[format_value(row.get(column)) for column in columns] for row in value]
@@ -142,7 +142,7 @@ def _figures(folder: Path) -> Iterator[Section]:
 
 def _values(folder: Path) -> Iterator[Section]:
     """The plain values of the test result and of the run's result."""
-    for title, path in (("test", folder / "test" / "result.json"), ("result", folder / "result.json")):
+    for title, path in (("test", folder / "test" / RESULT_FILE), ("result", folder / RESULT_FILE)):
         if values := read_values(path):
             yield Table(title, ["", ""], list(map(list, values.items())))
 

@@ -5,10 +5,11 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_FILE = "run.json"
 REPORT_FILE = "report.html"
+RESULT_FILE = "result.json"
 State = Literal["running", "done", "failed", "interrupted", "cut off"]
 
 _jobs_here: dict[str, str] = {}
@@ -150,13 +152,18 @@ def find_runs(storage: Path) -> list[Path]:
     return [folder for _, folder in sorted(started, reverse=True)]
 
 
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write a job's result into its run folder, with the credentials of URLs masked."""
+    write_json(folder / RESULT_FILE, mask_credentials(result))
+
+
 def headline(folder: Path, record: RunRecord) -> str:
     """The outcome of a run in one printable line: its error, or the headline of its result if there is one."""
     return " ".join(printable(record.error or _result_headline(folder)).split())
 
 
 def _result_headline(folder: Path) -> str:
-    for path in (folder / "test" / "result.json", folder / "result.json"):
+    for path in (folder / "test" / RESULT_FILE, folder / RESULT_FILE):
         if path.is_file():
             try:
                 result = read_json(path)

@@ -7,8 +7,9 @@ import pytest
 
 from rayjobs.config import load
 from rayjobs.jobs import adapter_train
-from rayjobs.runs.record import finish_run
+from rayjobs.runs.record import finish_run, write_result
 from rayjobs.runs.run_dir import open_run
+from rayjobs.storage.files import read_json
 from rayjobs.train.resume_check import PROVENANCE_FILE, lock_run
 
 
@@ -33,3 +34,12 @@ def test_credentials_of_urls_are_in_no_file_and_do_not_keep_a_run_from_resuming(
     assert not [name for name, text in files.items() if "secret" in text or "key:" in text]
     for name in ("config.yaml", "run.json", PROVENANCE_FILE):
         assert "s3://***@bucket/base" in files[name]
+
+
+def test_a_result_holds_no_credentials(tmp_path: Path) -> None:
+    write_result(tmp_path, {"headline": "done", "list": "s3://key:secret@bucket/list.json", "rows": [{"at": 1.5}]})
+    assert read_json(tmp_path / "result.json") == {
+        "headline": "done",
+        "list": "s3://***@bucket/list.json",
+        "rows": [{"at": 1.5}],
+    }

@@ -133,7 +133,7 @@ def test_after_a_preemption_notice_the_run_goes_on_from_a_checkpoint_made_in_tim
         time.sleep(max(0.0, noticed_at + notice_s + 1 - time.monotonic()))
         nodes.remove_node(lost, allow_graceful=False)
         run.wait_for([2, 1])
-        steps = {int(folder.name.split("_")[1].split(".")[0]) for folder in saved.glob("checkpoint_*")}
+        steps = {int(made.parent.name.removeprefix("checkpoint_")) for made in saved.glob("checkpoint_*/position.json")}
         first = next(row["step"] for row in run.rows() if row["workers"] == 1)
         assert first - 1 in steps, "the run goes on from a checkpoint that was made after the notice"
     finally:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
     from adapter.adapter_formats import export_v1, read_adapter
     from adapter.adaption import AdaptionConfig
-    from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
-    from adapter.decoder import Llama, LlamaConfig
+    from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
+    from adapter.decoder import Decoder, DecoderConfig
     from adapter.errors import AdapterError, CheckpointError, RecordError, TokenizerError
     from adapter.generate import GenerationConfig
     from adapter.image_projection import ImageProjectionConfig
-    from adapter.instruct import PromptTemplate
     from adapter.model import AdaptedModel
+    from adapter.records.instruct import PromptTemplate
     from adapter.tokenizer import Tokenizer
 
 _MODULE_OF = {
@@ -39,19 +39,19 @@ _MODULE_OF = {
     "CheckpointError": "errors",
     "GenerationConfig": "generate",
     "ImageProjectionConfig": "image_projection",
-    "Llama": "decoder",
-    "LlamaConfig": "decoder",
-    "PromptTemplate": "instruct",
+    "Decoder": "decoder",
+    "DecoderConfig": "decoder",
+    "PromptTemplate": "records.instruct",
     "RecordError": "errors",
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
     "apply_adapter": "adapter_file",
     "export_v1": "adapter_formats",
     "extract_adapter": "adapter_file",
-    "load_llama": "base_checkpoint",
-    "open_checkpoint": "base_checkpoint",
+    "load_decoder": "base.checkpoint",
+    "open_checkpoint": "base.checkpoint",
     "read_adapter": "adapter_formats",
-    "save_llama": "base_checkpoint",
+    "save_decoder": "base.checkpoint",
 }
 
 __all__ = list(_MODULE_OF)

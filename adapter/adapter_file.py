@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.atomic_file import atomic_path
-from adapter.decoder import Llama, LlamaConfig
+from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
 
@@ -43,7 +43,7 @@ class AdapterFile:
     convention: Gate
     """The function that the model applies to the gates (see `AdaptionConfig.gate`)."""
     base_shape: Mapping[str, int] = field(default_factory=dict)
-    """Fields of the base's `LlamaConfig`, as far as the file states them; foreign files state few."""
+    """Fields of the base's `DecoderConfig`, as far as the file states them; foreign files state few."""
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; None in foreign files."""
     tokenizer_sha256: str | None = None
@@ -91,7 +91,7 @@ class AdapterFile:
 
 
 def extract_adapter(
-    model: Llama,
+    model: Decoder,
     *,
     base_fingerprint: str | None = None,
     tokenizer_sha256: str | None = None,
@@ -117,7 +117,7 @@ def extract_adapter(
 
 
 def apply_adapter(
-    model: Llama,
+    model: Decoder,
     file: AdapterFile,
     *,
     fingerprint: str | None = None,
@@ -144,7 +144,7 @@ def apply_adapter(
 
 def check_adapter_fits(
     file: AdapterFile,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     fingerprint: str | None = None,
     tokenizer_sha256: str | None = None,
@@ -158,7 +158,7 @@ def check_adapter_fits(
     _check_identities(file, fingerprint, tokenizer_sha256, encoder)
 
 
-def _check_base_shape(file: AdapterFile, config: LlamaConfig) -> None:
+def _check_base_shape(file: AdapterFile, config: DecoderConfig) -> None:
     n_layers, _, dim = file.prompt.shape
     actual = _base_shape(config)
     expected = {"dim": dim, **file.base_shape}
@@ -263,7 +263,7 @@ def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[s
         return {name: tuple(tensor.shape) for name, tensor in ImageProjection(vision, dim).state_dict().items()}
 
 
-def _base_shape(config: LlamaConfig) -> dict[str, int]:
+def _base_shape(config: DecoderConfig) -> dict[str, int]:
     return {key: getattr(config, key) for key in _SHAPE_KEYS}
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from adapter.adapter_file import FORMAT, AdapterFile, parse_adapter, some_keys, to_float32
 from adapter.adaption import Gate
 from adapter.atomic_file import atomic_path
-from adapter.checkpoint_config import JsonConfig, PositiveInt
+from adapter.base.config import JsonConfig, PositiveInt
+from adapter.base.tensor_files import is_safetensors, open_tensors, read_metadata
 from adapter.errors import AdapterError, CheckpointError
-from adapter.tensor_files import is_safetensors, open_tensors, read_metadata
 
 PEFT_CONFIG = "adapter_config.json"
 

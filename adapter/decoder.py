@@ -26,8 +26,8 @@ from adapter.rope import RopeScaling, apply_rope, rope_angles
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """A decoder's shape; `adapter.base_checkpoint` reads it from a checkpoint's `params.json` or `config.json`."""
+class DecoderConfig:
+    """A decoder's shape; `adapter.base.checkpoint` reads it from a checkpoint's `params.json` or `config.json`."""
 
     dim: int
     """C, the model's width."""
@@ -83,7 +83,9 @@ class KVCache:
     depend on the tokens.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (batch, length, config.n_kv_heads, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
@@ -146,7 +148,7 @@ class Attention(nn.Module):
 
     adaption: Adaption | None
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
@@ -175,7 +177,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The SwiGLU feed-forward layer."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
@@ -188,7 +190,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
@@ -209,12 +211,12 @@ class Head(nn.Linear):
         return labelled_cross_entropy(hidden, self.weight, labels)
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """The decoder, with its adapter if it holds one. Parameter names are Meta's."""
 
     vision: ImageProjection | None
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.adaption_config: AdaptionConfig | None = None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter.decoder import KVCache, Llama
+from adapter.decoder import Decoder, KVCache
 from adapter.errors import AdapterError
 
 
@@ -44,7 +44,7 @@ class GenerationConfig:
 
 @torch.inference_mode()
 def generate(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
@@ -105,7 +105,7 @@ def generate(
 
 
 def _run_prompts(
-    model: Llama, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None] | None, cache: KVCache
+    model: Decoder, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | None] | None, cache: KVCache
 ) -> Tensor:
     """Fill the cache with the prompts. Returns the final hidden state of each prompt's last token, (B, C)."""
     device = model.tok_embeddings.weight.device
@@ -157,7 +157,7 @@ def check_image_count(images: Sequence[Tensor | None] | None, n_rows: int) -> No
         raise AdapterError(f"{len(images)} images for {n_rows} rows: give one to each row, None where it has no image")
 
 
-def _check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
     window, vocabulary = model.config.max_seq_len, model.config.vocab_size
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, int | str):

@@ -17,13 +17,13 @@ from torch import Tensor
 from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.base_checkpoint import load_llama, open_checkpoint
+from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.batching import collate
-from adapter.decoder import Llama
+from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.generate import GenerationConfig, check_image_count, generate
 from adapter.image_projection import Images
-from adapter.instruct import ALPACA, Example, PromptTemplate
+from adapter.records.instruct import ALPACA, Example, PromptTemplate
 from adapter.tokenizer import Tokenizer
 
 
@@ -34,7 +34,7 @@ class AdaptedModel:
     then refused on another base. None if it is not known.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, fingerprint: str | None = None) -> None:
         """Raises TokenizerError if the tokenizer does not fit the model's vocabulary (`Tokenizer.check_fits`)."""
         tokenizer.check_fits(model.config.vocab_size)
         self.model = model
@@ -61,7 +61,7 @@ class AdaptedModel:
         checkpoint = open_checkpoint(path)
         pieces = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
         pieces.check_fits(checkpoint.config.vocab_size)
-        model = load_llama(checkpoint, dtype=dtype, device=device)
+        model = load_decoder(checkpoint, dtype=dtype, device=device)
         return cls(model, pieces, fingerprint=checkpoint.fingerprint())
 
     @property

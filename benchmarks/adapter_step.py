@@ -34,11 +34,11 @@ from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
 from adapter.batching import collate, micro_batches
-from adapter.decoder import Llama, LlamaConfig
-from adapter.instruct import Example, encode_record, read_records
+from adapter.decoder import Decoder, DecoderConfig
+from adapter.records.instruct import Example, encode_record, read_records
 from adapter.tokenizer import Tokenizer
 
-BASE = LlamaConfig(
+BASE = DecoderConfig(
     dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32_000, max_seq_len=512, norm_eps=1e-6
 )
 ADAPTER = AdaptionConfig(n_layers=6, prompt_length=10, gate="identity")  # PEFT knows no other gate
@@ -93,9 +93,9 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=9e-3 / 4, weight_decay=0.02)
 
 
-def make_our_model() -> Llama:
+def make_our_model() -> Decoder:
     """This library's model, with random weights and non-zero gates, so that the first loss depends on the prompts."""
-    model = Llama(BASE)
+    model = Decoder(BASE)
     generator = torch.Generator().manual_seed(0)
     model.add_adapter(ADAPTER, generator)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def make_our_model() -> Llama:
     return model
 
 
-def make_peft_model(ours: Llama) -> torch.nn.Module:
+def make_peft_model(ours: Decoder) -> torch.nn.Module:
     """PEFT's adaption prompts on transformers' decoder, with all weights of our model."""
     names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"} | {
         f"layers.{i}.{our}": f"model.layers.{i}.{their}"

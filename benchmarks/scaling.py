@@ -42,17 +42,17 @@ import torch
 import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
-from adapter.base_checkpoint import save_llama
-from adapter.decoder import Llama, LlamaConfig, RMSNorm
-from adapter.instruct import encode_record, read_records
+from adapter.base.checkpoint import save_decoder
+from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.records.instruct import encode_record, read_records
 from adapter.tokenizer import Tokenizer
 from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
-LLAMA_7B = LlamaConfig(
+LLAMA_7B = DecoderConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000, max_seq_len=512, norm_eps=1e-6
 )
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=997, max_seq_len=512, norm_eps=1e-6
 )
 
@@ -133,7 +133,7 @@ DEVICES = {
 class Work:
     """A base model and its adapter in training."""
 
-    shape: LlamaConfig
+    shape: DecoderConfig
     adapted: int
     prompt_length: int
     weight_bytes: int
@@ -314,11 +314,11 @@ def least(base: Path, processes: int, runs: list[dict[str, float]]) -> dict[str,
     """Measure once more; return the shortest times and the fastest link of all runs so far."""
     if not base.exists():
         torch.manual_seed(0)
-        llama = Llama(SMALL if base.name == "small" else TINY)
+        llama = Decoder(SMALL if base.name == "small" else TINY)
         for module in llama.modules():
             if isinstance(module, RMSNorm):
                 module.reset_parameters()
-        save_llama(llama, base)
+        save_decoder(llama, base)
     out = base / f"{processes}.json"
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     subprocess.run(

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
-from adapter.base_checkpoint import save_llama
-from adapter.decoder import Llama, LlamaConfig
+from adapter.base.checkpoint import save_decoder
+from adapter.decoder import Decoder, DecoderConfig
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
 MB = 1e6
@@ -102,13 +102,13 @@ def measure(base: Path, workers: int, steps: int) -> dict[str, float]:
     return {"workers": workers, **peaks, "seconds": round(time.monotonic() - started, 1)}
 
 
-def random_llama(shape: LlamaConfig, folder: Path) -> None:
+def random_llama(shape: DecoderConfig, folder: Path) -> None:
     with torch.device("meta"):
-        model = Llama(shape)
+        model = Decoder(shape)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else torch.nn.init.ones_(parameter)
-    save_llama(model, folder)
+    save_decoder(model, folder)
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
         return worker(args.base, args.steps)
 
     hidden, vocabulary = args.dim * 43 // 16, 32_000
-    shape = LlamaConfig(
+    shape = DecoderConfig(
         dim=args.dim, n_layers=args.layers, n_heads=16, n_kv_heads=16, hidden_dim=hidden, vocab_size=vocabulary
     )
     layer = 4 * args.dim**2 + 3 * args.dim * hidden

@@ -55,8 +55,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_base(folder: Path, sentences: list[str]) -> Path:
     """`tiny_base` with the pieces of other sentences."""
-    from adapter.base_checkpoint import save_llama
-    from adapter.decoder import Llama, LlamaConfig, RMSNorm
+    from adapter.base.checkpoint import save_decoder
+    from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -64,15 +64,15 @@ def make_base(folder: Path, sentences: list[str]) -> Path:
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     torch.manual_seed(0)
-    llama = Llama(
-        LlamaConfig(
+    llama = Decoder(
+        DecoderConfig(
             dim=24, n_layers=3, n_heads=6, n_kv_heads=3, hidden_dim=41, vocab_size=97, max_seq_len=1024, norm_eps=1e-5
         )
     )
     for module in llama.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
-    save_llama(llama, folder)
+    save_decoder(llama, folder)
     return folder
 
 

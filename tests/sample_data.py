@@ -116,9 +116,9 @@ def train_llama(folder: Path, steps: int = 60) -> Path:
     5 layers, a window of 512 tokens, a SentencePiece tokenizer with byte fallback."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapter.instruct import ALPACA
-    from adapter.scienceqa import TEMPLATE
-    from tests.adapter.test_base_checkpoint import write_meta
+    from adapter.records.instruct import ALPACA
+    from adapter.records.scienceqa import TEMPLATE
+    from tests.adapter.base.test_checkpoint import write_meta
 
     rng = random.Random(1)
     texts = [" ".join(_sentence(rng)[0] for _ in range(4)) for _ in range(400)]

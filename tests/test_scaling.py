@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Llama, LlamaConfig, RMSNorm
+from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 from benchmarks.scaling import A100, CHECKED, Device, Link, Work, step_time
 
 LINK = Link(bytes_per_s=1e9, hop_s=1e-3)
@@ -34,8 +34,8 @@ def took(workers: int, stage: int, device: Device = CPU) -> tuple[float, float, 
 
 def test_operations_are_those_that_pytorch_counts() -> None:
     rows, length, labelled, adapted = 3, 17, 10, 3
-    shape = LlamaConfig(dim=64, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=97)
-    model = Llama(shape)
+    shape = DecoderConfig(dim=64, n_layers=5, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=97)
+    model = Decoder(shape)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()

@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from adapter import scienceqa
-from adapter.conversation import read_conversations
 from adapter.errors import RecordError
-from adapter.instruct import ALPACA, PromptTemplate, read_records
+from adapter.records import scienceqa
+from adapter.records.conversation import read_conversations
+from adapter.records.instruct import ALPACA, PromptTemplate, read_records
 from rayjobs.config import config
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint

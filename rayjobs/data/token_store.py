@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray.data
 
-from adapter.instruct import encode_record
+from adapter.records.instruct import encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context

@@ -1,6 +1,6 @@
 """Tiny LLaMAs, trained from scratch where the demo runs.
 
-Each is `adapter.decoder.Llama` at a size that one core trains in seconds, saved in Hugging Face's format with its
+Each is `adapter.decoder.Decoder` at a size that one core trains in seconds, saved in Hugging Face's format with its
 tokenizer. The demo's jobs read it as they read any other base.
 """
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from adapter.base_checkpoint import save_llama
-from adapter.decoder import Llama, LlamaConfig, RMSNorm
+from adapter.base.checkpoint import save_decoder
+from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config
 from rayjobs.demo import notes, questions
@@ -83,11 +83,11 @@ def train_llama(settings: TinyLlamaConfig, folder: Path, device: str) -> Iterato
     yield from train_steps(
         model, loss_of_step, steps=settings.steps, peak_lr=settings.lr, weight_decay=0.01, betas=(0.9, 0.95)
     )
-    save_llama(model, folder)
+    save_decoder(model, folder)
 
 
-def _untrained(settings: TinyLlamaConfig, vocab_size: int) -> Llama:
-    shape = LlamaConfig(
+def _untrained(settings: TinyLlamaConfig, vocab_size: int) -> Decoder:
+    shape = DecoderConfig(
         dim=settings.dim,
         n_layers=settings.n_layers,
         n_heads=settings.n_heads,
@@ -98,7 +98,7 @@ def _untrained(settings: TinyLlamaConfig, vocab_size: int) -> Llama:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = Llama(shape)
+        model = Decoder(shape)
         model.apply(lambda module: module.reset_parameters() if isinstance(module, RMSNorm) else None)
         nn.init.normal_(model.tok_embeddings.weight, std=settings.dim**-0.5)  # at 0.02 learning stalls
         if settings.init_std is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adapter.model import AdaptedModel
-from adapter.scienceqa import LETTERS, Problem
+from adapter.records.scienceqa import LETTERS, Problem
 from rayjobs.cluster.device import default_device
 from rayjobs.demo import notes
 

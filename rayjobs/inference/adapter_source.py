@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from adapter.adapter_file import check_adapter_fits
 from adapter.adapter_formats import read_adapter
-from adapter.base_checkpoint import Checkpoint
+from adapter.base.checkpoint import Checkpoint
 from adapter.errors import CheckpointError
 from adapter.model import AdaptedModel
 from adapter.tokenizer import Tokenizer

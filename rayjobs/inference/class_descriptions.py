@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from adapter.adapter_formats import read_adapter
-from adapter.instruct import ALPACA, PromptTemplate
 from adapter.model import AdaptedModel
+from adapter.records.instruct import ALPACA, PromptTemplate
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json
 from cafo.prompt import ANSWERS, COMMANDS, EndpointModel, LanguageModel, Sampling, describe_classes, with_spaces

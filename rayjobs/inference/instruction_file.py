@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from adapter.instruct import PromptTemplate, read_records
-from adapter.record_files import read_rows
+from adapter.records.files import read_rows
+from adapter.records.instruct import PromptTemplate, read_records
 from adapter.tokenizer import Tokenizer
 from rayjobs.inference.batch import Record
 from rayjobs.storage.files import write_parquet, write_text

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from adapter.generate import GenerationConfig
-from adapter.instruct import PromptTemplate
 from adapter.model import AdaptedModel
+from adapter.records.instruct import PromptTemplate
 from rayjobs.config import config
 from rayjobs.inference.batch import Record
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 from torch import Tensor
 
 from adapter.errors import RecordError
-from adapter.instruct import Example, PromptTemplate, encode_record
 from adapter.model import AdaptedModel
-from adapter.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
+from adapter.records.instruct import Example, PromptTemplate, encode_record
+from adapter.records.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from rayjobs.inference.batch import Record
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
 from rayjobs.reporting.tables import markdown_table, write_csv

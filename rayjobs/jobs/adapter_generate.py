@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from adapter.errors import AdapterError
-from adapter.record_files import check_text
+from adapter.records.files import check_text
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu

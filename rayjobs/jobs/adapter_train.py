@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.base_checkpoint import Checkpoint, meta_llama
+from adapter.base.checkpoint import Checkpoint, meta_decoder
 from adapter.image_projection import ImageProjectionConfig
 from adapter.tokenizer import Tokenizer
 from rayjobs.cluster.ray_init import connect
@@ -178,7 +178,7 @@ def plan(settings: Config) -> None:
         images = f"{sum(len(source.image_paths()) for source in sources):,}, {settings.vision.mode}"
     else:
         images = _describe_left_out(sum(bool(record["image"]) for _, rows in records for record in rows))
-    model = meta_llama(shape)
+    model = meta_decoder(shape)
     model.add_adapter(settings.adapter.adaption(conditioning and conditioning.projection))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     base = f"{settings.base.path}: {shape.n_layers} layers of width {shape.dim}, held in {settings.base.dtype}"
@@ -287,7 +287,7 @@ def adapter_file(
     adaption: AdaptionConfig, trained: Mapping[str, Tensor], checkpoint: Checkpoint, tokenizer: Path
 ) -> AdapterFile:
     """The trained parameters as an adapter file for this base and tokenizer."""
-    model = meta_llama(checkpoint.config)
+    model = meta_decoder(checkpoint.config)
     model.add_adapter(adaption)
     model.reset_adapter(None, "cpu")
     with torch.no_grad():

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from adapter.scienceqa import read_problems
+from adapter.records.scienceqa import read_problems
 from rayjobs.config import config, load, to_dict
 from rayjobs.console import show_table
 from rayjobs.demo.adapter_settings import (

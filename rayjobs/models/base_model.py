@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from adapter.base_checkpoint import Checkpoint, open_checkpoint
+from adapter.base.checkpoint import Checkpoint, open_checkpoint
 from adapter.model import AdaptedModel
 from adapter.tokenizer import Tokenizer
 from rayjobs.config import config

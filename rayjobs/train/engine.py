@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.adaption import AdaptionConfig
-from adapter.base_checkpoint import meta_llama, open_checkpoint
-from adapter.decoder import Llama
+from adapter.base.checkpoint import meta_decoder, open_checkpoint
+from adapter.decoder import Decoder
 from adapter.image_projection import Images
 from rayjobs.config import config
 from rayjobs.errors import ProvenanceError
@@ -92,13 +92,13 @@ def deepspeed_config(zero: ZeroConfig, clip_norm: float | None) -> dict[str, Any
 
 def adapted_model(
     path: str, adaption: AdaptionConfig, *, dtype: Dtype, zero: ZeroConfig, seed: int, device: torch.device
-) -> Llama:
+) -> Decoder:
     """Return the frozen base with a fresh adapter drawn from `seed`, equal on every worker whatever the stage.
 
     Weights are placed one tensor at a time. Under stage 3 each is partitioned at once, and a worker keeps its shard.
     """
     checkpoint = open_checkpoint(cached_path(path))
-    model = meta_llama(checkpoint.config)
+    model = meta_decoder(checkpoint.config)
     with torch.device("meta"):
         model.add_adapter(adaption)
     for name, tensor in checkpoint.tensors():
@@ -110,7 +110,7 @@ def adapted_model(
     return model
 
 
-def _place(model: Llama, name: str, tensor: Tensor, zero: ZeroConfig) -> None:
+def _place(model: Decoder, name: str, tensor: Tensor, zero: ZeroConfig) -> None:
     """Make a tensor the model's parameter of this name; under stage 3 keep only this worker's shard of it."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -125,7 +125,7 @@ def _place(model: Llama, name: str, tensor: Tensor, zero: ZeroConfig) -> None:
 class Engine:
     """A model in training. The caller divides losses by the number of labelled tokens in the global batch."""
 
-    def __init__(self, model: Llama, zero: ZeroConfig, optimizer: OptimizerConfig) -> None:
+    def __init__(self, model: Decoder, zero: ZeroConfig, optimizer: OptimizerConfig) -> None:
         self.width = 0 if model.vision is None else model.vision.down.in_features
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -8,7 +8,7 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Llama, LlamaConfig
+from adapter.decoder import Decoder, DecoderConfig
 
 MHA: dict[str, Any] = {
     "dim": 42,
@@ -55,9 +55,9 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5, generator=generator)
 
 
-def llama(shape: dict[str, Any], adaption: AdaptionConfig | None = None, seed: int = 0) -> Llama:
+def llama(shape: dict[str, Any], adaption: AdaptionConfig | None = None, seed: int = 0) -> Decoder:
     """A decoder with random weights, its adapter's gates included."""
-    model = Llama(LlamaConfig(**shape))
+    model = Decoder(DecoderConfig(**shape))
     if adaption is not None:
         model.add_adapter(adaption)
     randomise(model, seed)
@@ -72,7 +72,7 @@ def peer_name(name: str) -> str:
     return ".".join(PEER_NAMES.get(part, part) for part in name.split("."))
 
 
-def peer(model: Llama) -> LlamaForCausalLM:
+def peer(model: Decoder) -> LlamaForCausalLM:
     """transformers' decoder with the weights of ours; an adapter is left behind."""
     config = model.config
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}

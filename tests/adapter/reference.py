@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import LlamaConfig
+from adapter.decoder import DecoderConfig
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.stack([value / math.sqrt(mean_square + eps) * w for value, w in zip(x, weight, strict=True)])
 
 
-def frequency(pair: int, config: LlamaConfig) -> float:
+def frequency(pair: int, config: DecoderConfig) -> float:
     """How far the rotation of a pair of coordinates goes per position, in radians."""
     plain = config.rope_theta ** (-2 * pair / config.head_dim)
     if config.rope_scaling is None:
@@ -35,7 +35,7 @@ def frequency(pair: int, config: LlamaConfig) -> float:
     return (1 - smooth) * plain / scaling.factor + smooth * plain
 
 
-def rope_halves(x: Tensor, position: int, config: LlamaConfig) -> Tensor:
+def rope_halves(x: Tensor, position: int, config: DecoderConfig) -> Tensor:
     """x (D,) with the pairs (0, D/2), (1, D/2 + 1), ... rotated: Hugging Face's convention."""
     rotated, half = x.clone(), len(x) // 2
     for pair in range(half):
@@ -46,7 +46,7 @@ def rope_halves(x: Tensor, position: int, config: LlamaConfig) -> Tensor:
     return rotated
 
 
-def rope_adjacent(x: Tensor, position: int, config: LlamaConfig) -> Tensor:
+def rope_adjacent(x: Tensor, position: int, config: DecoderConfig) -> Tensor:
     """x (D,) with the pairs (0, 1), (2, 3), ... rotated: Meta's convention."""
     rotated = x.clone()
     for pair in range(len(x) // 2):
@@ -69,7 +69,7 @@ def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     return w2 @ (gate / (1 + torch.exp(-gate)) * up)
 
 
-def attention(x: Tensor, layer: dict[str, Tensor], config: LlamaConfig, gate: str | None) -> Tensor:
+def attention(x: Tensor, layer: dict[str, Tensor], config: DecoderConfig, gate: str | None) -> Tensor:
     """Causal attention of x (T, C), plus, where gate names a convention, the gated prompt term (eq. 1-8)."""
     D, group = config.head_dim, config.n_heads // config.n_kv_heads
 
@@ -116,7 +116,7 @@ def image_token(features: Tensor, state: dict[str, Tensor], widths: tuple[int, .
 
 
 def decoder(
-    state: dict[str, Tensor], config: LlamaConfig, tokens: list[int], adaption: AdaptionConfig | None = None
+    state: dict[str, Tensor], config: DecoderConfig, tokens: list[int], adaption: AdaptionConfig | None = None
 ) -> Tensor:
     """Logits (T, V) of one sequence, from a model's state dict."""
     state = {name: value.double() for name, value in state.items()}

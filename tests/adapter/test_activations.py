@@ -5,15 +5,15 @@ import torch
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Llama, LlamaConfig, RMSNorm
+from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 
 DIM, ROWS, TOKENS = 256, 2, 256
 
 
 def saved_bytes(dtype: torch.dtype, adapted: int, checkpointed: bool) -> int:
     """Bytes that autograd saves, parameters left out, each storage once. As in LLaMA: D = 128, 2.69 C inside."""
-    config = LlamaConfig(dim=DIM, n_layers=6, n_heads=2, n_kv_heads=2, hidden_dim=DIM * 43 // 16, vocab_size=97)
-    model = Llama(config)
+    config = DecoderConfig(dim=DIM, n_layers=6, n_heads=2, n_kv_heads=2, hidden_dim=DIM * 43 // 16, vocab_size=97)
+    model = Decoder(config)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()

@@ -18,26 +18,26 @@ from transformers import LlamaForCausalLM
 from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
 from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.base_checkpoint import load_llama
-from adapter.decoder import Llama, LlamaConfig
+from adapter.base.checkpoint import load_decoder
+from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import CheckpointError
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS, L, K = 31, 24, 4, 2, 37, 5, 3, 7
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV_HEADS, hidden_dim=HIDDEN, vocab_size=VOCAB, max_seq_len=64
 )
 IDS = torch.tensor([[1, 7, 30, 2, 19, 11, 4, 23, 8, 5, 13]])
 
 
-def base(config: LlamaConfig = CONFIG) -> Llama:
+def base(config: DecoderConfig = CONFIG) -> Decoder:
     torch.manual_seed(0)
-    model = Llama(config)
+    model = Decoder(config)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, float("norm" in name), 0.3)
     return model.requires_grad_(False)
 
 
-def adapted(gate: Gate = "tanh") -> Llama:
+def adapted(gate: Gate = "tanh") -> Decoder:
     model = base()
     model.add_adapter(AdaptionConfig(n_layers=L, prompt_length=K, gate=gate), torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def adapted(gate: Gate = "tanh") -> Llama:
     return model
 
 
-def logits(model: Llama) -> Tensor:
+def logits(model: Decoder) -> Tensor:
     with torch.no_grad():
         return model(IDS)
 
@@ -106,7 +106,7 @@ def test_nothing_to_save_is_an_error() -> None:
 @pytest.mark.parametrize("change", ["dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size"])
 def test_a_base_of_another_shape_is_refused(change: str) -> None:
     bigger = {"dim": 48, "n_layers": 6, "n_heads": 6, "n_kv_heads": 4, "hidden_dim": 41, "vocab_size": 37}
-    other = Llama(replace(CONFIG, **{change: bigger[change]}))
+    other = Decoder(replace(CONFIG, **{change: bigger[change]}))
     with pytest.raises(
         CheckpointError, match=rf"wants {change} {getattr(CONFIG, change)}, this base has {bigger[change]}"
     ):
@@ -306,7 +306,7 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]
 
 def test_peft_logits(peft_folder: tuple[Path, Tensor], tmp_path: Path) -> None:
     folder, wanted = peft_folder
-    model = load_llama(folder / "base")
+    model = load_decoder(folder / "base")
     bare = logits(model)
     for path in (folder / "adapter", folder / "adapter" / "adapter_model.safetensors"):
         file = read_adapter(path)
@@ -339,6 +339,6 @@ def test_peft_folders_that_are_refused(peft_folder: tuple[Path, Tensor], tmp_pat
 def test_a_foreign_adapter_for_more_layers_is_refused(peft_folder: tuple[Path, Tensor]) -> None:
     file = read_adapter(peft_folder[0] / "adapter")
     with pytest.raises(CheckpointError, match="wants n_layers 5, this base has 2"):
-        apply_adapter(Llama(replace(CONFIG, n_layers=2)), file)
+        apply_adapter(Decoder(replace(CONFIG, n_layers=2)), file)
     with pytest.raises(CheckpointError, match="has 3 layers, this base has only 2"):
-        apply_adapter(Llama(replace(CONFIG, n_layers=2)), replace(file, base_shape={}))
+        apply_adapter(Decoder(replace(CONFIG, n_layers=2)), replace(file, base_shape={}))

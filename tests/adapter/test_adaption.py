@@ -5,7 +5,7 @@ import torch
 from peft import AdaptionPromptConfig, get_peft_model
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Llama, LlamaConfig
+from adapter.decoder import Decoder, DecoderConfig
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer, tokens
 
@@ -13,7 +13,7 @@ shapes = pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
 gates = pytest.mark.parametrize("gate", ["tanh", "identity"])
 
 
-def adapted(shape, gate="tanh", n_layers=3) -> Llama:
+def adapted(shape, gate="tanh", n_layers=3) -> Decoder:
     """A random base with a fresh adapter."""
     model = llama(shape)
     model.add_adapter(AdaptionConfig(n_layers=n_layers, prompt_length=7, gate=gate), torch.Generator().manual_seed(1))
@@ -117,8 +117,8 @@ def test_exactly_these_parameters_are_trainable():
 
 def test_the_7b_adapter_has_1_229_760_parameters():
     with torch.device("meta"):
-        model = Llama(
-            LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
+        model = Decoder(
+            DecoderConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
         model.add_adapter(AdaptionConfig(n_layers=30, prompt_length=10))
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616 + 1_229_760

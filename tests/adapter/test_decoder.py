@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import KVCache, Llama, LlamaConfig, RMSNorm
+from adapter.decoder import Decoder, DecoderConfig, KVCache, RMSNorm
 from adapter.loss import IGNORE
 from adapter.rope import RopeScaling, apply_rope, rope_angles
 from tests.adapter import reference
@@ -76,7 +76,7 @@ def test_norm_is_the_equation_and_is_taken_in_float32(dtype):
 
 @pytest.mark.parametrize("scaling", [None, SCALING], ids=["plain", "llama3"])
 def test_rope_rotates_halves_by_the_position(scaling):
-    config = LlamaConfig(**{**MHA, "rope_scaling": scaling})
+    config = DecoderConfig(**{**MHA, "rope_scaling": scaling})
     x, positions = torch.randn(2, 3, 5, 14), torch.tensor([0, 1, 7, 29, 2000])
     cos, sin = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     rotated = apply_rope(x, cos, sin)
@@ -87,7 +87,7 @@ def test_rope_rotates_halves_by_the_position(scaling):
 
 def test_both_rope_conventions_give_the_same_scores():
     """Meta's rotation of adjacent pairs is ours after moving the even coordinates before the odd ones."""
-    config, q, k = LlamaConfig(**MHA), torch.randn(14).double(), torch.randn(14).double()
+    config, q, k = DecoderConfig(**MHA), torch.randn(14).double(), torch.randn(14).double()
     order = [*range(0, 14, 2), *range(1, 14, 2)]
     adjacent = reference.rope_adjacent(q, 11, config) @ reference.rope_adjacent(k, 5, config)
     halves = reference.rope_halves(q[order], 11, config) @ reference.rope_halves(k[order], 5, config)
@@ -199,9 +199,9 @@ def test_a_tied_head_is_one_parameter_even_after_it_was_replaced():
 )
 def test_an_impossible_shape_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
-        LlamaConfig(**{**MHA, **change})
+        DecoderConfig(**{**MHA, **change})
 
 
 def test_more_adapted_layers_than_layers_is_an_error():
     with pytest.raises(ValueError, match=r"wants 6 adapted layers, the base has 5: set n_layers to at most 5"):
-        Llama(LlamaConfig(**MHA)).add_adapter(AdaptionConfig(n_layers=6))
+        Decoder(DecoderConfig(**MHA)).add_adapter(AdaptionConfig(n_layers=6))

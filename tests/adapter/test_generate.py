@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adapter.adaption import Adaption, AdaptionConfig
-from adapter.decoder import Llama
+from adapter.decoder import Decoder
 from adapter.generate import generate, sample
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
@@ -17,12 +17,12 @@ NEVER = -1
 
 
 @pytest.fixture(params=[MHA, GQA], ids=["mha", "gqa"])
-def model(request) -> Llama:
+def model(request) -> Decoder:
     return llama({**request.param, **SMALL}, AdaptionConfig(n_layers=2, prompt_length=7))
 
 
 @torch.no_grad()
-def greedy_without_cache(model: Llama, prompt: list[int], eos_id: int, max_new_tokens: int) -> list[int]:
+def greedy_without_cache(model: Decoder, prompt: list[int], eos_id: int, max_new_tokens: int) -> list[int]:
     answer: list[int] = []
     while len(answer) < max_new_tokens and len(prompt) + len(answer) < model.config.max_seq_len:
         token = int(model(torch.tensor([prompt + answer]))[0, -1].argmax())

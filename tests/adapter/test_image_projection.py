@@ -9,11 +9,11 @@ import torch
 from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Llama, LlamaConfig
+from adapter.base.tensor_files import read_metadata
+from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import CheckpointError
 from adapter.generate import generate
 from adapter.image_projection import ImageProjectionConfig
-from adapter.tensor_files import read_metadata
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, tokens
 
@@ -114,8 +114,8 @@ def test_recomputed_layers_give_the_same_gradients(checkpointed):
 @pytest.mark.parametrize("widths", [(1024,) * 4, (768,) * 4, (256, 512, 1024, 2048, 1024)], ids=["L14", "B16", "RN50"])
 def test_the_7b_adapter_with_images_has_1_8_million_parameters(widths):
     with torch.device("meta"):
-        model = Llama(
-            LlamaConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
+        model = Decoder(
+            DecoderConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32_000)
         )
         model.add_adapter(AdaptionConfig(vision=ImageProjectionConfig(widths=widths)))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

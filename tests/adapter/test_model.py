@@ -18,10 +18,10 @@ from adapter import (
     Tokenizer,
     TokenizerError,
 )
-from adapter.base_checkpoint import save_llama
-from adapter.decoder import Llama, LlamaConfig, RMSNorm
+from adapter.base.checkpoint import save_decoder
+from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 from adapter.generate import generate
-from adapter.instruct import ALPACA, encode_record
+from adapter.records.instruct import ALPACA, encode_record
 from tests.adapter.test_tokenizer import train_model
 
 SIZES = {
@@ -31,8 +31,8 @@ PLAIN = PromptTemplate(with_input="{instruction} {input}", without_input="{instr
 TEXTS = ["the cat sat on", "a dog", "she sells sea shells"]
 
 
-def fresh(**sizes: int) -> Llama:
-    model = Llama(LlamaConfig(**sizes))
+def fresh(**sizes: int) -> Decoder:
+    model = Decoder(DecoderConfig(**sizes))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.reset_parameters()
@@ -43,7 +43,7 @@ def fresh(**sizes: int) -> Llama:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    save_llama(fresh(**SIZES), folder)
+    save_decoder(fresh(**SIZES), folder)
     train_model(folder / "tokenizer.model")
     return folder
 
@@ -211,7 +211,7 @@ def test_a_longer_example_than_the_window_is_refused(folder: Path) -> None:
 def test_a_neighbours_tokenizer_is_not_used(folder: Path, tmp_path: Path) -> None:
     """A folder in Hugging Face's format has its own tokenizer or none; what lies beside it belongs to others."""
     own = tmp_path / "model"
-    save_llama(fresh(**SIZES), own)
+    save_decoder(fresh(**SIZES), own)
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     with pytest.raises(TokenizerError, match=r"model/tokenizer\.model: no tokenizer can be read there"):
         AdaptedModel.from_pretrained(own)
@@ -235,14 +235,14 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "adapter.safetensors")
 
     torch.manual_seed(1)
-    save_llama(fresh(**SIZES), tmp_path)
+    save_decoder(fresh(**SIZES), tmp_path)
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: no tokenizer"):
         AdaptedModel.from_pretrained(tmp_path)
     other = AdaptedModel.from_pretrained(tmp_path, tokenizer=folder / "tokenizer.model")
     with pytest.raises(CheckpointError, match="other weights"):
         other.load_adapter(tmp_path / "adapter.safetensors")
     small = fresh(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=7, vocab_size=11)
-    save_llama(small, tmp_path / "small")
+    save_decoder(small, tmp_path / "small")
     with pytest.raises(TokenizerError, match="only 11"):
         AdaptedModel.from_pretrained(tmp_path / "small", tokenizer=folder)
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.instruct import encode_record
-from adapter.scienceqa import TEMPLATE, read_problems
+from adapter.records.instruct import encode_record
+from adapter.records.scienceqa import TEMPLATE, read_problems
 from rayjobs.inference.batch import read_pixels
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 from rayjobs.storage.files import write_json

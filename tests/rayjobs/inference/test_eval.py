@@ -10,7 +10,7 @@ import pytest
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.scienceqa import read_problems
+from adapter.records.scienceqa import read_problems
 from rayjobs.config import load
 from rayjobs.data.records import RecordsConfig
 from rayjobs.inference.scienceqa import rejected_problems

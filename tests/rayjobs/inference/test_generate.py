@@ -14,7 +14,7 @@ import pytest
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.instruct import ALPACA, read_records
+from adapter.records.instruct import ALPACA, read_records
 from rayjobs.__main__ import main
 from rayjobs.config import load
 from rayjobs.inference.batch import BatchGenerator, Chunk

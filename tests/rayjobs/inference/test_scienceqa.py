@@ -12,7 +12,7 @@ import torch
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.scienceqa import TEMPLATE, Problem, read_problems
+from adapter.records.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.config import load, to_dict
 from rayjobs.inference.batch import GenerationWorker, read_pixels
 from rayjobs.inference.scienceqa import AnswerProblems, Reading, problem_record

@@ -224,7 +224,7 @@ def test_eval_agrees_with_training_and_with_the_model(
     base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     total = labels = 0.0
-    from adapter.instruct import encode_record, read_records
+    from adapter.records.instruct import encode_record, read_records
 
     for record in read_records(pictured):
         if record["image"] in BAD:

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from adapter.scienceqa import LETTERS
+from adapter.records.scienceqa import LETTERS
 from rayjobs.config import load
 from rayjobs.jobs import adapter_eval
 from rayjobs.models.image_conditioning import VisionConfig

@@ -14,7 +14,7 @@ from tests.rayjobs.cafo_dataset import make_encoders
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
 from adapter.adaption import AdaptionConfig
-from adapter.base_checkpoint import open_checkpoint
+from adapter.base.checkpoint import open_checkpoint
 from rayjobs.config import load
 from rayjobs.models.base_model import TORCH_DTYPES
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter.adapter_formats import read_adapter
-from adapter.instruct import encode_record
+from adapter.records.instruct import encode_record
 from adapter.tokenizer import Tokenizer
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
-from adapter.base_checkpoint import load_llama, open_checkpoint, save_llama
-from adapter.decoder import Llama, LlamaConfig
+from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
+from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import CheckpointError
 from adapter.rope import RopeScaling
 from adapter.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def hf_logits(model: LlamaForCausalLM) -> Tensor:
 
 def our_logits(path: Path) -> Tensor:
     with torch.no_grad():
-        return load_llama(path)(IDS)
+        return load_decoder(path)(IDS)
 
 
 def meta_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
@@ -113,11 +113,11 @@ def model() -> LlamaForCausalLM:
 def test_hf_folder_equals_transformers_and_survives_saving(tmp_path: Path, changes: dict) -> None:
     model = hf_model(**changes)
     path = write_hf(tmp_path / "theirs", model)
-    ours = load_llama(path)
+    ours = load_decoder(path)
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     torch.testing.assert_close(our_logits(path), hf_logits(model), rtol=0, atol=1e-4)
 
-    save_llama(ours, tmp_path / "ours")
+    save_decoder(ours, tmp_path / "ours")
     assert sorted(os.listdir(tmp_path / "ours")) == ["config.json", "model.safetensors"]
     again = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(hf_logits(again), hf_logits(model), rtol=0, atol=0)
@@ -179,7 +179,7 @@ def test_four_shards_of_many_heads(tmp_path: Path) -> None:
 
 def test_meta_params_reach_the_config(tmp_path: Path, model: LlamaForCausalLM) -> None:
     path = write_meta(tmp_path, model, rope_theta=5e5, use_scaled_rope=True, max_seq_len=99, norm_eps=1e-4)
-    assert open_checkpoint(path).config == LlamaConfig(
+    assert open_checkpoint(path).config == DecoderConfig(
         dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV_HEADS, hidden_dim=HIDDEN, vocab_size=VOCAB,
         norm_eps=1e-4, rope_theta=5e5, rope_scaling=RopeScaling(factor=8.0), max_seq_len=99,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def test_meta_params_reach_the_config(tmp_path: Path, model: LlamaForCausalLM) -
 
 def test_tensors_stream_under_the_decoders_names(tmp_path: Path, model: LlamaForCausalLM) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, model))
-    loaded = dict(load_llama(checkpoint).named_parameters())
+    loaded = dict(load_decoder(checkpoint).named_parameters())
     for _ in range(2):  # pages given back come again
         streamed = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
         assert streamed.keys() == loaded.keys()
@@ -205,7 +205,7 @@ def test_fingerprint_tells_bases_apart_but_not_precisions(tmp_path: Path, model:
     prints = {name: open_checkpoint(path).fingerprint() for name, path in paths.items()}
     assert prints["half"] == prints["whole"]
     assert len(set(prints.values())) == 3
-    assert load_llama(paths["half"], dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    assert load_decoder(paths["half"], dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
 
 def test_tokenizer_is_found_in_the_folder_or_beside_it(tmp_path: Path, model: LlamaForCausalLM) -> None:
@@ -255,7 +255,7 @@ def test_a_weight_that_is_no_number_is_named_at_load(tmp_path: Path, value: floa
         checkpoint = open_checkpoint(path)
         for dtype in (torch.float32, torch.bfloat16):
             with pytest.raises(CheckpointError, match=rf"{path}.*layers\.1\.feed_forward\.w3\.weight holds {word}"):
-                load_llama(checkpoint, dtype=dtype)
+                load_decoder(checkpoint, dtype=dtype)
         with pytest.raises(CheckpointError, match=rf"{path}.*layers\.1\.feed_forward\.w3\.weight holds {word}"):
             list(checkpoint.tensors())
 
@@ -265,14 +265,14 @@ def test_a_weight_too_large_for_its_precision_is_named_at_load(tmp_path: Path) -
     with torch.no_grad():
         large.model.norm.weight[0] = 1e6
     checkpoint = open_checkpoint(write_hf(tmp_path, large))
-    load_llama(checkpoint, dtype=torch.bfloat16)
+    load_decoder(checkpoint, dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"norm\.weight holds infinity \(in float16\)"):
-        load_llama(checkpoint, dtype=torch.float16)
+        load_decoder(checkpoint, dtype=torch.float16)
 
 
 MEMORY = """
 import os, sys, torch
-from adapter.base_checkpoint import load_llama
+from adapter.base.checkpoint import load_decoder
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -284,11 +284,11 @@ for path in hf, meta:
         os.waitpid(child, 0)
         continue
     for small in warm:  # what loading imports and touches once; libraries' pages are mapped anew after a fork
-        load_llama(small)
+        load_decoder(small)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again from here
     before = status("VmRSS")
-    sizes = [p.nbytes for p in load_llama(path).parameters()]
+    sizes = [p.nbytes for p in load_decoder(path).parameters()]
     print((status("VmHWM") - before) / (sum(sizes) + max(sizes)), flush=True)
     os._exit(0)
 """
@@ -312,7 +312,7 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path, model: LlamaFor
     ]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, *map(str, paths)],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads would not survive the fork
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -324,21 +324,21 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path, model: LlamaFor
 def test_a_failed_save_leaves_the_old_file(
     tmp_path: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = load_llama(write_hf(tmp_path, model))
+    ours = load_decoder(write_hf(tmp_path, model))
     before = (tmp_path / "model.safetensors").read_bytes()
 
     def fail(tensors: dict, path: Path, **_) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("adapter.base_checkpoint.save_file", fail)
+    monkeypatch.setattr("adapter.base.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_llama(ours, tmp_path)
+        save_decoder(ours, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".*.part"))
 
 
-def text_loss(model: Llama, ids: Tensor) -> float:
+def text_loss(model: Decoder, ids: Tensor) -> float:
     """Nats per token."""
     with torch.no_grad():
         return F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
@@ -351,7 +351,7 @@ def test_a_trained_checkpoint_predicts_the_text_it_was_trained_on(trained_llama:
     tokenizer.check_fits(checkpoint.config.vocab_size)
     text = "The red cat sat on the hill. The old dog ran over the mat. The shy bird slept under the house."
     ids = torch.tensor([tokenizer.encode(text, bos=True, eos=False)])
-    assert text_loss(load_llama(checkpoint), ids) < 1
+    assert text_loss(load_decoder(checkpoint), ids) < 1
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_a_pretrained_llama_equals_transformers_and_itself_in_metas_format(smoll
         expected = [theirs(ids).logits for ids in given]
     meta = write_meta(tmp_path / "meta", theirs, rope_theta=theirs.config.rope_parameters["rope_theta"])
     for folder in (smollm2, meta):
-        ours = load_llama(folder)
+        ours = load_decoder(folder)
         with torch.no_grad():
             torch.testing.assert_close([ours(ids) for ids in given], expected, rtol=0, atol=1e-4)
         assert text_loss(ours, given[0]) < 4, "nats per token of plain English"

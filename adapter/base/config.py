@@ -11,7 +11,7 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from typing_extensions import Self
 
-from adapter.decoder import LlamaConfig
+from adapter.decoder import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.file_kind import check_content
 from adapter.rope import RopeScaling
@@ -52,10 +52,10 @@ class JsonConfig(BaseModel):
         """An error that names the file."""
         return CheckpointError(f"{self._file}: {message}")
 
-    def llama_config(self, **shape: Any) -> LlamaConfig:
+    def decoder_shape(self, **shape: Any) -> DecoderConfig:
         """A decoder's shape. Raises CheckpointError, naming the file, for an impossible one."""
         try:
-            return LlamaConfig(**shape)
+            return DecoderConfig(**shape)
         except AdapterError as error:
             raise self.error(str(error)) from error
 
@@ -85,13 +85,13 @@ class MetaConfig(JsonConfig):
     max_seq_len: PositiveInt = 2048
     """Meta's own files do not state the window; the default is LLaMA 1's."""
 
-    def decoder_config(self, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> LlamaConfig:
+    def decoder_config(self, *, hidden_dim: int, vocab_rows: int, tied_head: bool) -> DecoderConfig:
         """The decoder's shape, completed by what only the tensors tell.
 
         hidden_dim: the feed-forward width; the file has only `multiple_of` and `ffn_dim_multiplier`, from which it was
         once computed. vocab_rows: rows of the embedding. tied_head: whether the checkpoint has no output head.
         """
-        return self.llama_config(
+        return self.decoder_shape(
             dim=self.dim,
             n_layers=self.n_layers,
             n_heads=self.n_heads,
@@ -169,7 +169,7 @@ class HFConfig(JsonConfig):
     rope_theta: PositiveFloat = 10_000.0
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1.0
 
-    def decoder_config(self) -> LlamaConfig:
+    def decoder_config(self) -> DecoderConfig:
         """The decoder's shape. Raises CheckpointError for an impossible one."""
         dim, n_heads = self.hidden_size, self.num_attention_heads
         if self.head_dim is not None and self.head_dim * n_heads != dim:
@@ -177,7 +177,7 @@ class HFConfig(JsonConfig):
                 f"head_dim is {self.head_dim}; it must be hidden_size / num_attention_heads = {dim} / {n_heads}"
             )
         rope = self.rope_parameters or self.rope_scaling or RopeConfig()
-        return self.llama_config(
+        return self.decoder_shape(
             dim=dim,
             n_layers=self.num_hidden_layers,
             n_heads=n_heads,
@@ -199,7 +199,7 @@ class HFIndex(JsonConfig):
     """Key of each tensor → name of its file."""
 
 
-def hf_config(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of `config.json` for a decoder, which transformers 4 and 5 can read."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := config.rope_scaling:

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adapter import record_files
 from adapter.errors import RecordError
-from adapter.record_files import read_rows
+from adapter.records import files as record_files
+from adapter.records.files import read_rows
 
 ROWS = [
     {"instruction": f"do\n{i} [", "input": "x" * (i % 7), "output": f'out {i} "q\\" é }}', "n": i} for i in range(57)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from adapter.base_checkpoint import open_checkpoint
+from adapter.base.checkpoint import open_checkpoint
 from adapter.errors import CheckpointError
-from tests.adapter.test_base_checkpoint import DIM, hf_logits, hf_model, our_logits, write_hf, write_meta
+from tests.adapter.base.test_checkpoint import DIM, hf_logits, hf_model, our_logits, write_hf, write_meta
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Read instruction records, and encode them as token ids and labels.
 
 A record is `{instruction, input?, output, image?}`. Its sequence is BOS + prompt + output + EOS, of which only output
-and EOS are labelled. The image is a path and no part of the sequence. `adapter.record_files` has the files' formats.
+and EOS are labelled. The image is a path and no part of the sequence. `adapter.records.files` has the files' formats.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter.errors import AdapterError, RecordError
-from adapter.record_files import check_text, read_rows
+from adapter.records.files import check_text, read_rows
 from adapter.tokenizer import Tokenizer
 
 _FIELDS = ("instruction", "input", "output", "image")

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapter.base.tensor_files import drop_pages
 from adapter.errors import CheckpointError
-from adapter.tensor_files import drop_pages
 
 
 @dataclass(frozen=True)

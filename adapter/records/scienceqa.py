@@ -18,8 +18,8 @@ from typing import Any
 
 from adapter.errors import AdapterError, RecordError
 from adapter.file_kind import check_content
-from adapter.instruct import PromptTemplate, rejected_record
-from adapter.record_files import check_text
+from adapter.records.files import check_text
+from adapter.records.instruct import PromptTemplate, rejected_record
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter.errors import RecordError
-from adapter.instruct import rejected_record
-from adapter.record_files import check_text, read_rows
+from adapter.records.files import check_text, read_rows
+from adapter.records.instruct import rejected_record
 
 _SYSTEM, _HUMAN, _MODEL = ("system",), ("human", "user"), ("gpt", "assistant")
 _TAG = "<image>"

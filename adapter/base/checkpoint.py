@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from adapter.atomic_file import atomic_path
-from adapter.checkpoint_config import HFConfig, HFIndex, MetaConfig, hf_config
-from adapter.decoder import Llama, LlamaConfig
+from adapter.base.config import HFConfig, HFIndex, MetaConfig, hf_config
+from adapter.base.tensor_files import drop_pages, open_tensors
+from adapter.base.tensor_source import TensorSource
+from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import CheckpointError
-from adapter.tensor_files import drop_pages, open_tensors
-from adapter.tensor_source import TensorSource
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
@@ -52,7 +52,7 @@ class Checkpoint:
     """A checkpoint whose names and shapes were checked against `config`, but whose values were not read yet."""
 
     path: Path
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer_path: Path | None
     """`tokenizer.model` in the folder or, in Meta's layout alone, beside it; None if there is none."""
     _sources: dict[str, TensorSource] = field(repr=False)
@@ -128,10 +128,10 @@ def _find_tokenizer(path: Path) -> Path | None:
     return beside if beside.is_file() and not has_own else None
 
 
-def meta_llama(config: LlamaConfig) -> Llama:
+def meta_decoder(config: DecoderConfig) -> Decoder:
     """The decoder on the meta device: names and shapes without memory."""
     with torch.device("meta"), _SkipInit():
-        return Llama(config)
+        return Decoder(config)
 
 
 class _SkipInit(TorchFunctionMode):
@@ -143,16 +143,16 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_llama(
+def load_decoder(
     path: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Llama:
+) -> Decoder:
     """Load the frozen decoder, tensor by tensor, in `dtype` on `device`.
 
     Host memory peaks at the model and its largest tensor (on a GPU, at the largest tensor). Raises CheckpointError as
     `open_checkpoint` does, and for a weight that is NaN or infinite in `dtype`.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    model = meta_llama(checkpoint.config)
+    model = meta_decoder(checkpoint.config)
     for name, source in checkpoint._sources.items():
         # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
         value = torch.empty(source.shape, dtype=dtype, device=device)
@@ -164,7 +164,7 @@ def load_llama(
     return model.eval()
 
 
-def save_llama(model: Llama, folder: str | Path) -> None:
+def save_decoder(model: Decoder, folder: str | Path) -> None:
     """Write the base, without any adapter, in Hugging Face's format: `config.json` and `model.safetensors`.
 
     Each file appears complete or not at all, the configuration last.
@@ -182,7 +182,7 @@ def save_llama(model: Llama, folder: str | Path) -> None:
         part.write_text(json.dumps(hf_config(model.config, model.norm.weight.dtype), indent=2) + "\n")
 
 
-def _open_meta(path: Path) -> tuple[LlamaConfig, dict[str, TensorSource]]:
+def _open_meta(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
     params = MetaConfig.read(path / "params.json")
     files = sorted(path.glob("consolidated.*.pth"))
     if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
@@ -229,7 +229,7 @@ def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
     return shards
 
 
-def _open_hf(path: Path) -> tuple[LlamaConfig, dict[str, TensorSource]]:
+def _open_hf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
     config = HFConfig.read(path / "config.json").decoder_config()
     files, weight_map = _hf_files(path)
     sources: dict[str, TensorSource] = {}
@@ -264,7 +264,7 @@ def _hf_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _bind(
-    config: LlamaConfig, sources: dict[str, TensorSource], key_of: Callable[[str], str], where: Path
+    config: DecoderConfig, sources: dict[str, TensorSource], key_of: Callable[[str], str], where: Path
 ) -> dict[str, TensorSource]:
     """The source of each of the decoder's parameters.
 
@@ -272,7 +272,7 @@ def _bind(
     """
     if config.n_layers > len(sources):  # checked before that many layers are built
         raise CheckpointError(f"{where}: {len(sources)} tensors cannot be a model of {config.n_layers} layers")
-    expected = {name: tuple(parameter.shape) for name, parameter in meta_llama(config).named_parameters()}
+    expected = {name: tuple(parameter.shape) for name, parameter in meta_decoder(config).named_parameters()}
     keys = {key_of(name): name for name in expected}
     missing, unexpected = [key for key in keys if key not in sources], [key for key in sources if key not in keys]
     if missing or unexpected:

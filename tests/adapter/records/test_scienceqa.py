@@ -5,7 +5,16 @@ import json
 import pytest
 
 from adapter.errors import RecordError
-from adapter.scienceqa import CLASSES, LETTERS, PUBLISHED, TEMPLATE, Problem, read_answer, read_problems, tabulate
+from adapter.records.scienceqa import (
+    CLASSES,
+    LETTERS,
+    PUBLISHED,
+    TEMPLATE,
+    Problem,
+    read_answer,
+    read_problems,
+    tabulate,
+)
 
 
 def problem(**changes) -> Problem:

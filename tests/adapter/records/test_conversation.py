@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from adapter.conversation import read_conversations
 from adapter.errors import RecordError
+from adapter.records.conversation import read_conversations
 
 
 def turns(*said):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from adapter.errors import AdapterError, RecordError
-from adapter.instruct import ALPACA, PromptTemplate, encode_record, read_records
+from adapter.records.instruct import ALPACA, PromptTemplate, encode_record, read_records
 from adapter.tokenizer import Tokenizer
 
 TEMPLATE = PromptTemplate(with_input="do {instruction} with {input} :", without_input="do {instruction} :")

@@ -73,25 +73,27 @@ class Adaption(nn.Module):
         nn.init.normal_(self.prompt, generator=generator)
         nn.init.constant_(self.gate, float(not self.gate.requires_grad))
 
-    def keys_values(self, wk: nn.Linear, wv: nn.Linear, batch: int, images: Images | None) -> list[Tensor]:
+    def keys_values(
+        self, wk: nn.Module, wv: nn.Module, batch: int, images: Images | None, dtype: torch.dtype
+    ) -> list[Tensor]:
         """The prompt's keys and values: each (1, G, K, D) for all rows, or (B, G, K, D) if some rows have an image.
 
-        batch: B. images: the image tokens (n, C) and their rows (n,).
+        batch: B. images: the image tokens (n, C) and their rows (n,). dtype: what the base computes in.
         """
         keys_values = []
         for projection in (wk, wv):
-            projected = self._heads(projection, self.prompt)[None].transpose(1, 2)  # (1, G, K, D)
+            projected = self._heads(projection, self.prompt.to(dtype))[None].transpose(1, 2)  # (1, G, K, D)
             if images is not None:
                 tokens, rows = images
-                image = self._heads(projection, tokens)[:, :, None]  # (n, G, 1, D)
+                image = self._heads(projection, tokens.to(dtype))[:, :, None]  # (n, G, 1, D)
                 image = image.expand(-1, -1, projected.shape[2], -1)
                 projected = projected.expand(batch, -1, -1, -1).index_add(0, rows, image)
             keys_values.append(projected)
         return keys_values
 
-    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         """Project x (n, C) and split it into heads, (n, G, D)."""
-        return projection(x.to(projection.weight.dtype)).unflatten(-1, (-1, self.head_dim))
+        return projection(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(
         self,
@@ -99,7 +101,7 @@ class Adaption(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        projections: tuple[nn.Linear, nn.Linear],
+        projections: tuple[nn.Module, nn.Module],
         cached: list[Tensor] | None = None,
         images: Images | None = None,
     ) -> Tensor:
@@ -110,7 +112,7 @@ class Adaption(nn.Module):
         that generation passes, because the prompt's keys and values are the same at every step: empty at first, filled
         here, read from then on.
         """
-        keys, values = cached or self.keys_values(*projections, len(q), images)
+        keys, values = cached or self.keys_values(*projections, len(q), images, q.dtype)
         if cached is not None and not cached:
             cached.extend((keys, values))
         keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in (keys, values))

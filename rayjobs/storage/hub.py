@@ -1,0 +1,187 @@
+"""Models and data sets on the Hugging Face hub: hf://org/name, hf://org/name@revision, hf://datasets/org/name.
+
+`huggingface_hub` does the work, with its cache and its environment variables: HF_HOME, HF_TOKEN, HF_ENDPOINT,
+HF_HUB_OFFLINE. Only files are fetched: no code of a repository is run. Where the hub cannot be reached, what its cache
+holds is used.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from rayjobs.errors import ConfigError, StorageError, UserError
+
+RepoType = Literal["model", "dataset"]
+
+HUB = "hf://"
+
+_NAME = r"[A-Za-z0-9][\w.\-]*"
+_REVISION = r"(?:refs/\w+/[\w.\-]+|[\w.\-]+)"
+_PATH = re.compile(
+    rf"{HUB}(?P<type>datasets/)?(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?(?:/(?P<file>.+))?"
+)
+_BARE_ID = re.compile(rf"{_NAME}/{_NAME}(?:@{_REVISION})?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubPath:
+    """A repository on the hub, or a file or folder in it."""
+
+    repo_id: str
+    """Its id, `org/name`."""
+    repo_type: RepoType = "model"
+    revision: str | None = None
+    """Branch, tag or commit; None for the main branch."""
+    file: str = ""
+    """Path in the repository; empty for the whole of it."""
+
+    @classmethod
+    def parse(cls, path: str | Path) -> "HubPath":
+        """The parts of an `hf://` path. Raises ConfigError for one that is malformed."""
+        match = _PATH.fullmatch(str(path).rstrip("/"))
+        if match is None:
+            raise ConfigError(
+                f"{path}: a path on the hub is {HUB}org/name, {HUB}org/name@revision, {HUB}org/name/file or "
+                f"{HUB}datasets/org/name"
+            )
+        kind: RepoType = "dataset" if match["type"] else "model"
+        return cls(match["repo"], kind, match["revision"], match["file"] or "")
+
+    @property
+    def pinned(self) -> bool:
+        """True if the revision is a commit, whose files never change."""
+        return bool(self.revision and _COMMIT.fullmatch(self.revision))
+
+    def __str__(self) -> str:
+        kind = "datasets/" if self.repo_type == "dataset" else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{HUB}{kind}{self.repo_id}{revision}" + (f"/{self.file}" if self.file else "")
+
+
+def is_hub_path(path: str | Path) -> bool:
+    return str(path).startswith(HUB)
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether text has the form of a hub id, `org/name` or `org/name@revision`."""
+    return bool(_BARE_ID.fullmatch(text))
+
+
+def pin(path: str) -> str:
+    """An `hf://` path with its revision replaced by the commit that it names at present; any other path as it is.
+
+    So all processes of a run read the same files. Where the hub cannot be reached, the commit is the cache's. Raises
+    StorageError.
+    """
+    if not is_hub_path(path) or (hub := HubPath.parse(path)).pinned:
+        return path
+    return str(replace(hub, revision=_commit(hub)))
+
+
+def hub_snapshot(
+    repo_id: str,
+    *,
+    repo_type: RepoType = "model",
+    revision: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
+) -> Path:
+    """The folder in the hub's cache with a repository's files, fetched unless they are there.
+
+    allow_patterns: shell patterns of the files to fetch; None for all.
+
+    Raises StorageError, in one line with the way out, if there is no such repository or revision, if it may not be
+    read, or if the hub cannot be reached and the cache does not hold the files.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(HubPath(repo_id, repo_type, revision)):
+        patterns = None if allow_patterns is None else list(allow_patterns)
+        return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+
+
+def hub_copy(hub: HubPath) -> Path:
+    """The local copy of a file or folder of a repository, or of all of it, in the hub's cache.
+
+    Raises StorageError as `hub_snapshot` does, and FileNotFoundError if the repository has no such file.
+    """
+    name = glob.escape(hub.file)
+    patterns = [name, f"{name}/*"] if hub.file else None
+    folder = hub_snapshot(hub.repo_id, repo_type=hub.repo_type, revision=hub.revision, allow_patterns=patterns)
+    copy = folder / hub.file
+    if not copy.exists():
+        raise FileNotFoundError(f"{hub}: the repository has no such file")
+    return copy
+
+
+def _commit(hub: HubPath) -> str:
+    """The commit of a repository's revision; the one in the cache if the hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    with hub_errors(hub):
+        try:
+            return str(HfApi().repo_info(hub.repo_id, repo_type=hub.repo_type, revision=hub.revision).sha)
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise
+            reason: Exception = error
+        except Exception as error:  # each release has another library for HTTP, with errors of its own
+            reason = error
+        try:
+            folder = snapshot_download(
+                hub.repo_id, repo_type=hub.repo_type, revision=hub.revision, allow_patterns=[], local_files_only=True
+            )
+        except LocalEntryNotFoundError:
+            raise reason from None
+        return Path(folder).name
+
+
+@contextmanager
+def hub_errors(hub: HubPath) -> Iterator[None]:
+    """Turn the errors of `huggingface_hub` into StorageErrors of one line, which name the path and the way out."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise StorageError(f"{hub}: {_explain(hub, error)}") from error
+    except Exception as error:
+        raise StorageError(f"{hub}: {_explain(hub, error)}") from error
+
+
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def _explain(hub: HubPath, error: Exception) -> str:
+    """What is wrong, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    kind = "data set" if hub.repo_type == "dataset" else "model"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    reason = " ".join(str(error).split()) or type(error).__name__
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{'datasets/' if hub.repo_type == 'dataset' else ''}{hub.repo_id}"
+            return f"the {kind} is gated: accept its terms at {page}, then {_LOGIN}"
+        case errors.RepositoryNotFoundError():
+            return (
+                f"the hub, {constants.ENDPOINT}, has no such {kind}, or it is private: check the spelling, of a local "
+                f"path too; for a private one, {_LOGIN}"
+            )
+        case errors.RevisionNotFoundError():
+            return f"the {kind} has no revision {hub.revision}: give a branch, a tag or a commit"
+        case errors.HFValidationError():
+            return reason
+        case _ if status == 401:
+            return f"the hub, {constants.ENDPOINT}, refuses the token: {_LOGIN}"
+        case _ if status == 403:
+            return f"the token may not do this: {_LOGIN} of an account that may"
+    held = f"{constants.HF_HUB_CACHE} holds no complete copy"
+    if constants.HF_HUB_OFFLINE:
+        return f"{held}, and HF_HUB_OFFLINE forbids to fetch it: unset it, or name a local folder"
+    return f"the hub, {constants.ENDPOINT}, cannot be reached, and {held} ({reason:.200}): try again, or name a local folder"

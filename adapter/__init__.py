@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from adapter.image_projection import ImageProjectionConfig
     from adapter.model import AdaptedModel
     from adapter.records.instruct import PromptTemplate
-    from adapter.tokenizer import Tokenizer
+    from adapter.tokenizers.base import Tokenizer
+    from adapter.tokenizers.load import load_tokenizer
 
 _MODULE_OF = {
     "AdaptedModel": "model",
@@ -43,12 +44,13 @@ _MODULE_OF = {
     "DecoderConfig": "decoder",
     "PromptTemplate": "records.instruct",
     "RecordError": "errors",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "tokenizers.base",
     "TokenizerError": "errors",
     "apply_adapter": "adapter_file",
     "export_v1": "adapter_formats",
     "extract_adapter": "adapter_file",
     "load_decoder": "base.checkpoint",
+    "load_tokenizer": "tokenizers.load",
     "open_checkpoint": "base.checkpoint",
     "read_adapter": "adapter_formats",
     "save_decoder": "base.checkpoint",

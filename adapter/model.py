@@ -24,7 +24,8 @@ from adapter.errors import AdapterError
 from adapter.generate import GenerationConfig, check_image_count, generate
 from adapter.image_projection import Images
 from adapter.records.instruct import ALPACA, Example, PromptTemplate
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 
 
 class AdaptedModel:
@@ -59,7 +60,7 @@ class AdaptedModel:
         not fit together; and CheckpointError for a weight that is NaN or infinite.
         """
         checkpoint = open_checkpoint(path)
-        pieces = Tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
+        pieces = load_tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
         pieces.check_fits(checkpoint.config.vocab_size)
         model = load_decoder(checkpoint, dtype=dtype, device=device)
         return cls(model, pieces, fingerprint=checkpoint.fingerprint())

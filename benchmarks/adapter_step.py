@@ -36,7 +36,7 @@ from adapter.adaption import AdaptionConfig
 from adapter.batching import collate, micro_batches
 from adapter.decoder import Decoder, DecoderConfig
 from adapter.records.instruct import Example, encode_record, read_records
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 
 BASE = DecoderConfig(
     dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32_000, max_seq_len=512, norm_eps=1e-6
@@ -229,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def load_batches(data: str, tokenizer_path: str, batch_size: int, count: int) -> list[Batch]:
     """`count` batches of records in random order, encoded."""
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.check_fits(BASE.vocab_size)
     records = list(read_records(data))
     random.Random(0).shuffle(records)

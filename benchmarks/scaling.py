@@ -45,7 +45,7 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 from adapter.records.instruct import encode_record, read_records
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
@@ -211,7 +211,7 @@ def step_time(
 
 def batches(data: str, tokenizer: str, size: int, count: int) -> tuple[list[list[int]], float]:
     """Return the record lengths of the first global batches, and the fraction of their tokens that is labelled."""
-    encoder, examples = Tokenizer(tokenizer), []
+    encoder, examples = load_tokenizer(tokenizer), []
     for record in read_records(data):
         examples.append(encode_record(record, encoder))
         if len(examples) == size * count:

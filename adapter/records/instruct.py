@@ -13,7 +13,7 @@ from typing import Any
 
 from adapter.errors import AdapterError, RecordError
 from adapter.records.files import check_text, read_rows
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
 
 _FIELDS = ("instruction", "input", "output", "image")
 

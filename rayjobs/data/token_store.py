@@ -18,7 +18,8 @@ import pyarrow as pa
 import ray.data
 
 from adapter.records.instruct import encode_record
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.console import Progress
@@ -284,4 +285,4 @@ def _is_held_out(record: dict[str, str], fraction: float) -> bool:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(cached_path(path))
+    return load_tokenizer(cached_path(path))

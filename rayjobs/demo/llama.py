@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, DecoderConfig, RMSNorm
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.config import config
 from rayjobs.demo import notes, questions
 from rayjobs.demo.optim import train_steps
@@ -70,7 +71,7 @@ def train_llama(settings: TinyLlamaConfig, folder: Path, device: str) -> Iterato
     lines = [" ".join(part for part, _ in document) for document in documents[::8]]
     symbols = TEXTS[settings.reads][1]
     (folder / "tokenizer.model").write_bytes(notes.train_tokenizer(lines, settings.vocab_size, symbols))
-    tokenizer = Tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     model = _untrained(settings, tokenizer.vocab_size).to(device)
 
     def loss_of_step(step: int) -> Tensor:

@@ -8,7 +8,7 @@ from adapter.adapter_formats import read_adapter
 from adapter.base.checkpoint import Checkpoint
 from adapter.errors import CheckpointError
 from adapter.model import AdaptedModel
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
@@ -54,7 +54,7 @@ class AdapterSourceConfig:
                     read_adapter(cached_path(self.adapter)),
                     checkpoint.config,
                     fingerprint=checkpoint.fingerprint(),
-                    tokenizer_sha256=Tokenizer(cached_path(tokenizer)).sha256,
+                    tokenizer_sha256=load_tokenizer(cached_path(tokenizer)).sha256,
                     encoder=_identity(conditioning),
                 )
             except CheckpointError as error:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from adapter.records.files import read_rows
 from adapter.records.instruct import PromptTemplate, read_records
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
 from rayjobs.inference.batch import Record
 from rayjobs.storage.files import write_parquet, write_text
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from adapter.errors import AdapterError
 from adapter.records.files import check_text
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
@@ -125,7 +125,7 @@ def check(settings: Config) -> Checked:
     _check_settings(settings)
     one = settings.file is None
     checkpoint, tokenizer, conditioning = settings.open(needs_encoder=not one)
-    template, pieces = prompt_template(settings.template), Tokenizer(cached_path(tokenizer))
+    template, pieces = prompt_template(settings.template), load_tokenizer(cached_path(tokenizer))
     window = checkpoint.config.max_seq_len
 
     def find_error(instruction: str, input: str) -> str:

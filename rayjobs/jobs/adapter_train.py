@@ -19,7 +19,7 @@ from adapter.adapter_file import AdapterFile, extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import Checkpoint, meta_decoder
 from adapter.image_projection import ImageProjectionConfig
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_result, show_table
@@ -294,7 +294,7 @@ def adapter_file(
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
-    sha256 = Tokenizer(cached_path(tokenizer)).sha256
+    sha256 = load_tokenizer(cached_path(tokenizer)).sha256
     return extract_adapter(model, base_fingerprint=checkpoint.fingerprint(), tokenizer_sha256=sha256)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from adapter.base.checkpoint import Checkpoint, open_checkpoint
 from adapter.model import AdaptedModel
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.config import config
 from rayjobs.errors import ConfigError
 from rayjobs.storage.download import cached_path
@@ -38,13 +38,13 @@ class BaseModelConfig:
         path = resolve_path(self.tokenizer) if self.tokenizer else checkpoint.tokenizer_path
         if path is None:
             if (checkpoint.path / "tokenizer.json").is_file():
-                Tokenizer(checkpoint.path)  # raises the error that says why this one cannot be used
+                load_tokenizer(checkpoint.path)  # raises the error that says why this one cannot be used
             raise ConfigError(f"{self.path}: no tokenizer.model in the folder; set base.tokenizer")
         if path.is_dir():
             path = path / "tokenizer.model"
         if is_url(self.path) and not self.tokenizer:
             path = resolve_path(self.path) / path.name  # the URL, because each machine has its own copy
-        Tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)
+        load_tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)
         return checkpoint, resolve_path(path)
 
     def load(self, adapter: str | None, device: str, *, encoder: str | None = None) -> AdaptedModel:

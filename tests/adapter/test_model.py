@@ -17,12 +17,13 @@ from adapter import (
     PromptTemplate,
     Tokenizer,
     TokenizerError,
+    load_tokenizer,
 )
 from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, DecoderConfig, RMSNorm
 from adapter.generate import generate
 from adapter.records.instruct import ALPACA, encode_record
-from tests.adapter.test_tokenizer import train_model
+from tests.adapter.tokenizers.test_sentence_piece import train_model
 
 SIZES = {
     "dim": 24, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 37, "max_seq_len": 32, "vocab_size": 67,
@@ -121,7 +122,7 @@ TALES = ["the cat", "she sells ", "a dog\n", "漢 🙂", "the\ncat  sat", ""]
 def llamas_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer that keeps every character, as LLaMA's does: bytes spell what has no piece."""
     options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    return Tokenizer(train_model(path, byte_fallback=True, vocab_size=331, **options))
+    return load_tokenizer(train_model(path, byte_fallback=True, vocab_size=331, **options))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -148,7 +149,7 @@ def test_a_continuation_is_exact_wherever_the_prompt_ends(tmp_path: Path, whole:
 
 
 def test_a_new_word_begins_with_its_space(folder: Path) -> None:
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     (prompt, new) = (tokenizer.encode(text, bos=False, eos=False) for text in ("the cat", "sat on"))
     assert tokenizer.decode([*prompt, *new]) == "the cat sat on"
     assert tokenizer.continuation(prompt, new) == " sat on"

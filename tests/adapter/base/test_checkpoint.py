@@ -18,7 +18,7 @@ from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
 from adapter.decoder import Decoder, DecoderConfig
 from adapter.errors import CheckpointError
 from adapter.rope import RopeScaling
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS = 31, 24, 4, 2, 34, 3
 IDS = torch.tensor([[1, 7, 30, 2, 19, 11, 4, 23, 8, 5, 13]])
@@ -347,7 +347,7 @@ def text_loss(model: Decoder, ids: Tensor) -> float:
 def test_a_trained_checkpoint_predicts_the_text_it_was_trained_on(trained_llama: Path) -> None:
     checkpoint = open_checkpoint(trained_llama)
     assert checkpoint.tokenizer_path is not None
-    tokenizer = Tokenizer(checkpoint.tokenizer_path)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     tokenizer.check_fits(checkpoint.config.vocab_size)
     text = "The red cat sat on the hill. The old dog ran over the mat. The shy bird slept under the house."
     ids = torch.tensor([tokenizer.encode(text, bos=True, eos=False)])

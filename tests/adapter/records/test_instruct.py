@@ -11,14 +11,15 @@ import pytest
 
 from adapter.errors import AdapterError, RecordError
 from adapter.records.instruct import ALPACA, PromptTemplate, encode_record, read_records
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 
 TEMPLATE = PromptTemplate(with_input="do {instruction} with {input} :", without_input="do {instruction} :")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base: Path) -> Tokenizer:
-    return Tokenizer(tiny_base)
+    return load_tokenizer(tiny_base)
 
 
 def record(output: str, input: str = "", instruction: str = "cat") -> dict[str, str]:

@@ -39,7 +39,7 @@ def test_a_tokenizer_may_be_named_by_file_or_folder(base: Path, named: str) -> N
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(base: Path, trained_llama: Path) -> None:
     larger = str(trained_llama / "tokenizer.model")
-    with pytest.raises(TokenizerError, match=r"pieces, the base's vocabulary only 97"):
+    with pytest.raises(TokenizerError, match=r"tokens, the base's vocabulary only 97"):
         BaseModelConfig(path=str(base), tokenizer=larger).open()
-    with pytest.raises(TokenizerError, match=r"has only 97 pieces, the base's vocabulary 512: more than padding"):
+    with pytest.raises(TokenizerError, match=r"has only 97 tokens, the base's vocabulary 512: more than padding"):
         BaseModelConfig(path=str(trained_llama), tokenizer=str(base.parent)).open()

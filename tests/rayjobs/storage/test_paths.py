@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import s3fs
 
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.__main__ import main
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
@@ -110,7 +110,7 @@ def test_a_base_and_records_are_read_from_a_url(bucket: str, tiny_base: Path, re
     upload(records.parent, f"{bucket}/data")
     checkpoint, tokenizer = BaseModelConfig(path=f"{bucket}/base").open()
     assert str(tokenizer) == f"{bucket}/base/tokenizer.model"
-    assert Tokenizer(cached_path(tokenizer)).sha256 == Tokenizer(tiny_base / "tokenizer.model").sha256
+    assert load_tokenizer(cached_path(tokenizer)).sha256 == load_tokenizer(tiny_base / "tokenizer.model").sha256
     assert checkpoint.config.n_layers == 3
     (there,) = RecordsConfig(path=[f"{bucket}/data/records.jsonl"]).sources()
     (here,) = RecordsConfig(path=[str(records)]).sources()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adapter.adapter_formats import read_adapter
 from adapter.records.instruct import encode_record
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl
 from tests.conftest import ROOT
@@ -169,7 +169,7 @@ def test_after_a_loss_that_was_not_finite_a_lower_rate_goes_on_from_the_last_che
     """One token of one record has weights too large to compute with, so the run stops at this record at any rate."""
     base, lines = tmp_path / "base", records.read_text().splitlines()
     shutil.copytree(tiny_base, base)
-    tokenizer = Tokenizer(base / "tokenizer.model")
+    tokenizer = load_tokenizer(base / "tokenizer.model")
     examples = [encode_record({"image": "", **json.loads(line)}, tokenizer, max_length=200) for line in lines]
     ids = [set(example.ids) for example in examples]
     token = min(set.union(*ids), key=lambda id: sum(id in some for some in ids))

@@ -8,7 +8,8 @@ import sentencepiece
 
 from adapter.errors import TokenizerError
 from adapter.loss import IGNORE
-from adapter.tokenizer import Tokenizer
+from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.load import load_tokenizer
 
 LINES = ["the cat sat on the mat", "a dog ran after the cat", "she sells sea shells"] * 5
 
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_round_trip_and_control_pieces(model: Path) -> None:
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     bare = tokenizer.encode("the dog sat", bos=False, eos=False)
     assert tokenizer.encode("the dog sat", bos=True, eos=True) == [tokenizer.bos_id, *bare, tokenizer.eos_id]
     assert tokenizer.decode([tokenizer.bos_id, *bare, tokenizer.eos_id]) == "the dog sat"
@@ -37,7 +38,7 @@ def test_round_trip_and_control_pieces(model: Path) -> None:
 
 
 def test_pad_ignore_and_unk_differ(model: Path) -> None:
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     ids = tokenizer.encode("the Ω", bos=False, eos=False)
     assert tokenizer.unk_id in ids
     assert tokenizer.pad_id != tokenizer.unk_id
@@ -46,12 +47,12 @@ def test_pad_ignore_and_unk_differ(model: Path) -> None:
 
 
 def test_own_pad_piece_is_used(tmp_path: Path) -> None:
-    assert Tokenizer(train_model(tmp_path / "padded.model", pad_id=3)).pad_id == 3
+    assert load_tokenizer(train_model(tmp_path / "padded.model", pad_id=3)).pad_id == 3
 
 
 def test_pickles_without_its_file(tmp_path: Path) -> None:
     path = train_model(tmp_path / "tokenizer.model")
-    tokenizer = Tokenizer(tmp_path)  # the folder will do
+    tokenizer = load_tokenizer(tmp_path)  # the folder will do
     data = pickle.dumps(tokenizer)
     path.unlink()
     again = pickle.loads(data)
@@ -60,9 +61,9 @@ def test_pickles_without_its_file(tmp_path: Path) -> None:
 
 
 def test_fits(model: Path) -> None:
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     tokenizer.check_fits(tokenizer.vocab_size)
-    with pytest.raises(TokenizerError, match=rf"{tokenizer.vocab_size} pieces.*only {tokenizer.vocab_size - 1}"):
+    with pytest.raises(TokenizerError, match=rf"{tokenizer.vocab_size} tokens.*only {tokenizer.vocab_size - 1}"):
         tokenizer.check_fits(tokenizer.vocab_size - 1)
 
 
@@ -87,23 +88,23 @@ def test_fits(model: Path) -> None:
 def test_a_base_has_as_many_rows_as_pieces_and_padding(
     model: Path, monkeypatch: pytest.MonkeyPatch, pieces: int, rows: int, fits: bool
 ) -> None:
-    tokenizer = Tokenizer(model)
-    monkeypatch.setattr(Tokenizer, "vocab_size", pieces)
+    tokenizer = load_tokenizer(model)
+    monkeypatch.setattr(type(tokenizer), "vocab_size", pieces)
     if fits:
         tokenizer.check_fits(rows)
     else:
-        with pytest.raises(TokenizerError, match=rf"{pieces} pieces.*{rows}.*use the tokenizer\.model that came with"):
+        with pytest.raises(TokenizerError, match=rf"{pieces} tokens.*{rows}.*use the tokenizer that came with"):
             tokenizer.check_fits(rows)
 
 
 @pytest.mark.parametrize("bad", [-1, IGNORE])
 def test_decode_refuses_what_is_no_id(model: Path, bad: int) -> None:
     with pytest.raises(TokenizerError, match=f"{bad} is no id"):
-        Tokenizer(model).decode([5, bad])
+        load_tokenizer(model).decode([5, bad])
 
 
 def test_rows_past_the_pieces_have_no_text(model: Path) -> None:
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     ids = tokenizer.encode("the cat", bos=True, eos=False)
     assert tokenizer.decode([tokenizer.vocab_size, *ids, tokenizer.vocab_size + 5]) == "the cat"
     assert tokenizer.decode([]) == ""
@@ -111,32 +112,41 @@ def test_rows_past_the_pieces_have_no_text(model: Path) -> None:
 
 def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.model: no tokenizer"):
-        Tokenizer(tmp_path / "absent.model")
+        load_tokenizer(tmp_path / "absent.model")
     for name, content in (("junk.model", b"{}" * 50), ("cut.model", model.read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenizerError, match=f"{name}: not a SentencePiece model"):
-            Tokenizer(tmp_path / name)
+            load_tokenizer(tmp_path / name)
     (tmp_path / "empty.model").touch()
     with pytest.raises(TokenizerError, match=r"empty\.model: the file is empty"):
-        Tokenizer(tmp_path / "empty.model")
+        load_tokenizer(tmp_path / "empty.model")
     (tmp_path / "tokenizer.json").write_text("{}")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*needs the SentencePiece tokenizer\.model that"):
-            Tokenizer(path)
+            load_tokenizer(path)
     (tmp_path / "llama3.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     with pytest.raises(TokenizerError, match=r"llama3\.model: Llama 3's tokenizer, in tiktoken's format"):
-        Tokenizer(tmp_path / "llama3.model")
+        load_tokenizer(tmp_path / "llama3.model")
     (tmp_path / "lfs.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
     with pytest.raises(TokenizerError, match=r"lfs\.model: a Git LFS pointer instead of the file; run `git lfs pull`"):
-        Tokenizer(tmp_path / "lfs.model")
-    train_model(tmp_path / "no_bos.model", bos_id=-1)
-    with pytest.raises(TokenizerError, match="no BOS"):
-        Tokenizer(tmp_path / "no_bos.model")
+        load_tokenizer(tmp_path / "lfs.model")
+
+
+def test_a_model_without_bos_adds_none_and_one_without_eos_says_so_where_it_is_needed(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_model(tmp_path / "no_bos.model", bos_id=-1))
+    assert tokenizer.bos_id is None
+    assert tokenizer.encode("the cat", bos=True, eos=False) == tokenizer.encode("the cat", bos=False, eos=False)
+    tokenizer = load_tokenizer(train_model(tmp_path / "no_eos.model", eos_id=-1))
+    assert tokenizer.eos_ids == frozenset()
+    assert tokenizer.encode("the cat", bos=True, eos=False)[0] == tokenizer.bos_id
+    assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
+    with pytest.raises(TokenizerError, match=r"no_eos\.model: defines no EOS token"):
+        tokenizer.encode("the cat", bos=True, eos=True)
 
 
 @pytest.mark.slow
 def test_a_real_tokenizer_of_llamas_kind(mistral_tokenizer: Path) -> None:
-    tokenizer = Tokenizer(mistral_tokenizer)
+    tokenizer = load_tokenizer(mistral_tokenizer)
     assert (tokenizer.vocab_size, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 0, 1, 2)
     assert tokenizer.pad_id == tokenizer.eos_id
     check_byte_fallback(tokenizer)
@@ -145,7 +155,7 @@ def test_a_real_tokenizer_of_llamas_kind(mistral_tokenizer: Path) -> None:
 
 def test_byte_fallback_spells_what_has_no_piece(tmp_path: Path) -> None:
     path = train_model(tmp_path / "tokenizer.model", byte_fallback=True, vocab_size=331)
-    check_byte_fallback(Tokenizer(path))
+    check_byte_fallback(load_tokenizer(path))
 
 
 def check_byte_fallback(tokenizer: Tokenizer) -> None:

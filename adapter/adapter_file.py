@@ -154,25 +154,32 @@ def check_adapter_fits(
 
     config: the shape of the base. Identities as in `apply_adapter`.
     """
-    _check_base_shape(file, config)
-    _check_identities(file, fingerprint, tokenizer_sha256, encoder)
+    check_shape(file, _base_shape(config))
+    check_identities(file, fingerprint, tokenizer_sha256, encoder)
 
 
-def _check_base_shape(file: AdapterFile, config: DecoderConfig) -> None:
+def check_shape(file: AdapterFile, actual: Mapping[str, int]) -> None:
+    """Raise CheckpointError if the adapter was made for a base of another shape than `actual`.
+
+    actual: the keys of `AdapterFile.base_shape`, all of them.
+    """
     n_layers, _, dim = file.prompt.shape
-    actual = _base_shape(config)
     expected = {"dim": dim, **file.base_shape}
     if file.gate.shape[1] != 1:
         expected["n_heads"] = file.gate.shape[1]
     if wrong := [f"{k} {value}, this base has {actual[k]}" for k, value in expected.items() if actual[k] != value]:
         raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
-    if n_layers > config.n_layers:
-        raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {config.n_layers}")
+    if n_layers > actual["n_layers"]:
+        raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {actual['n_layers']}")
 
 
-def _check_identities(
-    file: AdapterFile, fingerprint: str | None, tokenizer_sha256: str | None, encoder: str | None
+def check_identities(
+    file: AdapterFile, fingerprint: str | None, tokenizer_sha256: str | None, encoder: str | None = None
 ) -> None:
+    """Raise CheckpointError if the adapter was made for a base, tokenizer or image encoder of another identity.
+
+    Identities as in `apply_adapter`.
+    """
     if encoder and file.vision is None:
         raise CheckpointError("the adapter was made for text alone and cannot read images: leave out the image encoder")
     for subject, expected, actual in (

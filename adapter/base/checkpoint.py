@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from adapter.atomic_file import atomic_path
 from adapter.base.config import HFConfig, HFIndex, MetaConfig, hf_config
+from adapter.base.quantization import Precision, Quantization, precision_of, reading_dtype, set_weight
 from adapter.base.tensor_files import drop_pages, open_tensors
 from adapter.base.tensor_source import TensorSource
 from adapter.decoder import Decoder, DecoderConfig
-from adapter.errors import CheckpointError
+from adapter.errors import AdapterError, CheckpointError
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
@@ -144,22 +146,30 @@ class _SkipInit(TorchFunctionMode):
 
 
 def load_decoder(
-    path: str | Path | Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path | Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
     """Load the frozen decoder, tensor by tensor, in `dtype` on `device`.
 
-    Host memory peaks at the model and its largest tensor (on a GPU, at the largest tensor). Raises CheckpointError as
-    `open_checkpoint` does, and for a weight that is NaN or infinite in `dtype`.
+    quantization: hold the linear layers of the blocks in 8 or 4 bits (see `adapter.base.quantization`); the decoder
+    then still computes in `dtype`.
+
+    Host memory peaks at the model and its largest tensor (on a GPU, at the largest tensor); quantizing takes a few
+    copies of one tensor more. Raises CheckpointError as `open_checkpoint` does, and for a weight that is NaN or
+    infinite in the dtype that it is read in; AdapterError if the library that quantizes is missing.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    model = meta_decoder(checkpoint.config)
+    model, precision = meta_decoder(checkpoint.config), Precision(dtype, quantization)
     for name, source in checkpoint._sources.items():
         # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
-        value = torch.empty(source.shape, dtype=dtype, device=device)
+        value = torch.empty(source.shape, dtype=reading_dtype(model, name, precision), device=device)
         source.copy_to(value)
         source.check_finite(value, name)
-        module, _, parameter = name.rpartition(".")
-        setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
+        set_weight(model, name, value, precision)
+        del value  # what was quantized goes before the next is read
     model.tie()
     return model.eval()
 
@@ -167,8 +177,10 @@ def load_decoder(
 def save_decoder(model: Decoder, folder: str | Path) -> None:
     """Write the base, without any adapter, in Hugging Face's format: `config.json` and `model.safetensors`.
 
-    Each file appears complete or not at all, the configuration last.
+    Each file appears complete or not at all, the configuration last. Raises AdapterError for a quantized base.
     """
+    if (precision := precision_of(model)) in get_args(Quantization):
+        raise AdapterError(f"the base is held in {precision}, which is no format of files: save one loaded in fp32")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -9,7 +9,7 @@ B rows still running, V vocabulary, C width, F features of an image.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,17 +48,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    eos_id: int,
+    eos_ids: Collection[int],
     images: Sequence[Tensor | None] | None = None,
     **overrides: Any,
 ) -> list[list[int]]:
     """Generate the ids that follow each prompt of ids, without EOS.
 
+    eos_ids: the ids that end an answer, any of them; a chat model has one for its turns and one for texts.
     config: sampling settings; the defaults if None. overrides: single fields of it, such as `max_new_tokens=64`.
     images: each prompt's image features (F,), or None where the prompt has no image.
 
-    A row ends at EOS, after `max_new_tokens`, or when prompt and answer fill the window (`max_seq_len` of the model). A
-    prompt that fills the window alone gets an empty answer.
+    A row ends at an EOS, after `max_new_tokens`, or when prompt and answer fill the window (`max_seq_len` of the
+    model). A prompt that fills the window alone gets an empty answer.
 
     With a seed, a row's random numbers depend on the seed, on its own prompt, and on how many equal prompts precede it,
     but not on the rest of the batch. (Matrix products round differently at different batch sizes, so where two tokens
@@ -90,7 +91,7 @@ def generate(
         unfinished = []  # places within the batch
         for place, token in enumerate(chosen.tolist()):
             answer = answers[running[place]]
-            if token != eos_id:
+            if token not in eos_ids:
                 answer.append(token)
                 if len(answer) < limits[running[place]]:
                     unfinished.append(place)

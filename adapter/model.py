@@ -173,7 +173,7 @@ class AdaptedModel:
         **overrides: Any,
     ) -> list[str]:
         """Continue prompts that are token ids already, BOS included; otherwise as `generate`."""
-        new_ids = generate(self.model, prompts, config, eos_id=self.tokenizer.eos_id, images=images, **overrides)
+        new_ids = generate(self.model, prompts, config, eos_ids=self.tokenizer.eos_ids, images=images, **overrides)
         return [self.tokenizer.continuation(prompt, new) for prompt, new in zip(prompts, new_ids, strict=True)]
 
     @torch.no_grad()

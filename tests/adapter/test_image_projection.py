@@ -130,18 +130,18 @@ def test_generation_keeps_every_rows_image(gate):
     model = llama(GQA, config(gate=gate))
     prompts, images = [[1, 5, 9, 2], [1, 7], [1, 3, 8]], [features(2)[0], None, features(2)[1]]
     alone = [
-        generate(model, [prompt], eos_id=-1, images=[image], max_new_tokens=9, temperature=0)[0]
+        generate(model, [prompt], eos_ids=(), images=[image], max_new_tokens=9, temperature=0)[0]
         for prompt, image in zip(prompts, images, strict=True)
     ]
     eos = alone[0][2]
     expected = [row[: row.index(eos)] if eos in row else row for row in alone]
-    assert generate(model, prompts, eos_id=eos, images=images, max_new_tokens=9, temperature=0) == expected
+    assert generate(model, prompts, eos_ids={eos}, images=images, max_new_tokens=9, temperature=0) == expected
     longer = [*prompts[2]]
     for token in alone[2]:
         with torch.no_grad():
             assert model(torch.tensor([longer]), images=model.batch_images(images[2:]))[0, -1].argmax() == token
         longer.append(token)
-    assert alone != [generate(model, [p], eos_id=-1, max_new_tokens=9, temperature=0)[0] for p in prompts]
+    assert alone != [generate(model, [p], eos_ids=(), max_new_tokens=9, temperature=0)[0] for p in prompts]
 
 
 def test_images_that_cannot_be_read_are_refused():

@@ -132,7 +132,7 @@ def test_prompt_and_new_text_join_to_the_text_of_all_tokens(tmp_path: Path, seed
     model = AdaptedModel(fresh(**{**SIZES, "vocab_size": tokenizer.vocab_size}), tokenizer)
     options = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 1.0, "seed": seed}
     prompts = [tokenizer.encode(tale, bos=True, eos=False) for tale in TALES]
-    new = generate(model.model, prompts, eos_id=tokenizer.eos_id, **options)
+    new = generate(model.model, prompts, eos_ids=tokenizer.eos_ids, **options)
     texts = model.generate(TALES, **options)
     for tale, prompt, ids, text in zip(TALES, prompts, new, texts, strict=True):
         assert tale + text == tokenizer.decode([*prompt, *ids])

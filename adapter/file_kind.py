@@ -7,10 +7,10 @@ from adapter.errors import AdapterError
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def check_content(path: Path, error: type[AdapterError]) -> None:
+def check_content(path: Path, error: type[AdapterError], *, gzip: bool = False) -> None:
     """Raise `error`, naming the file, for a Git LFS pointer, an HTML page or a gzip archive where data should be.
 
-    A file that cannot be opened is left to the reader that wanted it.
+    A file that cannot be opened is left to the reader that wanted it. gzip: a gzip archive is right.
     """
     try:
         with path.open("rb") as file:
@@ -23,5 +23,5 @@ def check_content(path: Path, error: type[AdapterError]) -> None:
         )
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise error(f"{path}: an HTML page, perhaps of a login or an error; download the file itself")
-    if head.startswith(b"\x1f\x8b"):
+    if head.startswith(b"\x1f\x8b") and not gzip:
         raise error(f"{path}: compressed by gzip; unpack it first")

@@ -1,0 +1,67 @@
+"""Read the rows of Parquet and Arrow files one by one, in bounded memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from adapter.errors import RecordError
+from adapter.records.row import Row
+
+_ROWS_PER_BATCH = 256
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Read the rows of a Parquet file. Raises RecordError, naming the file and the place, where it is damaged."""
+    yield from _rows(path, "Parquet", _parquet_batches(path))
+
+
+def read_arrow(path: Path) -> Iterator[Row]:
+    """Read the rows of an Arrow stream, as a data set saved by `datasets` holds them, or of an Arrow file.
+
+    Raises RecordError, naming the file and the place, where it is damaged.
+    """
+    yield from _rows(path, "Arrow", _arrow_batches(path))
+
+
+def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=_ROWS_PER_BATCH)
+
+
+def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)
+
+
+def _rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    number = 0
+    try:
+        for batch in batches:
+            for first in range(0, len(batch), _ROWS_PER_BATCH):
+                for row in _batch_rows(batch.slice(first, _ROWS_PER_BATCH)):
+                    yield Row(f"row {number}", *row)
+                    number += 1
+    except (OSError, pa.ArrowException) as error:
+        after = f" after row {number - 1}" if number else ""
+        raise RecordError(f"{path}: not a readable {kind} file{after}, truncated or corrupt ({error})") from error
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str]]:
+    """Each row and "", or None and the reason why it cannot be read."""
+    try:
+        yield from ((row, "") for row in batch.to_pylist())
+    except UnicodeDecodeError:  # raised before the first row is there
+        for i in range(len(batch)):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0], ""
+            except UnicodeDecodeError as error:
+                yield None, f"not UTF-8: byte {error.object[error.start]:#04x} in a text"

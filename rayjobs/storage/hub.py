@@ -146,10 +146,8 @@ def hub_errors(hub: HubPath) -> Iterator[None]:
     """Turn the errors of `huggingface_hub` into StorageErrors of one line, which name the path and the way out."""
     try:
         yield
-    except (UserError, FileNotFoundError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise StorageError(f"{hub}: {_explain(hub, error)}") from error
+    except UserError:
+        raise
     except Exception as error:
         raise StorageError(f"{hub}: {_explain(hub, error)}") from error
 
@@ -177,6 +175,8 @@ def _explain(hub: HubPath, error: Exception) -> str:
             return f"the {kind} has no revision {hub.revision}: give a branch, a tag or a commit"
         case errors.HFValidationError():
             return reason
+        case OSError() if error.errno and not isinstance(error, ConnectionError):
+            return f"{constants.HF_HUB_CACHE} cannot be written: {reason}; HF_HOME names another cache"
         case _ if status == 401:
             return f"the hub, {constants.ENDPOINT}, refuses the token: {_LOGIN}"
         case _ if status == 403:
@@ -184,4 +184,5 @@ def _explain(hub: HubPath, error: Exception) -> str:
     held = f"{constants.HF_HUB_CACHE} holds no complete copy"
     if constants.HF_HUB_OFFLINE:
         return f"{held}, and HF_HUB_OFFLINE forbids to fetch it: unset it, or name a local folder"
-    return f"the hub, {constants.ENDPOINT}, cannot be reached, and {held} ({reason:.200}): try again, or name a local folder"
+    silent = f"the hub, {constants.ENDPOINT}, cannot be reached, and {held}"
+    return f"{silent} ({reason:.200}): try again, or name a local folder"

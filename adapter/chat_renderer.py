@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jinja2
 from jinja2 import nodes
@@ -45,7 +45,7 @@ class Rendering(NamedTuple):
 class _Generation(Extension):
     """The `{% generation %} … {% endgeneration %}` block, which holds what the assistant says."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from adapter.errors import AdapterError
 
@@ -142,7 +142,7 @@ class ChatTemplate:
             raise AdapterError(f"{path}: {error}") from error
 
 
-Template = Union[PromptTemplate, ChatTemplate]
+Template = PromptTemplate | ChatTemplate
 """What records are put into."""
 
 _KINDS: dict[str, Any] = {"prompt": PromptTemplate, "chat": ChatTemplate}

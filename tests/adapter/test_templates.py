@@ -77,7 +77,7 @@ def test_every_family_renders_as_in_transformers(name: str, prompt: bool, render
         try:
             expected = render_in_transformers(ALL[name], messages, **given)
         except Exception:
-            with pytest.raises(RecordError, match="the chat template (refuses|fails on) the conversation: "):
+            with pytest.raises(RecordError, match=r"the chat template (refuses|fails on) the conversation: "):
                 ChatTemplate(source=ALL[name]).render(messages, special_tokens=SPECIAL, **given)
             continue
         rendering = ChatTemplate(source=ALL[name]).render(messages, special_tokens=SPECIAL, **given)
@@ -119,9 +119,9 @@ def test_what_a_template_refuses_or_fails_on_is_one_record_s_error() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{{ ''.__class__.__mro__ }}",
+        "{{ ''.__class__.__mro__[0] }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
         "{{ namespace(__class__=1) }}",
         "{% set ns = namespace() %}{% set ns._x = 1 %}",
         "{{ dict.__subclasses__() }}",
@@ -130,9 +130,8 @@ def test_what_a_template_refuses_or_fails_on_is_one_record_s_error() -> None:
     ],
 )
 def test_a_template_reaches_nothing_of_python(source: str) -> None:
-    with pytest.raises(RecordError):
-        assert ChatTemplate(source=source).render(TURNS, special_tokens=SPECIAL).text == ""
-        raise RecordError("an undefined name renders as nothing")
+    with pytest.raises(RecordError, match="the chat template"):
+        ChatTemplate(source=source).render(TURNS, special_tokens=SPECIAL)
 
 
 def test_objects_become_plain_data_that_templates_cannot_call() -> None:

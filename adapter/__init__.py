@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from adapter.adapter_formats import export_v1, read_adapter
     from adapter.adaption import AdaptionConfig
     from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
-    from adapter.decoder import Decoder, DecoderConfig
+    from adapter.decoder import Decoder
+    from adapter.decoder_config import DecoderConfig
     from adapter.errors import AdapterError, CheckpointError, RecordError, TokenizerError
     from adapter.generate import GenerationConfig
     from adapter.image_projection import ImageProjectionConfig
@@ -41,7 +42,7 @@ _MODULE_OF = {
     "GenerationConfig": "generate",
     "ImageProjectionConfig": "image_projection",
     "Decoder": "decoder",
-    "DecoderConfig": "decoder",
+    "DecoderConfig": "decoder_config",
     "PromptTemplate": "records.instruct",
     "RecordError": "errors",
     "Tokenizer": "tokenizers.base",

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.atomic_file import atomic_path
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.base.quantization import precision_of
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
 
@@ -46,6 +48,9 @@ class AdapterFile:
     """Fields of the base's `DecoderConfig`, as far as the file states them; foreign files state few."""
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; None in foreign files."""
+    base_dtype: str | None = None
+    """How the base was held in training (`adapter.base.quantization.precision_of`); None if the file does not say. The
+    adapter loads on a base that is held otherwise."""
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer's file; None in foreign files."""
     vision: ImageProjectionConfig | None = None
@@ -79,6 +84,7 @@ class AdapterFile:
             "prompt_length": str(self.config.prompt_length),
             "base_shape": json.dumps(dict(self.base_shape)),
             "base_fingerprint": self.base_fingerprint or "",
+            "base_dtype": self.base_dtype or "",
             "tokenizer_sha256": self.tokenizer_sha256 or "",
             "extra": json.dumps(dict(self.extra)),
         }
@@ -94,10 +100,13 @@ def extract_adapter(
     model: Decoder,
     *,
     base_fingerprint: str | None = None,
+    base_dtype: str | None = None,
     tokenizer_sha256: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> AdapterFile:
     """A copy of the model's adapter, with what identifies its base and tokenizer.
+
+    base_dtype: how the base was held in training; by default, how this model holds it.
 
     Raises AdapterError if the model has no adapter.
     """
@@ -109,6 +118,7 @@ def extract_adapter(
         convention=model.adaption_config.gate,
         base_shape=_base_shape(model.config),
         base_fingerprint=base_fingerprint,
+        base_dtype=base_dtype or precision_of(model),
         tokenizer_sha256=tokenizer_sha256,
         vision=model.adaption_config.vision,
         projection={} if model.vision is None else {n: to_float32(t) for n, t in model.vision.state_dict().items()},
@@ -232,6 +242,7 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         projection=_projection_tensors(path, tensors, vision, prompt.shape[2]),
         base_shape=base_shape,
         base_fingerprint=header.get("base_fingerprint") or None,
+        base_dtype=header.get("base_dtype") or None,
         tokenizer_sha256=header.get("tokenizer_sha256") or None,
         extra=extra,
     )

@@ -8,19 +8,22 @@ In each of the top L layers, l:
     attention(x) = wo( SDPA(rope(q), rope(k), v, causal) + gate(g_l) ⊙ SDPA(rope(q), wk P_l, wv P_l) )
 
 The two softmaxes are separate, so at g = 0 the adapted model equals the base model, bit for bit. The prompts' keys are
-not rotated, because prompts have no position. `wk` and `wv` are the frozen layer's own.
+not rotated and no sliding window hides them, because prompts have no position. `wk` and `wv` are the frozen layer's
+own, with its bias where it has one; so are the norm of the keys, the scale and the soft cap of the scores.
 
-An image's token I (see `adapter.image_projection`) is added to the prompt. The projections have no bias, so
-wk (P + I) = wk P + wk I: a row with an image costs the projection of one more token, a row without one costs nothing.
+An image's token I (see `adapter.image_projection`) is added to the prompt. The projections are linear, so
+wk (P + I) = wk P + wk I: a row with an image costs the projection of one more token, a row without one costs nothing. A
+bias counts once, and a norm is taken of the sum.
 
 The paper's ablations are two more gates: `one` is fixed at 1 (rand-init attention); `prefix` has no gate but is an
 ordinary prefix, whose keys share one softmax with those of the words.
 
-B batch, T tokens, S keys, C width, H query heads, G key/value heads, D = C/H, K prompt length, n images.
+B batch, T tokens, S keys, C width, H query heads, G key/value heads, D channels of a head, K prompt length, n images.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +56,17 @@ class AdaptionConfig:
             raise AdapterError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention (B, H, T, D) of q (B, H, T, D) over k and v (B, G, S, D), grouped-query if G < H."""
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+class FrozenLayer(NamedTuple):
+    """What the prompt's attention takes from its layer."""
+
+    wk: nn.Module
+    wv: nn.Module
+    k_norm: nn.Module | None
+    """The norm of each head's keys; None where the layer has none."""
+    has_bias: bool
+    """wk and wv add a bias."""
+    attend: Callable[..., Tensor]
+    """`adapter.attention.attend` with the layer's scale and soft cap."""
 
 
 class Adaption(nn.Module):
@@ -64,7 +75,6 @@ class Adaption(nn.Module):
     def __init__(self, config: AdaptionConfig, dim: int, n_heads: int) -> None:
         super().__init__()
         self.gate_convention = config.gate
-        self.head_dim = dim // n_heads
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, dim))
         self.gate = nn.Parameter(torch.empty(n_heads), requires_grad=config.gate in ("tanh", "identity"))
 
@@ -73,27 +83,24 @@ class Adaption(nn.Module):
         nn.init.normal_(self.prompt, generator=generator)
         nn.init.constant_(self.gate, float(not self.gate.requires_grad))
 
-    def keys_values(
-        self, wk: nn.Module, wv: nn.Module, batch: int, images: Images | None, dtype: torch.dtype
-    ) -> list[Tensor]:
+    def keys_values(self, layer: FrozenLayer, q: Tensor, images: Images | None) -> list[Tensor]:
         """The prompt's keys and values: each (1, G, K, D) for all rows, or (B, G, K, D) if some rows have an image.
 
-        batch: B. images: the image tokens (n, C) and their rows (n,). dtype: what the base computes in.
+        q: queries (B, H, T, D), in the dtype that the base computes in. images: the image tokens (n, C) and their rows.
         """
         keys_values = []
-        for projection in (wk, wv):
-            projected = self._heads(projection, self.prompt.to(dtype))[None].transpose(1, 2)  # (1, G, K, D)
+        for projection, norm in ((layer.wk, layer.k_norm), (layer.wv, None)):
+            heads = projection(self.prompt.to(q.dtype)).unflatten(-1, (-1, q.shape[-1]))
+            projected = heads[None].transpose(1, 2)  # (1, G, K, D)
             if images is not None:
                 tokens, rows = images
-                image = self._heads(projection, tokens.to(dtype))[:, :, None]  # (n, G, 1, D)
-                image = image.expand(-1, -1, projected.shape[2], -1)
-                projected = projected.expand(batch, -1, -1, -1).index_add(0, rows, image)
-            keys_values.append(projected)
+                image = projection(tokens.to(q.dtype))
+                if layer.has_bias:  # as a projection: ZeRO-3 gathers the bias for a call of its module alone
+                    image = image - projection(torch.zeros_like(tokens[:1], dtype=q.dtype))
+                image = image.unflatten(-1, (-1, q.shape[-1]))[:, :, None].expand(-1, -1, projected.shape[2], -1)
+                projected = projected.expand(len(q), -1, -1, -1).index_add(0, rows, image)
+            keys_values.append(projected if norm is None else norm(projected))
         return keys_values
-
-    def _heads(self, projection: nn.Module, x: Tensor) -> Tensor:
-        """Project x (n, C) and split it into heads, (n, G, D)."""
-        return projection(x).unflatten(-1, (-1, self.head_dim))
 
     def forward(
         self,
@@ -101,18 +108,18 @@ class Adaption(nn.Module):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        projections: tuple[nn.Module, nn.Module],
+        layer: FrozenLayer,
         cached: list[Tensor] | None = None,
         images: Images | None = None,
     ) -> Tensor:
         """Attention to words and prompt, (B, H, T, D): eq. 6-8.
 
         q: rotated queries (B, H, T, D). k, v: keys and values (B, G, S, D) of the words, under `mask` (None is causal).
-        projections: the layer's frozen wk and wv. images: the image tokens (n, C) and their rows (n,). cached: a list
-        that generation passes, because the prompt's keys and values are the same at every step: empty at first, filled
-        here, read from then on.
+        layer: the frozen layer. images: the image tokens (n, C) and their rows (n,). cached: a list that generation
+        passes, because the prompt's keys and values are the same at every step: empty at first, filled here, read from
+        then on.
         """
-        keys, values = cached or self.keys_values(*projections, len(q), images, q.dtype)
+        keys, values = cached or self.keys_values(layer, q, images)
         if cached is not None and not cached:
             cached.extend((keys, values))
         keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in (keys, values))
@@ -120,7 +127,7 @@ class Adaption(nn.Module):
             if mask is None:
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = F.pad(mask, (keys.shape[2], 0), value=True)  # every word attends to the whole prompt
-            return attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask)
+            return layer.attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask)
         gate = torch.tanh(self.gate) if self.gate_convention == "tanh" else self.gate
-        words = attend(q, k, v, mask, causal=mask is None)
-        return words + gate.to(q.dtype).view(1, -1, 1, 1) * attend(q, keys, values)
+        words = layer.attend(q, k, v, mask, causal=mask is None)
+        return words + gate.to(q.dtype).view(1, -1, 1, 1) * layer.attend(q, keys, values)

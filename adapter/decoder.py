@@ -1,16 +1,16 @@
-"""LLaMA, the frozen decoder (arXiv 2302.13971), with one place for an adapter: an attention layer may hold an adaption.
+"""LLaMA's decoder (arXiv 2302.13971), frozen, with one place for an adapter: an attention layer may hold an adaption.
 
     h = x + wo(SDPA(rope(wq n), rope(wk n), wv n, causal)),  n = RMSNorm(x)
     y = h + w2(silu(w1 m) * w3 m),                           m = RMSNorm(h)
 
+Mistral, Qwen, SmolLM 3 and Gemma are this decoder with switches set: `DecoderConfig` lists and explains them.
 RoPE rotates the pairs (0, D/2), (1, D/2 + 1), ..., as Hugging Face's checkpoints do; Meta's are permuted on load.
 
 B batch, T tokens, S keys seen so far (S = T without a cache), V vocabulary, C width, N layers, H query heads,
-G key/value heads, D = C/H.
+G key/value heads, D channels of a head (C/H in LLaMA), W tokens of a sliding window.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,125 +18,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter.adaption import Adaption, AdaptionConfig, attend
+from adapter.adaption import Adaption, AdaptionConfig, FrozenLayer
+from adapter.attention import attend, soft_cap
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjection, Images, batch_images
+from adapter.kv_cache import KVCache
 from adapter.loss import labelled_cross_entropy
-from adapter.rope import RopeScaling, apply_rope, rope_angles
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """A decoder's shape; `adapter.base.checkpoint` reads it from a checkpoint's `params.json` or `config.json`."""
-
-    dim: int
-    """C, the model's width."""
-    n_layers: int
-    n_heads: int
-    """H, query heads."""
-    n_kv_heads: int
-    """G, key/value heads."""
-    hidden_dim: int
-    """Width of the feed-forward layers."""
-    vocab_size: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    max_seq_len: int = 2048
-    """The window: how many tokens a sequence may have."""
-    tied_head: bool = False
-    """The output head shares the embedding's weights."""
-
-    def __post_init__(self) -> None:
-        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
-            raise AdapterError(f"dim {self.dim} must divide into {self.n_heads} heads of even width")
-        if self.n_heads % self.n_kv_heads:
-            raise AdapterError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+from adapter.rope import apply_rope, rope_angles
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32."""
+    """Root-mean-square normalisation over the last dimension, computed in float32."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, offset: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(dim))
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, float(not self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:  # Gemma rounds after the product, LLaMA before it
+            return (x32 * (1 + self.weight.float())).to(x.dtype)
         return x32.to(x.dtype) * self.weight
 
 
-class KVCache:
-    """The keys and values of the tokens seen so far. Slot s of a row holds its token at position s.
-
-    Rows may differ in length: run a batch padded on the right, then `truncate` it to the real lengths; later tokens
-    overwrite the slots of padding. The cache also holds the keys and values of the adapter's prompts, which do not
-    depend on the tokens.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (batch, length, config.n_kv_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.prompts: list[list[Tensor]] = [[] for _ in range(config.n_layers)]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.used = 0
-        """Length of the longest row, as a Python number, so that reading it does not wait for the device."""
-
-    def positions(self, n_tokens: int) -> Tensor:
-        """The positions of each row's next `n_tokens` tokens, (B, T)."""
-        return self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's k and v, each (B, G, T, D). Returns that layer's keys and values of all S slots.
-
-        Call `advance` once all layers are extended.
-        """
-        T = k.shape[2]
-        slots = (torch.arange(len(k), device=k.device)[:, None], self.positions(T))
-        self.keys[layer][slots] = k.transpose(1, 2)
-        self.values[layer][slots] = v.transpose(1, 2)
-        end = self.used + T
-        return self.keys[layer][:, :end].transpose(1, 2), self.values[layer][:, :end].transpose(1, 2)
-
-    def advance(self, n_tokens: int) -> None:
-        """Count `n_tokens` more tokens in every row."""
-        self.lengths = self.lengths + n_tokens
-        self.used += n_tokens
-
-    def truncate(self, lengths: Tensor) -> None:
-        """Discard the tokens past each row's length (B,)."""
-        self.lengths = lengths
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.lengths = self.lengths[rows]
-        self.used = int(self.lengths.max())
-        for prompt in self.prompts:
-            if prompt and len(prompt[0]) > 1:  # one per row, because some rows have an image
-                prompt[:] = [x[rows] for x in prompt]
-        for layer in range(len(self.keys)):  # one layer at a time: never two caches in memory
-            self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
-
-
 class AttentionInputs(NamedTuple):
-    """The inputs of every layer's attention besides the hidden states."""
+    """The inputs of a layer's attention besides the hidden states."""
 
     rope: tuple[Tensor, Tensor]
     """cos and sin, each (B or 1, 1, T, D)."""
     mask: Tensor | None
-    """(B, 1, T, S) bool, True where a token may attend; None is the causal mask."""
+    """(B or 1, 1, T, S) bool, True where a token may attend; None is the causal mask."""
     cache: KVCache | None
     """The keys and values of earlier tokens; None without generation."""
     images: Images | None
@@ -147,68 +64,100 @@ class Attention(nn.Module):
     """Causal self-attention, grouped-query where G < H, plus the gated term of an adaption if the layer holds one."""
 
     adaption: Adaption | None
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        norm = config.norm_eps, config.norm_offset
+        C, H, G, D = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.head_dim, self.has_bias = layer, D, config.qkv_bias
+        self.rotated = layer not in config.unrotated_layers
+        self.scale, self.cap = config.score_dim**-0.5, config.score_cap
+        self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.wk = nn.Linear(C, G * D, bias=config.qkv_bias)
+        self.wv = nn.Linear(C, G * D, bias=config.qkv_bias)
+        self.wo = nn.Linear(H * D, C, bias=config.out_bias)
+        for name in ("q_norm", "k_norm"):
+            self.register_module(name, RMSNorm(D, *norm) if config.qk_norm else None)
         self.register_module("adaption", None)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         B, T, _ = x.shape
         rope, mask, cache, images = inputs
-        q = self.wq(x).view(B, T, self.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
-        k = self.wk(x).view(B, T, self.n_kv_heads, -1).transpose(1, 2)  # (B, G, T, D)
-        v = self.wv(x).view(B, T, self.n_kv_heads, -1).transpose(1, 2)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotated:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         if self.adaption is None:
-            y = attend(q, k, v, mask, causal=mask is None)
+            y = self.attend(q, k, v, mask, causal=mask is None)
         else:
             cached = None if cache is None else cache.prompts[self.layer]
-            y = self.adaption(q, k, v, mask, (self.wk, self.wv), cached, images)
+            layer = FrozenLayer(self.wk, self.wv, self.k_norm, self.has_bias, self.attend)
+            y = self.adaption(q, k, v, mask, layer, cached, images)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+        """`adapter.attention.attend` with this layer's scale and cap."""
+        return attend(q, k, v, mask, causal=causal, scale=self.scale, cap=self.cap)
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU feed-forward layer."""
+    """The gated feed-forward layer: SwiGLU, or GEGLU in Gemma."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.activation = config.activation
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate = self.w1(x)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.w2(gate * self.w3(x))
 
 
 class Block(nn.Module):
     """One decoder layer."""
 
+    attention_post_norm: RMSNorm | None
+    ffn_post_norm: RMSNorm | None
+
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        norm = config.norm_eps, config.norm_offset
+        self.attention_norm = RMSNorm(config.dim, *norm)
         self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, *norm)
         self.feed_forward = FeedForward(config)
+        for name in ("attention_post_norm", "ffn_post_norm"):
+            self.register_module(name, RMSNorm(config.dim, *norm) if config.post_norms else None)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), inputs)
-        return x + self.feed_forward(self.ffn_norm(x))
+        h = self.attention(self.attention_norm(x), inputs)
+        x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
+        h = self.feed_forward(self.ffn_norm(x))
+        return x + (h if self.ffn_post_norm is None else self.ffn_post_norm(h))
 
 
 class Head(nn.Linear):
     """Final hidden states (..., C) to logits (..., V) or, given labels, to the summed loss (see `adapter.loss`)."""
 
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config.dim, config.vocab_size, bias=False)
+        self.cap = config.logit_cap
+
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        if labels is None:
-            return super().forward(hidden)
-        return labelled_cross_entropy(hidden, self.weight, labels)
+        if labels is not None:
+            return labelled_cross_entropy(hidden, self.weight, labels, self.cap)
+        logits = super().forward(hidden)
+        return logits if self.cap is None else soft_cap(logits, self.cap)
 
 
 class Decoder(nn.Module):
@@ -223,8 +172,8 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Head(config.dim, config.vocab_size, bias=False)
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
+        self.output = Head(config)
         self.register_module("vision", None)
         self.tie()
 
@@ -312,26 +261,41 @@ class Decoder(nn.Module):
         if images is not None:
             assert self.vision is not None
             images = self.vision(images[0]), images[1]
-        T = tokens.shape[1]
-        positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions(T)
-        mask = None  # causal
-        if cache is not None and cache.used:
-            slots = torch.arange(cache.used + T, device=tokens.device)
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
         x = self.tok_embeddings(tokens)
-        cos, sin = rope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        rope = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))  # (B or 1, 1, T, D)
-        inputs = AttentionInputs(rope, mask, cache, images)
+        if self.config.scaled_embeddings:  # by √C in the weights' precision, as Gemma was trained
+            x = x * float(torch.tensor(self.config.dim**0.5, dtype=x.dtype))
+        full, sliding = self._attention_inputs(x, cache, images)
         grad = torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
+            inputs = sliding if layer in self.config.sliding_layers else full
             with torch.set_grad_enabled(grad and layer >= self.first_adapted):
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x = checkpoint(block, x, inputs, use_reentrant=False)
                 else:
                     x = block(x, inputs)
         if cache is not None:
-            cache.advance(T)
+            cache.advance(tokens.shape[1])
         return self.norm(x)
+
+    def _attention_inputs(
+        self, x: Tensor, cache: KVCache | None, images: Images | None
+    ) -> tuple[AttentionInputs, AttentionInputs]:
+        """What the attention to all earlier tokens takes, and what that within the sliding window takes.
+
+        x: the embeddings (B, T, C). images: the image tokens and their rows.
+        """
+        config, T = self.config, x.shape[1]
+        S = T if cache is None else cache.used + T
+        positions = torch.arange(T, device=x.device)[None] if cache is None else cache.positions(T)
+        angles = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, S)
+        full = AttentionInputs(_per_head(angles, x.dtype), None if S == T else _mask(positions, S), cache, images)
+        sliding = full
+        if config.sliding_window is not None and config.sliding_window < S:
+            sliding = sliding._replace(mask=_mask(positions, S, config.sliding_window))
+        if config.sliding_rope_theta is not None:
+            angles = rope_angles(positions, config.head_dim, config.sliding_rope_theta)
+            sliding = sliding._replace(rope=_per_head(angles, x.dtype))
+        return full, sliding
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, images: Images | None = None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) in the model's dtype; or, given labels (B, T), the summed float32 loss.
@@ -340,3 +304,15 @@ class Decoder(nn.Module):
         images: as in `hidden_states`.
         """
         return self.output(self.hidden_states(tokens, images=images), labels)
+
+
+def _per_head(angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B or 1, T, D) in the model's dtype, shaped to turn all heads: (B or 1, 1, T, D)."""
+    cos, sin = angles
+    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def _mask(positions: Tensor, n_slots: int, window: int | None = None) -> Tensor:
+    """The slots (B or 1, 1, T, S) that tokens at these positions (B or 1, T) may attend to."""
+    distance = positions[:, None, :, None] - torch.arange(n_slots, device=positions.device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter.decoder import Decoder, KVCache
+from adapter.decoder import Decoder
 from adapter.errors import AdapterError
+from adapter.kv_cache import KVCache
 
 
 @dataclass(frozen=True, kw_only=True)

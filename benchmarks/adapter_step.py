@@ -34,7 +34,8 @@ from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
 from adapter.batching import collate, micro_batches
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.records.instruct import Example, encode_record, read_records
 from adapter.tokenizers.load import load_tokenizer
 

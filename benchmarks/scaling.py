@@ -43,7 +43,8 @@ import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import save_decoder
-from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
 from adapter.records.instruct import encode_record, read_records
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.data.sampler import assign_micro_batches

@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import save_decoder
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 
 MB = 1e6

@@ -56,7 +56,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_base(folder: Path, sentences: list[str]) -> Path:
     """`tiny_base` with the pieces of other sentences."""
     from adapter.base.checkpoint import save_decoder
-    from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+    from adapter.decoder import Decoder, RMSNorm
+    from adapter.decoder_config import DecoderConfig
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
 from benchmarks.scaling import A100, CHECKED, Device, Link, Work, step_time
 
 LINK = Link(bytes_per_s=1e9, hop_s=1e-3)

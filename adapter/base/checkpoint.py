@@ -26,7 +26,8 @@ from adapter.base.config import HFConfig, HFIndex, MetaConfig, hf_config
 from adapter.base.quantization import Precision, Quantization, precision_of, reading_dtype, set_weight
 from adapter.base.tensor_files import drop_pages, open_tensors
 from adapter.base.tensor_source import TensorSource
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -11,10 +11,10 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from typing_extensions import Self
 
-from adapter.decoder import DecoderConfig
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.file_kind import check_content
-from adapter.rope import RopeScaling
+from adapter.rope import Llama3Scaling
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -100,7 +100,7 @@ class MetaConfig(JsonConfig):
             vocab_size=vocab_rows if self.vocab_size == -1 else self.vocab_size,
             norm_eps=self.norm_eps,
             rope_theta=self.rope_theta,
-            rope_scaling=RopeScaling(factor=self.rope_scaling_factor) if self.use_scaled_rope else None,
+            rope_scaling=Llama3Scaling(factor=self.rope_scaling_factor) if self.use_scaled_rope else None,
             max_seq_len=self.max_seq_len,
             tied_head=tied_head,
         )
@@ -128,7 +128,7 @@ class RopeConfig(JsonConfig):
         return self
 
     @property
-    def scaling(self) -> RopeScaling | None:
+    def scaling(self) -> Llama3Scaling | None:
         """None for rope_type 'default'."""
         if self.rope_type == "default":
             return None
@@ -136,7 +136,7 @@ class RopeConfig(JsonConfig):
         assert self.low_freq_factor is not None
         assert self.high_freq_factor is not None
         assert self.original_max_position_embeddings is not None
-        return RopeScaling(
+        return Llama3Scaling(
             factor=self.factor,
             low_freq_factor=self.low_freq_factor,
             high_freq_factor=self.high_freq_factor,
@@ -202,7 +202,7 @@ class HFIndex(JsonConfig):
 def hf_config(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of `config.json` for a decoder, which transformers 4 and 5 can read."""
     rope: dict[str, Any] = {"rope_type": "default"}
-    if scaling := config.rope_scaling:
+    if isinstance(scaling := config.rope_scaling, Llama3Scaling):
         rope = {
             "rope_type": "llama3",
             "factor": scaling.factor,

@@ -4,7 +4,7 @@ import torch
 
 from adapter.base.checkpoint import meta_decoder
 from adapter.base.quantization import Quantization, is_quantizable, quantized_bytes
-from adapter.decoder import DecoderConfig
+from adapter.decoder_config import DecoderConfig
 
 
 def base_bytes(config: DecoderConfig, dtype: torch.dtype, quantization: Quantization | None = None) -> int:

@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.base.checkpoint import save_decoder
-from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.config import config

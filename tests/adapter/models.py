@@ -8,7 +8,8 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 
 MHA: dict[str, Any] = {
     "dim": 42,

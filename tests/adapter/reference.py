@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import DecoderConfig
+from adapter.decoder_config import DecoderConfig
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

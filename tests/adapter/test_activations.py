@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
 
 DIM, ROWS, TOKENS = 256, 2, 256
 

@@ -19,7 +19,8 @@ from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
 from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS, L, K = 31, 24, 4, 2, 37, 5, 3, 7

@@ -5,7 +5,8 @@ import torch
 from peft import AdaptionPromptConfig, get_peft_model
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer, tokens
 

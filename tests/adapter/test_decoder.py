@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from adapter.adaption import AdaptionConfig
-from adapter.decoder import Decoder, DecoderConfig, KVCache, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
+from adapter.kv_cache import KVCache
 from adapter.loss import IGNORE
-from adapter.rope import RopeScaling, apply_rope, rope_angles
+from adapter.rope import Llama3Scaling, apply_rope, rope_angles
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer, peer_name, tokens
 
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64)
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64)
 """With 14 or 10 coordinates a head and theta 10,000, some wavelengths lie below, within and above the blend."""
 
 SHAPES = {

@@ -10,7 +10,8 @@ from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import export_v1, read_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.base.tensor_files import read_metadata
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
 from adapter.generate import generate
 from adapter.image_projection import ImageProjectionConfig

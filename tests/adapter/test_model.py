@@ -20,7 +20,8 @@ from adapter import (
     load_tokenizer,
 )
 from adapter.base.checkpoint import save_decoder
-from adapter.decoder import Decoder, DecoderConfig, RMSNorm
+from adapter.decoder import Decoder, RMSNorm
+from adapter.decoder_config import DecoderConfig
 from adapter.generate import generate
 from adapter.records.instruct import ALPACA, encode_record
 from tests.adapter.tokenizers.test_sentence_piece import train_model

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
-from adapter.decoder import Decoder, DecoderConfig
+from adapter.decoder import Decoder
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
-from adapter.rope import RopeScaling
+from adapter.rope import Llama3Scaling
 from adapter.tokenizers.load import load_tokenizer
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS = 31, 24, 4, 2, 34, 3
@@ -154,7 +155,7 @@ def test_older_config_spellings(tmp_path: Path, model: LlamaForCausalLM) -> None
     (path / "config.json").write_text(json.dumps(config))
     ours = open_checkpoint(path).config
     assert ours.rope_theta == 77.0
-    assert ours.rope_scaling == RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=16)
+    assert ours.rope_scaling == Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=16)
 
 
 @pytest.mark.parametrize(("shards", "embed_dim"), [(1, 1), (2, 1), (2, 0)])
@@ -181,7 +182,7 @@ def test_meta_params_reach_the_config(tmp_path: Path, model: LlamaForCausalLM) -
     path = write_meta(tmp_path, model, rope_theta=5e5, use_scaled_rope=True, max_seq_len=99, norm_eps=1e-4)
     assert open_checkpoint(path).config == DecoderConfig(
         dim=DIM, n_layers=LAYERS, n_heads=HEADS, n_kv_heads=KV_HEADS, hidden_dim=HIDDEN, vocab_size=VOCAB,
-        norm_eps=1e-4, rope_theta=5e5, rope_scaling=RopeScaling(factor=8.0), max_seq_len=99,
+        norm_eps=1e-4, rope_theta=5e5, rope_scaling=Llama3Scaling(factor=8.0), max_seq_len=99,
     )  # fmt: skip
 
 

@@ -1,0 +1,41 @@
+"""Scaled dot-product attention, with grouped queries and, where a family has it, a soft cap on the scores.
+
+B batch, T tokens, S keys, H query heads, G key/value heads, D channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """Bound x smoothly to ±cap: cap tanh(x / cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """softmax(cap(scale q kᵀ)) v, (B, H, T, D), of q (B, H, T, D) over k and v (B, G, S, D), grouped-query if G < H.
+
+    mask: bool, True where a token may attend, broadcast to (B, H, T, S). causal: in place of a mask, and then S = T.
+    scale: D^-0.5 if None. cap: soft cap of the scores, which no fused kernel computes.
+    """
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = soft_cap(q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v

@@ -31,8 +31,8 @@ class TrainingCheckpoint(NamedTuple):
     state: dict[str, Tensor]
     step: int
     rows: list[dict[str, Any]]
-    """Metrics reported together with this checkpoint. A run that resumes from it reports them again, in case the run
-    ended between the checkpoint and the metrics."""
+    """Metrics since the last checkpoint but one. A run that resumes from this one reports them again, in case the run
+    ended between the checkpoint and their report."""
 
 
 def write_checkpoint(folder: str | Path, checkpoint: TrainingCheckpoint) -> None:

@@ -21,6 +21,7 @@ from rayjobs.train.callbacks import TRAINING
 from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
 from rayjobs.train.config import TrainJob
 from rayjobs.train.engine import Engine, adapted_model
+from rayjobs.train.metric_rows import MetricRows
 
 REPORT_EVERY_S = 1.0
 
@@ -84,7 +85,7 @@ class TrainingLoop:
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.sampler = job.sampler("train")
         self.step = 0
-        self.rows: list[dict[str, Any]] = []
+        self.rows = MetricRows()
         self.seen_preemption: ray.train.PreemptionInfo | None = None
 
     def run(self) -> int:
@@ -106,8 +107,8 @@ class TrainingLoop:
                 self.log_validation()
             self.report(report_due)
             self.step_began = time.monotonic()
-        if self.rows:  # those of a last checkpoint: no step was left that would report them
-            ray.train.report({"rows": self.rows})
+        if self.rows.unreported:  # those of a last checkpoint: no step was left that would report them
+            ray.train.report({"rows": self.rows.unreported})
         return self.step
 
     def check_folders(self) -> None:
@@ -151,7 +152,8 @@ class TrainingLoop:
             self.engine.load_state(checkpoint.state)
         except UserError as error:  # the state of another adapter, as every worker finds before any communication
             raise AgreedError(error) from error
-        self.step, self.rows = checkpoint.step, checkpoint.rows
+        self.step = checkpoint.step
+        self.rows.resume(checkpoint.rows, checkpoint.step)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> bool:
         """Make one optimizer step and log it; return whether a report is due.
@@ -188,7 +190,7 @@ class TrainingLoop:
             busy=round(100 * (1 - all_idle / self.world), 1),
             workers=self.world,
         )
-        self.rows.append(asdict(metrics))
+        self.rows.add(asdict(metrics))
         return bool(any_due)
 
     def stop_at_nonfinite_loss(
@@ -198,7 +200,7 @@ class TrainingLoop:
         pairs = zip(micro_batches, losses, strict=True)
         local_ids = [id for micro, part in pairs if not part.isfinite() for id in micro.ids]
         ids = sorted(id for part in gather_objects(local_ids) for id in part)
-        ray.train.report({"rows": self.rows})
+        ray.train.report({"rows": self.rows.unreported})
         raise AgreedError(
             NonFiniteLossError(
                 f"the loss became {loss} at step {self.step + 1} (lr {lr:.3g}) on records with ids {ids}; the weights "
@@ -209,7 +211,7 @@ class TrainingLoop:
 
     def log_validation(self) -> None:
         loss = validation_loss(self.engine, self.featurizer, self.job, self.rank, self.world)
-        self.rows.append({"step": self.step, "val_loss": loss})
+        self.rows.add({"step": self.step, "val_loss": loss})
 
     def report(self, due: bool) -> None:
         """Report metrics if `due`, with a checkpoint if one is due too. All workers report at the same steps."""
@@ -217,10 +219,10 @@ class TrainingLoop:
         if checkpoint_due or (due and self.is_newly_preempted()):
             self.report_checkpoint()
         elif due:
-            ray.train.report({"rows": self.rows})
+            ray.train.report({"rows": self.rows.unreported})
         else:
             return
-        self.rows = []
+        self.rows.reported()
         self.reported = time.monotonic()
 
     def is_newly_preempted(self) -> bool:
@@ -238,12 +240,12 @@ class TrainingLoop:
         state = self.engine.state()
         check_finite(state, self.step)
         if self.rank:
-            ray.train.report({"rows": self.rows})
+            ray.train.report({"rows": self.rows.unreported})
             return
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(folder, TrainingCheckpoint(state, self.step, self.rows))
+            write_checkpoint(folder, TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
             ray.train.report(
-                {"rows": self.rows},
+                {"rows": self.rows.unreported},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=new_checkpoint_name(self.storage, self.step),
             )

@@ -84,6 +84,7 @@ def storage(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_demo_is_a_chain_of_ordinary_jobs(storage: Path) -> None:
     folder = storage / "demo"
     result = read_json(folder / "result.json")
@@ -101,6 +102,7 @@ def test_the_demo_is_a_chain_of_ordinary_jobs(storage: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Path) -> None:
     folder = storage / "demo"
     report, result = (folder / "report.html").read_text(), read_json(folder / "result.json")
@@ -115,6 +117,7 @@ def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_second_run_trains_nothing_and_says_when_it_was_done(
     storage: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +136,7 @@ def test_a_second_run_trains_nothing_and_says_when_it_was_done(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_terminal_shows_stages_time_left_answers_and_where_the_report_is(storage: Path) -> None:
     terminal, result = (storage / "terminal.txt").read_text(), read_json(storage / "demo" / "result.json")
     for number in range(1, 5):

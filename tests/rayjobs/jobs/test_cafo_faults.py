@@ -75,6 +75,7 @@ class Kill(threading.Thread):
                 continue
 
 
+@pytest.mark.slow
 def test_a_killed_encoder_and_a_killed_trial_change_nothing(sweeps: Sweeps) -> None:
     config = sweeps.config("killed-workers", f"run.cache={sweeps.runs / 'own'}")
     encoder = Kill("PartEncoder", lambda: len(list((sweeps.runs / "own").glob("features/*/*.parquet"))) >= 2)

@@ -229,6 +229,7 @@ def command(process: psutil.Process) -> str:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_trains_from_and_to_a_bucket_and_goes_on_from_a_checkpoint_there(
     cluster: None, s3: str, tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:

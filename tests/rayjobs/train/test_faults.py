@@ -163,6 +163,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_records(
     assert not (runs.storage / "poisoned" / "adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_after_a_loss_that_was_not_finite_a_lower_rate_goes_on_from_the_last_checkpoint(
     cluster: None, tmp_path: Path, tiny_base: Path, records: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The key-value cache and the training of its keys.
+"""The key-value cache of features of labelled images.
 
 CaFo (arXiv 2303.02151), section 3.3:
 
@@ -9,7 +9,7 @@ The keys are features of the few-shot and generated images, the values their cla
     p_s  = φ(F_s f_sᵀ) summed over each class's keys                                                     (eq. 6-7)
 
 The paper writes the last step as a product with one-hot values L. That product is a sum over each class's keys, and is
-computed as one. Only the keys are trained. The encoders are frozen, so training needs features alone, not images.
+computed as one. Only the keys are trained, by `cafo.key_training`.
 
 Legend: M keys, B images, N classes, V views, C width of a source's features.
 """
@@ -17,8 +17,8 @@ Legend: M keys, B images, N classes, V views, C width of a source's features.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -133,122 +133,29 @@ def zero_shot_logits(features: Tensor, classifier: Tensor) -> Tensor:
     return 100.0 * features.float() @ classifier.float()
 
 
+def nearest_affinity(affinity: Tensor) -> Tensor:
+    """Return each image's largest affinity, without gradient; 0 where all keys are left out: (M, B) → (B,)."""
+    nearest = affinity.detach().amax(dim=0)
+    return nearest.where(nearest > -torch.inf, 0.0)
+
+
 def class_logits(affinity: Tensor, labels: Tensor, num_classes: int, beta: float) -> Tensor:
     """Return p = φ(F fᵀ) L of eq. 6-7, up to a factor per image: (M, B) → (B, N).
 
     φ is computed relative to the image's nearest key, exp(-β (max - x)). At large β the paper's form underflows to
     zeros for an image far from every key. The factor per image does not matter: p is used only in z(p) of eq. 8, which
-    divides by its standard deviation.
+    divides by its standard deviation. An affinity of -inf leaves a key out for an image: its φ is 0.
     """
     if not len(affinity):  # K = 0 and no generated images: no evidence for any class
         return affinity.new_zeros(affinity.shape[1], num_classes)
-    nearest = affinity.detach().amax(dim=0)
+    nearest = nearest_affinity(affinity)
     phi = torch.exp(beta * (affinity - nearest))
     return phi.new_zeros(num_classes, affinity.shape[1]).index_add(0, labels, phi).T
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyTraining:
-    """Hyperparameters of the keys' training; the defaults are the paper's (section 4.1)."""
-
-    epochs: int = 20
-    batch: int = 256
-    """images per step"""
-    lr: float = 1e-3
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-    seed: int = 0
-    """seed of the order of the images in each epoch"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """Metrics of one epoch; epoch 0 is the cache before training."""
-
-    epoch: int
-    loss: float
-    """mean cross-entropy over the epoch's images; NaN at epoch 0"""
-    val_accuracy: float
-    """share of validation images that are correct, at the initial α and β"""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return the share of images whose (first) largest logit is their label's: (B, N), (B,)."""
     return int((logits.argmax(dim=-1) == labels).sum()) / max(len(labels), 1)
-
-
-def train_keys(
-    cache: Cache,
-    views: Mapping[str, Tensor],
-    labels: Tensor,
-    val_features: Mapping[str, Tensor],
-    val_labels: Tensor,
-    training: KeyTraining,
-    report: Callable[[Epoch], None] = lambda epoch: None,
-) -> tuple[Cache, Epoch]:
-    """Train the keys by cross-entropy on the ensembled logits at the cache's α and β (section 3.3).
-
-    Epoch e passes once over the images, each with view e mod V. The learning rate falls along a cosine over all steps,
-    to zero after the last. The keys with the best validation accuracy are returned, the earliest on ties; the
-    untrained keys compete too. Test images play no part.
-
-    Args:
-        cache: the cache before training; it is not changed.
-        views: {source: (V, M', C)} unit features of the training images, with the same V for all sources.
-        labels: (M',) int64.
-        val_features, val_labels: {source: (B, C)} and (B,) int64.
-        training: the hyperparameters.
-        report: called after every epoch; an exception from it ends the training.
-
-    Returns:
-        The cache with the best keys, and the epoch that they come from.
-
-    Raises:
-        CafoError: no images or views, or a loss that is not finite; the message gives its step and learning rate.
-    """
-    num_views, images = next(iter(views.values())).shape[:2]
-    if not images or not num_views:
-        raise CafoError("training the keys needs at least one image and one view of it")
-    keys = {name: k.detach().clone().requires_grad_() for name, k in cache.keys.items()}
-    learner = replace(cache, keys=keys)
-    optimizer = torch.optim.AdamW(keys.values(), lr=training.lr, eps=training.eps, weight_decay=training.weight_decay)
-    steps = training.epochs * -(-images // training.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    rng = torch.Generator().manual_seed(training.seed)
-
-    best = Epoch(epoch=0, loss=float("nan"), val_accuracy=accuracy(learner.logits(val_features), val_labels))
-    best_keys = _copy_keys(keys)
-    report(best)
-    for number in range(1, training.epochs + 1):
-        total_loss = 0.0
-        for step, rows in enumerate(torch.randperm(images, generator=rng).split(training.batch), start=1):
-            rows = rows.to(labels.device)
-            batch = {name: v[(number - 1) % num_views, rows] for name, v in views.items()}
-            loss = F.cross_entropy(learner.combine(batch).logits(cache.alpha), labels[rows])
-            _check_finite(loss, f"epoch {number}, step {step}", rows, float(schedule.get_last_lr()[0]))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.item() * len(rows)
-        val_accuracy = accuracy(learner.logits(val_features), val_labels)
-        epoch = Epoch(epoch=number, loss=total_loss / images, val_accuracy=val_accuracy)
-        if epoch.val_accuracy > best.val_accuracy:
-            best, best_keys = epoch, _copy_keys(keys)
-        report(epoch)
-    return replace(cache, keys=best_keys), best
-
-
-def _copy_keys(keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: k.detach().clone() for name, k in keys.items()}
-
-
-def _check_finite(loss: Tensor, when: str, rows: Tensor, lr: float) -> None:
-    if not torch.isfinite(loss):
-        raise CafoError(
-            f"the loss is {loss.item()} at {when} (images {rows[:5].tolist()}…, learning rate {lr:.3g}); "
-            "lower the learning rate or check the features"
-        )
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:

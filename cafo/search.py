@@ -232,14 +232,17 @@ def _search_grid(
     """Return the best α of every β of the coarse grid, then of ever finer grids around the best β."""
     candidates: list[_Candidate] = []
     betas, spacing = grid.values(), (grid.high - grid.low) / max(grid.steps - 1, 1)
+    known: set[float] = set()
     for _ in range(grid.refinements + 1):
-        candidates += _candidates(zero_shot, affinities, key_labels, labels, betas, ensembles)
+        # The whole even grid is computed, as φ needs an even one; values of β that were tried before are left out.
+        finer = _candidates(zero_shot, affinities, key_labels, labels, betas, ensembles)
+        candidates += [candidate for candidate in finer if candidate.beta not in known]
         if spacing == 0:
             break
         centre = min(candidates).beta
         known = {candidate.beta for candidate in candidates}
-        finer = _even_grid(max(grid.low, centre - spacing), min(grid.high, centre + spacing), grid.refined_steps)
-        betas, spacing = [beta for beta in finer if beta not in known], 2 * spacing / (grid.refined_steps - 1)
+        betas = _even_grid(max(grid.low, centre - spacing), min(grid.high, centre + spacing), grid.refined_steps)
+        spacing = 2 * spacing / (grid.refined_steps - 1)
     return candidates
 
 

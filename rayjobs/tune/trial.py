@@ -24,16 +24,14 @@ from torch import Tensor
 
 from cafo.cache import (
     Cache,
-    Epoch,
-    KeyTraining,
     accuracy,
     load_cache,
     mean_key,
     save_cache,
-    train_keys,
     zero_shot_logits,
 )
 from cafo.ensemble import table5
+from cafo.key_training import Epoch, KeyTraining, train_keys
 from cafo.search import SearchResult, search, weight_grid
 from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
@@ -178,7 +176,7 @@ def run_trial(
     curve: list[float] = []
 
     def after_epoch(epoch: Epoch) -> None:
-        curve.append(epoch.val_accuracy)
+        curve.append(epoch.accuracy)
         report(curve)
 
     recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
@@ -236,7 +234,7 @@ def _train(
     if recipe is not None:
         rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
         return train_keys(untrained, rows_as_tensors, untrained.labels, val, val_labels, recipe, after_epoch)
-    epoch = Epoch(epoch=0, loss=math.nan, val_accuracy=accuracy(untrained.logits(val), val_labels))
+    epoch = Epoch(epoch=0, loss=math.nan, accuracy=accuracy(untrained.logits(val), val_labels))
     after_epoch(epoch)
     return untrained, epoch
 

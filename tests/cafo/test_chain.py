@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 
 from cafo import fewshot
-from cafo.cache import Cache, KeyTraining, load_cache, mean_key, save_cache, train_keys
+from cafo.cache import Cache, load_cache, mean_key, save_cache
 from cafo.encoders import EncoderSpec, load_encoder
 from cafo.images import load_image
+from cafo.key_training import KeyTraining, train_keys
 from cafo.paper_datasets import load_dataset
 from cafo.prompt import read_prompts, zero_shot_classifier
 from cafo.search import BetaGrid, search
@@ -63,7 +64,7 @@ def test_from_images_to_a_test_accuracy(tmp_path, caltech):
     chosen = replace(trained, alpha=result.alpha, beta=result.beta, ensemble=result.ensemble)
     right = int((chosen.logits(val_features).argmax(1) == labels(val)).sum())
     assert right == result.correct  # search and prediction are one formula
-    assert result.accuracy >= best.val_accuracy
+    assert result.accuracy >= best.accuracy
     save_cache(chosen, tmp_path / "cache.safetensors")
     test = dataset.open_test()
     test_features = features(test)

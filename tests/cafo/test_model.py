@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from cafo import CaFo, EncoderSpec, FitConfig, load_tree
-from cafo.cache import KeyTraining
 from cafo.images import load_image
+from cafo.key_training import KeyTraining
 from tests.cafo.test_encoders import RESNET, folder
 
 COLOURS = {"red_thing": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}

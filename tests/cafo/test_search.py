@@ -160,3 +160,12 @@ def test_a_choice_at_the_edge_of_its_range_names_the_setting_to_widen():
     assert low.endswith("is 0.1, the smallest value that was tried; to try others, change search.beta_low")
     assert "α is 0" in grid.edge_notice(0.0, 0.1)
     assert BetaGrid(low=3.0, high=3.0).edge_notice(1.0, 3.0) == ""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_value_of_beta_on_the_finer_grids_has_its_own_accuracy(seed):
+    data = setup(seed)
+    (landscape,) = search(*data, grid=BetaGrid(low=0.1, high=12.0, steps=20, refinements=3)).landscapes
+    assert len(landscape.betas) == len(set(landscape.betas)) > 20 + 2 * 3
+    for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
+        assert correct == right(*data, alpha, beta)

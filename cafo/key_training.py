@@ -1,0 +1,149 @@
+"""The training of a cache's keys, which are all that CaFo trains.
+
+CaFo (arXiv 2303.02151), section 3.3: AdamW on the cross-entropy of the ensembled logits, at the initial α and β. The
+encoders are frozen, so training needs features alone, not images.
+
+Legend: M keys, B images, V views, C width of a source's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cafo.cache import Cache, accuracy
+from cafo.errors import CafoError
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTraining:
+    """Hyperparameters of the keys' training; the defaults are the paper's (section 4.1)."""
+
+    epochs: int = 20
+    batch: int = 256
+    """images per step"""
+    lr: float = 1e-3
+    eps: float = 1e-4
+    weight_decay: float = 0.01
+    seed: int = 0
+    """seed of the order of the images in each epoch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """Metrics of one epoch; epoch 0 is the cache before training."""
+
+    epoch: int
+    loss: float
+    """mean cross-entropy over the epoch's images; NaN at epoch 0"""
+    accuracy: float
+    """share of the validation or held-out images that are correct, at the initial α and β"""
+
+
+class KeyTrainer:
+    """Trains a cache's keys epoch by epoch, by cross-entropy on the ensembled logits at the cache's α and β.
+
+    Epoch e passes once over the images, each with view e mod V. The learning rate falls along a cosine over all steps,
+    to zero after the last. The given cache is not changed.
+
+    Raises:
+        CafoError: there is no image or no view.
+    """
+
+    def __init__(self, cache: Cache, views: Mapping[str, Tensor], labels: Tensor, training: KeyTraining) -> None:
+        """Begin with the keys of a cache.
+
+        Args:
+            cache: the cache before training.
+            views: {source: (V, M', C)} unit features of the training images, with the same V for all sources.
+            labels: (M',) int64.
+            training: the hyperparameters.
+        """
+        self.views, self.labels, self.training = views, labels, training
+        self.num_views, self.images = next(iter(views.values())).shape[:2]
+        if not self.images or not self.num_views:
+            raise CafoError("training the keys needs at least one image and one view of it")
+        self.keys = {name: k.detach().clone().requires_grad_() for name, k in cache.keys.items()}
+        self.cache = replace(cache, keys=self.keys)
+        self.epoch = 0
+        self._optimizer = torch.optim.AdamW(
+            self.keys.values(), lr=training.lr, eps=training.eps, weight_decay=training.weight_decay
+        )
+        steps = training.epochs * -(-self.images // training.batch)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(steps, 1))
+        self._rng = torch.Generator().manual_seed(training.seed)
+
+    def run_epoch(self) -> float:
+        """Train for one epoch. Returns its mean loss.
+
+        Raises:
+            CafoError: a loss is not finite; the message gives its step and learning rate.
+        """
+        self.epoch += 1
+        total_loss = 0.0
+        order = torch.randperm(self.images, generator=self._rng)
+        for step, rows in enumerate(order.split(self.training.batch), start=1):
+            rows = rows.to(self.labels.device)
+            batch = {name: v[(self.epoch - 1) % self.num_views, rows] for name, v in self.views.items()}
+            loss = F.cross_entropy(self.cache.combine(batch).logits(self.cache.alpha), self.labels[rows])
+            lr = float(self._schedule.get_last_lr()[0])
+            _check_finite(loss, f"epoch {self.epoch}, step {step}", rows, lr)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self._optimizer.step()
+            self._schedule.step()
+            total_loss += loss.item() * len(rows)
+        return total_loss / self.images
+
+    def copy_keys(self) -> dict[str, Tensor]:
+        """Return the keys as they are now."""
+        return {name: k.detach().clone() for name, k in self.keys.items()}
+
+
+def train_keys(
+    cache: Cache,
+    views: Mapping[str, Tensor],
+    labels: Tensor,
+    val_features: Mapping[str, Tensor],
+    val_labels: Tensor,
+    training: KeyTraining,
+    report: Callable[[Epoch], None] = lambda epoch: None,
+) -> tuple[Cache, Epoch]:
+    """Train the keys, and return those with the best validation accuracy at the cache's α and β, the earliest on ties.
+
+    The untrained keys compete too. Test images play no part.
+
+    Args:
+        cache, views, labels, training: as for `KeyTrainer`.
+        val_features, val_labels: {source: (B, C)} and (B,) int64.
+        report: called after every epoch; an exception from it ends the training.
+
+    Returns:
+        The cache with the best keys, and the epoch that they come from.
+
+    Raises:
+        CafoError: no images or views, or a loss that is not finite; the message gives its step and learning rate.
+    """
+    trainer = KeyTrainer(cache, views, labels, training)
+    start = accuracy(trainer.cache.logits(val_features), val_labels)
+    best, best_keys = Epoch(epoch=0, loss=float("nan"), accuracy=start), trainer.copy_keys()
+    report(best)
+    for number in range(1, training.epochs + 1):
+        loss = trainer.run_epoch()
+        epoch = Epoch(epoch=number, loss=loss, accuracy=accuracy(trainer.cache.logits(val_features), val_labels))
+        if epoch.accuracy > best.accuracy:
+            best, best_keys = epoch, trainer.copy_keys()
+        report(epoch)
+    return replace(cache, keys=best_keys), best
+
+
+def _check_finite(loss: Tensor, when: str, rows: Tensor, lr: float) -> None:
+    if not torch.isfinite(loss):
+        raise CafoError(
+            f"the loss is {loss.item()} at {when} (images {rows[:5].tolist()}…, learning rate {lr:.3g}); "
+            "lower the learning rate or check the features"
+        )

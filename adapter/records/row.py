@@ -11,3 +11,8 @@ class Row(NamedTuple):
     from 0."""
     value: Any
     error: str = ""
+
+
+def rejected_record(place: str, reason: str) -> dict[str, Any]:
+    """What stands for a record that cannot be used: its `place` in the file, and the reason under `rejected`."""
+    return {"image": "", "place": place, "rejected": reason}

@@ -19,8 +19,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapter.adapter_export import export_adapter
     from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
-    from adapter.adapter_formats import export_v1, read_adapter
+    from adapter.adapter_formats import read_adapter
     from adapter.adaption import AdaptionConfig
     from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
     from adapter.decoder import Decoder
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from adapter.generate import GenerationConfig
     from adapter.image_projection import ImageProjectionConfig
     from adapter.model import AdaptedModel
-    from adapter.records.instruct import PromptTemplate
+    from adapter.templates import ChatTemplate, PromptTemplate
     from adapter.tokenizers.base import Tokenizer
     from adapter.tokenizers.load import load_tokenizer
 
@@ -43,12 +44,13 @@ _MODULE_OF = {
     "ImageProjectionConfig": "image_projection",
     "Decoder": "decoder",
     "DecoderConfig": "decoder_config",
-    "PromptTemplate": "records.instruct",
+    "ChatTemplate": "templates",
+    "PromptTemplate": "templates",
     "RecordError": "errors",
     "Tokenizer": "tokenizers.base",
     "TokenizerError": "errors",
     "apply_adapter": "adapter_file",
-    "export_v1": "adapter_formats",
+    "export_adapter": "adapter_export",
     "extract_adapter": "adapter_file",
     "load_decoder": "base.checkpoint",
     "load_tokenizer": "tokenizers.load",

@@ -37,20 +37,24 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def collate(
-    sequences: Sequence[Sequence[int]], label_starts: Sequence[int], *, width: int | None = None
+    sequences: Sequence[Sequence[int]],
+    label_spans: Sequence[Sequence[Sequence[int]]],
+    *,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pad sequences of ids on the right. Returns tokens and labels, each (B, T) int64.
 
-    label_starts: the index in each sequence from which its tokens are labelled. width: T; by default the length of the
-    longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep in step.
+    label_spans: the (first, one past the last) tokens of each sequence that are labelled. width: T; by default the
+    length of the longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep in step.
 
     Padding is 0 in tokens and IGNORE in labels. No real token attends to it, so which id it is does not matter.
     """
     width = width or max(map(len, sequences), default=1)
     tokens = torch.zeros(max(len(sequences), 1), width, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE)
-    for row, (sequence, start) in enumerate(zip(sequences, label_starts, strict=True)):
+    for row, (sequence, spans) in enumerate(zip(sequences, label_spans, strict=True)):
         ids = torch.tensor(sequence)
         tokens[row, : len(ids)] = ids
-        labels[row, start : len(ids)] = ids[start:]
+        for start, end in spans:
+            labels[row, start:end] = ids[start:end]
     return tokens, labels

@@ -18,12 +18,14 @@ from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder, open_checkpoint
+from adapter.base.quantization import Quantization
 from adapter.batching import collate
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.generate import GenerationConfig, check_image_count, generate
 from adapter.image_projection import Images
-from adapter.records.instruct import ALPACA, Example, PromptTemplate
+from adapter.records.example import Example
+from adapter.templates import ALPACA, PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 
@@ -49,20 +51,23 @@ class AdaptedModel:
         *,
         tokenizer: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        quantization: Quantization | None = None,
         device: torch.device | str = "cpu",
     ) -> "AdaptedModel":
         """Load a folder in Meta's or Hugging Face's format.
 
         tokenizer: a SentencePiece model; `tokenizer.model` in the folder by default or, in Meta's layout alone, beside
-        it. dtype: precision of the frozen weights; the adapter is always float32.
+        it. dtype: precision of the frozen weights; the adapter is always float32. quantization: hold the linear layers
+        of the blocks in 8 or 4 bits (`int8`, `nf4`), for which bfloat16 is the usual dtype of the rest.
 
         Raises CheckpointError or TokenizerError, before any weight is read, for files that are missing, damaged, or do
-        not fit together; and CheckpointError for a weight that is NaN or infinite.
+        not fit together; CheckpointError for a weight that is NaN or infinite; AdapterError if the library that
+        quantizes is missing.
         """
         checkpoint = open_checkpoint(path)
         pieces = load_tokenizer(tokenizer or checkpoint.tokenizer_path or checkpoint.path)
         pieces.check_fits(checkpoint.config.vocab_size)
-        model = load_decoder(checkpoint, dtype=dtype, device=device)
+        model = load_decoder(checkpoint, dtype=dtype, quantization=quantization, device=device)
         return cls(model, pieces, fingerprint=checkpoint.fingerprint())
 
     @property
@@ -119,7 +124,7 @@ class AdaptedModel:
         if not sequences:
             return []
         self._check_window(sequences)
-        tokens, _ = collate(sequences, label_starts=[0] * len(sequences))
+        tokens, _ = collate(sequences, label_spans=[[]] * len(sequences))
         batch_images = self._batch_images(images, len(sequences))
         logits = self.model(tokens.to(self.device), images=batch_images)
         return [row[: len(sequence)] for row, sequence in zip(logits, sequences, strict=True)]
@@ -190,7 +195,7 @@ class AdaptedModel:
         if not examples:
             return []
         self._check_window([example.ids for example in examples])
-        tokens, labels = collate([example.ids for example in examples], [example.label_start for example in examples])
+        tokens, labels = collate([example.ids for example in examples], [example.label_spans for example in examples])
         batch_images = self._batch_images(images, len(examples))
         hidden = self.model.hidden_states(tokens.to(self.device), images=batch_images)
         labels = labels.to(self.device)

@@ -36,7 +36,9 @@ from adapter.adaption import AdaptionConfig
 from adapter.batching import collate, micro_batches
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
-from adapter.records.instruct import Example, encode_record, read_records
+from adapter.records.encoding import encode_record
+from adapter.records.example import Example
+from adapter.records.instruct import read_records
 from adapter.tokenizers.load import load_tokenizer
 
 BASE = DecoderConfig(
@@ -64,7 +66,7 @@ Batch = list[Example]
 
 
 def label_count(batch: Batch) -> int:
-    return sum(len(example.ids) - example.label_start for example in batch)
+    return sum(example.n_labels for example in batch)
 
 
 def step(
@@ -77,7 +79,7 @@ def step(
     """Run one training step over the parts of a batch. Returns its loss, the mean over labels."""
     n_labels, total = label_count(batch), 0.0
     for part in parts:
-        tokens, labels = collate([batch[i].ids for i in part], [batch[i].label_start for i in part], width=width)
+        tokens, labels = collate([batch[i].ids for i in part], [batch[i].label_spans for i in part], width=width)
         loss = loss_sum(tokens, labels) / n_labels
         loss.backward()
         total += loss.item()

@@ -45,7 +45,8 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, RMSNorm
 from adapter.decoder_config import DecoderConfig
-from adapter.records.instruct import encode_record, read_records
+from adapter.records.encoding import encode_record
+from adapter.records.instruct import read_records
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
@@ -218,7 +219,7 @@ def batches(data: str, tokenizer: str, size: int, count: int) -> tuple[list[list
         if len(examples) == size * count:
             break
     lengths = [len(example.ids) for example in examples]
-    labelled = sum(len(example.ids) - example.label_start for example in examples)
+    labelled = sum(example.n_labels for example in examples)
     return [lengths[at : at + size] for at in range(0, len(lengths), size)], labelled / sum(lengths)
 
 

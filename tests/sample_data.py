@@ -116,8 +116,8 @@ def train_llama(folder: Path, steps: int = 60) -> Path:
     5 layers, a window of 512 tokens, a SentencePiece tokenizer with byte fallback."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from adapter.records.instruct import ALPACA
     from adapter.records.scienceqa import TEMPLATE
+    from adapter.templates import ALPACA
     from tests.adapter.base.test_checkpoint import write_meta
 
     rng = random.Random(1)

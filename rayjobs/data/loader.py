@@ -69,7 +69,7 @@ def load_micro_batches(sampler: ElasticBatchSampler, rank: int, world: int, step
 def collate_micro_batch(micro: dict[str, Any]) -> MicroBatch:
     """Return a row of `rayjobs.data.sampler.MICRO_BATCH_SCHEMA` as tensors."""
     rows = micro.pop("rows")
-    tokens, labels = collate([row["tokens"] for row in rows], [row["label_start"] for row in rows])
+    tokens, labels = collate([row["tokens"] for row in rows], [row["label_spans"] for row in rows])
     return MicroBatch(
         **micro,
         ids=[row["id"] for row in rows],

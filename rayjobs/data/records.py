@@ -10,7 +10,8 @@ from pydantic import Field
 from adapter.errors import RecordError
 from adapter.records import scienceqa
 from adapter.records.conversation import read_conversations
-from adapter.records.instruct import ALPACA, PromptTemplate, read_records
+from adapter.records.instruct import read_records
+from adapter.templates import ALPACA, PromptTemplate
 from rayjobs.config import config
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 
 from adapter.batching import micro_batches
+from adapter.records.example import count_labels
 from rayjobs.data.image_source import ImageSource
 from rayjobs.data.token_store import TOKEN_SCHEMA, Split, TokenStore, part_source, source_of
 from rayjobs.storage.files import read_parquet
@@ -230,7 +231,7 @@ def window_micro_batches(
             continue
         rows = table.slice((step - window_steps.start) * sampler.global_batch, sampler.global_batch).to_pylist()
         lengths = [len(row["tokens"]) for row in rows]
-        step_labels = sum(length - row["label_start"] for length, row in zip(lengths, rows, strict=True))
+        step_labels = sum(count_labels(row["label_spans"]) for row in rows)
         batches = assign_micro_batches(lengths, sampler.token_budget, world)[rank]
         for i in {i for positions in batches for i in positions}:
             rows[i]["image"] = sampler.read_image(rows[i], epoch)

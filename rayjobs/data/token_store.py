@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray.data
 
-from adapter.records.instruct import encode_record
+from adapter.records.encoding import encode_record
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
@@ -30,7 +30,7 @@ from rayjobs.errors import DataError
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
-from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
+from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
 Split = Literal["train", "val"]
@@ -39,7 +39,7 @@ TOKEN_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),  # source * ROWS_PER_SOURCE + position of the record in the source
         ("tokens", pa.list_(pa.int32())),
-        ("label_start", pa.int32()),  # tokens[label_start:] have labels
+        ("label_spans", pa.list_(pa.list_(pa.int32()))),  # [first, one past the last] of the tokens that have labels
         ("image", pa.int64()),  # index of the image in the source's list; null without one
     ]
 )
@@ -170,12 +170,12 @@ def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lis
             images += [[path, content] for path, content in file_fingerprints(sources[i][0].images, paths).items()]
     identity = {
         **asdict(encoding),
-        "tokenizer": file_fingerprint(cached_path(encoding.tokenizer)),
+        "tokenizer": _tokenizer(encoding.tokenizer).fingerprint,
         "sources": [
             [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
         ],
         "images": images,
-        "format": 4,
+        "format": 5,
     }
     return fingerprint(identity)[:20]
 
@@ -253,7 +253,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
             continue
         image = image_index if encoding.images else None
         side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"
-        rows[side].append({"id": id, "tokens": example.ids, "label_start": example.label_start, "image": image})
+        rows[side].append({"id": id, "tokens": example.ids, "label_spans": example.label_spans, "image": image})
     for side, listed in rows.items():
         if listed:
             write_parquet(folder / _part_name(side, first), pa.Table.from_pylist(listed, TOKEN_SCHEMA))

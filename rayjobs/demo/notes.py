@@ -13,7 +13,7 @@ from io import BytesIO
 
 from sentencepiece import SentencePieceTrainer
 
-from adapter.records.instruct import PromptTemplate
+from adapter.templates import PromptTemplate
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapter.records.instruct import PromptTemplate
 from adapter.records.scienceqa import LETTERS, Problem
+from adapter.templates import PromptTemplate
 from rayjobs.demo.notes import Document
 from rayjobs.storage.files import write_json, write_jsonl
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from adapter.adapter_formats import read_adapter
 from adapter.model import AdaptedModel
-from adapter.records.instruct import ALPACA, PromptTemplate
+from adapter.templates import ALPACA, PromptTemplate
+from adapter.tokenizers.load import load_tokenizer
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json
 from cafo.prompt import ANSWERS, COMMANDS, EndpointModel, LanguageModel, Sampling, describe_classes, with_spaces
@@ -55,7 +56,7 @@ class LlamaDescriberConfig:
         template = self.prompt_template()
         return {
             "base": checkpoint.fingerprint(),
-            "tokenizer": file_fingerprint(tokenizer),
+            "tokenizer": load_tokenizer(cached_path(tokenizer)).fingerprint,
             "dtype": self.base.dtype,
             "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
             "template": [template.with_input, template.without_input],

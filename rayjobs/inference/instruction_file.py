@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from adapter.records.files import read_rows
-from adapter.records.instruct import PromptTemplate, read_records
+from adapter.records.instruct import read_records
+from adapter.templates import PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 from rayjobs.inference.batch import Record
 from rayjobs.storage.files import write_parquet, write_text

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapter.generate import GenerationConfig
 from adapter.model import AdaptedModel
-from adapter.records.instruct import PromptTemplate
+from adapter.templates import PromptTemplate
 from rayjobs.config import config
 from rayjobs.inference.batch import Record
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from adapter.errors import RecordError
 from adapter.model import AdaptedModel
-from adapter.records.instruct import Example, PromptTemplate, encode_record
+from adapter.records.encoding import encode_record
+from adapter.records.example import Example
 from adapter.records.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
+from adapter.templates import PromptTemplate
 from rayjobs.inference.batch import Record
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
 from rayjobs.reporting.tables import markdown_table, write_csv
@@ -58,7 +60,7 @@ class AnswerProblems:
         example_images = [image for image, (of_problem, _) in zip(images, encoded, strict=True) for _ in of_problem]
         outputs: Iterator[Any]
         if self.reading == "generate":
-            prompts = [example.ids[: example.label_start] for example in examples]
+            prompts = [example.ids[: example.label_spans[0][0]] for example in examples]
             outputs = iter(
                 model.generate_from_ids(prompts, images=example_images, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
             )

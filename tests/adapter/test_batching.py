@@ -39,11 +39,11 @@ def test_a_budget_below_one_is_an_error(token_budget):
         micro_batches([1, 2], token_budget)
 
 
-def test_collate_pads_on_the_right_and_labels_from_the_start_given():
-    tokens, labels = collate([[5, 6, 7], [8]], [1, 0])
-    assert torch.equal(tokens, torch.tensor([[5, 6, 7], [8, 0, 0]]))
-    assert torch.equal(labels, torch.tensor([[IGNORE, 6, 7], [8, IGNORE, IGNORE]]))
-    tokens, labels = collate([[5, 6]], [2], width=3)
+def test_collate_pads_on_the_right_and_labels_the_spans():
+    tokens, labels = collate([[5, 6, 7, 9, 3], [8]], [[(1, 2), (3, 5)], [(0, 1)]])
+    assert torch.equal(tokens, torch.tensor([[5, 6, 7, 9, 3], [8, 0, 0, 0, 0]]))
+    assert torch.equal(labels, torch.tensor([[IGNORE, 6, IGNORE, 9, 3], [8, *[IGNORE] * 4]]))
+    tokens, labels = collate([[5, 6]], [[]], width=3)
     assert torch.equal(tokens, torch.tensor([[5, 6, 0]]))
     assert torch.equal(labels, torch.full((1, 3), IGNORE))
 

@@ -23,7 +23,8 @@ from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, RMSNorm
 from adapter.decoder_config import DecoderConfig
 from adapter.generate import generate
-from adapter.records.instruct import ALPACA, encode_record
+from adapter.records.encoding import encode_record
+from adapter.templates import ALPACA
 from tests.adapter.tokenizers.test_sentence_piece import train_model
 
 SIZES = {
@@ -197,10 +198,8 @@ def test_an_adapter_file_is_read_by_its_content_whatever_its_name(folder: Path, 
         assert all(torch.equal(row, was) for row, was in zip(again.logits(TEXTS), expected, strict=True))
     file = adapter.read_adapter(tmp_path / "x")
     for name in ("x.pt", "x.pth", "x.bin", "x"):
-        adapter.export_v1(file, tmp_path / f"v1-{name}", gate="tanh")
+        adapter.export_adapter(file, tmp_path / f"v1-{name}", "v1", again.model.config, gate="tanh")
         assert torch.equal(adapter.read_adapter(tmp_path / f"v1-{name}", gate="tanh").prompt, file.prompt)
-    with pytest.raises(AdapterError, match=r"v1\.safetensors: the official v1 format is PyTorch's"):
-        adapter.export_v1(file, tmp_path / "v1.safetensors")
 
 
 def test_a_longer_example_than_the_window_is_refused(folder: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.records.instruct import encode_record
+from adapter.records.encoding import encode_record
 from adapter.records.scienceqa import TEMPLATE, read_problems
 from rayjobs.inference.batch import read_pixels
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from adapter.errors import AdapterError, RecordError
-from adapter.records.instruct import ALPACA, PromptTemplate, encode_record, read_records
+from adapter.records.encoding import encode_record
+from adapter.records.instruct import read_records
+from adapter.templates import ALPACA, PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 
@@ -29,31 +31,31 @@ def record(output: str, input: str = "", instruction: str = "cat") -> dict[str, 
 def test_sequence_is_bos_prompt_output_eos_with_labels_on_output_and_eos(tokenizer: Tokenizer) -> None:
     example = encode_record(record("the red hill"), tokenizer, TEMPLATE)
     prompt = tokenizer.encode("do cat :", bos=True, eos=False)
-    assert example.ids[: example.label_start] == prompt
+    assert example.ids[: example.label_spans[0][0]] == prompt
     assert example.ids[-1] == tokenizer.eos_id
-    assert tokenizer.decode(example.ids[example.label_start : -1]).strip() == "the red hill"
+    assert tokenizer.decode(example.ids[example.label_spans[0][0] : -1]).strip() == "the red hill"
 
 
 def test_a_piece_across_the_boundary_leaves_the_prompt_as_generation_sees_it(tokenizer: Tokenizer) -> None:
     glued = PromptTemplate(with_input="{instruction}{input}", without_input="{instruction}")
     example = encode_record(record("at on", instruction="the c"), tokenizer, glued)
-    assert example.ids[: example.label_start] == tokenizer.encode("the c", bos=True, eos=False)
-    assert example.label_start < len(example.ids)
+    assert example.ids[: example.label_spans[0][0]] == tokenizer.encode("the c", bos=True, eos=False)
+    assert example.label_spans[0][0] < len(example.ids)
 
 
 def test_empty_output_labels_eos(tokenizer: Tokenizer) -> None:
     example = encode_record(record(""), tokenizer, TEMPLATE)
-    assert example.ids[example.label_start :] == [tokenizer.eos_id]
+    assert example.ids[example.label_spans[0][0] :] == [tokenizer.eos_id]
 
 
 def test_too_long_loses_the_left_of_the_input_and_keeps_the_answer(tokenizer: Tokenizer) -> None:
     words = [f"{word}" for word in random.Random(0).choices(["cat", "dog", "hill", "mat"], k=60)]
     whole = record("the red hill", input=" ".join(words))
     example = encode_record(whole, tokenizer, TEMPLATE, max_length=64)
-    text = tokenizer.decode(example.ids[: example.label_start])
+    text = tokenizer.decode(example.ids[: example.label_spans[0][0]])
     assert len(example.ids) <= 64
     assert example.ids[-1] == tokenizer.eos_id
-    assert tokenizer.decode(example.ids[example.label_start : -1]).strip() == "the red hill"
+    assert tokenizer.decode(example.ids[example.label_spans[0][0] : -1]).strip() == "the red hill"
     assert text.startswith("do cat with")
     assert " ".join(words[-4:]) in text
     assert len(example.ids) > 48  # no more than needed was dropped

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from adapter.errors import RecordError
-from adapter.records.instruct import ALPACA
 from adapter.records.scienceqa import TEMPLATE, read_problem_records, read_problems
+from adapter.templates import ALPACA
 from rayjobs.config import load
 from rayjobs.data.records import DataConfig
 from rayjobs.errors import ConfigError

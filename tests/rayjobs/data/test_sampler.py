@@ -21,7 +21,7 @@ def store(tmp_path: Path) -> TokenStore:
         listed = []
         for _ in range(rows):
             length = int(rng.integers(2, 40))
-            listed.append({"id": id, "tokens": [id] * length, "label_start": int(rng.integers(1, length))})
+            listed.append({"id": id, "tokens": [id] * length, "label_spans": [[int(rng.integers(1, length)), length]]})
             id += 1
         name = f"train-{listed[0]['id']:014x}.parquet"
         write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
@@ -89,7 +89,7 @@ def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> Non
     for step in range(15):
         workers = walk(make_sampler(store), 2, range(step, step + 1))
         rows = [row for worker in workers for micro in worker for row in micro["rows"]]
-        labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
+        labels = sum(end - start for row in rows for start, end in row["label_spans"])
         assert {micro["step_labels"] for worker in workers for micro in worker} == {labels}
 
 
@@ -109,7 +109,7 @@ def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None
     for source, sizes in per_source.items():
         first = source * ROWS_PER_SOURCE
         for rows in sizes:
-            listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1} for i in range(rows)]
+            listed = [{"id": first + i, "tokens": [1, 2, 3], "label_spans": [[1, 3]]} for i in range(rows)]
             name = f"train-{first:014x}.parquet"
             write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
             parts.append((name, rows))
@@ -138,7 +138,9 @@ class IndexedImages:
 
 def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> None:
     first = 3 * ROWS_PER_SOURCE
-    listed = [{"id": first + i, "tokens": [1, 2, 3], "label_start": 1, "image": i if i % 2 else None} for i in range(9)]
+    listed = [
+        {"id": first + i, "tokens": [1, 2, 3], "label_spans": [[1, 3]], "image": i if i % 2 else None} for i in range(9)
+    ]
     write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
     parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
     sampler = make_sampler(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), images=IndexedImages())

@@ -14,7 +14,8 @@ import pytest
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.records.instruct import ALPACA, read_records
+from adapter.records.instruct import read_records
+from adapter.templates import ALPACA
 from rayjobs.__main__ import main
 from rayjobs.config import load
 from rayjobs.inference.batch import BatchGenerator, Chunk

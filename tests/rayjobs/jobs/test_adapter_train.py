@@ -96,7 +96,7 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
             images = base.model.batch_images([None if row["image"] is None else seen[row["image"]] for row in rows])
             images = images or (torch.zeros(0, 32 + 64 + 128 + 256 + 19), torch.zeros(0, dtype=torch.int64))
             batch = collate_micro_batch({"step": 0, "last": True, "step_labels": 0, "rows": rows})
-            labels = sum(len(row["tokens"]) - row["label_start"] for row in rows)
+            labels = sum(end - start for row in rows for start, end in row["label_spans"])
             loss = base.model(batch.tokens, batch.labels, images) / labels
             optimizer.zero_grad()
             loss.backward()
@@ -224,7 +224,8 @@ def test_eval_agrees_with_training_and_with_the_model(
     base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     total = labels = 0.0
-    from adapter.records.instruct import encode_record, read_records
+    from adapter.records.encoding import encode_record
+    from adapter.records.instruct import read_records
 
     for record in read_records(pictured):
         if record["image"] in BAD:
@@ -232,7 +233,7 @@ def test_eval_agrees_with_training_and_with_the_model(
         example = encode_record(record, base.tokenizer, max_length=200)
         images = base.model.batch_images([features(pictured, trained, record["image"])])
         log_p = base.model(torch.tensor([example.ids]), images=images)[0].log_softmax(-1)
-        for place in range(example.label_start, len(example.ids)):
+        for place in range(*example.label_spans[0]):
             total -= log_p[place - 1, example.ids[place]].item()
             labels += 1
     assert result["labelled_tokens"] == labels

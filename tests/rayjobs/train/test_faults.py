@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter.adapter_formats import read_adapter
-from adapter.records.instruct import encode_record
+from adapter.records.encoding import encode_record
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.__main__ import main
 from rayjobs.storage.files import read_jsonl

@@ -45,7 +45,8 @@ def collate(
     """Pad sequences of ids on the right. Returns tokens and labels, each (B, T) int64.
 
     label_spans: the (first, one past the last) tokens of each sequence that are labelled. width: T; by default the
-    length of the longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep in step.
+    length of the longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep
+    in step.
 
     Padding is 0 in tokens and IGNORE in labels. No real token attends to it, so which id it is does not matter.
     """

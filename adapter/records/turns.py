@@ -40,11 +40,11 @@ def encode_turns(
     prompt, answer = first
     answer = shorten_answer(answer, len(prompt), max_length - following[k], tokenizer)
     ids, spans = list[int](), []
-    for (prompt, answer), exchange in zip([(prompt, answer), *later[k + 1 :]], exchanges[k:], strict=True):
-        ids += prompt
+    for (question, reply), exchange in zip([(prompt, answer), *later[k + 1 :]], exchanges[k:], strict=True):
+        ids += question
         if exchange.labelled:
-            spans.append((len(ids), len(ids) + len(answer)))
-        ids += answer
+            spans.append((len(ids), len(ids) + len(reply)))
+        ids += reply
     if not spans:
         raise RecordError("no answer that is left of the conversation is to be trained on")
     return Example(ids=ids, label_spans=spans, dropped_turns=2 * k)

@@ -1,4 +1,4 @@
-"""Read adapter files of every known format, and write the official v1 format.
+"""Read adapter files of every known format; `adapter.adapter_export` writes the foreign ones.
 
     own           see `adapter.adapter_file`
     official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, one gate per head or one for all heads
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from adapter.adapter_file import FORMAT, AdapterFile, parse_adapter, some_keys, to_float32
 from adapter.adaption import Gate
-from adapter.atomic_file import atomic_path
-from adapter.base.config import JsonConfig, PositiveInt
+from adapter.base.json_config import JsonConfig, PositiveInt
 from adapter.base.tensor_files import is_safetensors, open_tensors, read_metadata
 from adapter.errors import AdapterError, CheckpointError
 
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Prompts and gates of the foreign formats; each key holds its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
@@ -82,39 +81,6 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
             f"{peft.adapter_layers, peft.adapter_len}, {path.name} has {tuple(file.prompt.shape[:2])}"
         )
     return file
-
-
-def export_v1(file: AdapterFile, path: str | Path, *, gate: Gate = "identity") -> None:
-    """Write the official v1 format, for code that applies `gate` to the gates, as the official inference code does.
-
-    Gates of the other convention are converted, so that the model's outputs stay the same.
-
-    Raises AdapterError if the format cannot hold the adapter: one that reads images, or with the gate of an ablation;
-    identity gates outside (-1, 1), which are the tanh of no number; a file that does not state N and H; or a path that
-    ends in .safetensors, because the format is PyTorch's own.
-    """
-    if Path(path).suffix == ".safetensors":
-        raise AdapterError(f"{path}: the official v1 format is PyTorch's, not safetensors; name the file .pth")
-    if file.vision is not None or file.convention not in ("tanh", "identity"):
-        reason = "reads images" if file.vision is not None else f"has the gate {file.convention!r}"
-        raise AdapterError(f"the official v1 format cannot hold an adapter that {reason}; keep the own format")
-    missing = [key for key in ("n_layers", "n_heads") if key not in file.base_shape]
-    if missing:
-        raise AdapterError(
-            f"the base's {' and '.join(missing)} must be known: put the adapter on its base with `apply_adapter`, and "
-            "export what `extract_adapter` returns"
-        )
-    gates = file.gate.expand(-1, file.base_shape["n_heads"])
-    if gate != file.convention:
-        if gate == "tanh" and (gates.abs() >= 1).any():
-            raise AdapterError("a gate of 1 or more has no counterpart under tanh; export with gate='identity'")
-        gates = gates.tanh() if file.convention == "tanh" else gates.atanh()
-    first = file.base_shape["n_layers"] - file.config.n_layers
-    state = {"adapter_query.weight": file.prompt.flatten(0, 1).clone()}
-    for layer, value in enumerate(gates, start=first):
-        state[f"layers.{layer}.attention.gate"] = value.reshape(1, -1, 1, 1).clone()
-    with atomic_path(Path(path)) as part:
-        torch.save(state, part)
 
 
 def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers: int | None) -> AdapterFile:
@@ -195,7 +161,7 @@ def _open_peft_folder(folder: Path) -> tuple[Path, PeftConfig]:
     if not (folder / PEFT_CONFIG).is_file():
         raise CheckpointError(f"{folder}: a folder without PEFT's {PEFT_CONFIG}; name an adapter file")
     config = PeftConfig.read(folder / PEFT_CONFIG)
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in (PEFT_WEIGHTS, "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name, config
     raise CheckpointError(f"{folder}: no adapter_model.safetensors or adapter_model.bin")

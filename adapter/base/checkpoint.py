@@ -1,4 +1,4 @@
-"""Read LLaMA checkpoints, in Meta's or Hugging Face's format, into the decoder one tensor at a time; write the latter.
+"""Read a checkpoint in Meta's or Hugging Face's format into the decoder, one tensor at a time; write the latter.
 
 Meta's folders hold `params.json` and `consolidated.00.pth`, ..., the model-parallel shards of one model. Hugging Face's
 hold `config.json` and `model.safetensors` or `pytorch_model.bin`, as one file or as indexed shards.
@@ -12,42 +12,29 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from adapter.atomic_file import atomic_path
-from adapter.base.config import HFConfig, HFIndex, MetaConfig, hf_config
+from adapter.base.binding import bind, meta_decoder
+from adapter.base.hf_config import hf_config, read_hf_config
+from adapter.base.json_config import JsonConfig
+from adapter.base.meta_config import MetaConfig
 from adapter.base.quantization import Precision, Quantization, precision_of, reading_dtype, set_weight
-from adapter.base.tensor_files import drop_pages, open_tensors
+from adapter.base.tensor_files import open_tensors
+from adapter.base.tensor_names import hf_key
 from adapter.base.tensor_source import TensorSource
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
+from adapter.tokenizers.load import find_tokenizer
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
-_HF_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-_HF_TOP = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 
 
 @dataclass(frozen=True)
@@ -57,28 +44,30 @@ class Checkpoint:
     path: Path
     config: DecoderConfig
     tokenizer_path: Path | None
-    """`tokenizer.model` in the folder or, in Meta's layout alone, beside it; None if there is none."""
+    """Where `load_tokenizer` finds it: the folder or, in Meta's layout alone, a file beside it; None if it has none."""
     _sources: dict[str, TensorSource] = field(repr=False)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) under the decoder's names, on the CPU, in the checkpoint's dtype, one at a time.
+    def tensors(
+        self, dtype_of: Callable[[str], torch.dtype], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors one at a time: (name, new tensor on `device`), under the decoder's names.
 
-        A tensor may be a view of the file: copy it, never write to it. Its memory is returned when the next tensor is
-        requested. A tied head is not repeated. Raises CheckpointError, naming file and tensor, for NaN or infinity.
+        dtype_of: the dtype to read the tensor of a name in. A tied head is not repeated. Raises CheckpointError, naming
+        file and tensor, for a value that is NaN or infinite in that dtype.
         """
         for name, source in self._sources.items():
-            tensor = source.read()
-            source.check_finite(tensor, name)
-            yield name, tensor
-            del tensor
-            for part in source.parts:
-                drop_pages(part)
+            # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
+            value = torch.empty(source.shape, dtype=dtype_of(name), device=device)
+            source.copy_to(value)
+            source.check_finite(value, name)
+            yield name, value
+            del value  # if the caller dropped it too, it goes before the next is read
 
     def fingerprint(self) -> str:
         """Identify the base by its values, independent of the files' format, sharding and precision.
 
-        A SHA-256, in hexadecimal, over the shape, all norms, and three rows of every matrix in float32. The first call
-        reads tens of megabytes at 13B; later calls read nothing.
+        A SHA-256, in hexadecimal, over the shape and switches, all norms and biases, and three rows of every matrix in
+        float32. The first call reads tens of megabytes at 13B; later calls read nothing.
         """
         return self._fingerprint
 
@@ -87,6 +76,8 @@ class Checkpoint:
         config = self.config
         shape = (config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)
         digest = hashlib.sha256(repr(shape).encode())
+        if switches := config.switches():
+            digest.update(json.dumps(switches, sort_keys=True).encode())
         sources = dict(self._sources)
         sources.setdefault("output.weight", sources["tok_embeddings.weight"])
         for name in sorted(sources):
@@ -119,31 +110,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _find_tokenizer(path: Path) -> Path | None:
-    """The `tokenizer.model` of a checkpoint's folder.
+    """The checkpoint's folder if it has a tokenizer, or the file beside it that belongs to it.
 
     One beside the folder is used for Meta's layout alone, whose first release has one tokenizer beside `7B/`, `13B/`,
     ..., and only for a folder without a tokenizer of its own. Elsewhere it is a neighbour's.
     """
-    if (path / "tokenizer.model").is_file():
-        return path / "tokenizer.model"
+    if find_tokenizer(path):
+        return path
     beside = path.absolute().parent / "tokenizer.model"
-    has_own = (path / "config.json").is_file() or (path / "tokenizer.json").is_file()
-    return beside if beside.is_file() and not has_own else None
-
-
-def meta_decoder(config: DecoderConfig) -> Decoder:
-    """The decoder on the meta device: names and shapes without memory."""
-    with torch.device("meta"), _SkipInit():
-        return Decoder(config)
-
-
-class _SkipInit(TorchFunctionMode):
-    """Skip `torch.nn.init`. On the meta device it would only import a compiler, which takes seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return None
-        return func(*args, **(kwargs or {}))
+    return beside if beside.is_file() and not (path / "config.json").is_file() else None
 
 
 def load_decoder(
@@ -164,13 +139,9 @@ def load_decoder(
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     model, precision = meta_decoder(checkpoint.config), Precision(dtype, quantization)
-    for name, source in checkpoint._sources.items():
-        # Copy straight from the file to the tensor: temporary tensors in between would fragment the heap.
-        value = torch.empty(source.shape, dtype=reading_dtype(model, name, precision), device=device)
-        source.copy_to(value)
-        source.check_finite(value, name)
+    for name, value in checkpoint.tensors(partial(reading_dtype, model, precision=precision), device):
         set_weight(model, name, value, precision)
-        del value  # what was quantized goes before the next is read
+        del value
     model.tie()
     return model.eval()
 
@@ -185,7 +156,7 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _hf_key(name): parameter.detach().contiguous()
+        hf_key(name, post_norms=model.config.post_norms): parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
         if ".adaption." not in name and not name.startswith("vision.")
     }
@@ -220,7 +191,7 @@ def _open_meta(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
         vocab_rows=sources["tok_embeddings.weight"].shape[0],
         tied_head="output.weight" not in sources,
     )
-    bound = _bind(config, sources, lambda name: name, path if len(files) > 1 else files[0])
+    bound = bind(config, sources, lambda name: name, path if len(files) > 1 else files[0])
     for name, source in bound.items():
         if heads := {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2]):
             if heads % len(source.parts):
@@ -243,7 +214,7 @@ def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
 
 
 def _open_hf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
-    config = HFConfig.read(path / "config.json").decoder_config()
+    config = read_hf_config(path / "config.json").decoder_config()
     files, weight_map = _hf_files(path)
     sources: dict[str, TensorSource] = {}
     for file in files:
@@ -260,56 +231,25 @@ def _open_hf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
             del sources["lm_head.weight"]
         else:  # as transformers does: a file's own head counts more than the flag
             config = replace(config, tied_head=False)
-    return config, _bind(config, sources, _hf_key, path if len(files) > 1 else files[0])
+    key_of = partial(hf_key, post_norms=config.post_norms)
+    return config, bind(config, sources, key_of, path if len(files) > 1 else files[0])
+
+
+class _HFIndex(JsonConfig):
+    """Hugging Face's index of a checkpoint in several files."""
+
+    weight_map: dict[str, str]
+    """Key of each tensor → name of its file."""
 
 
 def _hf_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files with weights and, if there is an index, its map from key to file name."""
     for weights in ("model.safetensors", "pytorch_model.bin"):
         if (index := path / f"{weights}.index.json").is_file():
-            weight_map = HFIndex.read(index).weight_map
+            weight_map = _HFIndex.read(index).weight_map
             if outside := next((name for name in weight_map.values() if Path(name).name != name), None):
                 raise CheckpointError(f"{index}: {outside!r} is not the name of a file in this folder")
             return [path / name for name in sorted(set(weight_map.values()))], weight_map
         if (path / weights).is_file():
             return [path / weights], {}
     raise CheckpointError(f"{path}: no weights: expected model.safetensors, pytorch_model.bin, or either's .index.json")
-
-
-def _bind(
-    config: DecoderConfig, sources: dict[str, TensorSource], key_of: Callable[[str], str], where: Path
-) -> dict[str, TensorSource]:
-    """The source of each of the decoder's parameters.
-
-    Raises CheckpointError unless parameters and sources match exactly, in name and shape.
-    """
-    if config.n_layers > len(sources):  # checked before that many layers are built
-        raise CheckpointError(f"{where}: {len(sources)} tensors cannot be a model of {config.n_layers} layers")
-    expected = {name: tuple(parameter.shape) for name, parameter in meta_decoder(config).named_parameters()}
-    keys = {key_of(name): name for name in expected}
-    missing, unexpected = [key for key in keys if key not in sources], [key for key in sources if key not in keys]
-    if missing or unexpected:
-        faults = [f"{_some(missing)} missing"] * bool(missing) + [f"{_some(unexpected)} unexpected"] * bool(unexpected)
-        raise CheckpointError(f"{where}: {'; '.join(faults)} for a model of {config.n_layers} layers")
-    for key, name in keys.items():
-        source = sources[key]
-        if source.shape != expected[name]:
-            hint = f" (joined from {len(source.parts)} shards; is one missing?)" if len(source.parts) > 1 else ""
-            raise CheckpointError(
-                f"{source.files[0]}: {key} has shape {source.shape}, the configuration wants {expected[name]}{hint}"
-            )
-        for file, part in zip(source.files, source.parts, strict=True):
-            if part.dtype not in _FLOATS:
-                raise CheckpointError(f"{file}: {key} is {part.dtype}; quantized weights are not supported")
-    return {name: sources[key] for key, name in keys.items()}
-
-
-def _some(keys: list[str]) -> str:
-    return f"{', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-
-
-def _hf_key(name: str) -> str:
-    if name in _HF_TOP:
-        return _HF_TOP[name]
-    _, layer, module = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{layer}.{_HF_BLOCK[module]}.weight"

@@ -2,7 +2,7 @@
 
 import torch
 
-from adapter.base.checkpoint import meta_decoder
+from adapter.base.binding import meta_decoder
 from adapter.base.quantization import Quantization, is_quantizable, quantized_bytes
 from adapter.decoder_config import DecoderConfig
 

@@ -1,5 +1,6 @@
 """The model that a config names for inference: a frozen base, with or without an adapter, that may read images."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import AnyPath
+
+logger = logging.getLogger(__name__)
 
 
 class OpenedSource(NamedTuple):
@@ -50,8 +53,9 @@ class AdapterSourceConfig:
         conditioning = open_image_conditioning(self.adapter, self.vision, blind)
         if self.adapter is not None:
             try:
+                file = read_adapter(cached_path(self.adapter))
                 check_adapter_fits(
-                    read_adapter(cached_path(self.adapter)),
+                    file,
                     checkpoint.config,
                     fingerprint=checkpoint.fingerprint(),
                     tokenizer_sha256=load_tokenizer(cached_path(tokenizer)).sha256,
@@ -59,6 +63,8 @@ class AdapterSourceConfig:
                 )
             except CheckpointError as error:
                 raise CheckpointError(f"{self.adapter}: {str(error).removeprefix(f'{self.adapter}: ')}") from error
+            if (trained := file.base_dtype) not in (None, self.base.dtype):
+                logger.warning("%s: trained on a base in %s, run on one in %s", self.adapter, trained, self.base.dtype)
         return OpenedSource(checkpoint, tokenizer, conditioning)
 
     def load(self, device: str, conditioning: ImageConditioning | None) -> AdaptedModel:

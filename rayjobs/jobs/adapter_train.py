@@ -17,7 +17,11 @@ from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, extract_adapter
 from adapter.adaption import AdaptionConfig, Gate
-from adapter.base.checkpoint import Checkpoint, meta_decoder
+from adapter.base.binding import meta_decoder
+from adapter.base.checkpoint import Checkpoint
+from adapter.base.memory import base_bytes
+from adapter.base.quantization import PRECISIONS
+from adapter.decoder_config import DecoderConfig
 from adapter.image_projection import ImageProjectionConfig
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
@@ -35,10 +39,10 @@ from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
-from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
+from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
-from rayjobs.train.engine import OptimizerConfig, ZeroConfig
+from rayjobs.train.engine import OptimizerConfig, ZeroConfig, check_zero
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.trainer import fit
 
@@ -125,7 +129,8 @@ def open_inputs(settings: Config) -> Inputs:
 
 
 def check_fit(settings: Config, inputs: Inputs) -> None:
-    """Raise ConfigError unless adapter and sequences fit the base, ProvenanceError if the folder has another run."""
+    """Raise ConfigError unless adapter, sequences and ZeRO fit the base, ProvenanceError if the run is another one."""
+    check_zero(settings.zero, settings.base.dtype)
     layers, window = inputs.checkpoint.config.n_layers, inputs.checkpoint.config.max_seq_len
     if settings.adapter.n_layers > layers:
         raise ConfigError(
@@ -144,7 +149,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
     values = drop_keys(to_dict(settings), FREE_TO_CHANGE)
     values["base"] |= {
         "path": inputs.checkpoint.fingerprint()[:16],
-        "tokenizer": file_fingerprint(cached_path(inputs.tokenizer))[:16],
+        "tokenizer": load_tokenizer(cached_path(inputs.tokenizer)).fingerprint[:16],
     }
     with_images = inputs.conditioning is not None
     values["data"] = drop_keys(values["data"], ("format", "template")) | {
@@ -186,6 +191,7 @@ def plan(settings: Config) -> None:
     steps, warmup = train.total_steps(steps_per_epoch), train.warmup_steps(steps_per_epoch)
     rows = [
         ["base", base],
+        ["memory of the base", _describe_memory(shape)],
         ["trainable parameters", f"{trainable:,}"],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
         ["images", images],
@@ -226,7 +232,7 @@ def train(settings: Config, inputs: Inputs) -> None:
     except NonFiniteLossError as error:
         record_nonfinite_loss(folder, error)
         raise
-    file = adapter_file(job.adaption, trained, inputs.checkpoint, inputs.tokenizer)
+    file = adapter_file(job, trained, inputs.checkpoint, inputs.tokenizer)
     with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
     write_result(folder, summarize(settings, job, file))
@@ -283,19 +289,19 @@ def train_job(
     )
 
 
-def adapter_file(
-    adaption: AdaptionConfig, trained: Mapping[str, Tensor], checkpoint: Checkpoint, tokenizer: Path
-) -> AdapterFile:
+def adapter_file(job: TrainJob, trained: Mapping[str, Tensor], checkpoint: Checkpoint, tokenizer: Path) -> AdapterFile:
     """The trained parameters as an adapter file for this base and tokenizer."""
     model = meta_decoder(checkpoint.config)
-    model.add_adapter(adaption)
+    model.add_adapter(job.adaption)
     model.reset_adapter(None, "cpu")
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
     sha256 = load_tokenizer(cached_path(tokenizer)).sha256
-    return extract_adapter(model, base_fingerprint=checkpoint.fingerprint(), tokenizer_sha256=sha256)
+    return extract_adapter(
+        model, base_fingerprint=checkpoint.fingerprint(), base_dtype=job.dtype, tokenizer_sha256=sha256
+    )
 
 
 def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, Any]:
@@ -319,6 +325,12 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
         "base_val_loss": round(val_losses[0], 5) if val_losses else None,
         "val_loss": round(val_losses[-1], 5) if val_losses else None,
     }
+
+
+def _describe_memory(config: DecoderConfig) -> str:
+    sizes = {name: base_bytes(config, *precision) for name, precision in PRECISIONS.items()}
+    unit, symbol = (1e9, "GB") if sizes["fp32"] >= 1e9 else (1e6, "MB")
+    return ", ".join(f"{size / unit:.3g} {symbol} in {name}" for name, size in sizes.items())
 
 
 def _describe_left_out(images: int) -> str:

@@ -2,12 +2,14 @@
 
 The frozen base is held in `dtype` and the trainable parameters in float32, so that there are no separate master
 weights: DeepSpeed is not told of mixed precision and partitions gradients, optimizer state and (stage 3) parameters as
-they are. An optimizer step takes any number of micro-batches: gradients accumulate until `step`. The training state
-that `state` returns does not depend on the stage or the number of workers.
+they are. Weights in 8 or 4 bits are buffers, which it leaves alone. An optimizer step takes any number of
+micro-batches: gradients accumulate until `step`. The training state that `state` returns does not depend on the stage
+or the number of workers.
 """
 
 import collections
 import logging
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -16,12 +18,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.adaption import AdaptionConfig
-from adapter.base.checkpoint import meta_decoder, open_checkpoint
+from adapter.base.binding import meta_decoder
+from adapter.base.checkpoint import open_checkpoint
+from adapter.base.quantization import PRECISIONS, reading_dtype, set_weight
 from adapter.decoder import Decoder
 from adapter.image_projection import Images
 from rayjobs.config import config
-from rayjobs.errors import ProvenanceError
-from rayjobs.models.base_model import TORCH_DTYPES, Dtype
+from rayjobs.errors import ConfigError, ProvenanceError
+from rayjobs.models.base_model import Dtype
 from rayjobs.storage.download import cached_path
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -95,31 +99,43 @@ def adapted_model(
 ) -> Decoder:
     """Return the frozen base with a fresh adapter drawn from `seed`, equal on every worker whatever the stage.
 
-    Weights are placed one tensor at a time. Under stage 3 each is partitioned at once, and a worker keeps its shard.
+    Weights are placed one tensor at a time. Under stage 3 each is partitioned at once, and a worker keeps its shard; a
+    quantized base, whose weights are no parameters, cannot be partitioned, and is refused with a ConfigError.
     """
-    checkpoint = open_checkpoint(cached_path(path))
+    check_zero(zero, dtype)
+    checkpoint, precision = open_checkpoint(cached_path(path)), PRECISIONS[dtype]
     model = meta_decoder(checkpoint.config)
     with torch.device("meta"):
         model.add_adapter(adaption)
-    for name, tensor in checkpoint.tensors():
-        _place(model, name, tensor.to(device=device, dtype=TORCH_DTYPES[dtype], copy=True), zero)
+    for name, tensor in checkpoint.tensors(partial(reading_dtype, model, precision=precision), device):
+        set_weight(model, name, tensor, precision)
+        _partition(model, name, zero)
+        del tensor
     model.reset_adapter(torch.Generator().manual_seed(seed), "cpu")
-    for name, tensor in list(model.adapter_parameters()):
-        _place(model, name, tensor.detach().to(device=device, dtype=torch.float32, copy=True), zero)
+    for module in model.adapter_modules:
+        module.to(device)
+    for name, _ in list(model.adapter_parameters()):
+        _partition(model, name, zero)
     model.tie()
     return model
 
 
-def _place(model: Decoder, name: str, tensor: Tensor, zero: ZeroConfig) -> None:
-    """Make a tensor the model's parameter of this name; under stage 3 keep only this worker's shard of it."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    parameter = nn.Parameter(tensor.contiguous(), requires_grad=getattr(module, leaf).requires_grad)
-    setattr(module, leaf, parameter)
+def check_zero(zero: ZeroConfig, dtype: Dtype) -> None:
+    """Raise ConfigError for a stage that would have to partition a quantized base."""
+    if zero.stage == 3 and PRECISIONS[dtype].quantization:
+        raise ConfigError(
+            f"zero.stage is 3, which partitions the base over the workers, and base.dtype is {dtype}, which cannot be "
+            "partitioned: set zero.stage to at most 2, or base.dtype to bf16"
+        )
+
+
+def _partition(model: Decoder, name: str, zero: ZeroConfig) -> None:
+    """Under stage 3, keep only this worker's shard of the parameter of this name."""
     if zero.stage == 3:
+        parameter = model.get_parameter(name)
         holder = nn.Module()
         holder.register_parameter("parameter", parameter)
-        _deepspeed().zero.Init(module=holder, config_dict_or_path=deepspeed_config(zero, None), dtype=tensor.dtype)
+        _deepspeed().zero.Init(module=holder, config_dict_or_path=deepspeed_config(zero, None), dtype=parameter.dtype)
 
 
 class Engine:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
-from adapter.base.checkpoint import load_decoder, meta_decoder, open_checkpoint, save_decoder
+from adapter.base.binding import meta_decoder
+from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
 from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS, Int8Linear, NF4Linear, precision_of
 from adapter.decoder import Decoder

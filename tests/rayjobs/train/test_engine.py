@@ -14,9 +14,9 @@ from tests.rayjobs.cafo_dataset import make_encoders
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
 from adapter.adaption import AdaptionConfig
-from adapter.base.checkpoint import open_checkpoint
+from adapter.base.checkpoint import load_decoder, open_checkpoint
+from adapter.base.quantization import PRECISIONS
 from rayjobs.config import load
-from rayjobs.models.base_model import TORCH_DTYPES
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 
@@ -49,8 +49,13 @@ def whole(engine, frozen):  # its parameters, gathered
 
 def frozen_to_the_bit(engine):  # base and encoder, after training
     kept, now = whole(engine, True), featurizer.encoder.model.state_dict()
-    there = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in open_checkpoint(base).tensors()}
+    precision = PRECISIONS[dtype]
+    loaded = load_decoder(base, dtype=precision.dtype, quantization=precision.quantization)
+    there = dict(loaded.named_parameters())
+    assert (precision.quantization is None) == (not list(loaded.buffers()))
+    buffers = dict(engine.deepspeed.module.named_buffers())  # quantized weights
     same = all(torch.equal(kept[name], tensor) for name, tensor in there.items())
+    same = same and all(torch.equal(buffers[name], tensor) for name, tensor in loaded.named_buffers())
     encoder_same = all(torch.equal(now[name], value) for name, value in encoder_before.items())
     return kept.keys() == there.keys() and same and encoder_same
 
@@ -77,8 +82,9 @@ first = engine(0)
 start = whole(first, False)
 before = train(first, range(3))
 state = first.state()
+assert all(".adaption." in name or name.startswith(("vision.", "optimizer.")) for name in state), "nothing of the base"
 after = train(first, range(3, 6))
-for stage in (0, 1, 2, 3):
+for stage in (0, 1, 2) if PRECISIONS[dtype].quantization else (0, 1, 2, 3):
     one = engine(stage)
     assert train(one, range(3)), "a fresh engine trains"
     one.load_state(state)
@@ -101,6 +107,8 @@ if rank == 0:
         ("fp32", ""),
         pytest.param("fp32", "offload", marks=pytest.mark.slow),
         pytest.param("bf16", "", marks=pytest.mark.slow),
+        pytest.param("int8", "", marks=pytest.mark.slow),
+        pytest.param("nf4", "", marks=pytest.mark.slow),
     ],
 )
 def test_stages_give_the_same_losses_and_take_up_each_others_state(

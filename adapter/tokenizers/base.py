@@ -1,5 +1,7 @@
 """What every tokenizer does: text to ids and back, whatever file it was read from."""
 
+import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -62,9 +64,18 @@ class Tokenizer(ABC):
     def vocab_size(self) -> int:
         """The largest id and one."""
 
+    @property
+    def rows_needed(self) -> int:
+        """Rows that a base must embed to read text: all ids but special ones past the words, if they have no role."""
+        return self.vocab_size
+
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The ids of a text in which nothing is special."""
+
+    @abstractmethod
+    def _added_tokens(self) -> list[object]:
+        """What the tokenizer has besides what its file says."""
 
     @abstractmethod
     def _encode_rendered(self, text: str, verbatim: Sequence[tuple[int, int]]) -> Rendered:
@@ -117,6 +128,13 @@ class Tokenizer(ABC):
         return whole[len(known) :]
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, over all that texts and templates become ids by: the file and its settings."""
+        special = self._special
+        ids = [special.bos, special.eos, sorted(special.stops), special.pad, special.unk, sorted(special.texts.items())]
+        return hashlib.sha256(repr([self.sha256, ids, self.chat_template, self._added_tokens()]).encode()).hexdigest()
+
+    @property
     def bos_id(self) -> int | None:
         """The id that begins a text; None for a tokenizer that begins texts with nothing."""
         return self._special.bos
@@ -160,9 +178,9 @@ class Tokenizer(ABC):
         tokens, such as a pad token. More than 64 of them, or a 32nd of the tokens where that is more, is what no
         padding explains: the base was made with another tokenizer, and its outputs would be read as wrong words.
         """
-        if self.vocab_size > vocab_size:
+        if self.rows_needed > vocab_size:
             raise TokenizerError(
-                f"{self.name}: has {self.vocab_size} tokens, the base's vocabulary only {vocab_size}; "
+                f"{self.name}: has {self.rows_needed} tokens, the base's vocabulary only {vocab_size}; "
                 "use the tokenizer that came with the base"
             )
         if vocab_size - self.vocab_size > max(MIN_UNUSED_ROWS, self.vocab_size * UNUSED_ROWS_SHARE):
@@ -170,6 +188,16 @@ class Tokenizer(ABC):
                 f"{self.name}: has only {self.vocab_size} tokens, the base's vocabulary {vocab_size}: more than "
                 "padding explains; use the tokenizer that came with the base"
             )
+
+
+def find_special(special: Iterable[str], text: str, verbatim: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """The spans of special tokens' texts, the longest where several begin, that touch no verbatim span."""
+    pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    found, start = [], 0
+    for low, high in [*sorted(verbatim), (len(text), len(text))]:
+        found += [match.span() for match in pattern.finditer(text, start, max(low, start))]
+        start = max(start, high)
+    return found
 
 
 def _check_text(text: str) -> None:

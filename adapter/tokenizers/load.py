@@ -1,41 +1,60 @@
 """Load a tokenizer from a file or folder, in whatever format it is."""
 
-import re
 from pathlib import Path
 
 from adapter.errors import TokenizerError
 from adapter.file_kind import check_content
 from adapter.tokenizers.base import Tokenizer
-from adapter.tokenizers.sentence_piece import SentencePieceTokenizer
+from adapter.tokenizers.hugging_face import read_tokenizer_json
+from adapter.tokenizers.sentence_piece import read_sentence_piece
+from adapter.tokenizers.settings import read_settings
+from adapter.tokenizers.tiktoken_ranks import is_ranks, read_ranks
 
-_JSON_ONLY = (
-    "{}: a Hugging Face fast tokenizer, which a later release will read; this one needs the SentencePiece "
-    "tokenizer.model that belongs to the same weights: put it into the folder, or name it"
-)
-_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-"""The first line of Llama 3's `tokenizer.model`: a token in base64 and its rank."""
+_OTHER_FORMATS = ("vocab.json", "tekken.json", "spiece.model", "*.tiktoken", "tokenization_*.py")
+"""Files of tokenizers that only other programs read."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer file, or that of a folder.
+    """Load a tokenizer file, or that of a folder (`find_tokenizer`), with the configuration files beside it.
 
+    The format is recognised by the content: Hugging Face's `tokenizer.json`, a SentencePiece model, or Llama 3's ranks.
     Raises TokenizerError for a file that is missing, corrupt, or in no known format.
     """
     path = Path(path)
     if path.is_dir():
-        if not (path / "tokenizer.model").is_file() and (path / "tokenizer.json").is_file():
-            raise TokenizerError(_JSON_ONLY.format(path / "tokenizer.json"))
-        path = path / "tokenizer.model"
-    if path.suffix == ".json":
-        raise TokenizerError(_JSON_ONLY.format(path))
+        found = find_tokenizer(path)
+        if found is None:
+            raise TokenizerError(describe_missing(path))
+        path = found
     try:
         content = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: no tokenizer can be read there ({error.strerror})") from error
     check_content(path, TokenizerError)
-    if _TIKTOKEN.match(content):
-        raise TokenizerError(
-            f"{path}: Llama 3's tokenizer, in tiktoken's format, which a later release will read; this one needs a "
-            "SentencePiece model, as LLaMA 1 and 2 have"
-        )
-    return SentencePieceTokenizer(content, str(path))
+    settings = read_settings(path.parent)
+    if content.lstrip()[:1] == b"{":
+        return read_tokenizer_json(content, str(path), settings)
+    if is_ranks(content):
+        return read_ranks(content, path, settings)
+    return read_sentence_piece(content, str(path), settings)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer of a folder, if it has one.
+
+    Where there are two of the same vocabulary, `tokenizer.json` is the one that a Hugging Face folder's model is used
+    with, and `tokenizer.model` the one of Meta's.
+    """
+    meta = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+    names = ("tokenizer.model", "tokenizer.json") if meta else ("tokenizer.json", "tokenizer.model")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def describe_missing(folder: Path) -> str:
+    """A folder's lack of a tokenizer, in words, and what to do."""
+    others = [file.name for pattern in _OTHER_FORMATS for file in sorted(folder.glob(pattern))]
+    hint = "put it there, or name it"
+    if others:
+        convert = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        hint = f"{others[0]} is another format, from which transformers can make the former: {convert}"
+    return f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder; {hint}"

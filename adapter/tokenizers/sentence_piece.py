@@ -1,15 +1,16 @@
 """SentencePiece models, as LLaMA 1 and 2, Mistral and Gemma have: `tokenizer.model`."""
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
 from adapter.errors import TokenizerError
-from adapter.tokenizers.base import Rendered, SpecialIds, Tokenizer
+from adapter.tokenizers.base import Rendered, SpecialIds, Tokenizer, find_special
+from adapter.tokenizers.settings import TokenizerSettings
 
 _WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 """`normalizer_spec { add_dummy_prefix: false }` in protobuf. Appended to a model, it overrides that field."""
@@ -42,7 +43,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(name, sha256, special or special_pieces(self._processor), chat_template)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_processor", "_prefixless", "_special_texts")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_processor", "_prefixless", "_special_ids")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -55,6 +56,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text, out_type=int)
 
+    def _added_tokens(self) -> list[object]:
+        return [*sorted(self._added.items()), self._prefix_after_special]
+
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode([i for i in ids if i < self._processor.vocab_size()])
 
@@ -62,29 +66,19 @@ class SentencePieceTokenizer(Tokenizer):
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = 0
-        for low, high in [*self._find_special(text, verbatim), (len(text), len(text))]:
+        for low, high in [*find_special(self._special_ids, text, verbatim), (len(text), len(text))]:
             processor = self._processor if start == 0 or self._prefix_after_special else self._prefixless
             plain = processor.encode(text[start:low], return_type="offset_mapping")
             ids += plain["ids"]
             spans += [(start + a, start + b) for a, b in plain["offsets"]]
             if low < high:
-                ids.append(self._special_texts[text[low:high]])
+                ids.append(self._special_ids[text[low:high]])
                 spans.append((low, high))
             start = high
         return Rendered(ids, spans)
 
-    def _find_special(self, text: str, verbatim: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The spans of special tokens' texts, the longest where several begin, within what is not verbatim."""
-        longest_first = sorted(self._special_texts, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        start = 0
-        for low, high in [*sorted(verbatim), (len(text), len(text))]:
-            for match in pattern.finditer(text, start, max(low, start)):
-                yield match.span()
-            start = max(start, high)
-
     @cached_property
-    def _special_texts(self) -> dict[str, int]:
+    def _special_ids(self) -> dict[str, int]:
         own = range(self._processor.vocab_size())
         control = {self._processor.id_to_piece(i): i for i in own if self._processor.IsControl(i) or i == self.unk_id}
         return {**control, **self._added}
@@ -93,6 +87,23 @@ class SentencePieceTokenizer(Tokenizer):
     def _prefixless(self) -> SentencePieceProcessor:
         """The same model, which puts no space before a text."""
         return _open(self._proto + _WITHOUT_PREFIX, self.name)
+
+
+def read_sentence_piece(content: bytes, name: str, settings: TokenizerSettings) -> SentencePieceTokenizer:
+    """A SentencePiece model with what the settings of its folder add. Raises TokenizerError if it is none."""
+    processor = _open(content, name)
+    added = {token.content: id for id, token in settings.added.items()}
+    ids = {processor.id_to_piece(id): id for id in range(processor.vocab_size())} | added
+    settings = replace(settings, named=special_pieces(processor).texts | settings.named)
+    bos = ids.get(settings.named.get("bos_token", "")) if settings.add_bos else None
+    return SentencePieceTokenizer(
+        content,
+        name,
+        special=settings.special_ids(ids.get, bos=bos),
+        added=added,
+        chat_template=settings.chat_template,
+        prefix_after_special=settings.legacy,
+    )
 
 
 def special_pieces(processor: SentencePieceProcessor) -> SpecialIds:

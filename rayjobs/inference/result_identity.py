@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import Record
 from rayjobs.models.image_conditioning import ImageConditioning
@@ -15,7 +16,7 @@ def model_identity(model: AdapterSourceConfig, conditioning: ImageConditioning |
     checkpoint, tokenizer = model.base.open()
     return {
         "base": f"{checkpoint.fingerprint()[:16]} in {model.base.dtype}",
-        "tokenizer": _content(cached_path(tokenizer)),
+        "tokenizer": load_tokenizer(cached_path(tokenizer)).fingerprint[:16],
         "adapter": _content(cached_path(model.adapter)) if model.adapter else "none",
         "encoder": conditioning.encoder.identity if conditioning else "none",
     }

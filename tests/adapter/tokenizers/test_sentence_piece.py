@@ -113,20 +113,13 @@ def test_rows_past_the_pieces_have_no_text(model: Path) -> None:
 def test_errors_name_the_file(model: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"absent\.model: no tokenizer"):
         load_tokenizer(tmp_path / "absent.model")
-    for name, content in (("junk.model", b"{}" * 50), ("cut.model", model.read_bytes()[:200])):
+    for name, content in (("junk.model", b"junk" * 50), ("cut.model", model.read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TokenizerError, match=f"{name}: not a SentencePiece model"):
             load_tokenizer(tmp_path / name)
     (tmp_path / "empty.model").touch()
     with pytest.raises(TokenizerError, match=r"empty\.model: the file is empty"):
         load_tokenizer(tmp_path / "empty.model")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "tokenizer.json"):
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*needs the SentencePiece tokenizer\.model that"):
-            load_tokenizer(path)
-    (tmp_path / "llama3.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(TokenizerError, match=r"llama3\.model: Llama 3's tokenizer, in tiktoken's format"):
-        load_tokenizer(tmp_path / "llama3.model")
     (tmp_path / "lfs.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
     with pytest.raises(TokenizerError, match=r"lfs\.model: a Git LFS pointer instead of the file; run `git lfs pull`"):
         load_tokenizer(tmp_path / "lfs.model")

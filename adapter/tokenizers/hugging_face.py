@@ -1,0 +1,185 @@
+"""Hugging Face's tokenizers: `tokenizer.json`, run by the library `tokenizers`."""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from adapter.errors import TokenizerError
+from adapter.tokenizers.base import MIN_UNUSED_ROWS, Rendered, Tokenizer, find_special
+from adapter.tokenizers.settings import AddedToken, TokenizerSettings
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the library `tokenizers`.
+
+    It takes the texts of special tokens as text, always. To place a special token, `encode_rendered` writes an alias
+    that nobody can guess, because it is drawn anew for each tokenizer, and takes the alias's id for the token's. (To
+    encode the text between special tokens in parts would not do: some tokenizers put a space before the first.)
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", name: str, sha256: str, settings: TokenizerSettings) -> None:
+        """backend: the tokenizer, which is changed here. Its post-processor tells which BOS it begins texts with."""
+        backend.no_truncation()
+        backend.no_padding()
+        special = settings.special_ids(backend.token_to_id, bos=_bos(backend))
+        super().__init__(name, sha256, special, settings.chat_template)
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        named = (special.bos, special.eos, special.pad, special.unk)
+        own = backend.get_vocab(with_added_tokens=False).values()
+        self._words = 1 + max((*own, *(id for id in named if id is not None)), default=-1)
+
+        # What else the post-processor does is to take the spaces out of tokens' spans.
+        backend.post_processor = None  # type: ignore[assignment]
+        self._special_ids = {t.content: id for id, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._alias_of: dict[str, str] = {}
+        self._id_of_alias: dict[int, int] = {}
+        self._add_aliases(backend)
+        self._backend = backend
+        self._backend.encode_special_tokens = True  # as text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # which does not survive pickling
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id and one. There may be ids without a token."""
+        return self._vocab_size
+
+    @property
+    def rows_needed(self) -> int:
+        """As `Tokenizer.rows_needed`; Gemma 3 has a token for images that bases for text alone do not embed."""
+        return self._words if self.vocab_size - self._words <= MIN_UNUSED_ROWS else self.vocab_size
+
+    def _encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_rendered(self, text: str, verbatim: Sequence[tuple[int, int]]) -> Rendered:
+        found = find_special(self._special_ids, text, verbatim)
+        parts, start = [], 0
+        for low, high in found:
+            parts += [text[start:low], self._alias_of[text[low:high]]]
+            start = high
+        encoding = self._backend.encode("".join([*parts, text[start:]]), add_special_tokens=False)
+        ids, spans, shift = [], [], 0
+        special = iter(found)
+        for id, (low, high) in zip(encoding.ids, encoding.offsets, strict=True):
+            low += shift
+            if id in self._id_of_alias:
+                a, b = next(special)
+                shift += b - a - len(self._alias_of[text[a:b]])
+            ids.append(self._id_of_alias.get(id, id))
+            spans.append((low, high + shift))
+        return Rendered(ids, spans)
+
+    def _added_tokens(self) -> list[object]:
+        return sorted(self._special_ids.items())
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def _add_aliases(self, backend: "tokenizers.Tokenizer") -> None:
+        from tokenizers import AddedToken
+
+        nonce = secrets.token_hex(16)
+        for id, token in backend.get_added_tokens_decoder().items():
+            if token.special:
+                alias = f"\ufdd0{nonce}{id}\ufdd1"
+                backend.add_tokens([AddedToken(alias, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
+                self._alias_of[token.content] = alias
+                self._id_of_alias[backend.token_to_id(alias)] = id
+
+
+def read_tokenizer_json(content: bytes, name: str, settings: TokenizerSettings) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json`, with the tokens that its folder's settings add.
+
+    Raises TokenizerError for a file that is malformed, or that the installed `tokenizers` cannot load.
+    """
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise TokenizerError(f"{name}: not readable JSON ({error})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise TokenizerError(f"{name}: not a Hugging Face tokenizer: it has no object `model`")
+    return build(values, name, hashlib.sha256(content).hexdigest(), settings)
+
+
+def build(values: dict[str, Any], name: str, sha256: str, settings: TokenizerSettings) -> HuggingFaceTokenizer:
+    """The tokenizer that the values of a `tokenizer.json` describe, with the tokens that the settings add.
+
+    Raises TokenizerError for what the installed `tokenizers` cannot load.
+    """
+    import tokenizers
+
+    try:
+        _add_tokens(values, settings)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # the library raises nothing more special
+        reason = " ".join(str(error).split())
+        raise TokenizerError(
+            f"{name}: tokenizers {tokenizers.__version__} cannot load it ({reason}); if the file is whole, it was "
+            "written by a later version: upgrade `tokenizers`"
+        ) from error
+    return HuggingFaceTokenizer(backend, name, sha256, settings)
+
+
+def byte_level(
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], patterns: Sequence[str], *, bos: str | None
+) -> dict[str, Any]:
+    """The values of a `tokenizer.json` of the usual kind: byte pairs within pieces that regular expressions split.
+
+    vocabulary: tokens, in the letters that stand for bytes. merges: joins, the first to be done first. patterns: each
+    splits what the one before left. bos: the token that begins texts.
+    """
+    splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    post_processor = None
+    if bos is not None:
+        text = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        token = {"id": bos, "ids": [vocabulary[bos]], "tokens": [bos]}
+        post_processor = {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": {bos: token}}
+    options = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
+    affixes = {"continuing_subword_prefix": None, "end_of_word_suffix": None}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, letters]},
+        "post_processor": post_processor,
+        "decoder": letters,
+        "model": {"type": "BPE", **options, **affixes, "vocab": vocabulary, "merges": [list(pair) for pair in merges]},
+    }
+
+
+def _add_tokens(values: dict[str, Any], settings: TokenizerSettings) -> None:
+    """Add the settings' tokens to those of a `tokenizer.json`, as special where they say so.
+
+    A named special token that the vocabulary has not, such as a `pad_token` that no one trained, stays unknown: an id
+    of its own would be one that no base embeds.
+    """
+    tokens = {token["content"]: token for token in values.get("added_tokens") or []}
+    vocabulary = values["model"].get("vocab") or {}
+    if isinstance(vocabulary, list):  # of tokens and their scores
+        vocabulary = {token: id for id, (token, _) in enumerate(vocabulary)}
+    for id, token in sorted(settings.added.items()):
+        tokens.setdefault(token.content, {"id": id, **asdict(token)})
+    for text in (*settings.named.values(), *settings.extra):
+        if text in tokens:
+            tokens[text] = {**tokens[text], "special": True}
+        elif text in vocabulary:
+            tokens[text] = {"id": vocabulary[text], **asdict(AddedToken(content=text))}
+    values["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
+
+
+def _bos(backend: "tokenizers.Tokenizer") -> int | None:
+    """The id that the post-processor puts before every text, if it does."""
+    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return full[0] if full[:1] != bare[:1] else None

@@ -14,10 +14,11 @@ from types import ModuleType
 from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
-from rayjobs.config import describe, iter_paths, load
+from rayjobs.config import describe, iter_paths, load, replace_paths
 from rayjobs.console import printable, setup_logging, show_table
 from rayjobs.errors import UserError, is_user_error
 from rayjobs.runs.record import find_runs
+from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import check_reachable, resolve_path
 
 logger = logging.getLogger("rayjobs")
@@ -120,6 +121,7 @@ def run_job(args: argparse.Namespace) -> int:
         return submit(job_command(args.job, job.Config, args.config, args.overrides, verbose=args.verbose))
     for path in iter_paths(settings):
         check_reachable(path)
+    settings = replace_paths(settings, pin)
     if not args.dry_run:
         job.run(settings)
         return DONE

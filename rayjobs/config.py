@@ -5,8 +5,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -184,23 +184,35 @@ def to_dict(built: Any) -> dict[str, Any]:
     return TypeAdapter(type(built)).dump_python(built, mode="json")
 
 
-def iter_paths(value: Any, is_path: bool = False) -> Iterator[str]:
-    """The paths, URLs and file names that a config holds, in its sections too.
+def iter_paths(value: Any) -> Iterator[str]:
+    """The paths, URLs and file names that a config holds, in its sections too, each once."""
+    found: dict[str, str] = {}
+    replace_paths(value, lambda path: found.setdefault(path, path))
+    return iter(found)
+
+
+def replace_paths(value: T, change: Callable[[str], str], is_path: bool = False) -> T:
+    """A config with each path, URL and file name in it, and in its sections, replaced by `change(path)`.
 
     is_path: texts in `value` are of a field of paths, or of files or names.
     """
+    changed: Any = value
     if is_dataclass(value):
-        for name, info in type(value).__pydantic_fields__.items():  # type: ignore[union-attr]
-            kind = _type_name(info.annotation, info.metadata)
-            yield from iter_paths(getattr(value, name), re.search(r"\bpath\b|\bfile or name\b", kind) is not None)
+        for name, info in type(value).__pydantic_fields__.items():  # type: ignore[attr-defined]
+            before = getattr(value, name)
+            after = replace_paths(before, change, _holds_paths(info))
+            changed = changed if after is before else replace(changed, **{name: after})
     elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from iter_paths(inner, is_path)
+        changed = {key: replace_paths(inner, change, is_path) for key, inner in value.items()}
     elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from iter_paths(inner, is_path)
+        changed = type(value)(replace_paths(inner, change, is_path) for inner in value)
     elif is_path and isinstance(value, str):
-        yield value
+        changed = change(value)
+    return value if changed == value else changed
+
+
+def _holds_paths(field: Any) -> bool:
+    return re.search(r"\bpath\b|\bfile or name\b", _type_name(field.annotation, field.metadata)) is not None
 
 
 class FieldHelp(NamedTuple):

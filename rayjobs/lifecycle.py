@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
+from rayjobs.config import replace_paths
 from rayjobs.runs.record import State, finish_run, read_record
 from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
+from rayjobs.storage.hub import pin
 
 
 def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     """A job's `run` that also records how it ended and writes `report.html`, whether it succeeded or not.
 
-    `run` takes the job's config, which names the job in `JOB` and the run in `run`.
+    `run` takes the job's config, which names the job in `JOB` and the run in `run`. A model on the hub is pinned to its
+    present commit first, so that all workers read the same files and the run folder says which.
     """
 
     @functools.wraps(run)
     def run_and_record(settings: Any) -> dict[str, Any]:
+        settings = replace_paths(settings, pin)
         try:
             result = run(settings)
         except BaseException as error:

@@ -82,9 +82,12 @@ class Hub:
         self.objects |= {hashlib.sha256(content).hexdigest(): content for content in files.values()}
         return sha
 
-    def fetched(self, method: str = "GET") -> list[str]:
-        """The names of the files that were downloaded, or whose headers were asked for with HEAD."""
-        return [line.rsplit("/", 1)[1] for line in self.requests if line.startswith(method) and "/resolve/" in line]
+    def fetched(self) -> list[str]:
+        """The names of the files that were downloaded."""
+        contents = (commit.files.items() for repo in self.repos.values() for commit in repo.commits)
+        names = {sha256(content): name for files in contents for name, content in files}
+        gets = [line.rsplit("/", 1)[1] for line in self.requests if re.match("GET .*/(resolve|objects)/", line)]
+        return [names.get(name, name) for name in gets]
 
 
 class Refusal(Exception):

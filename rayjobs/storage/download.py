@@ -8,15 +8,22 @@ from typing import Any
 from filelock import FileLock
 
 from rayjobs.storage.fingerprint import fingerprint, remote_fingerprint
+from rayjobs.storage.hub import is_hub_path
+from rayjobs.storage.hub_model import model_copy
 from rayjobs.storage.paths import is_url, resolve_path
 
 
-def cached_path(path: str | Path) -> Path:
+def cached_path(path: str | Path, *, weights: bool = True) -> Path:
     """A local path as it is; for a URL, a local copy of its file or folder, downloaded unless its content is there.
 
-    Copies are kept in `$XDG_CACHE_HOME/rayjobs`, by default `~/.cache/rayjobs`. All processes of a machine share them.
-    Raises FileNotFoundError if the URL names nothing, StorageError if it cannot be reached.
+    Copies are kept in `$XDG_CACHE_HOME/rayjobs`, by default `~/.cache/rayjobs`, and those of the Hugging Face hub in
+    the hub's own cache. All processes of a machine share them. Raises FileNotFoundError if the URL names nothing,
+    StorageError if it cannot be reached.
+
+    weights: False to leave a base's weights on the hub, for its settings or its tokenizer alone.
     """
+    if is_hub_path(path):
+        return model_copy(path, weights=weights)
     if not is_url(path):
         return Path(path)
     remote: Any = resolve_path(path)

@@ -7,14 +7,18 @@ holds is used.
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rayjobs.errors import ConfigError, StorageError, UserError
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
 RepoType = Literal["model", "dataset"]
 
 HUB = "hf://"
@@ -75,12 +79,16 @@ def is_hub_id(text: str) -> bool:
 def pin(path: str) -> str:
     """An `hf://` path with its revision replaced by the commit that it names at present; any other path as it is.
 
-    So all processes of a run read the same files. Where the hub cannot be reached, the commit is the cache's. Raises
-    StorageError.
+    So all processes of a run read the same files. Where the hub cannot be reached, the commit is the one of the last
+    time. Raises StorageError.
     """
     if not is_hub_path(path) or (hub := HubPath.parse(path)).pinned:
         return path
-    return str(replace(hub, revision=_commit(hub)))
+    from huggingface_hub import HfApi
+
+    with hub_errors(hub):
+        commit = HfApi().resolve_revision(hub.repo_id, repo_type=hub.repo_type, revision=hub.revision).resolved
+    return str(replace(hub, revision=commit))
 
 
 def hub_snapshot(
@@ -118,14 +126,19 @@ def hub_copy(hub: HubPath) -> Path:
     return copy
 
 
-def _commit(hub: HubPath) -> str:
-    """The commit of a repository's revision; the one in the cache if the hub cannot be reached."""
+def ask_hub(hub: HubPath, ask: Callable[["HfApi"], T], look: Callable[[Path], T]) -> T:
+    """The hub's answer; where it cannot be reached, that of the folder in its cache.
+
+    look: finds the answer in the folder of the revision's files, or raises FileNotFoundError.
+
+    Raises StorageError.
+    """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     with hub_errors(hub):
         try:
-            return str(HfApi().repo_info(hub.repo_id, repo_type=hub.repo_type, revision=hub.revision).sha)
+            return ask(HfApi())
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise
@@ -133,12 +146,10 @@ def _commit(hub: HubPath) -> str:
         except Exception as error:  # each release has another library for HTTP, with errors of its own
             reason = error
         try:
-            folder = snapshot_download(
-                hub.repo_id, repo_type=hub.repo_type, revision=hub.revision, allow_patterns=[], local_files_only=True
-            )
-        except LocalEntryNotFoundError:
+            names: dict[str, Any] = {"repo_type": hub.repo_type, "revision": hub.revision}
+            return look(Path(snapshot_download(hub.repo_id, **names, allow_patterns=[], local_files_only=True)))
+        except FileNotFoundError:
             raise reason from None
-        return Path(folder).name
 
 
 @contextmanager

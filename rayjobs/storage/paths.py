@@ -18,6 +18,7 @@ from pydantic import AfterValidator
 
 from rayjobs.errors import ConfigError, StorageError
 from rayjobs.storage.credentials import drop_mask
+from rayjobs.storage.hub import HUB, HubPath, is_hub_id, is_hub_path, pin
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -49,9 +50,12 @@ def resolve_path(path: str | Path) -> Path:
 def check_reachable(path: str | Path) -> None:
     """Send one request to a URL, so that a wrong name or missing credentials end a command before its work starts.
 
-    A URL that names nothing yet passes, as does a local path. Raises StorageError.
+    A URL that names nothing yet passes, as does a local path; on the hub, what is read must be there. Raises
+    StorageError.
     """
-    if is_url(path):
+    if is_hub_path(path):
+        pin(str(path))
+    elif is_url(path):
         with _as_storage_error(path, "reached"):
             resolve_path(path).exists()
 
@@ -88,6 +92,10 @@ def _as_storage_error(path: str | Path, action: str) -> Iterator[None]:
         raise StorageError(f"{path} cannot be {action}: {reason}") from error
 
 
+MODEL_SUFFIXES = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json")
+"""Endings that a file has and the name of a repository hardly ever."""
+
+
 @dataclass(frozen=True)
 class ShownAs:
     """The name that help texts give to an annotated type."""
@@ -102,7 +110,16 @@ def _refuse_url(path: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    return path if is_url(path) else os.path.abspath(path)
+    home = path.startswith("~/")  # which a shell leaves as it is after an equals sign
+    return path if is_url(path) else os.path.abspath(os.path.expanduser(path) if home else path)
+
+
+def _local_or_on_hub(text: str) -> str:
+    """What exists here is a local path, and so is what is spelled like one; other text of two names is a hub id."""
+    if is_hub_path(text):
+        return str(HubPath.parse(text))
+    looks_local = os.path.exists(text) or os.path.splitext(text)[1] in MODEL_SUFFIXES
+    return _absolute(text) if looks_local or not is_hub_id(text) else f"{HUB}{text}"
 
 
 def _absolute_file(text: str) -> str:
@@ -115,6 +132,10 @@ it too, run elsewhere."""
 
 LocalPath = Annotated[str, AfterValidator(_refuse_url), AfterValidator(_absolute), ShownAs("local path")]
 """A path in a config that a library reads which knows no URLs; a relative one starts where the command is typed."""
+
+ModelPath = Annotated[str, AfterValidator(_local_or_on_hub), ShownAs("path or hub id")]
+"""A model in a config: a path or URL, or if nothing of that name is there, an id on the Hugging Face hub, `org/name` or
+`org/name@revision`, held as `hf://org/name`. A path with ./ before it is never looked for on the hub."""
 
 FileOrName = Annotated[str, AfterValidator(_absolute_file), ShownAs("file or name")]
 """Text in a config that is a file, local or at a URL, if there is one of that name, and a name otherwise."""

@@ -16,7 +16,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
-from adapter.adapter_formats import export_v1, read_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder
 from adapter.decoder import Decoder
@@ -221,30 +221,6 @@ def test_official_v1_layers_that_cannot_be_inferred(tmp_path: Path) -> None:
     assert read_adapter(path, n_layers=2).prompt.shape == (2, 4, DIM)
     with pytest.raises(CheckpointError, match="3 layers do not fit 8 prompt rows"):
         read_adapter(path, n_layers=3)
-
-
-@pytest.mark.parametrize("convention", ["tanh", "identity"])
-@pytest.mark.parametrize("target", ["tanh", "identity"])
-def test_export_v1_keeps_the_outputs(tmp_path: Path, convention: Gate, target: Gate) -> None:
-    model = adapted(convention)
-    export_v1(extract_adapter(model), tmp_path / "v1.pth", gate=target)
-    state = torch.load(tmp_path / "v1.pth", weights_only=True)
-    assert state.pop("adapter_query.weight").shape == (L * K, DIM)
-    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
-        f"layers.{i}.attention.gate": (1, HEADS, 1, 1) for i in (2, 3, 4)
-    }
-    fresh = base()
-    apply_adapter(fresh, read_adapter(tmp_path / "v1.pth", gate=target))
-    torch.testing.assert_close(logits(fresh), logits(model), rtol=0, atol=1e-5)
-
-
-def test_export_v1_of_the_impossible(tmp_path: Path) -> None:
-    file = extract_adapter(adapted("identity"))
-    with pytest.raises(ValueError, match="no counterpart under tanh"):
-        export_v1(replace(file, gate=file.gate + 2), tmp_path / "v1.pth", gate="tanh")
-    with pytest.raises(ValueError, match="n_heads must be known"):
-        export_v1(replace(file, base_shape={"n_layers": 5}), tmp_path / "v1.pth")
-    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("nested", [False, True])

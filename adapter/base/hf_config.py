@@ -80,6 +80,7 @@ def _common_values(config: DecoderConfig, dtype: torch.dtype) -> dict[str, Any]:
         if isinstance(scaling, DynamicScaling)
         else config.max_seq_len,
         "tie_word_embeddings": config.tied_head,
+        "pad_token_id": None,  # a family's default may lie outside the vocabulary
         "torch_dtype": name,
         "dtype": name,
     }

@@ -38,7 +38,7 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
-from adapter.records.instruct import read_records
+from adapter.records.reader import read_records
 from adapter.tokenizers.load import load_tokenizer
 
 BASE = DecoderConfig(

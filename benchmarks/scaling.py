@@ -46,7 +46,7 @@ from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder, RMSNorm
 from adapter.decoder_config import DecoderConfig
 from adapter.records.encoding import encode_record
-from adapter.records.instruct import read_records
+from adapter.records.reader import read_records
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model

@@ -19,7 +19,7 @@ from typing import Any
 from adapter.errors import AdapterError, RecordError
 from adapter.file_kind import check_content
 from adapter.records.files import check_text
-from adapter.records.instruct import rejected_record
+from adapter.records.row import rejected_record
 from adapter.templates import PromptTemplate
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

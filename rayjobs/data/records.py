@@ -1,38 +1,56 @@
-"""The instruction records that a job names: files in several formats, each with its images, template and weight."""
+"""The records that a job names: files in several formats, each with its images, template and weight."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from adapter.errors import RecordError
 from adapter.records import scienceqa
-from adapter.records.conversation import read_conversations
-from adapter.records.instruct import read_records
+from adapter.records.reader import AUTO, read_records, recognise
 from adapter.templates import ALPACA, PromptTemplate
 from rayjobs.config import config
+from rayjobs.data.record_files import RecordsPath, Role, find_files, is_folder, is_pattern, local_copy, short_name
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint
+from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 
-Format = Literal["alpaca", "scienceqa", "llava"]
-TEMPLATES = {"alpaca": ALPACA, "llava": ALPACA, "scienceqa": scienceqa.TEMPLATE}
+Format = Literal["auto", "alpaca", "messages", "sharegpt", "llava", "prompt_completion", "text", "scienceqa"]
+Column = Literal[
+    "instruction",
+    "input",
+    "output",
+    "image",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "text",
+    "system",
+    "tools",
+]
+"""Columns of records that may have other names in a file."""
+
+SCIENCEQA_FILES = ("problems.json", "pid_splits.json")
 
 
 @config
 class SourceConfig:
     """One of several sources of records, with settings of its own."""
 
-    path: AnyPath
-    """File of records, or ScienceQA's folder. It may be a URL."""
+    path: RecordsPath
+    """File, pattern, folder, URL or hub id, as in `data.path`."""
     format: Format | None = None
     """Format of the records; null for the format of all sources."""
+    columns: dict[Column, str] | None = None
+    """{column: its name in the files}; null for those of all sources."""
     split: str | None = None
-    """Split of ScienceQA; null for `train` in training data and `val` in validation data."""
+    """Split of a folder or of ScienceQA; null for `train` in training data and `val` in validation data."""
     images: AnyPath | None = None
-    """Folder that the image paths of the records are relative to; null for the folder of the file."""
+    """Folder that the image paths of the records are relative to; null for the folder of the records."""
     weight: float = Field(default=1, gt=0)
     """Times that each record is trained on in an epoch: 2 for twice, 0.5 for every second epoch."""
 
@@ -44,56 +62,98 @@ class Source:
     path: str
     format: Format
     split: str
-    """split of ScienceQA; empty for other formats"""
+    """split of a folder or of ScienceQA; empty for the one of the role"""
+    role: Role
     images: str
     """folder that image paths are relative to"""
     weight: float
     template: PromptTemplate
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """{column: its name in the files}, where it has another"""
 
-    def read(self) -> Iterator[dict[str, str]]:
-        """Yield the records {instruction, input, output, image} in order.
+    @cached_property
+    def files(self) -> list[str]:
+        """The files that the records are read from: local paths, URLs and hf:// paths.
 
-        In place of a record that cannot be used stands an empty one, with its place in the file in the key `place` and
-        the reason in the key `rejected`.
+        They are found on first use, and a copy of the source that is sent to a worker names the same.
 
         Raises:
-            RecordError: the file as a whole cannot be read.
+            DataError, StorageError: there are none.
+        """
+        if self.format == "scienceqa":
+            return [str(resolve_path(self.path) / name) for name in SCIENCEQA_FILES]
+        return find_files(self.path, self.split, self.role)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the records in order, in the shapes of `adapter.records.reader`.
+
+        In place of a record that cannot be used stands its place in the file, under the key `place`, and the reason,
+        under the key `rejected`. Records of several files all have their place, which begins with the file.
+
+        Raises:
+            RecordError: a file as a whole cannot be read.
+            DataError, StorageError: there are no files.
         """
         if self.format == "scienceqa":
             yield from scienceqa.read_problem_records(resolve_path(self.path), self.split)
             return
-        copy = str(cached_path(self.path))
+        for file in self.files:
+            if len(self.files) == 1:
+                yield from self._read_file(file)
+                continue
+            name = short_name(self.path, file)
+            for number, record in enumerate(self._read_file(file), 1):
+                yield {**record, "place": f"{name}, {record.get('place', f'record {number}')}"}
+
+    def _read_file(self, file: str) -> Iterator[dict[str, Any]]:
+        copy = str(local_copy(file))
         try:
-            yield from read_conversations(copy) if self.format == "llava" else read_records(copy, keep_rejected=True)
+            yield from read_records(copy, format=self.format, columns=self.columns, keep_rejected=True)
         except RecordError as error:
-            raise RecordError(str(error).replace(copy, self.path)) from error  # the URL, not the copy of it
+            raise RecordError(str(error).replace(copy, file)) from error  # the URL, not the copy of it
+
+    def describe(self) -> str:
+        """Describe what is read, in a line: the path, the split, the number of files and the formats of the records."""
+        formats = [self.format]
+        if self.format == AUTO:
+            found = [format for file in self.files for format in recognise(local_copy(file), self.columns)]
+            formats = list(dict.fromkeys(found)) or ["no usable record"]  # type: ignore[arg-type]
+        files = f", {len(self.files):,} files" if len(self.files) > 1 and self.format != "scienceqa" else ""
+        return f"{self.path}{f' {self.split}' if self.split else ''}{files}: {' and '.join(formats)}"
 
     def image_paths(self) -> list[str]:
         """Return the image paths of the records, each once, in the order of the records."""
         return list(dict.fromkeys(record["image"] for record in self.read() if record["image"]))
 
-    @property
-    def files(self) -> list[Path]:
-        """The files that the records are read from."""
-        path = resolve_path(self.path)
-        return [path / name for name in ("problems.json", "pid_splits.json")] if self.format == "scienceqa" else [path]
-
     def digests(self) -> list[str]:
         """Return the SHA-256 of each file."""
-        return [file_fingerprint(cached_path(file)) for file in self.files]
+        return [file_fingerprint(local_copy(file)) for file in self.files]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping | SourceConfig) else value
+
+
+Sources = Annotated[list[RecordsPath | SourceConfig], BeforeValidator(_as_list)]
+"""Sources of records; a single one may stand without its list."""
 
 
 @config
 class RecordsConfig:
-    """Instruction records, and how they become tokens."""
+    """Records, and how they become tokens."""
 
-    path: list[AnyPath | SourceConfig]
-    """Sources of records: .json (an array), .jsonl or .parquet files, or ScienceQA's folder. A source with settings of
-    its own is written {path: …, format: …, split: …, images: …, weight: …}, where images is the folder that its image
-    paths are relative to and weight is the number of times that each record is trained on in an epoch."""
-    format: Format = "alpaca"
-    """Format of the records: alpaca {instruction, input?, output, image?}; scienceqa, its original folder; llava
-    {image?, conversations}."""
+    path: Sources
+    """Sources of records: files (.json, .jsonl, .csv, .tsv, also as .gz or .zst; .parquet, .arrow), patterns such as
+    `data/*.jsonl`, folders, folders saved by `datasets`, ids of data sets on the Hugging Face hub, and ScienceQA's
+    folder. A source with settings of its own is written {path: …, format: …, columns: …, split: …, images: …, weight:
+    …}, where images is the folder that its image paths are relative to and weight is the number of times that each
+    record is trained on in an epoch."""
+    format: Format = "auto"
+    """Format of the records: auto, each record's own by its columns; alpaca {instruction, input?, output, image?};
+    messages {messages}; sharegpt or llava {conversations, image?}; prompt_completion {prompt, completion}; text {text};
+    scienceqa, its original folder."""
+    columns: dict[Column, str] = Field(default_factory=dict)
+    """{column: its name in the files}, for columns that have other names there: {instruction: question}."""
     template: FileOrName | None = None
     """Prompt template: `alpaca`, `scienceqa`, or a JSON file with `with_input` and `without_input`; null for the
     format's own."""
@@ -120,29 +180,47 @@ class RecordsConfig:
         """The share of the records of `path` that is held out for validation; none here."""
         return 0.0
 
-    def source(self, given: str | SourceConfig, split: str) -> Source:
+    def source(self, given: str | SourceConfig, role: Role) -> Source:
         """Return a source with the defaults of this section filled in.
 
-        split: ScienceQA's split for a source that names none.
+        role: what it is for, which chooses its split if it names none.
         """
         source = SourceConfig(path=given) if isinstance(given, str) else given
         format = source.format or self.format
-        path = resolve_path(source.path)
+        if format == AUTO and _is_scienceqa(source.path):
+            format = "scienceqa"
         return Source(
-            path=str(path),
+            path=source.path if is_hub_path(source.path) else str(resolve_path(source.path)),
             format=format,
-            split=(source.split or split) if format == "scienceqa" else "",
-            images=str(resolve_path(source.images or (path if format == "scienceqa" else path.parent))),
+            split=(source.split or role) if format == "scienceqa" else source.split or "",
+            role=role,
+            images=str(resolve_path(source.images)) if source.images else _image_folder(source.path),
             weight=source.weight,
             template=prompt_template(self.template, format),
+            columns=self.columns if source.columns is None else source.columns,
         )
+
+
+def _is_scienceqa(path: str) -> bool:
+    """Whether a path is the folder of ScienceQA's authors."""
+    return is_folder(path) and not is_hub_path(path) and (resolve_path(path) / SCIENCEQA_FILES[0]).is_file()
+
+
+def _image_folder(path: str) -> str:
+    """The folder of the records: that of a file, the part of a pattern that is no pattern, or the folder itself."""
+    folder: Any = path if is_hub_path(path) else str(resolve_path(path))
+    if is_pattern(path):
+        while is_pattern(folder):
+            folder = folder.rpartition("/")[0]
+        return folder
+    return folder if is_folder(path) else folder.rpartition("/")[0]
 
 
 @config
 class DataConfig(RecordsConfig):
     """Instruction records to train on, and to validate on."""
 
-    val_path: list[AnyPath | SourceConfig] = Field(default_factory=list)
+    val_path: Sources = Field(default_factory=list)
     """Sources of validation records. If there are none, a share of `path` is held out by a hash of each record's image,
     conversation or content."""
     val_fraction: float = Field(default=0.02, ge=0, lt=1)
@@ -164,5 +242,7 @@ def prompt_template(name: str | None, format: Format = "alpaca") -> PromptTempla
     Raises:
         RecordError: the file is not a template.
     """
-    known = TEMPLATES.get(name or format)
-    return known or PromptTemplate.read(cached_path(str(name)))
+    if name is None:
+        return scienceqa.TEMPLATE if format == "scienceqa" else ALPACA
+    known = {"alpaca": ALPACA, "scienceqa": scienceqa.TEMPLATE}.get(name)
+    return known or PromptTemplate.read(cached_path(name))

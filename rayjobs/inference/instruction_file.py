@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from adapter.records.files import read_rows
-from adapter.records.instruct import read_records
+from adapter.records.reader import read_records
 from adapter.templates import PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 from rayjobs.inference.batch import Record

@@ -14,7 +14,7 @@ import pytest
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
-from adapter.records.instruct import read_records
+from adapter.records.reader import read_records
 from adapter.templates import ALPACA
 from rayjobs.__main__ import main
 from rayjobs.config import load

@@ -225,7 +225,7 @@ def test_eval_agrees_with_training_and_with_the_model(
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     total = labels = 0.0
     from adapter.records.encoding import encode_record
-    from adapter.records.instruct import read_records
+    from adapter.records.reader import read_records
 
     for record in read_records(pictured):
         if record["image"] in BAD:

@@ -1,17 +1,13 @@
-"""Instruction records: read in bounded memory with errors that say where, encoded so that labels are never lost."""
+"""Instruction records, encoded so that labels are never lost."""
 
 import json
 import random
-import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from adapter.errors import AdapterError, RecordError
 from adapter.records.encoding import encode_record
-from adapter.records.instruct import read_records
 from adapter.templates import ALPACA, PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
@@ -89,67 +85,3 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(AdapterError, match=r"t\.json: a prompt template is a JSON object in UTF-8 with"):
             PromptTemplate.read(path)
-
-
-BAD = json.dumps(record("o", instruction="half \ud83d of a pair"))
-GOOD = [record(f"out {i}", instruction=f"do {i}") for i in range(5)]
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ('{"instruction": "i"}', r"the record has no 'output'; its keys are \['instruction'\]"),
-        ("17", "a record must be an object"),
-        ('{"instruction": "i", "output": 7}', "'output' must be text, got 7"),
-        ('{"instruction": "i", "output": NaN}', "'output' must be text, got nan"),
-        ('{"instruction": "i", "output": 36893488147419103232}', "'output' must be text, got 36893488147419103232"),
-        (f'{{"instruction": "i", "output": {"9" * 5000}}}', "malformed JSON: Exceeds the limit"),
-        (BAD, r"'instruction' holds '\\ud83d' at character 6, half of a surrogate pair"),
-        ('{"instruction": "i" "output": "o"}', "malformed JSON: Expecting ',' delimiter.*; it begins with"),
-        ("{'instruction': 'i', 'output': 'o'}", "malformed JSON"),
-        ('{"instruction": "i", "output": "o",}', "malformed JSON"),
-        ('{"instruction": "i", "output": ' + "[" * 9999 + "]" * 9999 + "}", "malformed JSON"),
-        (b'{"instruction": "caf\xe9", "output": "o"}', "not UTF-8: byte 0xe9 at 21; save the file as UTF-8"),
-        (
-            '{"conversations": [{"from": "human", "value": "a"}]}',
-            ".*it is a conversation, which the format llava reads",
-        ),
-        ('{"messages": [{"role": "user", "content": "a"}]}', ".*rewrite them as 'conversations'"),
-    ],
-)
-def test_one_bad_record_costs_one_record(tmp_path: Path, name: str, bad: str | bytes, message: str) -> None:
-    texts = [json.dumps(row).encode() for row in GOOD]
-    texts.insert(3, bad if isinstance(bad, bytes) else bad.encode())
-    json_text = b"[" + b",\n".join(texts) + b"]"
-    (tmp_path / name).write_bytes(json_text if name == "a.json" else b"\n".join(texts))
-    rows = list(read_records(tmp_path / name, keep_rejected=True))
-    rejected = rows.pop(3)
-    assert rows == GOOD
-    place = "item" if name == "a.json" else "line"
-    assert rejected["place"] == f"{place} 4"
-    assert re.match(message, rejected["rejected"])
-    assert {rejected[field] for field in ("instruction", "input", "output", "image")} == {""}
-    with pytest.raises(RecordError, match=rf"{place} 4: {message}"):
-        list(read_records(tmp_path / name))
-
-
-def test_a_bad_row_of_parquet_costs_one_record(tmp_path: Path) -> None:
-    texts = pa.array([b"a", b"\xff", b"c", None, b"e"]).cast(pa.binary()).view(pa.string())  # unchecked, as in a file
-    pq.write_table(pa.table({"instruction": texts, "output": ["o"] * 5}), tmp_path / "a.parquet")
-    rows = list(read_records(tmp_path / "a.parquet", keep_rejected=True))
-    assert [row["instruction"] for row in rows] == ["a", "", "c", "", "e"]
-    assert [f"{row['place']}: {row['rejected']}" if "rejected" in row else "" for row in rows] == [
-        "",
-        "row 1: not UTF-8: byte 0xff in a text",
-        "",
-        "row 3: 'instruction' must be text, got None",
-        "",
-    ]
-
-
-def test_missing_file_and_missing_output_where_none_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="no such file"):
-        list(read_records(tmp_path / "none.json"))
-    (tmp_path / "a.jsonl").write_text('{"instruction": "i"}\n')
-    assert list(read_records(tmp_path / "a.jsonl", answered=False)) == [record("", instruction="i")]

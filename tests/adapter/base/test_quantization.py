@@ -42,6 +42,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with biases."""
+    folder = tmp_path_factory.mktemp("biased")
+    save_decoder(llama({**SHAPE, "qkv_bias": True}), folder)
+    return folder
+
+
 def adapted(base: Path, quantization: str | None, dtype: torch.dtype = torch.float32) -> Decoder:
     model = load_decoder(base, dtype=dtype, quantization=quantization)
     model.add_adapter(ADAPTION)
@@ -110,7 +118,9 @@ def test_a_held_weight_is_as_near_as_its_bits_allow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantized_decoder_equals_its_dequantized_copy(base: Path, kind: str) -> None:
+@pytest.mark.parametrize("which", ["base", "biased_base"])
+def test_a_quantized_decoder_equals_its_dequantized_copy(request: pytest.FixtureRequest, which: str, kind: str) -> None:
+    base = request.getfixturevalue(which)
     model = adapted(base, kind)
     plain = dequantized(model)
     ids = tokens(3, 19)
@@ -152,11 +162,11 @@ def test_only_the_linear_layers_of_the_blocks_are_quantized(base: Path) -> None:
     assert model(tokens(2, 7)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"tied_head": True}, {"qkv_bias": True}])
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_the_bytes_of_a_base_are_known_before_it_is_loaded(tmp_path: Path, name: str, tied: bool) -> None:
+def test_the_bytes_of_a_base_are_known_before_it_is_loaded(tmp_path: Path, name: str, switches: dict) -> None:
     dtype, quantization = PRECISIONS[name]
-    save_decoder(llama({**SHAPE, "tied_head": tied}), tmp_path)
+    save_decoder(llama({**SHAPE, **switches}), tmp_path)
     model = load_decoder(tmp_path, dtype=dtype, quantization=quantization)
     held = [*model.parameters(), *model.buffers()]
     assert sum(tensor.nbytes for tensor in held) == base_bytes(model.config, dtype, quantization)
@@ -258,7 +268,8 @@ print(held, status("VmHWM") - before)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_model_is_never_in_memory(base: Path, tmp_path: Path, kind: str) -> None:
     """All resident memory counts, mapped pages of the file too: the bound is the quantized model and some copies of its
-    largest tensor, far below the model in float32."""
+    largest tensor, far below the model in float32. Freed tensors go back to the system at once, as those of a large
+    model do, so that the heap's gaps do not count."""
     config = DecoderConfig(dim=512, n_layers=12, n_heads=8, n_kv_heads=8, hidden_dim=1366, vocab_size=502)
     big = Decoder(config)
     randomise(big)
@@ -268,19 +279,10 @@ def test_the_whole_model_is_never_in_memory(base: Path, tmp_path: Path, kind: st
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, base, tmp_path, kind],
         cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
+    assert "kernel" not in done.stderr, "the library's import speaks of an optional kernel that is not used here"
     held, peak = map(int, done.stdout.split())
     assert held == base_bytes(config, torch.float32, kind)
-    assert peak < 1.1 * held + 10 * largest < 0.5 * whole, (held, peak, whole)
-
-
-def test_importing_the_library_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """It warns of an optional kernel that is fetched from a hub; none of the functions used here calls it."""
-    code = "import logging, sys; logging.basicConfig(stream=sys.stdout); from adapter.base import quantization as q; "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "q.bitsandbytes()"], cwd=Path(__file__).parents[3], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "kernel" not in done.stdout + done.stderr
+    assert peak < 1.1 * held + 6 * largest < 0.5 * whole, (held, peak, whole)

@@ -1,8 +1,10 @@
 """The records that a job names: files in several formats, each with its images, template and weight."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -97,29 +99,50 @@ class Source:
         if self.format == "scienceqa":
             yield from scienceqa.read_problem_records(resolve_path(self.path), self.split)
             return
-        for file in self.files:
-            if len(self.files) == 1:
-                yield from self._read_file(file)
-                continue
-            name = short_name(self.path, file)
+        for name, file in zip(self.file_names, self.files, strict=True):
             for number, record in enumerate(self._read_file(file), 1):
-                yield {**record, "place": f"{name}, {record.get('place', f'record {number}')}"}
+                if name:
+                    record["place"] = f"{name}, {record.get('place', f'record {number}')}"
+                yield record
 
     def _read_file(self, file: str) -> Iterator[dict[str, Any]]:
-        copy = str(local_copy(file))
-        try:
+        with self._local_copy(file) as copy:
             yield from read_records(copy, format=self.format, columns=self.columns, keep_rejected=True)
+
+    @staticmethod
+    @contextmanager
+    def _local_copy(file: str) -> Iterator[Path]:
+        """A file on this machine; errors about it name the file and not the copy."""
+        copy = local_copy(file)
+        try:
+            yield copy
         except RecordError as error:
-            raise RecordError(str(error).replace(copy, file)) from error  # the URL, not the copy of it
+            raise RecordError(str(error).replace(str(copy), file)) from error
 
     def describe(self) -> str:
-        """Describe what is read, in a line: the path, the split, the number of files and the formats of the records."""
-        formats = [self.format]
+        """Describe what is read, in a line: the path, the split, the number of files and the formats of the records.
+
+        Raises:
+            RecordError: a file that cannot be read, as far as its first records show it.
+        """
+        formats: dict[str, None] = {}
         if self.format == AUTO:
-            found = [format for file in self.files for format in recognise(local_copy(file), self.columns)]
-            formats = list(dict.fromkeys(found)) or ["no usable record"]  # type: ignore[arg-type]
+            for file in self.files:
+                with self._local_copy(file) as copy:
+                    formats |= dict.fromkeys(recognise(copy, self.columns))
+        elif self.format == "scienceqa":
+            next(self.read(), None)
+        else:
+            for file in self.files:
+                next(self._read_file(file), None)
+        unknown = "no usable record" if self.format == AUTO else self.format
         files = f", {len(self.files):,} files" if len(self.files) > 1 and self.format != "scienceqa" else ""
-        return f"{self.path}{f' {self.split}' if self.split else ''}{files}: {' and '.join(formats)}"
+        return f"{self.path}{f' {self.split}' if self.split else ''}{files}: {' and '.join(formats) or unknown}"
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of the files as messages show them: one alone has no name, others theirs below the folder."""
+        return [short_name(self.path, file) for file in self.files] if len(self.files) > 1 else [""]
 
     def image_paths(self) -> list[str]:
         """Return the image paths of the records, each once, in the order of the records."""

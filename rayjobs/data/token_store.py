@@ -7,8 +7,10 @@ fixed positions, so a store does not depend on the machine or the parallelism th
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -33,6 +35,8 @@ from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_jso
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["train", "val"]
 
 TOKEN_SCHEMA = pa.schema(
@@ -47,9 +51,10 @@ TOKEN_SCHEMA = pa.schema(
 RECORDS_PER_CHUNK = 1024
 ROWS_PER_SOURCE = 1 << 40
 """Record ids are source * ROWS_PER_SOURCE + position, so they are unique and name the record's source."""
+TOO_LONG = "oldest turns dropped from conversations that are too long"
+UNLABELLED = "answers without labels, whose place in the chat template's text is not certain"
 IMAGE_LISTS = "images.json"
 """File of a store: {source: image paths}."""
-"""File of a store, copied to the run folder: the records that cannot be used, each with its reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,8 @@ class TokenStore:
     """records that cannot be used"""
     images_left_out: int = 0
     """records that have an image, if images are left out"""
+    changed_turns: Mapping[str, int] = field(default_factory=dict)
+    """{what was done: turns of conversations that it was done to}, such as those that were dropped or merged"""
 
     def rows(self, split: Split) -> int:
         """Return the number of records of a split."""
@@ -81,7 +88,13 @@ class TokenStore:
         """Read the index of a store."""
         index = read_json(f"{folder}/index.json")
         parts = {split: [(name, rows) for name, rows in listed] for split, listed in index["parts"].items()}
-        return cls(folder=str(folder), parts=parts, rejected=index["rejected"], images_left_out=index["left_out"])
+        return cls(
+            folder=str(folder),
+            parts=parts,
+            rejected=index["rejected"],
+            images_left_out=index["left_out"],
+            changed_turns=index["changed_turns"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +141,8 @@ def prepare_tokens(
     """
     sources = [(source, "train") for source in records.sources()]
     sources += [(source, "val") for source in records.val_sources()]
-    for source, _ in sources:
-        next(iter(source.read()), None)  # a missing or unreadable file is an error now, and not in a worker
+    for source, _ in sources:  # a missing or unreadable file is an error now, and not in a worker
+        logger.info("records: %s", source.describe())
     encoding = _Encoding(
         tokenizer=str(tokenizer),
         max_length=records.max_length,
@@ -172,7 +185,15 @@ def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lis
         **asdict(encoding),
         "tokenizer": _tokenizer(encoding.tokenizer).fingerprint,
         "sources": [
-            [split, source.format, source.split, asdict(source.template), source.digests()] for source, split in sources
+            [
+                split,
+                source.format,
+                dict(source.columns),
+                source.split,
+                asdict(source.template),
+                source.digests(),
+            ]
+            for source, split in sources
         ],
         "images": images,
         "format": 5,
@@ -185,7 +206,7 @@ def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Enc
     items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
     parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
     rejected: list[dict[str, Any]] = []
-    left_out = 0
+    left_out, changed = 0, Counter[str]()
     with ray_data_context(preserve_order=True):
         source_rows = ray.data.from_items(items, override_num_blocks=len(items))
         # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
@@ -199,13 +220,15 @@ def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Enc
                         parts[split].append((_part_name(split, row["first"]), int(row[split])))
                 rejected += json.loads(row["rejected"])
                 left_out += int(row["left_out"])
+                changed.update(json.loads(row["changed_turns"]))
                 progress.advance(int(row["records"]))
     for listed in parts.values():
         listed.sort()
     if not rejected and not any(parts.values()):
         raise DataError(f"no records in {', '.join(source.path for source, _ in sources)}; check data.path")
     write_jsonl(folder / REJECTED_FILE, rejected)
-    write_json(folder / "index.json", {"parts": parts, "rejected": len(rejected), "left_out": left_out})
+    index = {"parts": parts, "rejected": len(rejected), "left_out": left_out, "changed_turns": changed}
+    write_json(folder / "index.json", index)
 
 
 def _part_name(split: str, first: int) -> str:
@@ -237,9 +260,9 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
     source: Source = batch["source"][0]
     tokenizer = _tokenizer(encoding.tokenizer)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    rejected = []
+    rejected, changed = [], Counter[str]()
     for id, record in enumerate(records, first):
-        image_index = record.pop("image_index")
+        image_index, notes = record.pop("image_index"), record.pop("notes", {})
         found = {"id": id, "file": source.path, "record": record.pop("place", f"record {id % ROWS_PER_SOURCE + 1}")}
         if reason := record.pop("rejected", ""):
             rejected.append({**found, "reason": reason, **record})
@@ -251,6 +274,8 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
         except ValueError as error:  # RecordError, or ImageError for an image that cannot be read
             rejected.append({**found, "reason": str(error), **record})
             continue
+        changed.update(notes)
+        changed.update({TOO_LONG: example.dropped_turns, UNLABELLED: example.unlabelled_turns})
         image = image_index if encoding.images else None
         side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"
         rows[side].append({"id": id, "tokens": example.ids, "label_spans": example.label_spans, "image": image})
@@ -263,6 +288,7 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
         "train": [len(rows["train"])],
         "val": [len(rows["val"])],
         "rejected": [json.dumps(rejected)],
+        "changed_turns": [json.dumps(+changed)],
         "left_out": [0 if encoding.images else sum(bool(record["image"]) for record in records)],
     }
 
@@ -278,11 +304,12 @@ def _is_held_out(record: dict[str, str], fraction: float) -> bool:
 
     So a record and its duplicates, and all records about one image, are on the same side wherever they stand.
     """
-    content = "\0".join(record[name] for name in ("instruction", "input", "output"))
-    digest = hashlib.sha256((record.get("group") or record["image"] or content).encode()).digest()
+    group = record.get("group") or record["image"]
+    content = group or "\0".join(record[name] for name in ("instruction", "input", "output"))
+    digest = hashlib.sha256(content.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(cached_path(path))
+    return load_tokenizer(cached_path(path, weights=False))

@@ -194,7 +194,8 @@ def find_special(special: Iterable[str], text: str, verbatim: Sequence[tuple[int
     """The spans of special tokens' texts, the longest where several begin, that touch no verbatim span."""
     pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
     found, start = [], 0
-    for low, high in [*sorted(verbatim), (len(text), len(text))]:
+    spans = sorted((low, high) for low, high in verbatim if low < high)
+    for low, high in [*spans, (len(text), len(text))]:
         found += [match.span() for match in pattern.finditer(text, start, max(low, start))]
         start = max(start, high)
     return found

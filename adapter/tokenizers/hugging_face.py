@@ -4,12 +4,12 @@ import hashlib
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from adapter.errors import TokenizerError
 from adapter.tokenizers.base import MIN_UNUSED_ROWS, Rendered, Tokenizer, find_special
-from adapter.tokenizers.settings import AddedToken, TokenizerSettings
+from adapter.tokenizers.settings import AddedToken, TokenizerSettings, added_token
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,23 +23,36 @@ class HuggingFaceTokenizer(Tokenizer):
     encode the text between special tokens in parts would not do: some tokenizers put a space before the first.)
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", name: str, sha256: str, settings: TokenizerSettings) -> None:
-        """backend: the tokenizer, which is changed here. Its post-processor tells which BOS it begins texts with."""
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        special: dict[str, AddedToken],
+        ids: dict[str, int],
+        settings: TokenizerSettings,
+        name: str,
+        sha256: str,
+    ) -> None:
+        """backend: the tokenizer, which is changed here. Its post-processor tells which BOS it begins texts with.
+
+        special: alias → special token. ids: text → id of each special token.
+        """
         backend.no_truncation()
         backend.no_padding()
-        special = settings.special_ids(backend.token_to_id, bos=_bos(backend))
-        super().__init__(name, sha256, special, settings.chat_template)
-        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        named = (special.bos, special.eos, special.pad, special.unk)
         own = backend.get_vocab(with_added_tokens=False).values()
-        self._words = 1 + max((*own, *(id for id in named if id is not None)), default=-1)
+        self._vocab_size = 1 + max((*backend.get_vocab(with_added_tokens=True).values(), *ids.values()), default=-1)
+        roles = settings.special_ids(lambda text: ids.get(text, backend.token_to_id(text)), bos=_bos(backend))
+        super().__init__(name, sha256, roles, settings.chat_template)
+        needed = (roles.bos, roles.eos, roles.pad, roles.unk)
+        self._words = 1 + max((*own, *(id for id in needed if id is not None)), default=-1)
 
         # What else the post-processor does is to take the spaces out of tokens' spans.
         backend.post_processor = None  # type: ignore[assignment]
-        self._special_ids = {t.content: id for id, t in backend.get_added_tokens_decoder().items() if t.special}
-        self._alias_of: dict[str, str] = {}
-        self._id_of_alias: dict[int, int] = {}
-        self._add_aliases(backend)
+        self._special_ids = ids
+        self._alias_of = {token.content: alias for alias, token in special.items()}
+        self._id_of_alias = {}
+        for alias, token in special.items():
+            backend.add_tokens([replace(token, content=alias, special=False).backend()])
+            self._id_of_alias[backend.token_to_id(alias)] = ids[token.content]
         self._backend = backend
         self._backend.encode_special_tokens = True  # as text
 
@@ -61,20 +74,21 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _encode_rendered(self, text: str, verbatim: Sequence[tuple[int, int]]) -> Rendered:
-        found = find_special(self._special_ids, text, verbatim)
-        parts, start = [], 0
-        for low, high in found:
-            parts += [text[start:low], self._alias_of[text[low:high]]]
+        written, start = "", 0
+        aliases = []  # start and end of each within what is written, and the characters that its token has more
+        for low, high in find_special(self._special_ids, text, verbatim):
+            alias = self._alias_of[text[low:high]]
+            written += text[start:low] + alias
+            aliases.append((len(written) - len(alias), len(written), high - low - len(alias)))
             start = high
-        encoding = self._backend.encode("".join([*parts, text[start:]]), add_special_tokens=False)
+        encoding = self._backend.encode(written + text[start:], add_special_tokens=False)
         ids, spans, shift = [], [], 0
-        special = iter(found)
         for id, (low, high) in zip(encoding.ids, encoding.offsets, strict=True):
             low += shift
-            if id in self._id_of_alias:
-                a, b = next(special)
-                shift += b - a - len(self._alias_of[text[a:b]])
-            ids.append(self._id_of_alias.get(id, id))
+            if aliases and low - shift <= aliases[0][0] and aliases[0][1] <= high:
+                id = self._id_of_alias[id]
+                shift += aliases.pop(0)[2]
+            ids.append(id)
             spans.append((low, high + shift))
         return Rendered(ids, spans)
 
@@ -82,18 +96,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return sorted(self._special_ids.items())
 
     def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
-
-    def _add_aliases(self, backend: "tokenizers.Tokenizer") -> None:
-        from tokenizers import AddedToken
-
-        nonce = secrets.token_hex(16)
-        for id, token in backend.get_added_tokens_decoder().items():
-            if token.special:
-                alias = f"\ufdd0{nonce}{id}\ufdd1"
-                backend.add_tokens([AddedToken(alias, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
-                self._alias_of[token.content] = alias
-                self._id_of_alias[backend.token_to_id(alias)] = id
+        special = self._special_ids.values()
+        return self._backend.decode([id for id in ids if id not in special], skip_special_tokens=False)
 
 
 def read_tokenizer_json(content: bytes, name: str, settings: TokenizerSettings) -> HuggingFaceTokenizer:
@@ -117,8 +121,13 @@ def build(values: dict[str, Any], name: str, sha256: str, settings: TokenizerSet
     """
     import tokenizers
 
+    nonce = secrets.token_hex(16)
     try:
         _add_tokens(values, settings)
+        found = {token["content"]: token for token in values["added_tokens"] if token["special"]}
+        special = {f"\ufdd0{nonce}{token['id']}\ufdd1": added_token(token) for token in found.values()}
+        if values["model"].get("type") == "Unigram":
+            _rename_pieces(values, {token.content: alias for alias, token in special.items()})
         backend = tokenizers.Tokenizer.from_str(json.dumps(values))
     except Exception as error:  # the library raises nothing more special
         reason = " ".join(str(error).split())
@@ -126,24 +135,38 @@ def build(values: dict[str, Any], name: str, sha256: str, settings: TokenizerSet
             f"{name}: tokenizers {tokenizers.__version__} cannot load it ({reason}); if the file is whole, it was "
             "written by a later version: upgrade `tokenizers`"
         ) from error
-    return HuggingFaceTokenizer(backend, name, sha256, settings)
+    ids = {text: token["id"] for text, token in found.items()}
+    return HuggingFaceTokenizer(backend, special, ids, settings, name, sha256)
+
+
+def _rename_pieces(values: dict[str, Any], alias_of: dict[str, str]) -> None:
+    """Give special pieces of a unigram model their aliases: it would find their texts in any text that spells them."""
+    pieces = values["model"]["vocab"]
+    renamed = {text for text, _ in pieces if text in alias_of}
+    values["model"]["vocab"] = [[alias_of.get(text, text), score] for text, score in pieces]
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in renamed]
 
 
 def byte_level(
-    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], patterns: Sequence[str], *, bos: str | None
+    vocabulary: dict[str, int],
+    merges: Sequence[tuple[str, str]],
+    patterns: Sequence[str],
+    *,
+    bos: tuple[str, int] | None,
 ) -> dict[str, Any]:
     """The values of a `tokenizer.json` of the usual kind: byte pairs within pieces that regular expressions split.
 
     vocabulary: tokens, in the letters that stand for bytes. merges: joins, the first to be done first. patterns: each
-    splits what the one before left. bos: the token that begins texts.
+    splits what the one before left. bos: text and id of the token that begins texts.
     """
     splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     post_processor = None
     if bos is not None:
-        text = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        token = {"id": bos, "ids": [vocabulary[bos]], "tokens": [bos]}
-        post_processor = {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": {bos: token}}
+        name, id = bos
+        text = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        token = {"id": name, "ids": [id], "tokens": [name]}
+        post_processor = {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": {name: token}}
     options = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
     affixes = {"continuing_subword_prefix": None, "end_of_word_suffix": None}
     return {

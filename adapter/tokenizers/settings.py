@@ -8,13 +8,16 @@ ids end an answer; a chat model has several.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter.errors import TokenizerError
 from adapter.file_kind import check_content
 from adapter.tokenizers.base import SpecialIds
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,12 @@ class AddedToken:
     """Take the white space to its right along."""
     single_word: bool = False
     normalized: bool = False
+
+    def backend(self) -> "tokenizers.AddedToken":
+        """The token as the library `tokenizers` wants it."""
+        from tokenizers import AddedToken as Backend
+
+        return Backend(**asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +76,7 @@ class TokenizerSettings:
 def read_settings(folder: Path) -> TokenizerSettings:
     """Read the configuration files of a folder, as many as it has. Raises TokenizerError for a malformed one."""
     config = _read_json(folder / "tokenizer_config.json")
-    added = {int(id): _added_token(token) for id, token in _dict(config.get("added_tokens_decoder")).items()}
+    added = {int(id): added_token(token) for id, token in _dict(config.get("added_tokens_decoder")).items()}
     if not added:
         config |= _read_json(folder / "special_tokens_map.json")
     named = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
@@ -97,7 +106,8 @@ def _listed_token(text: str, special: set[str]) -> AddedToken:
     return AddedToken(content=text, special=text in special, normalized=text not in special)
 
 
-def _added_token(token: Any) -> AddedToken:
+def added_token(token: Any) -> AddedToken:
+    """A token from an object in a configuration file."""
     known = AddedToken.__dataclass_fields__
     return AddedToken(**{key: value for key, value in _dict(token).items() if key in known})
 

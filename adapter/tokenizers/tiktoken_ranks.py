@@ -62,8 +62,8 @@ def read_ranks(content: bytes, path: Path, settings: TokenizerSettings) -> Huggi
         added=special,
         stops=settings.stops or frozenset(ids[end] for end in ends if end in ids),
     )
-    bos = named["bos_token"] if settings.add_bos else None
-    values = byte_level({**vocabulary, **ids}, merges, [PATTERN], bos=bos)
+    bos = named["bos_token"]
+    values = byte_level(vocabulary, merges, [PATTERN], bos=(bos, ids[bos]) if settings.add_bos and bos in ids else None)
     return build(values, str(path), hashlib.sha256(content).hexdigest(), settings)
 
 

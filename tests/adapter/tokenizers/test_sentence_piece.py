@@ -1,6 +1,7 @@
 """The tokenizer keeps text, control pieces, padding and ignored labels apart, and complains in words."""
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from adapter.tokenizers.load import load_tokenizer
 LINES = ["the cat sat on the mat", "a dog ran after the cat", "she sells sea shells"] * 5
 
 
-def train_model(path: Path, **options) -> Path:
+def train_model(path: Path, *, lines: Sequence[str] = LINES, **options) -> Path:
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(LINES), model_writer=file, hard_vocab_limit=False, minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=file, hard_vocab_limit=False, minloglevel=2,
             **{"model_type": "bpe", "vocab_size": 61, "byte_fallback": False, **options},
         )  # fmt: skip
     return path

@@ -36,6 +36,9 @@ from adapter.tokenizers.load import find_tokenizer
 
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
 
+CONFIG = "config.json"
+"""Name of the file with the settings of a model in Hugging Face's format."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -62,6 +65,11 @@ class Checkpoint:
             source.check_finite(value, name)
             yield name, value
             del value  # if the caller dropped it too, it goes before the next is read
+
+    @property
+    def has_weights(self) -> bool:
+        """False if only the configuration was there to read (see `open_config`)."""
+        return bool(self._sources)
 
     def fingerprint(self) -> str:
         """Identify the base by its values, independent of the files' format, sharding and precision.
@@ -100,13 +108,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: not a folder; give the folder that holds params.json or config.json")
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         config, sources = _open_hf(path)
     elif (path / "params.json").is_file():
         config, sources = _open_meta(path)
     else:
         raise CheckpointError(f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder")
     return Checkpoint(path, config, _find_tokenizer(path), sources)
+
+
+def open_config(path: str | Path) -> Checkpoint:
+    """Open a folder in Hugging Face's format whose weights are not there yet: its shape and its tokenizer are known.
+
+    Raises CheckpointError, naming file and key, if the decoder does not compute such a model.
+    """
+    path = Path(path)
+    config = path / CONFIG
+    if not config.is_file():
+        raise CheckpointError(f"{path}: without config.json (Hugging Face), the weights are needed to know the model")
+    return Checkpoint(path, read_hf_config(config).decoder_config(), _find_tokenizer(path), {})
 
 
 def _find_tokenizer(path: Path) -> Path | None:
@@ -118,7 +138,7 @@ def _find_tokenizer(path: Path) -> Path | None:
     if find_tokenizer(path):
         return path
     beside = path.absolute().parent / "tokenizer.model"
-    return beside if beside.is_file() and not (path / "config.json").is_file() else None
+    return beside if beside.is_file() and not (path / CONFIG).is_file() else None
 
 
 def load_decoder(
@@ -162,7 +182,7 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
     }
     with atomic_path(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
-    with atomic_path(folder / "config.json") as part:
+    with atomic_path(folder / CONFIG) as part:
         part.write_text(json.dumps(hf_config(model.config, model.norm.weight.dtype), indent=2) + "\n")
 
 
@@ -214,7 +234,7 @@ def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
 
 
 def _open_hf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
-    config = read_hf_config(path / "config.json").decoder_config()
+    config = read_hf_config(path / CONFIG).decoder_config()
     files, weight_map = _hf_files(path)
     sources: dict[str, TensorSource] = {}
     for file in files:

@@ -14,7 +14,7 @@ from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.paths import AnyPath
+from rayjobs.storage.paths import ModelPath
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,23 @@ class AdapterSourceConfig:
     """The model to run."""
 
     base: BaseModelConfig
-    adapter: AnyPath | None = None
-    """Adapter file: this project's own, official v1, litgpt or PEFT; null runs the base without an adapter."""
+    adapter: ModelPath | None = None
+    """Adapter file: this project's own, official v1, litgpt or PEFT; or an adapter's id on the Hugging Face hub,
+    org/name; null runs the base without an adapter."""
     vision: VisionConfig | None = None
     """Image encoder that the adapter was trained with; null for an adapter or a base that reads only text."""
     blind: bool = False
     """Leave images out although the adapter reads them, to measure what they add."""
 
-    def open(self, *, needs_encoder: bool = True) -> OpenedSource:
+    def open(self, *, needs_encoder: bool = True, weights: bool = True) -> OpenedSource:
         """Open the base, the adapter and its image encoder, and check that they fit, before weights are loaded.
 
+        weights: False to leave the weights of a base on the hub there; its identity is then not compared.
         needs_encoder: False where there is no image to read, so that an adapter that reads images needs no encoder.
 
         Raises a UserError or an AdapterError if they do not fit, or if an encoder is missing and `blind` is not set.
         """
-        checkpoint, tokenizer = self.base.open()
+        checkpoint, tokenizer = self.base.open(weights=weights)
         blind = self.blind or (self.vision is None and not needs_encoder)
         conditioning = open_image_conditioning(self.adapter, self.vision, blind)
         if self.adapter is not None:
@@ -57,8 +59,8 @@ class AdapterSourceConfig:
                 check_adapter_fits(
                     file,
                     checkpoint.config,
-                    fingerprint=checkpoint.fingerprint(),
-                    tokenizer_sha256=load_tokenizer(cached_path(tokenizer)).sha256,
+                    fingerprint=checkpoint.fingerprint() if checkpoint.has_weights else None,
+                    tokenizer_sha256=load_tokenizer(cached_path(tokenizer, weights=False)).sha256,
                     encoder=_identity(conditioning),
                 )
             except CheckpointError as error:

@@ -22,7 +22,7 @@ from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.paths import AnyPath, FileOrName
+from rayjobs.storage.paths import AnyPath, FileOrName, ModelPath
 from rayjobs.storage.sync import SyncedFolder
 
 
@@ -31,7 +31,7 @@ class LlamaDescriberConfig:
     """A LLaMA on this machine, or on a GPU of the cluster."""
 
     base: BaseModelConfig
-    adapter: AnyPath | None = None
+    adapter: ModelPath | None = None
     """Adapter file: this project's own, official v1, litgpt or PEFT; null runs the base without an adapter."""
     template: FileOrName = "alpaca"
     """Prompt template: 'alpaca', or a JSON file with 'with_input' and 'without_input'."""
@@ -56,7 +56,7 @@ class LlamaDescriberConfig:
         template = self.prompt_template()
         return {
             "base": checkpoint.fingerprint(),
-            "tokenizer": load_tokenizer(cached_path(tokenizer)).fingerprint,
+            "tokenizer": load_tokenizer(cached_path(tokenizer, weights=False)).fingerprint,
             "dtype": self.base.dtype,
             "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
             "template": [template.with_input, template.without_input],

@@ -6,6 +6,8 @@ from pathlib import Path
 from rayjobs.config import load
 from rayjobs.data.records import DataConfig, Source
 from rayjobs.runs.run_dir import CONFIG_FILE
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import read_yaml
 
@@ -16,7 +18,9 @@ def describe_overlap(adapter: str | None, sources: Iterable[Source]) -> str:
     It is known where the settings of the training run lie beside the adapter, and its files are still there. Records
     that a run held out of a file for validation count as trained on, since nothing tells them apart here.
     """
-    trained_on = [] if adapter is None else _training_sources(resolve_path(adapter))
+    trained_on: list[Source] = []
+    if adapter is not None:  # the copy of one on the hub has the run's settings beside it
+        trained_on = _training_sources(cached_path(adapter) if is_hub_path(adapter) else resolve_path(adapter))
     digests = {_content(source) for source in trained_on} - {None}
     known = [
         source.path + (f" ({source.split})" if source.split else "")

@@ -70,10 +70,13 @@ class Config(AdapterSourceConfig):
     run: RunConfig
 
 
-def check(settings: Config) -> tuple[Path, list[Source], ImageConditioning | None]:
+def check(settings: Config, *, weights: bool = True) -> tuple[Path, list[Source], ImageConditioning | None]:
     """Check everything that can be checked before a worker starts; return the tokenizer's path, the records' sources
-    and the image encoder. Raises a UserError for the first problem."""
-    checkpoint, tokenizer, conditioning = settings.open()
+    and the image encoder. Raises a UserError for the first problem.
+
+    weights: False to leave the weights of a base on the hub there.
+    """
+    checkpoint, tokenizer, conditioning = settings.open(weights=weights)
     length, window = settings.data.max_length, checkpoint.config.max_seq_len
     sources = settings.data.sources()
     if settings.task == "scienceqa":
@@ -107,7 +110,7 @@ def read_test_problems(source: Source) -> list[Problem]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    _, sources, conditioning = check(settings)
+    _, sources, conditioning = check(settings, weights=False)
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],

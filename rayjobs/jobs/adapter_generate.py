@@ -117,15 +117,17 @@ class Checked(NamedTuple):
     """(instruction, input) → why it cannot be answered, or an empty text"""
 
 
-def check(settings: Config) -> Checked:
+def check(settings: Config, *, weights: bool = True) -> Checked:
     """Check everything that can be checked before a model is loaded.
+
+    weights: False to leave the weights of a base on the hub there.
 
     Raises a UserError or an AdapterError for the first problem.
     """
     _check_settings(settings)
     one = settings.file is None
-    checkpoint, tokenizer, conditioning = settings.open(needs_encoder=not one)
-    template, pieces = prompt_template(settings.template), load_tokenizer(cached_path(tokenizer))
+    checkpoint, tokenizer, conditioning = settings.open(needs_encoder=not one, weights=weights)
+    template, pieces = prompt_template(settings.template), load_tokenizer(cached_path(tokenizer, weights=False))
     window = checkpoint.config.max_seq_len
 
     def find_error(instruction: str, input: str) -> str:
@@ -173,7 +175,7 @@ def _check_settings(settings: Config) -> None:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    rows = check(settings).rows
+    rows = check(settings, weights=False).rows
     instructions = "read from the terminal" if settings.instruction == TERMINAL else settings.instruction
     if settings.file is not None:
         rejected = sum(bool(row.error) for row in rows)

@@ -40,6 +40,7 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
+from rayjobs.storage.hub_model import format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig, check_zero
@@ -111,18 +112,24 @@ class Inputs(NamedTuple):
     """The image encoder; None without a `vision` section."""
 
 
-def check(settings: Config) -> Inputs:
-    """Check everything that can be checked before a worker starts. Raises a UserError for the first problem."""
-    inputs = open_inputs(settings)
+def check(settings: Config, *, weights: bool = True) -> Inputs:
+    """Check everything that can be checked before a worker starts. Raises a UserError for the first problem.
+
+    weights: False to leave the weights of a base on the hub there.
+    """
+    inputs = open_inputs(settings, weights=weights)
     check_fit(settings, inputs)
     if shortened := settings.train.describe_short_warmup():
         logger.warning("%s", shortened)
     return inputs
 
 
-def open_inputs(settings: Config) -> Inputs:
-    """Open the base, the tokenizer, the records and the image encoder. Raises a UserError if one cannot be used."""
-    checkpoint, tokenizer = settings.base.open()
+def open_inputs(settings: Config, *, weights: bool = True) -> Inputs:
+    """Open the base, the tokenizer, the records and the image encoder. Raises a UserError if one cannot be used.
+
+    weights: False to leave the weights of a base on the hub there.
+    """
+    checkpoint, tokenizer = settings.base.open(weights=weights)
     for source in [*settings.data.sources(), *settings.data.val_sources()]:
         next(iter(source.read()), None)
     return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None)
@@ -141,7 +148,8 @@ def check_fit(settings: Config, inputs: Inputs) -> None:
             f"data.max_length is {settings.data.max_length}, more than the window of {settings.base.path}, {window} "
             "tokens: lower it"
         )
-    check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
+    if inputs.checkpoint.has_weights:  # by which the run is identified
+        check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
 
 
 def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
@@ -149,7 +157,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
     values = drop_keys(to_dict(settings), FREE_TO_CHANGE)
     values["base"] |= {
         "path": inputs.checkpoint.fingerprint()[:16],
-        "tokenizer": load_tokenizer(cached_path(inputs.tokenizer)).fingerprint[:16],
+        "tokenizer": load_tokenizer(cached_path(inputs.tokenizer, weights=False)).fingerprint[:16],
     }
     with_images = inputs.conditioning is not None
     values["data"] = drop_keys(values["data"], ("format", "template")) | {
@@ -175,7 +183,7 @@ def _identify_source(source: Source, *, with_images: bool) -> dict[str, Any]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    checkpoint, _, conditioning = check(settings)
+    checkpoint, _, conditioning = check(settings, weights=False)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
     records = [(source, [record for record in source.read() if "rejected" not in record]) for source in sources]
     per_epoch = sum(round(source.weight * len(rows)) for source, rows in records)
@@ -191,6 +199,7 @@ def plan(settings: Config) -> None:
     steps, warmup = train.total_steps(steps_per_epoch), train.warmup_steps(steps_per_epoch)
     rows = [
         ["base", base],
+        *([["to fetch from the hub", format_bytes(to_fetch)]] if (to_fetch := settings.base.bytes_to_fetch()) else []),
         ["memory of the base", _describe_memory(shape)],
         ["trainable parameters", f"{trainable:,}"],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
@@ -276,7 +285,7 @@ def train_job(
 ) -> TrainJob:
     """Everything that the training workers need."""
     return TrainJob(
-        base=str(resolve_path(settings.base.path)),
+        base=settings.base.path,
         dtype=settings.base.dtype,
         adaption=settings.adapter.adaption(conditioning and conditioning.projection),
         store=store,
@@ -298,7 +307,7 @@ def adapter_file(job: TrainJob, trained: Mapping[str, Tensor], checkpoint: Check
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
-    sha256 = load_tokenizer(cached_path(tokenizer)).sha256
+    sha256 = load_tokenizer(cached_path(tokenizer, weights=False)).sha256
     return extract_adapter(
         model, base_fingerprint=checkpoint.fingerprint(), base_dtype=job.dtype, tokenizer_sha256=sha256
     )

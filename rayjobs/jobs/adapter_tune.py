@@ -51,8 +51,11 @@ class Config(adapter_train.Config):
     sweep: SweepConfig
 
 
-def check(settings: Config) -> list[AdapterTrial]:
-    """Check the settings of every trial; return the trials. Raises a UserError for the first problem."""
+def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
+    """Check the settings of every trial; return the trials. Raises a UserError for the first problem.
+
+    weights: False to leave the weights of a base on the hub there.
+    """
     if settings.scale.workers.min < settings.scale.workers.max:  # Tune has to know how many trials there is room for
         raise ConfigError(f"scale.workers must be one number in a sweep, got {settings.scale.workers}")
     if fixed := [name for name in settings.sweep.axes if name == "train.seed" or name.split(".")[0] == "run"]:
@@ -68,7 +71,7 @@ def check(settings: Config) -> list[AdapterTrial]:
         own = trial_settings(settings, trial)
         named = json.dumps([to_dict(own)[name] for name in ("base", "data", "vision")])
         if named not in opened:  # an encoder takes seconds to load
-            opened[named] = adapter_train.open_inputs(own)
+            opened[named] = adapter_train.open_inputs(own, weights=weights)
             _refuse_test_split(settings, own)
         adapter_train.check_fit(own, opened[named])
     return trials
@@ -76,7 +79,7 @@ def check(settings: Config) -> list[AdapterTrial]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    trials = check(settings)
+    trials = check(settings, weights=False)
     seeds = ", ".join(map(str, settings.sweep.seeds))
     rows = [[describe_overrides(overrides), seeds] for overrides in enumerate_overrides(settings.sweep)]
     different = len({_folder(settings, trial) for trial in trials})

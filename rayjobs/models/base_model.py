@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from adapter.base.checkpoint import Checkpoint, open_checkpoint
+from adapter.base.checkpoint import CONFIG, Checkpoint, open_checkpoint, open_config
 from adapter.base.quantization import PRECISIONS, bitsandbytes
 from adapter.model import AdaptedModel
 from adapter.tokenizers.load import describe_missing, load_tokenizer
 from rayjobs.config import config
 from rayjobs.errors import ConfigError
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.hub import HubPath, is_hub_path
+from rayjobs.storage.hub_model import bytes_to_fetch, format_bytes
+from rayjobs.storage.paths import ModelPath, resolve_path
 
 Dtype = Literal["fp32", "bf16", "int8", "nf4"]
 """The names in `adapter.base.quantization.PRECISIONS`."""
@@ -20,32 +22,50 @@ Dtype = Literal["fp32", "bf16", "int8", "nf4"]
 class BaseModelConfig:
     """The frozen base model."""
 
-    path: AnyPath
-    """Folder in Meta's format (params.json) or Hugging Face's (config.json); if it is a URL, every node copies it."""
-    tokenizer: AnyPath | None = None
+    path: ModelPath
+    """Folder in Meta's format (params.json) or Hugging Face's (config.json); or, if there is no such folder, an id on
+    the Hugging Face hub: org/name, org/name@revision. Of a URL or a hub id, every node makes a copy."""
+    tokenizer: ModelPath | None = None
     """Tokenizer, as a file or a folder that has one: tokenizer.json, or tokenizer.model in SentencePiece's or Llama 3's
     format. null for the base's own, in its folder or, in Meta's layout alone, beside it."""
     dtype: Dtype = "fp32"
     """How the frozen weights are held: fp32; bf16; or the linear layers of the blocks in int8 or nf4 (8 or 4 bits, by
     bitsandbytes: pip install 'rayjobs[quantization]') and the rest in bf16. The adapter is always fp32."""
 
-    def open(self) -> tuple[Checkpoint, Path]:
+    def open(self, *, weights: bool = True) -> tuple[Checkpoint, Path]:
         """Open the checkpoint, without reading weights, and check that its tokenizer fits.
+
+        weights: False to leave the weights of a model on the hub there: its checkpoint has only a configuration.
 
         Returns the checkpoint and the tokenizer's path. Raises CheckpointError, TokenizerError or ConfigError, naming
         the file, for what is missing, damaged, or does not fit; AdapterError if the library that quantizes is missing.
         """
         if PRECISIONS[self.dtype].quantization:
             bitsandbytes()
-        copy = cached_path(self.path)
-        checkpoint = open_checkpoint(copy)
+        to_fetch = self.bytes_to_fetch()
+        if to_fetch and not weights and HubPath.parse(self.path).file:
+            size = format_bytes(to_fetch)
+            raise ConfigError(
+                f"{self.path}: a dry run fetches no weights; this file, {size}, has the settings in it too"
+            )
+        copy = cached_path(self.path, weights=not to_fetch)
+        if to_fetch and (not weights or (copy / CONFIG).is_file()):
+            checkpoint = open_config(copy)  # a model that cannot be used is refused before its weights are fetched
+        else:
+            checkpoint = open_checkpoint(cached_path(self.path))
         path = self.tokenizer or checkpoint.tokenizer_path
         if path is None:
             raise ConfigError(f"{describe_missing(copy)}; or set base.tokenizer")
         if path == copy:
             path = self.path  # the URL, because each machine has its own copy
-        load_tokenizer(cached_path(path)).check_fits(checkpoint.config.vocab_size)
+        load_tokenizer(cached_path(path, weights=False)).check_fits(checkpoint.config.vocab_size)
+        if weights and not checkpoint.has_weights:
+            checkpoint = open_checkpoint(cached_path(self.path))
         return checkpoint, resolve_path(path)
+
+    def bytes_to_fetch(self) -> int:
+        """The size of the weights that are still on the hub; 0 for a base elsewhere."""
+        return bytes_to_fetch(self.path) if is_hub_path(self.path) else 0
 
     def load(self, adapter: str | None, device: str, *, encoder: str | None = None) -> AdaptedModel:
         """Load the base, with its adapter if a file or folder is named.
@@ -53,7 +73,7 @@ class BaseModelConfig:
         encoder: identity of the image encoder in use, if any. Raises CheckpointError if the adapter cannot be read or
         was made for another base, tokenizer or encoder.
         """
-        tokenizer = cached_path(self.tokenizer) if self.tokenizer else None
+        tokenizer = cached_path(self.tokenizer, weights=False) if self.tokenizer else None
         dtype, quantization = PRECISIONS[self.dtype]
         model = AdaptedModel.from_pretrained(
             cached_path(self.path), tokenizer=tokenizer, dtype=dtype, quantization=quantization, device=device

@@ -69,7 +69,7 @@ def model_copy(path: str | Path, *, weights: bool = True) -> Path:
     missing = _missing(hub, files)
     wanted = {**files.settings, **files.adapters, **(files.weights if weights or hub.file else {})}
     if fetched := [size for name, size in missing.items() if name in wanted]:
-        logger.info("fetching %s from the hub: %d files, %s", hub, len(fetched), format_bytes(sum(fetched)))
+        logger.info("fetching %s from the hub: %s", hub, format_bytes(sum(fetched)))
     if hub.file:
         return hub_copy(hub)
     folder = hub_snapshot(hub.repo_id, revision=hub.revision, allow_patterns=list(wanted))

@@ -70,8 +70,8 @@ def export_adapter(
         else:
             state[f"transformer.h.{layer}.attn.adapter_wte.weight"] = prompt.clone()
             state[f"transformer.h.{layer}.attn.gating_factor"] = row.reshape(1, 1, -1, 1).clone()
-    with atomic_path(path) as part:
-        torch.save(state if format == "v1" else {"model": state}, part)
+    with atomic_path(path) as part, part.open("wb") as stream:  # given a path, torch would write its name into the file
+        torch.save(state if format == "v1" else {"model": state}, stream)
 
 
 def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, gate: Gate = "identity") -> Tensor:

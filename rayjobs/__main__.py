@@ -31,6 +31,7 @@ JOBS = {
     "adapter-eval": "measure held-out loss or ScienceQA accuracy, with or without an adapter",
     "adapter-tune": "sweep the settings of adapter-train: the paper's ablations, or a search",
     "adapter-generate": "generate responses to one instruction, to a file of them, or interactively",
+    "adapter-export": "write an adapter in the official v1 format, litgpt's or PEFT's",
     "cafo-prompt": "describe a data set's classes with a language model",
     "cafo-generate": "generate training images of a data set's classes, and keep the best by CLIP",
     "cafo-features": "encode a data set's images once, for all later runs",

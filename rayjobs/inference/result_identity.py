@@ -1,14 +1,13 @@
 """Identify by content what generated results depend on: the model, the records and their images."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import Record
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
+from rayjobs.storage.fingerprint import content_fingerprint, file_fingerprints, fingerprint
 
 
 def model_identity(model: AdapterSourceConfig, conditioning: ImageConditioning | None) -> dict[str, str]:
@@ -16,8 +15,8 @@ def model_identity(model: AdapterSourceConfig, conditioning: ImageConditioning |
     checkpoint, tokenizer = model.base.open()
     return {
         "base": f"{checkpoint.fingerprint()[:16]} in {model.base.dtype}",
-        "tokenizer": load_tokenizer(cached_path(tokenizer)).fingerprint[:16],
-        "adapter": _content(cached_path(model.adapter)) if model.adapter else "none",
+        "tokenizer": load_tokenizer(cached_path(tokenizer, weights=False)).fingerprint[:16],
+        "adapter": content_fingerprint(cached_path(model.adapter)) if model.adapter else "none",
         "encoder": conditioning.encoder.identity if conditioning else "none",
     }
 
@@ -30,9 +29,3 @@ def data_identity(records: Sequence[Record], image_root: str, reads_images: bool
         "records": fingerprint(records)[:16],
         "images": fingerprint(pixels)[:16] if reads_images else "left out",
     }
-
-
-def _content(path: Path) -> str:
-    """The fingerprint of a file, or of all files of an adapter's folder; a missing path counts as an empty folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return fingerprint([file_fingerprint(file) for file in files])[:16]

@@ -75,3 +75,9 @@ def _readable_fingerprint(path: Path) -> str | None:
         return file_fingerprint(path)
     except OSError:
         return None
+
+
+def content_fingerprint(path: Path) -> str:
+    """The beginning of a fingerprint of a local file, or of all files of a folder; of nothing, if nothing is there."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return fingerprint([file_fingerprint(file) for file in files])[:16]

@@ -1,0 +1,128 @@
+"""Write an adapter in the format of other code: the official v1 file, litgpt's file, or PEFT's folder.
+
+What a format cannot express is refused with the reason. Nothing is trained or run, so that this job needs no cluster,
+and of the base its settings alone. `docs/formats.md` says what each format holds and how it is loaded.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from adapter.adapter_export import Format, export_adapter, exported_gates
+from adapter.adapter_file import AdapterFile, check_identities
+from adapter.adapter_formats import read_adapter
+from adapter.decoder_config import DecoderConfig
+from adapter.errors import CheckpointError
+from rayjobs.config import config
+from rayjobs.console import show_result, show_table
+from rayjobs.lifecycle import job
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.runs.provenance import check_provenance, lock_provenance
+from rayjobs.runs.record import write_result
+from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.files import atomic_path
+from rayjobs.storage.fingerprint import content_fingerprint
+from rayjobs.storage.paths import AnyPath
+
+OUT: dict[Format, str] = {"v1": "adapter.pth", "litgpt": "lit_model.pth.adapter", "peft": "peft"}
+"""Name of each format's file, or of PEFT's folder, in the run folder; litgpt looks for its own by this name."""
+LOADED_BY: dict[Format, str] = {
+    "v1": "the official LLaMA-Adapter v1 code",
+    "litgpt": "litgpt up to 0.5.4; later ones read the prompts' keys from wrong rows, unless the base has one kv head",
+    "peft": "peft.PeftModel.from_pretrained(base, folder)",
+}
+
+
+@config
+class Config:
+    """Settings of adapter-export."""
+
+    JOB: ClassVar = "adapter-export"
+
+    base: BaseModelConfig
+    adapter: AnyPath
+    """Adapter file, of this project's own format or of any that it reads."""
+    format: Format
+    """What to write: `v1`, the official v1 file; `litgpt`, its adapter file; `peft`, a folder for PEFT."""
+    gate: Literal["tanh", "identity"] = "identity"
+    """For v1: the function that the reading code applies to gates, `identity` as the official inference code, or `tanh`
+    as the official training code."""
+    run: RunConfig
+
+
+class Checked(NamedTuple):
+    """Inputs that `check` has opened."""
+
+    file: AdapterFile
+    base: DecoderConfig
+    identity: dict[str, str]
+    """what the export depends on, by content"""
+
+
+def check(settings: Config) -> Checked:
+    """Read the adapter and the base's settings, and check that the format can express the one on the other.
+
+    Raises a UserError or an AdapterError for the first problem.
+    """
+    checkpoint, _ = settings.base.open(weights=False)
+    file = read_adapter(cached_path(settings.adapter))
+    fingerprint = None if settings.base.bytes_to_fetch() else checkpoint.fingerprint()
+    try:
+        check_identities(file, fingerprint, None)
+        exported_gates(file, settings.format, checkpoint.config, gate=settings.gate)
+    except CheckpointError as error:
+        raise CheckpointError(f"{settings.adapter}: {error}") from error
+    identity = {
+        "base": fingerprint[:16] if fingerprint else settings.base.path,
+        "adapter": content_fingerprint(cached_path(settings.adapter)),
+        "format": settings.format,
+        "gate": settings.gate,
+    }
+    check_provenance(settings.run.folder / "source.json", identity)
+    return Checked(file, checkpoint.config, identity)
+
+
+def plan(settings: Config) -> None:
+    """Show what `run` would do."""
+    file = check(settings).file
+    rows = [
+        ["base", settings.base.path],
+        ["adapter", f"{settings.adapter}: {_describe(file)}"],
+        ["out", str(settings.run.folder / OUT[settings.format])],
+        ["loaded by", LOADED_BY[settings.format]],
+    ]
+    show_table("plan", ["", ""], rows)
+
+
+@job
+def run(settings: Config) -> dict[str, Any]:
+    """Write the adapter in its new format; return and write `result.json`."""
+    file, base, identity = check(settings)
+    folder = open_run(settings.run, settings)
+    lock_provenance(folder / "source.json", identity)
+    name = settings.base.path.removeprefix("hf://").partition("@")[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / OUT[settings.format]
+        export_adapter(file, made, settings.format, base, gate=settings.gate, base_name=name)
+        parts = sorted(made.iterdir(), reverse=True) if made.is_dir() else [made]  # PEFT's configuration comes last
+        for part in parts:
+            with atomic_path(folder / part.relative_to(scratch).as_posix()) as target:
+                shutil.copyfile(part, target)
+    result = {
+        "headline": f"{_describe(file)}, in the format {settings.format}",
+        "format": settings.format,
+        "loaded_by": LOADED_BY[settings.format],
+        "layers": file.config.n_layers,
+        "prompt_length": file.config.prompt_length,
+        "first_layer": base.n_layers - file.config.n_layers,
+        "out": str(folder / OUT[settings.format]),
+    }
+    write_result(folder, result)
+    show_result(settings.run.name, result)
+    return result
+
+
+def _describe(file: AdapterFile) -> str:
+    return f"{file.config.n_layers} layers with {file.config.prompt_length} prompts each"

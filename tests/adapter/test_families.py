@@ -134,6 +134,16 @@ def test_greedy_generation_equals_transformers(name: str, tmp_path: Path) -> Non
     assert max(map(len, answers)) == 23
 
 
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_generation_past_the_first_training_equals_transformers(name: str, tmp_path: Path) -> None:
+    """Frequencies change with the length, while the cache keeps the keys as they were."""
+    ours, peer = pair(name, tmp_path)
+    prompt = tokens(1, 13)
+    (answer,) = generate(ours, prompt.tolist(), eos_ids=(), temperature=0, max_new_tokens=37)
+    expected = peer.generate(prompt, do_sample=False, max_new_tokens=37, eos_token_id=None, pad_token_id=0)
+    assert answer == expected[0, 13:].tolist()
+
+
 class Prompted(nn.Module):
     """An adapter for a model of transformers, from the paper's equations: prompts (L, n, K, C) per row, or n = 1."""
 

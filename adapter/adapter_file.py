@@ -2,8 +2,8 @@
 
 The own format is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32. An adapter that reads images
 adds its projection under `vision.*`. The header states the format's version, the gate convention, the base's shape and
-fingerprint, the tokenizer's hash, and the image encoder's identity and preprocessing. `adapter.adapter_formats`
-reads this format and the foreign ones.
+fingerprint, the tokenizer's hash, the template of the training, and the image encoder's identity and preprocessing.
+`adapter.adapter_formats` reads this format and the foreign ones.
 
 L adapted layers, K prompt length, C width, H query heads.
 """
@@ -25,6 +25,7 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
+from adapter.templates import Template, parse_template, template_fields
 
 FORMAT = "llama-adapter"
 VERSION = 1
@@ -53,6 +54,10 @@ class AdapterFile:
     adapter loads on a base that is held otherwise."""
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer's file; None in foreign files."""
+    template: Template | None = None
+    """Template of the records in training; None if the file does not say."""
+    format_templates: Mapping[str, Template] = field(default_factory=dict)
+    """Templates of those formats of records that were trained in another template, by the format."""
     vision: ImageProjectionConfig | None = None
     """Image projection of the adapter, with the identity of its encoder; None for text alone."""
     projection: Mapping[str, Tensor] = field(default_factory=dict)
@@ -88,6 +93,9 @@ class AdapterFile:
             "tokenizer_sha256": self.tokenizer_sha256 or "",
             "extra": json.dumps(dict(self.extra)),
         }
+        if self.template is not None:
+            templates = {"": self.template, **self.format_templates}
+            header["templates"] = json.dumps({name: template_fields(one) for name, one in templates.items()})
         if self.vision is not None:
             header["vision"] = json.dumps({_VISION_KEYS.get(k, k): v for k, v in asdict(self.vision).items()})
         tensors = {"prompt": self.prompt, "gate": self.gate}
@@ -102,9 +110,11 @@ def extract_adapter(
     base_fingerprint: str | None = None,
     base_dtype: str | None = None,
     tokenizer_sha256: str | None = None,
+    template: Template | None = None,
+    format_templates: Mapping[str, Template] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> AdapterFile:
-    """A copy of the model's adapter, with what identifies its base and tokenizer.
+    """A copy of the model's adapter, with what identifies its base and tokenizer, and the templates of its training.
 
     base_dtype: how the base was held in training; by default, how this model holds it.
 
@@ -120,6 +130,8 @@ def extract_adapter(
         base_fingerprint=base_fingerprint,
         base_dtype=base_dtype or precision_of(model),
         tokenizer_sha256=tokenizer_sha256,
+        template=template,
+        format_templates=format_templates or {},
         vision=model.adaption_config.vision,
         projection={} if model.vision is None else {n: to_float32(t) for n, t in model.vision.state_dict().items()},
         extra=extra or {},
@@ -219,11 +231,12 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         vision = _parse_vision(header["vision"]) if "vision" in header else None
         stated = (int(header["n_layers"]), int(header["prompt_length"]))
         base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
+        templates = {name: parse_template(one) for name, one in json.loads(header.get("templates", "{}")).items()}
         if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
             raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
         if unknown := base_shape.keys() - set(_SHAPE_KEYS):
             raise AdapterError(f"base_shape holds {sorted(unknown)}")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
     names = _TEXT_TENSORS | {_PROJECTION_PREFIX + name for name in _projection_shapes(vision, 1)}
     if tensors.keys() != names:
@@ -244,6 +257,8 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         base_fingerprint=header.get("base_fingerprint") or None,
         base_dtype=header.get("base_dtype") or None,
         tokenizer_sha256=header.get("tokenizer_sha256") or None,
+        template=templates.pop("", None),
+        format_templates=templates,
         extra=extra,
     )
 

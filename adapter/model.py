@@ -7,7 +7,8 @@
 T tokens of a text, V vocabulary, F features of an image.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.generate import GenerationConfig, check_image_count, generate
 from adapter.image_projection import Images
-from adapter.records.example import Example
-from adapter.templates import ALPACA, PromptTemplate
+from adapter.records.chat_encoding import stop_ids
+from adapter.records.encoding import encode_prompt
+from adapter.records.example import Example, Record
+from adapter.templates import ALPACA, ChatTemplate, Template
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 
@@ -43,6 +46,8 @@ class AdaptedModel:
         self.model = model
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
+        self.template: Template | None = None
+        """The template that the adapter was trained in; None if its file does not say, or there is no adapter."""
 
     @classmethod
     def from_pretrained(
@@ -82,6 +87,7 @@ class AdaptedModel:
         Raises AdapterError if the base has fewer layers than the adapter.
         """
         self.model.add_adapter(config, torch.Generator(self.device).manual_seed(seed))
+        self.template = None
 
     def load_adapter(self, path: str | Path, *, gate: Gate | None = None, encoder: str | None = None) -> None:
         """Load an adapter file of any known format, in place of any adapter that is there.
@@ -100,14 +106,19 @@ class AdaptedModel:
             tokenizer_sha256=self.tokenizer.sha256,
             encoder=encoder,
         )
+        self.template = file.template
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
-        """Save the adapter alone, with the identities of this base and tokenizer.
+        """Save the adapter alone, with its template and the identities of this base and tokenizer.
 
         extra: notes to save in the file's header, as JSON values. Raises AdapterError if there is no adapter.
         """
         file = extract_adapter(
-            self.model, base_fingerprint=self.fingerprint, tokenizer_sha256=self.tokenizer.sha256, extra=extra
+            self.model,
+            base_fingerprint=self.fingerprint,
+            tokenizer_sha256=self.tokenizer.sha256,
+            template=self.template,
+            extra=extra,
         )
         file.save(path)
 
@@ -136,16 +147,62 @@ class AdaptedModel:
         config: GenerationConfig | None = None,
         *,
         image: Tensor | None = None,
-        template: PromptTemplate = ALPACA,
+        template: Template | None = None,
         **overrides: Any,
     ) -> str:
-        """Answer one instruction, which is put into the template that adapters are trained on.
+        """Answer one instruction, which is put into the template that the adapter was trained in.
 
         input: the text that the instruction refers to, if any. image: the features (F,) of its image, if any.
-        config, overrides: as in `generate`.
+        template: another template; by default the adapter's, or Alpaca's. config, overrides: as in `generate`.
+
+        Raises RecordError for an instruction that leaves no room for an answer in the base's window.
         """
-        (text,) = self.generate([template.render(instruction, input)], config, images=[image], **overrides)
-        return text.strip()  # the answer begins with the space or line break that parts it from the prompt
+        record = {"instruction": instruction, "input": input}
+        return self.answer_records([record], config, images=[image], template=template, **overrides)[0]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        image: Tensor | None = None,
+        template: Template | None = None,
+        **overrides: Any,
+    ) -> str:
+        """Answer a conversation: messages {role, content}, the last of them the user's or a tool's.
+
+        It loses its oldest turns where it leaves no room for `max_new_tokens` in the base's window. tools: JSON schemas
+        of functions, for chat templates. template: by default the adapter's; of a base without an adapter its own chat
+        template; otherwise Alpaca's, with later turns. image, config, overrides: as in `answer`.
+
+        Raises RecordError for a conversation that the template refuses, or whose last question fills the window.
+        """
+        own = self.tokenizer.chat_template
+        if template is None and self.model.adaption_config is None and own is not None:
+            template = ChatTemplate(source=own)
+        record: dict[str, Any] = {"messages": messages, "tools": tools}
+        return self.answer_records([record], config, images=[image], template=template, **overrides)[0]
+
+    def answer_records(
+        self,
+        records: Sequence[Record],
+        config: GenerationConfig | None = None,
+        *,
+        images: Sequence[Tensor | None] | None = None,
+        template: Template | None = None,
+        **overrides: Any,
+    ) -> list[str]:
+        """Answer records: instructions, conversations or prompts, as `encode_prompt` takes them; see `answer`."""
+        config, template = replace(config or GenerationConfig(), **overrides), template or self.template or ALPACA
+        window = self.model.config.max_seq_len
+        reserve = min(config.max_new_tokens, window // 2)
+        prompts = [
+            encode_prompt(record, self.tokenizer, template, window=window, reserve=reserve).ids for record in records
+        ]
+        stops = stop_ids(template, self.tokenizer)
+        # An answer begins with the space or line break that parts it from the prompt.
+        return [text.strip() for text in self.generate_from_ids(prompts, config, images=images, eos_ids=stops)]
 
     def generate(
         self,
@@ -175,10 +232,15 @@ class AdaptedModel:
         config: GenerationConfig | None = None,
         *,
         images: Sequence[Tensor | None] | None = None,
+        eos_ids: Collection[int] | None = None,
         **overrides: Any,
     ) -> list[str]:
-        """Continue prompts that are token ids already, BOS included; otherwise as `generate`."""
-        new_ids = generate(self.model, prompts, config, eos_ids=self.tokenizer.eos_ids, images=images, **overrides)
+        """Continue prompts that are token ids already, BOS included; otherwise as `generate`.
+
+        eos_ids: the ids that end an answer; those of the tokenizer if None.
+        """
+        stops = self.tokenizer.eos_ids if eos_ids is None else eos_ids
+        new_ids = generate(self.model, prompts, config, eos_ids=stops, images=images, **overrides)
         return [self.tokenizer.continuation(prompt, new) for prompt, new in zip(prompts, new_ids, strict=True)]
 
     @torch.no_grad()

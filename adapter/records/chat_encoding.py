@@ -115,10 +115,10 @@ def encode_chat_instruction(record: Record, tokenizer: Tokenizer, template: Chat
 
 
 def chat_prompt(
-    messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer, template: ChatTemplate, window: int
+    messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer, template: ChatTemplate, room: int
 ) -> Prompt:
     """Encode a conversation that is to be answered; see `adapter.records.encoding.encode_prompt`."""
-    _, tokens, dropped = _fit(_Layout(template, tokenizer, tools), messages, window, prompt=True)
+    _, tokens, dropped = _fit(_Layout(template, tokenizer, tools), messages, room, prompt=True)
     return Prompt(ids=tokens.ids, dropped_turns=dropped)
 
 

@@ -55,26 +55,33 @@ def encode_text(record: Record, tokenizer: Tokenizer, *, max_length: int) -> lis
     return [Example(ids=part, label_spans=[(first, len(part))]) for part in parts if len(part) > first]
 
 
-def encode_prompt(record: Record, tokenizer: Tokenizer, template: Template = ALPACA, *, window: int) -> Prompt:
-    """Encode what is to be answered, in at most `window` ids.
+def encode_prompt(
+    record: Record, tokenizer: Tokenizer, template: Template = ALPACA, *, window: int, reserve: int = 1
+) -> Prompt:
+    """Encode what is to be answered.
 
-    record: as for `encode_record`, without the answer. Messages end with a turn of the user or of a tool. A
-    conversation that is too long loses its oldest turns whole; its system message stays.
+    record: as for `encode_record`, without the answer. Messages end with a turn of the user or of a tool. window: of
+    the base. reserve: tokens of it that are for the answer. A conversation that leaves less loses its oldest turns
+    whole; its system message and its last question stay.
 
-    Raises RecordError for a prompt that is too long, or that the template refuses.
+    Raises RecordError for a prompt that fills the window, and for one that the template refuses.
     """
+    room = max(1, window - reserve)
     if "prompt" in record:
         prompt = Prompt(ids=tokenizer.encode(record["prompt"], bos=True, eos=False))
     elif not isinstance(template, PromptTemplate):
         messages = record["messages"] if "messages" in record else [instruction_message(record)]
-        prompt = chat_prompt(messages, record.get("tools"), tokenizer, template, window)
+        prompt = chat_prompt(messages, record.get("tools"), tokenizer, template, room)
     elif "messages" in record:
-        prompt = turns_prompt(record["messages"], tokenizer, template, window)
+        prompt = turns_prompt(record["messages"], tokenizer, template, room)
     else:
         text = template.render(record["instruction"], record.get("input") or "")
         prompt = Prompt(ids=tokenizer.encode(text, bos=True, eos=False))
-    if len(prompt.ids) > window:
-        raise RecordError(f"the prompt has {len(prompt.ids)} tokens, there is room for {window}")
+    if len(prompt.ids) >= window:
+        raise RecordError(
+            f"the prompt has {len(prompt.ids)} tokens, which leaves no room for an answer in the base's window of "
+            f"{window}"
+        )
     if not prompt.ids:
         raise RecordError("the prompt is empty, and the tokenizer has no token that begins a text")
     return prompt

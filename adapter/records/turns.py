@@ -50,7 +50,7 @@ def encode_turns(
     return Example(ids=ids, label_spans=spans, dropped_turns=2 * k)
 
 
-def turns_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: PromptTemplate, window: int) -> Prompt:
+def turns_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: PromptTemplate, room: int) -> Prompt:
     """Encode a conversation that is to be answered; see `adapter.records.encoding.encode_prompt`."""
     system, exchanges = _exchanges(messages)
     if exchanges[-1].answer is not None:
@@ -59,7 +59,7 @@ def turns_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: Pr
     for k, exchange in enumerate(exchanges):
         first = _encode(exchange, system + template.render(exchange.question), tokenizer, bos=True)
         ids = [id for prompt, answer in [first, *later[k + 1 :]] for id in (*prompt, *answer)]
-        if len(ids) <= window:
+        if len(ids) <= room:
             break
     return Prompt(ids=ids, dropped_turns=2 * k)
 

@@ -22,6 +22,7 @@ from adapter.base.checkpoint import load_decoder
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
+from adapter.templates import ALPACA, ChatTemplate
 
 VOCAB, DIM, HEADS, KV_HEADS, HIDDEN, LAYERS, L, K = 31, 24, 4, 2, 37, 5, 3, 7
 CONFIG = DecoderConfig(
@@ -54,6 +55,21 @@ def logits(model: Decoder) -> Tensor:
 
 def same(left: AdapterFile, right: AdapterFile) -> bool:
     return torch.equal(left.prompt, right.prompt) and torch.equal(left.gate, right.gate)
+
+
+def test_the_header_keeps_the_templates_of_the_training(tmp_path: Path) -> None:
+    templates = {"template": ChatTemplate(source="{{ messages }}"), "format_templates": {"alpaca": ALPACA}}
+    file, path = extract_adapter(adapted(), **templates), tmp_path / "a.safetensors"
+    file.save(path)
+    again = read_adapter(path)
+    assert {"template": again.template, "format_templates": again.format_templates} == templates
+    replace(file, template=None, format_templates={}).save(path)
+    assert (read_adapter(path).template, read_adapter(path).format_templates) == (None, {})
+    for broken in ('{"": 5}', '{"": {"kind": "chat"}}', "[]", "{"):
+        tensors, header = {"prompt": file.prompt, "gate": file.gate}, safe_open(path, "pt").metadata()
+        save_file(tensors, path, metadata={**header, "templates": broken})
+        with pytest.raises(CheckpointError, match="its header is damaged"):
+            read_adapter(path)
 
 
 @pytest.mark.parametrize("gate", ["tanh", "identity"])

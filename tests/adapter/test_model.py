@@ -1,5 +1,6 @@
 """`AdaptedModel` does what README shows: load, adapt, answer, save, and load again."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from adapter import (
     AdaptedModel,
     AdapterError,
     AdaptionConfig,
+    ChatTemplate,
     CheckpointError,
     GenerationConfig,
     PromptTemplate,
+    RecordError,
     Tokenizer,
     TokenizerError,
     load_tokenizer,
@@ -65,6 +68,46 @@ def test_answer_puts_an_instruction_into_its_template(tiny_base: Path) -> None:
     template = PromptTemplate(with_input="{instruction}: {input}", without_input="{instruction}!")
     (text,) = model.generate(["Say it!"], **greedy)
     assert model.answer("Say it", template=template, **greedy) == text.strip()
+
+
+def test_an_adapter_answers_and_chats_in_the_template_that_it_was_trained_in(tiny_base: Path, tmp_path: Path) -> None:
+    model, greedy = AdaptedModel.from_pretrained(tiny_base), {"max_new_tokens": 9, "temperature": 0.0}
+    model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
+    assert model.template is None
+    model.template = template = PromptTemplate(
+        with_input="{instruction}: {input}", without_input="{instruction}!", later="; {instruction}!"
+    )
+    model.save_adapter(tmp_path / "a.safetensors")
+    model = AdaptedModel.from_pretrained(tiny_base)
+    model.load_adapter(tmp_path / "a.safetensors")
+    assert model.template == template
+    assert model.answer("the cat", "sat", **greedy) == model.generate(["the cat: sat"], **greedy)[0].strip() != ""
+    question, eos = {"role": "user", "content": "the cat"}, [model.tokenizer.eos_id]
+    assert model.chat([question], **greedy) == model.answer("the cat", **greedy) != ""
+    talk = [question, {"role": "assistant", "content": "ran"}, {"role": "user", "content": "on"}]
+    encode = functools.partial(model.tokenizer.encode, eos=False)
+    ids = encode("the cat!ran", bos=True) + eos + encode("; on!", bos=False)
+    assert model.chat(talk, **greedy) == model.generate_from_ids([ids], **greedy)[0].strip()
+    long = [*talk[:2] * 99, talk[2]]
+    assert model.chat(long, **greedy), "the oldest turns leave"
+    with pytest.raises(RecordError, match="leaves no room for an answer in the base's window of 1024"):
+        model.chat([{"role": "user", "content": "cat " * 2000}], **greedy)
+    with pytest.raises(RecordError, match="no question at its end"):
+        model.chat(talk[:2], **greedy)
+    turns = ChatTemplate(source="{% for m in messages %}{{ m.content }} {% endfor %}")
+    text = model.generate_from_ids([model.tokenizer.encode_rendered("the cat ran on ").ids], **greedy)[0]
+    assert model.chat(talk, template=turns, **greedy) == text.strip()
+
+
+def test_a_base_without_an_adapter_chats_in_its_own_template(tiny_base: Path) -> None:
+    model = AdaptedModel.from_pretrained(tiny_base)
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    question = {"role": "user", "content": "the cat"}
+    ids = [*model.tokenizer.encode_rendered("the cat").ids, model.tokenizer.eos_id]
+    greedy = {"max_new_tokens": 9, "temperature": 0.0}
+    assert model.chat([question], **greedy) == model.generate_from_ids([ids], **greedy)[0].strip() != ""
+    model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
+    assert model.chat([question], **greedy) == model.answer("the cat", **greedy)
 
 
 def test_a_generation_config_and_its_overrides(tiny_base: Path) -> None:

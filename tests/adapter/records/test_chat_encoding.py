@@ -266,7 +266,7 @@ def test_too_long_a_conversation_loses_its_oldest_turns_whole(source: str, token
         kept = [chat[0], *chat[1 + 2 * dropped :]]
         alone = encode_record({"messages": kept}, tokenizer, template, max_length=9999)
         assert example == replace(alone, dropped_turns=2 * dropped)
-        prompt = encode_prompt({"messages": chat[:-1]}, tokenizer, template, window=limit)
+        prompt = encode_prompt({"messages": chat[:-1]}, tokenizer, template, window=9999, reserve=9999 - limit)
         assert len(prompt.ids) <= limit
         assert prompt.dropped_turns <= 2 * dropped
 

@@ -5,6 +5,7 @@ same. Their order is that of their names.
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from rayjobs.errors import ConfigError, DataError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.hub import HUB, HubPath, hub_copy, hub_errors, is_hub_id, is_hub_path, pin
 from rayjobs.storage.paths import ShownAs, is_url, resolve_path
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["train", "val", "test"]
 """What records are for; it chooses a split where none is named."""
@@ -131,6 +134,7 @@ def _list_repository(hub: HubPath) -> list[str]:
                 folder = Path(snapshot_download(**repo, allow_patterns=[], local_files_only=True))
             except FileNotFoundError:
                 raise error from None
+            logger.warning("%s: the hub cannot be reached; the files are those that its cache holds", hub)
             return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 

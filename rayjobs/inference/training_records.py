@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rayjobs.config import load
 from rayjobs.data.records import DataConfig, Source
+from rayjobs.errors import UserError
 from rayjobs.runs.run_dir import CONFIG_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.hub import is_hub_path
@@ -36,10 +37,10 @@ def describe_overlap(adapter: str | None, sources: Iterable[Source]) -> str:
 
 
 def _content(source: Source) -> tuple[str, ...] | None:
-    """The digests of a source's files, and its split; None if a file is not there any more."""
+    """The digests of a source's files, and its split; None if they are not there any more."""
     try:
         return (*source.digests(), source.split)
-    except OSError:
+    except (OSError, UserError):
         return None
 
 

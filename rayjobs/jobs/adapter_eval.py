@@ -115,7 +115,7 @@ def plan(settings: Config) -> None:
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
-        ["data", ", ".join(f"{source.path} {source.split}".strip() for source in sources)],
+        ["data", "; ".join(source.describe() for source in sources)],
         ["images", "left out" if conditioning is None else f"read by {conditioning.encoder.identity}"],
         ["workers", str(settings.scale.workers)],
     ]

@@ -7,6 +7,7 @@ The same command resumes an interrupted run with as many workers as there are th
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -160,7 +161,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
         "tokenizer": load_tokenizer(cached_path(inputs.tokenizer, weights=False)).fingerprint[:16],
     }
     with_images = inputs.conditioning is not None
-    values["data"] = drop_keys(values["data"], ("format", "template")) | {
+    values["data"] = drop_keys(values["data"], ("format", "columns", "template")) | {
         "path": [_identify_source(source, with_images=with_images) for source in settings.data.sources()],
         "val_path": [_identify_source(source, with_images=with_images) for source in settings.data.val_sources()],
     }
@@ -175,6 +176,7 @@ def _identify_source(source: Source, *, with_images: bool) -> dict[str, Any]:
         "records": fingerprint(source.digests())[:16],
         "images": fingerprint(images)[:16] if with_images else "left out",
         "format": source.format,
+        "columns": dict(source.columns),
         "split": source.split,
         "template": fingerprint([source.template.with_input, source.template.without_input])[:16],
         "weight": source.weight,
@@ -185,12 +187,14 @@ def plan(settings: Config) -> None:
     """Show what `run` would do."""
     checkpoint, _, conditioning = check(settings, weights=False)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
-    records = [(source, [record for record in source.read() if "rejected" not in record]) for source in sources]
-    per_epoch = sum(round(source.weight * len(rows)) for source, rows in records)
+    usable = [
+        Counter(bool(record["image"]) for record in source.read() if "rejected" not in record) for source in sources
+    ]
+    per_epoch = sum(round(source.weight * count.total()) for source, count in zip(sources, usable, strict=True))
     if settings.vision and conditioning:
         images = f"{sum(len(source.image_paths()) for source in sources):,}, {settings.vision.mode}"
     else:
-        images = _describe_left_out(sum(bool(record["image"]) for _, rows in records for record in rows))
+        images = _describe_left_out(sum(count[True] for count in usable))
     model = meta_decoder(shape)
     model.add_adapter(settings.adapter.adaption(conditioning and conditioning.projection))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -202,6 +206,7 @@ def plan(settings: Config) -> None:
         *([["to fetch from the hub", format_bytes(to_fetch)]] if (to_fetch := settings.base.bytes_to_fetch()) else []),
         ["memory of the base", _describe_memory(shape)],
         ["trainable parameters", f"{trainable:,}"],
+        ["records", "; ".join(source.describe() for source in sources)],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
         ["images", images],
         ["steps", f"{steps:,} of {train.global_batch} records"],

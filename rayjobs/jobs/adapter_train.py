@@ -187,9 +187,7 @@ def plan(settings: Config) -> None:
     """Show what `run` would do."""
     checkpoint, _, conditioning = check(settings, weights=False)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
-    usable = [
-        Counter(bool(record["image"]) for record in source.read() if "rejected" not in record) for source in sources
-    ]
+    usable = [Counter(bool(row["image"]) for row in source.read() if "rejected" not in row) for source in sources]
     per_epoch = sum(round(source.weight * count.total()) for source, count in zip(sources, usable, strict=True))
     if settings.vision and conditioning:
         images = f"{sum(len(source.image_paths()) for source in sources):,}, {settings.vision.mode}"

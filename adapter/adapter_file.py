@@ -47,6 +47,8 @@ class AdapterFile:
     """The function that the model applies to the gates (see `AdaptionConfig.gate`)."""
     base_shape: Mapping[str, int] = field(default_factory=dict)
     """Fields of the base's `DecoderConfig`, as far as the file states them; foreign files state few."""
+    base_switches: Mapping[str, Any] | None = None
+    """What the base's family sets otherwise than LLaMA (`DecoderConfig.switches`); None in foreign files."""
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; None in foreign files."""
     base_dtype: str | None = None
@@ -96,6 +98,8 @@ class AdapterFile:
         if self.template is not None:
             templates = {"": self.template, **self.format_templates}
             header["templates"] = json.dumps({name: template_fields(one) for name, one in templates.items()})
+        if self.base_switches:
+            header["base_switches"] = json.dumps(dict(self.base_switches))
         if self.vision is not None:
             header["vision"] = json.dumps({_VISION_KEYS.get(k, k): v for k, v in asdict(self.vision).items()})
         tensors = {"prompt": self.prompt, "gate": self.gate}
@@ -127,6 +131,7 @@ def extract_adapter(
         gate=torch.stack([to_float32(adaption.gate) for adaption in model.adaptions]),
         convention=model.adaption_config.gate,
         base_shape=_base_shape(model.config),
+        base_switches=model.config.switches(),
         base_fingerprint=base_fingerprint,
         base_dtype=base_dtype or precision_of(model),
         tokenizer_sha256=tokenizer_sha256,
@@ -176,14 +181,15 @@ def check_adapter_fits(
 
     config: the shape of the base. Identities as in `apply_adapter`.
     """
-    check_shape(file, _base_shape(config))
+    check_shape(file, _base_shape(config), config.switches())
     check_identities(file, fingerprint, tokenizer_sha256, encoder)
 
 
-def check_shape(file: AdapterFile, actual: Mapping[str, int]) -> None:
-    """Raise CheckpointError if the adapter was made for a base of another shape than `actual`.
+def check_shape(file: AdapterFile, actual: Mapping[str, int], switches: Mapping[str, Any] | None = None) -> None:
+    """Raise CheckpointError if the adapter was made for a base of another shape, or with other switches.
 
-    actual: the keys of `AdapterFile.base_shape`, all of them.
+    actual: the keys of `AdapterFile.base_shape`, all of them. switches: `DecoderConfig.switches` of the base; not
+    compared if None.
     """
     n_layers, _, dim = file.prompt.shape
     expected = {"dim": dim, **file.base_shape}
@@ -191,6 +197,10 @@ def check_shape(file: AdapterFile, actual: Mapping[str, int]) -> None:
         expected["n_heads"] = file.gate.shape[1]
     if wrong := [f"{k} {value}, this base has {actual[k]}" for k, value in expected.items() if actual[k] != value]:
         raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
+    if switches is not None and file.base_switches is not None:
+        wanted, given = (json.dumps(dict(one), sort_keys=True) for one in (file.base_switches, switches))
+        if wanted != given:
+            raise CheckpointError(f"the adapter was made for a base with the switches {wanted}, this base has {given}")
     if n_layers > actual["n_layers"]:
         raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {actual['n_layers']}")
 
@@ -231,9 +241,10 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         vision = _parse_vision(header["vision"]) if "vision" in header else None
         stated = (int(header["n_layers"]), int(header["prompt_length"]))
         base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
+        switches = json.loads(header.get("base_switches", "{}"))  # LLaMA's, where an older file says nothing
         templates = {name: parse_template(one) for name, one in json.loads(header.get("templates", "{}")).items()}
-        if convention not in get_args(Gate) or not isinstance(base_shape, dict) or not isinstance(extra, dict):
-            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, extra {extra!r}")
+        if convention not in get_args(Gate) or not all(isinstance(x, dict) for x in (base_shape, switches, extra)):
+            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, {switches!r}, extra {extra!r}")
         if unknown := base_shape.keys() - set(_SHAPE_KEYS):
             raise AdapterError(f"base_shape holds {sorted(unknown)}")
     except (KeyError, ValueError, AttributeError) as error:
@@ -254,6 +265,7 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         vision=vision,
         projection=_projection_tensors(path, tensors, vision, prompt.shape[2]),
         base_shape=base_shape,
+        base_switches=switches,
         base_fingerprint=header.get("base_fingerprint") or None,
         base_dtype=header.get("base_dtype") or None,
         tokenizer_sha256=header.get("tokenizer_sha256") or None,

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from adapter.adapter_file import apply_adapter, extract_adapter
+from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
 from adapter.decoder import Decoder
+from adapter.errors import CheckpointError
 from adapter.generate import generate
 from adapter.image_projection import ImageProjectionConfig
 from tests.adapter.models import tokens
@@ -240,6 +244,22 @@ def test_a_prompt_and_an_image_share_one_bias_and_one_norm(name: str, tmp_path: 
             seen = torch.tensor([prompts[row] + answer[:place]])
             assert int(peer(seen).logits[0, -1].argmax()) == token
     assert any(answers)
+
+
+def test_an_adapter_is_refused_on_a_base_of_equal_shape_with_other_switches(tmp_path: Path) -> None:
+    qwen, _, _ = adapted("qwen3", tmp_path / "qwen3")
+    extract_adapter(qwen).save(tmp_path / "adapter.safetensors")
+    file = read_adapter(tmp_path / "adapter.safetensors")
+    apply_adapter(load_decoder(tmp_path / "qwen3"), file)
+    mistral, _ = pair("mistral", tmp_path / "mistral")
+    with pytest.raises(CheckpointError, match=r'the switches .*"qk_norm": true.*, this base has {"head_dim": 14'):
+        apply_adapter(mistral, file)
+    plain, _, _ = adapted("llama", tmp_path / "llama")
+    extract_adapter(plain).save(tmp_path / "llama.safetensors")
+    with safe_open(tmp_path / "llama.safetensors", "pt") as stored:
+        assert "base_switches" not in stored.metadata(), "files for LLaMA are as they were"
+    with pytest.raises(CheckpointError, match=r'base with the switches {}, this base has {"head_dim": 14'):
+        apply_adapter(mistral, read_adapter(tmp_path / "llama.safetensors"))
 
 
 def test_fingerprints_tell_switches_apart(tmp_path: Path) -> None:

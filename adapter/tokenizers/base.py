@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         """The ids of a text in which nothing is special."""
 
     @abstractmethod
-    def _added_tokens(self) -> list[object]:
+    def _added_tokens(self) -> Sequence[object]:
         """What the tokenizer has besides what its file says."""
 
     @abstractmethod

@@ -46,7 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._words = 1 + max((*own, *(id for id in needed if id is not None)), default=-1)
 
         # What else the post-processor does is to take the spaces out of tokens' spans.
-        backend.post_processor = None  # type: ignore[assignment]
+        backend.post_processor = None
         self._special_ids = ids
         self._alias_of = {token.content: alias for alias, token in special.items()}
         self._id_of_alias = {}
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
             spans.append((low, high + shift))
         return Rendered(ids, spans)
 
-    def _added_tokens(self) -> list[object]:
+    def _added_tokens(self) -> Sequence[object]:
         return sorted(self._special_ids.items())
 
     def _decode(self, ids: list[int]) -> str:

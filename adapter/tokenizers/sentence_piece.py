@@ -56,7 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text, out_type=int)
 
-    def _added_tokens(self) -> list[object]:
+    def _added_tokens(self) -> Sequence[object]:
         return [*sorted(self._added.items()), self._prefix_after_special]
 
     def _decode(self, ids: list[int]) -> str:
@@ -109,7 +109,7 @@ def read_sentence_piece(content: bytes, name: str, settings: TokenizerSettings) 
 def special_pieces(processor: SentencePieceProcessor) -> SpecialIds:
     """The special ids that a SentencePiece model itself defines; it says -1 for those that it has not."""
     ids = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id(), "unk": processor.unk_id()}
-    known = {name: id for name, id in ids.items() if id >= 0}
+    known: dict[str, Any] = {name: id for name, id in ids.items() if id >= 0}
     return SpecialIds(**known, texts={f"{name}_token": processor.id_to_piece(id) for name, id in known.items()})
 
 

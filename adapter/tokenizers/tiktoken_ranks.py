@@ -105,7 +105,7 @@ def _joins(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 def _special_tokens(first_id: int, folder: Path) -> dict[int, AddedToken]:
     """The special tokens of Llama 3.0 or of later ones, by the model's `params.json`."""
-    names = _SPECIAL_3_1
+    names: tuple[str, ...] = _SPECIAL_3_1
     try:
         if not json.loads((folder / "params.json").read_text()).get("use_scaled_rope"):
             names = _SPECIAL_3_0

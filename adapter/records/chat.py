@@ -88,7 +88,7 @@ def chat_record(row: Mapping[str, Any], turns: Any, *, answered: bool, key: str)
 
 
 def is_message_list(value: Any) -> bool:
-    """Whether a value is a list of turns, and not a text."""
+    """Return whether a value is a list of turns, and not a text."""
     return isinstance(value, list) and bool(value) and all(isinstance(turn, Mapping) for turn in value)
 
 
@@ -181,7 +181,7 @@ def _ordered(messages: Sequence[Message], notes: Counter[str], *, answered: bool
 
 
 def _continues(last: Message, message: Message) -> bool:
-    """Whether a message belongs to the turn before it. Results of tools stay apart, as each answers one call."""
+    """Return whether a message belongs to the turn before it. Results of tools stay apart, as each answers one call."""
     if last["role"] != message["role"] or last["role"] == "tool":
         return False
     return "tool_calls" not in last or "tool_calls" in message

@@ -32,12 +32,12 @@ EXPECTED = f"{', '.join(_READERS)}; all but the last two also as .gz or .zst"
 
 
 def is_record_file(path: str | Path) -> bool:
-    """Whether a name has the ending of a file that `read_rows` reads."""
+    """Return whether a name has the ending of a file that `read_rows` reads."""
     return kind_of(path) in _READERS and not (compression_of(path) and kind_of(path) in _WITH_OWN_COMPRESSION)
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether every row of a file of this name has the same columns."""
+    """Return whether every row of a file of this name has the same columns."""
     return kind_of(path) in _TABLES
 
 

@@ -67,7 +67,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the file's first line is an object by itself, and no wrapper of the list of records."""
+    """Return whether the file's first line is an object by itself, and no wrapper of the list of records."""
     with open_bytes(path) as file:
         text = b""
         while not text and (line := file.readline(_FIRST_LINE_BYTES)):

@@ -14,5 +14,5 @@ class Row(NamedTuple):
 
 
 def rejected_record(place: str, reason: str) -> dict[str, Any]:
-    """What stands for a record that cannot be used: its `place` in the file, and the reason under `rejected`."""
+    """Stand-in for a record that cannot be used: its `place` in the file, and the reason under `rejected`."""
     return {"image": "", "place": place, "rejected": reason}

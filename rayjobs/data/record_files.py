@@ -24,7 +24,7 @@ from rayjobs.storage.paths import ShownAs, is_url, resolve_path
 logger = logging.getLogger(__name__)
 
 Role = Literal["train", "val", "test"]
-"""What records are for; it chooses a split where none is named."""
+"""Use of records, which chooses a split where none is named."""
 
 _DATA_SETS = f"{HUB}datasets/"
 _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(\..*)?")
@@ -32,7 +32,7 @@ _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(\..*)?")
 
 
 def _local_or_on_hub(text: str) -> str:
-    """What is, or would be, in a folder that exists here is a local path, and so is what is spelled like one."""
+    """Take for a local path what is, or would be, in a folder that exists here, or is spelled like a path."""
     if is_hub_path(text):
         if not text.startswith(_DATA_SETS):
             raise ConfigError(f"{text} names a model on the hub; a data set is {_DATA_SETS}org/name")
@@ -52,7 +52,7 @@ never looked for on the hub."""
 
 
 def is_folder(path: str) -> bool:
-    """Whether a source is neither a file of records by its name nor a pattern: a folder, or a data set on the hub."""
+    """Return whether a source is neither a file of records by its name nor a pattern: a folder, or a data set."""
     return not is_record_file(path) and not is_pattern(path)
 
 
@@ -90,7 +90,7 @@ def short_name(path: str, file: str) -> str:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether a path holds symbols of a pattern, and no file of that name is there."""
+    """Return whether a path holds symbols of a pattern, and no file of that name is there."""
     if not is_url(path) and os.path.exists(path):
         return False
     return any(symbol in path for symbol in ("*[" if is_url(path) else "*[?"))  # a URL has its query after "?"

@@ -37,6 +37,8 @@ from adapter.hf_attention import PREFIX, AttachedAdaption, ImageTokens, register
 from adapter.tokenizers.load import load_tokenizer
 
 _IMPLEMENTATIONS = ("eager", "sdpa")
+_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "dense", "q_norm", "k_norm", "rotary_emb", "adaption"}
+"""Parts of an attention that the prompt's keys and values either go through, or have nothing to do with."""
 _IMAGES = "adaption_images"
 """Attribute of the decoder that holds an adapter's image projection."""
 
@@ -141,26 +143,32 @@ def _find_attentions(model: nn.Module) -> tuple[Any, list[Any]]:
 
     Raises AdapterError, naming the model's class, for one that cannot take an adapter.
     """
-    name = type(model).__name__
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", [])]
-    if not attentions or not all(isinstance(attention, nn.Module) for attention in attentions):
-        raise AdapterError(f"{name} has no layers with an attention `self_attn`: no transformers decoder as known here")
-    for i, attention in enumerate(attentions):
-        names = inspect.unwrap(type(attention).forward).__globals__
-        norm = getattr(getattr(attention, "k_norm", None), "weight", None)
-        if not {"ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"} <= names.keys():
-            fault = "does not go through transformers' AttentionInterface"
-        elif not all(isinstance(getattr(attention, part, None), nn.Module) for part in ("k_proj", "v_proj")):
-            fault = "has no separate projections k_proj and v_proj"
-        elif norm is not None and norm.shape != (attention.head_dim,):
-            fault = f"normalises its keys over {tuple(norm.shape)} channels, not over those of a head"
-        elif hasattr(attention, "v_norm") or hasattr(attention, "sinks"):
-            fault = f"has {'a norm of values' if hasattr(attention, 'v_norm') else 'attention sinks'}"
-        else:
-            continue
-        raise AdapterError(f"{name} cannot take an adapter: the attention of layer {i} {fault}")
+    faults = {f"layer {i}": fault for i, one in enumerate(attentions) if (fault := _describe_fault(one))}
+    if not attentions:
+        faults = {"it": "has no list of layers"}
+    for where, fault in faults.items():
+        raise AdapterError(f"{type(model).__name__} cannot take an adapter: {where} {fault}")
     return decoder, attentions
+
+
+def _describe_fault(attention: Any) -> str:
+    """Why a layer's attention cannot be adapted; empty if it can."""
+    if not isinstance(attention, nn.Module):
+        return "has no attention `self_attn`"
+    names = inspect.unwrap(type(attention).forward).__globals__
+    if not {"ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"} <= names.keys():
+        return "does not go through transformers' AttentionInterface"
+    parts = dict(chain(attention.named_children(), attention.named_parameters(recurse=False)))
+    if not {"k_proj", "v_proj"} <= parts.keys():
+        return "has no separate projections k_proj and v_proj"
+    if unknown := sorted(parts.keys() - _PARTS):
+        return f"has {', '.join(unknown)}, which adapters do not know"
+    norm = getattr(parts.get("k_norm"), "weight", None)
+    if norm is not None and norm.shape != (attention.head_dim,):
+        return f"normalises its keys over {tuple(norm.shape)} channels, not over those of a head"
+    return ""
 
 
 def _device(attention: Any) -> torch.device:

@@ -48,11 +48,11 @@ class AdapterFile:
     base_shape: Mapping[str, int] = field(default_factory=dict)
     """Fields of the base's `DecoderConfig`, as far as the file states them; foreign files state few."""
     base_switches: Mapping[str, Any] | None = None
-    """What the base's family sets otherwise than LLaMA (`DecoderConfig.switches`); None in foreign files."""
+    """Settings in which the base's family differs from LLaMA (`DecoderConfig.switches`); None in foreign files."""
     base_fingerprint: str | None = None
     """`Checkpoint.fingerprint` of the base; None in foreign files."""
     base_dtype: str | None = None
-    """How the base was held in training (`adapter.base.quantization.precision_of`); None if the file does not say. The
+    """Precision of the base in training (`adapter.base.quantization.precision_of`); None if the file does not say. The
     adapter loads on a base that is held otherwise."""
     tokenizer_sha256: str | None = None
     """SHA-256 of the tokenizer's file; None in foreign files."""

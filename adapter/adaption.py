@@ -57,7 +57,7 @@ class AdaptionConfig:
 
 
 class FrozenLayer(NamedTuple):
-    """What the prompt's attention takes from its layer."""
+    """The parts of its layer that the prompt's attention uses."""
 
     wk: nn.Module
     wv: nn.Module

@@ -280,7 +280,7 @@ class Decoder(nn.Module):
     def _attention_inputs(
         self, x: Tensor, cache: KVCache | None, images: Images | None
     ) -> tuple[AttentionInputs, AttentionInputs]:
-        """What the attention to all earlier tokens takes, and what that within the sliding window takes.
+        """The inputs of attention to all earlier tokens, and those of attention within the sliding window.
 
         x: the embeddings (B, T, C). images: the image tokens and their rows.
         """

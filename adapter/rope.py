@@ -132,7 +132,7 @@ class LongRopeScaling:
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
-"""How a model scales RoPE's frequencies to sequences longer than it was first trained with."""
+"""A scaling of RoPE's frequencies to sequences longer than a model was first trained with."""
 
 
 def rope_angles(

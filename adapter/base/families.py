@@ -287,7 +287,7 @@ class Gemma3(Gemma2):
     rope_local_base_freq: PositiveFloat = 10_000.0
     rope_parameters: LayerRopes | None = None  # type: ignore[assignment]
     sliding_window_pattern: PositiveInt = 6
-    attn_logit_softcapping: None = None  # type: ignore[assignment]
+    attn_logit_softcapping: None = None
     final_logit_softcapping: PositiveFloat | None = None
 
     def _period(self) -> int:

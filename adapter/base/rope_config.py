@@ -99,7 +99,7 @@ class RopeConfig(JsonConfig):
         return None
 
     def window(self, max_positions: int, original: int | None = None) -> int:
-        """How many tokens a sequence may have. With dynamic and YaRN scaling a file may state the trained length alone.
+        """The longest sequence, in tokens. With dynamic and YaRN scaling a file may state the trained length alone.
 
         max_positions, original: as in `scaling`.
         """

@@ -247,6 +247,18 @@ def test_a_tied_flag_with_a_head_of_its_own_is_read_as_transformers_reads_it(
     torch.testing.assert_close(our_logits(path), hf_logits(LlamaForCausalLM.from_pretrained(path)), rtol=0, atol=1e-4)
 
 
+def test_fingerprints_of_llama_are_those_of_earlier_releases(tmp_path: Path) -> None:
+    """Adapters are stored with them."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}
+    model = hf_model(hidden_size=12, num_attention_heads=3, num_key_value_heads=1, intermediate_size=7, vocab_size=5,
+                     num_hidden_layers=2, rope_parameters=rope)  # fmt: skip
+    with torch.no_grad():
+        for place, (_, parameter) in enumerate(sorted(model.named_parameters())):
+            parameter.copy_((torch.arange(parameter.numel()) / 7 + place).view_as(parameter))
+    expected = "211bc6d1a75c5493d42e8f34162456a816e80fbce74f760b5cf243e02886531b"
+    assert open_checkpoint(write_hf(tmp_path, model)).fingerprint() == expected
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_no_number_is_named_at_load(tmp_path: Path, value: float) -> None:
     broken = hf_model()

@@ -11,8 +11,6 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 
 def meta_decoder(config: DecoderConfig) -> Decoder:
     """The decoder on the meta device: names and shapes without memory."""
@@ -51,9 +49,7 @@ def bind(
             raise CheckpointError(
                 f"{source.files[0]}: {key} has shape {source.shape}, the configuration wants {expected[name]}{hint}"
             )
-        for file, part in zip(source.files, source.parts, strict=True):
-            if part.dtype not in _FLOATS:
-                raise CheckpointError(f"{file}: {key} is {part.dtype}; quantized weights are not supported")
+        source.check_dtype(key)
     return {name: sources[key] for key, name in keys.items()}
 
 

@@ -1,4 +1,4 @@
-"""Read a checkpoint in Meta's or Hugging Face's format into the decoder, one tensor at a time; write the latter.
+"""Read a checkpoint in Meta's, Hugging Face's or llama.cpp's format into the decoder, one tensor at a time.
 
 Meta's folders hold `params.json` and `consolidated.00.pth`, ..., the model-parallel shards of one model. Hugging Face's
 hold `config.json` and `model.safetensors` or `pytorch_model.bin`, as one file or as indexed shards.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adapter.atomic_file import atomic_path
 from adapter.base.binding import bind, meta_decoder
+from adapter.base.gguf_checkpoint import open_gguf
 from adapter.base.hf_config import hf_config, read_hf_config
 from adapter.base.json_config import JsonConfig
 from adapter.base.meta_config import MetaConfig
@@ -32,6 +33,7 @@ from adapter.base.tensor_source import TensorSource
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
+from adapter.gguf_file import find_gguf, is_gguf
 from adapter.tokenizers.load import find_tokenizer
 
 _SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
@@ -47,7 +49,7 @@ class Checkpoint:
     path: Path
     config: DecoderConfig
     tokenizer_path: Path | None
-    """Where `load_tokenizer` finds it: the folder or, in Meta's layout alone, a file beside it; None if it has none."""
+    """Path for `load_tokenizer`: the folder or, in Meta's layout alone, a file beside it; None if it has none."""
     _sources: dict[str, TensorSource] = field(repr=False)
 
     def tensors(
@@ -100,20 +102,33 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a folder in Meta's or Hugging Face's format; no value is read yet.
+    """Open a folder in Meta's or Hugging Face's format, or a GGUF file, alone or in a folder; no value is read yet.
 
-    Raises CheckpointError, naming file and key, for a folder in neither format, an unsupported architecture, missing or
+    Raises CheckpointError, naming file and key, for a path in no format, an unsupported architecture, missing or
     unexpected keys, wrong shapes, truncated files, and pickles that hold more than tensors.
     """
     path = Path(path)
+    if is_gguf(path):
+        config, sources = open_gguf(path)
+        return Checkpoint(path, config, path, sources)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: not a folder; give the folder that holds params.json or config.json")
+        raise CheckpointError(
+            f"{path}: neither a GGUF file nor a folder; give the folder that holds params.json or config.json"
+        )
     if (path / CONFIG).is_file():
         config, sources = _open_hf(path)
     elif (path / "params.json").is_file():
         config, sources = _open_meta(path)
+    elif len(files := find_gguf(path)) == 1:
+        config, sources = open_gguf(files[0])
+    elif files:
+        raise CheckpointError(
+            f"{path}: holds {len(files)} models, such as {files[0].name} and {files[1].name}: name one"
+        )
     else:
-        raise CheckpointError(f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder")
+        raise CheckpointError(
+            f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a GGUF file is in this folder"
+        )
     return Checkpoint(path, config, _find_tokenizer(path), sources)
 
 

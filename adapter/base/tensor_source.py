@@ -9,6 +9,8 @@ from torch import Tensor
 from adapter.base.tensor_files import drop_pages
 from adapter.errors import CheckpointError
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @dataclass(frozen=True)
 class TensorSource:
@@ -58,6 +60,12 @@ class TensorSource:
             drop_pages(part)
         return same
 
+    def check_dtype(self, key: str) -> None:
+        """Raise CheckpointError, naming file and key, for values that are no floating-point numbers."""
+        for file, part in zip(self.files, self.parts, strict=True):
+            if part.dtype not in _FLOATS:
+                raise CheckpointError(f"{file}: {key} is {part.dtype}; quantized weights are not supported")
+
     def check_finite(self, value: Tensor, name: str) -> None:
         """Raise CheckpointError, naming the files, if the tensor, as read, holds NaN or infinity."""
         low, high = value.aminmax()  # both are NaN if any value is; takes no memory, and as long as copying the tensor
@@ -68,11 +76,16 @@ class TensorSource:
 
     def row(self, index: int) -> Tensor:
         """One row of the whole tensor; no other row is read."""
-        if self.paired_heads:
-            half = self.shape[0] // self.paired_heads // 2
-            head, offset = divmod(index, 2 * half)
-            index = head * 2 * half + 2 * (offset % half) + offset // half
+        index = self._stored_row(index)
         if self.dim == 1:
             return torch.cat([part[index] for part in self.parts])
         part, index = divmod(index, self.parts[0].shape[0])
         return self.parts[part][index]
+
+    def _stored_row(self, index: int) -> int:
+        """Where the file has a row of the whole tensor."""
+        if not self.paired_heads:
+            return index
+        half = self.shape[0] // self.paired_heads // 2
+        head, offset = divmod(index, 2 * half)
+        return head * 2 * half + 2 * (offset % half) + offset // half

@@ -149,15 +149,18 @@ def _rename_pieces(values: dict[str, Any], alias_of: dict[str, str]) -> None:
 
 def byte_level(
     vocabulary: dict[str, int],
-    merges: Sequence[tuple[str, str]],
+    merges: list[tuple[str, str]],
     patterns: Sequence[str],
     *,
     bos: tuple[str, int] | None,
+    whole_first: bool = True,
+    normalizer: str | None = None,
 ) -> dict[str, Any]:
     """The values of a `tokenizer.json` of the usual kind: byte pairs within pieces that regular expressions split.
 
     vocabulary: tokens, in the letters that stand for bytes. merges: joins, the first to be done first. patterns: each
-    splits what the one before left. bos: text and id of the token that begins texts.
+    splits what the one before left. bos: text and id of the token that begins texts. whole_first: a piece that is a
+    token is not joined from its bytes. normalizer: a Unicode normal form.
     """
     splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in patterns]
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -167,14 +170,20 @@ def byte_level(
         text = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         token = {"id": name, "ids": [id], "tokens": [name]}
         post_processor = {"type": "TemplateProcessing", "single": text, "pair": text, "special_tokens": {name: token}}
-    options = {"dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True}
+    options = {
+        "dropout": None,
+        "unk_token": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": whole_first,
+    }
     affixes = {"continuing_subword_prefix": None, "end_of_word_suffix": None}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
-        "normalizer": None,
+        "normalizer": {"type": normalizer} if normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, letters]},
         "post_processor": post_processor,
         "decoder": letters,

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from adapter.errors import TokenizerError
 from adapter.file_kind import check_content
+from adapter.gguf_file import find_gguf, is_gguf
 from adapter.tokenizers.base import Tokenizer
+from adapter.tokenizers.gguf import read_gguf_tokenizer
 from adapter.tokenizers.hugging_face import read_tokenizer_json
 from adapter.tokenizers.sentence_piece import read_sentence_piece
 from adapter.tokenizers.settings import read_settings
@@ -17,7 +19,8 @@ _OTHER_FORMATS = ("vocab.json", "tekken.json", "spiece.model", "*.tiktoken", "to
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer file, or that of a folder (`find_tokenizer`), with the configuration files beside it.
 
-    The format is recognised by the content: Hugging Face's `tokenizer.json`, a SentencePiece model, or Llama 3's ranks.
+    The format is recognised by the content: Hugging Face's `tokenizer.json`, a SentencePiece model, Llama 3's
+    ranks, or the metadata of a GGUF file.
     Raises TokenizerError for a file that is missing, corrupt, or in no known format.
     """
     path = Path(path)
@@ -26,6 +29,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if found is None:
             raise TokenizerError(describe_missing(path))
         path = found
+    if is_gguf(path):
+        return read_gguf_tokenizer(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -43,11 +48,13 @@ def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer of a folder, if it has one.
 
     Where there are two of the same vocabulary, `tokenizer.json` is the one that a Hugging Face folder's model is used
-    with, and `tokenizer.model` the one of Meta's.
+    with, and `tokenizer.model` the one of Meta's. A GGUF file has its own, which counts if the folder has no other.
     """
     meta = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
     names = ("tokenizer.model", "tokenizer.json") if meta else ("tokenizer.json", "tokenizer.model")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    models = find_gguf(folder)
+    files = [*(folder / name for name in names), *models[: len(models) == 1]]
+    return next((file for file in files if file.is_file()), None)
 
 
 def describe_missing(folder: Path) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from rayjobs.errors import DataError
 from rayjobs.storage.files import read_parquet
+from rayjobs.storage.hub import HubPath, hub_copy, is_hub_path
 from rayjobs.storage.paths import resolve_path
 
 IMAGES_PER_PART = 64
@@ -90,14 +91,20 @@ class StreamedImages:
 
 
 def read_image(root: str, path: str) -> Any:
-    """Decode an image below a folder or URL to a PIL image.
+    """Decode an image below a folder, a URL or a data set on the hub to a PIL image.
 
     Raises:
         ImageError: the image cannot be read.
     """
+    from cafo.errors import ImageError
     from cafo.images import load_image
 
-    return load_image(resolve_path(root) / path, name=path)
+    if not is_hub_path(root):
+        return load_image(resolve_path(root) / path, name=path)
+    try:
+        return load_image(hub_copy(HubPath.parse(f"{root}/{path}")), name=path)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file in {root}") from error
 
 
 def part_name(first: int) -> str:

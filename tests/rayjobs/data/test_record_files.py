@@ -1,5 +1,7 @@
 """The files of a source: patterns, folders with splits, saved data sets, and data sets on the hub."""
 
+import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
+from cafo.errors import ImageError
 from rayjobs.config import load
+from rayjobs.data.image_source import read_image
 from rayjobs.data.records import DataConfig, Source
 from rayjobs.errors import ConfigError, DataError, StorageError
 from tests.hub_server import Hub, serve_hub, use_hub
@@ -241,6 +246,18 @@ def test_a_card_on_the_hub(hub: Hub) -> None:
     assert "data/train_gen-0.jsonl" not in hub.fetched()
 
 
+def test_images_of_a_data_set_on_the_hub(hub: Hub) -> None:
+    pixels = io.BytesIO()
+    Image.new("RGB", (5, 7)).save(pixels, "PNG")
+    record = {"instruction": "i", "output": "o", "image": "img/a.png"}
+    hub.add("org/pictures", {"a.jsonl": json.dumps(record).encode(), "img/a.png": pixels.getvalue()}, kind="dataset")
+    read = source("org/pictures")
+    assert read.image_paths() == ["img/a.png"]
+    assert read_image(read.images, "img/a.png").size == (5, 7)
+    with pytest.raises(ImageError, match=r"img/b\.png: no such file in hf://datasets/org/pictures"):
+        read_image(read.images, "img/b.png")
+
+
 def test_what_the_hub_does_not_have(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub.add("org/talks", {"train.jsonl": lines("x")}, kind="dataset")
     with pytest.raises(StorageError, match=r"hf://datasets/org/nowhere: the hub, .*, has no such data set, or"):
@@ -256,7 +273,7 @@ def test_what_the_hub_does_not_have(hub: Hub, monkeypatch: pytest.MonkeyPatch, t
     hub.requests.clear()
     assert texts(source("org/talks")) == ["x"]
     assert not hub.requests
-    with pytest.raises(StorageError, match="holds no complete copy, and HF_HUB_OFFLINE forbids to fetch it"):
+    with pytest.raises(StorageError, match="HF_HUB_OFFLINE forbids"):
         texts(source("org/nowhere"))
 
 
@@ -267,3 +284,23 @@ def test_what_is_spelled_like_a_local_path_is_none_on_the_hub(tmp_path: Path, mo
     assert source("org/name").path == "hf://datasets/org/name"
     (tmp_path / "org").mkdir()
     assert source("org/name").path == str(tmp_path / "org" / "name")  # a misspelt name of a folder that is here
+
+
+def test_patterns_and_folders_at_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    for name in ("data/train/b.jsonl", "data/train/a.jsonl.gz", "data/test/c.jsonl", "data/README.txt"):
+        content = gzip.compress(lines(name)) if name.endswith(".gz") else lines(name)
+        store.pipe_file(f"/bucket/{name}", content)
+    try:
+        assert texts(source("memory://bucket/data")) == ["data/train/a.jsonl.gz", "data/train/b.jsonl"]
+        pattern = source("memory://bucket/data/*/*.jsonl")
+        assert texts(pattern) == ["data/test/c.jsonl", "data/train/b.jsonl"]
+        assert pattern.images == "memory://bucket/data"
+        assert texts(source("memory://bucket/data/test/c.jsonl")) == ["data/test/c.jsonl"]
+        with pytest.raises(DataError, match="memory://bucket/nowhere: no file of records"):
+            texts(source("memory://bucket/nowhere"))
+    finally:
+        store.rm("/bucket", recursive=True)

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.cache import affinity, zero_shot_logits
-from cafo.search import BetaGrid, search
+from cafo.search import search
+from cafo.search_grid import BetaGrid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -97,7 +98,12 @@ def standardise(p: Tensor) -> Tensor:
     return centred * torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
 
 
-def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble) -> Combination:
+def combine(
+    zero_shot: Tensor,
+    caches: Mapping[str, Tensor],
+    ensemble: Ensemble,
+    standardised: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Combination:
     """Combine predictions by eq. 8-9 or by one of the alternatives of table 5.
 
     Args:
@@ -105,6 +111,7 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
         caches: p_i by source name, each (…, B, N). Leading axes, such as the values of β in a search, are kept in the
             result. A positive factor per image does not change the result.
         ensemble: the rule.
+        standardised: z(p_i) by source name, and z(p_ZS) by `zero_shot`, as far as they are known already.
 
     Raises:
         CafoError: fewer than two classes, an unknown source, or no source to combine.
@@ -125,10 +132,11 @@ def combine(zero_shot: Tensor, caches: Mapping[str, Tensor], ensemble: Ensemble)
         predictions = {ZERO_SHOT: zero_shot} | {n: p for n, p in predictions.items() if n != ensemble.baseline}
     if not predictions:
         raise CafoError("an ensemble needs at least one source")
-    z = [standardise(p) for p in predictions.values()]
+    z = [standardised[name] if name in standardised else standardise(p) for name, p in predictions.items()]
     scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
     if ensemble.rule == "adaptive":
-        z_base = standardise(base)
+        known = base is zero_shot and ZERO_SHOT in standardised
+        z_base = standardised[ZERO_SHOT] if known else standardise(base)
         agreement = torch.stack([(zi * z_base).sum(dim=-1) for zi in z])  # (S, …, B)
         shares = torch.softmax(agreement / ensemble.temperature, dim=0)
         term = torch.stack([share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)]).sum(dim=0)

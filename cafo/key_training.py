@@ -8,14 +8,17 @@ Legend: M keys, B images, V views, C width of a source's features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.cache import Cache, accuracy
+from cafo.calibration import free_temperature_loss
 from cafo.errors import CafoError
 
 
@@ -41,7 +44,37 @@ class Epoch:
     loss: float
     """mean cross-entropy over the epoch's images; NaN at epoch 0"""
     accuracy: float
-    """share of the validation or held-out images that are correct, at the initial α and β"""
+    """share of the validation or held-out images that are correct, at the initial α and β; NaN if there are none"""
+    held_out_loss: float = math.nan
+    """their loss at a free temperature (`cafo.calibration`)"""
+
+
+SelectEpochBy = Literal["loss", "accuracy"]
+"""What the keys of an epoch are chosen by: the lowest loss at a free temperature, or the highest accuracy."""
+
+
+def measure_epoch(number: int, loss: float, logits: Tensor, labels: Tensor) -> Epoch:
+    """Return the metrics of an epoch from the logits (B, N) of images that the keys were not trained on."""
+    held_out_loss = float(free_temperature_loss(logits, labels))
+    return Epoch(epoch=number, loss=loss, accuracy=accuracy(logits, labels), held_out_loss=held_out_loss)
+
+
+class BestEpoch:
+    """The best of the epochs so far; the earliest on ties."""
+
+    def __init__(self, select_by: SelectEpochBy) -> None:
+        self.select_by = select_by
+        self.epoch = Epoch(epoch=0, loss=math.nan, accuracy=-math.inf, held_out_loss=math.inf)
+
+    def take(self, epoch: Epoch) -> bool:
+        """Compare an epoch with the best one. Returns whether it is better, and thus the best now."""
+        if self.select_by == "loss":
+            better = epoch.held_out_loss < self.epoch.held_out_loss
+        else:
+            better = epoch.accuracy > self.epoch.accuracy
+        if better:
+            self.epoch = epoch
+        return better
 
 
 class KeyTrainer:
@@ -112,8 +145,9 @@ def train_keys(
     val_labels: Tensor,
     training: KeyTraining,
     report: Callable[[Epoch], None] = lambda epoch: None,
+    select_by: SelectEpochBy = "accuracy",
 ) -> tuple[Cache, Epoch]:
-    """Train the keys, and return those with the best validation accuracy at the cache's α and β, the earliest on ties.
+    """Train the keys, and return those of the epoch that is best on validation images, the earliest on ties.
 
     The untrained keys compete too. Test images play no part.
 
@@ -121,6 +155,7 @@ def train_keys(
         cache, views, labels, training: as for `KeyTrainer`.
         val_features, val_labels: {source: (B, C)} and (B,) int64.
         report: called after every epoch; an exception from it ends the training.
+        select_by: what is compared, at the cache's α and β.
 
     Returns:
         The cache with the best keys, and the epoch that they come from.
@@ -128,17 +163,16 @@ def train_keys(
     Raises:
         CafoError: no images or views, or a loss that is not finite; the message gives its step and learning rate.
     """
-    trainer = KeyTrainer(cache, views, labels, training)
-    start = accuracy(trainer.cache.logits(val_features), val_labels)
-    best, best_keys = Epoch(epoch=0, loss=float("nan"), accuracy=start), trainer.copy_keys()
-    report(best)
-    for number in range(1, training.epochs + 1):
-        loss = trainer.run_epoch()
-        epoch = Epoch(epoch=number, loss=loss, accuracy=accuracy(trainer.cache.logits(val_features), val_labels))
-        if epoch.accuracy > best.accuracy:
-            best, best_keys = epoch, trainer.copy_keys()
+    trainer = KeyTrainer(cache, views, labels, training) if training.epochs else None
+    best, best_keys = BestEpoch(select_by), dict(cache.keys)
+    for number in range(training.epochs + 1):
+        loss = trainer.run_epoch() if trainer and number else math.nan
+        logits = (trainer.cache if trainer else cache).logits(val_features)
+        epoch = measure_epoch(number, loss, logits, val_labels)
+        if best.take(epoch) and trainer:
+            best_keys = trainer.copy_keys()
         report(epoch)
-    return replace(cache, keys=best_keys), best
+    return replace(cache, keys=best_keys), best.epoch
 
 
 def _check_finite(loss: Tensor, when: str, rows: Tensor, lr: float) -> None:

@@ -40,7 +40,8 @@ from cafo.errors import CafoError, DatasetError, EncoderError
 from cafo.images import ImageInput, load_image
 from cafo.key_training import KeyTraining, train_keys
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
-from cafo.search import BetaGrid, search
+from cafo.search import search
+from cafo.search_grid import BetaGrid
 
 _IMAGES_PER_BATCH = 64
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field, ValidationError
 
 from cafo.ensemble import table5
-from cafo.search import BetaGrid
+from cafo.search_grid import BetaGrid
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import ConfigError

@@ -12,7 +12,8 @@ from cafo.images import load_image
 from cafo.key_training import KeyTraining, train_keys
 from cafo.paper_datasets import load_dataset
 from cafo.prompt import read_prompts, zero_shot_classifier
-from cafo.search import BetaGrid, search
+from cafo.search import search
+from cafo.search_grid import BetaGrid
 from tests.cafo.test_encoders import RESNET
 
 

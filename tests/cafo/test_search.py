@@ -4,7 +4,8 @@ import torch
 import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import Ensemble, combine, table5
-from cafo.search import BetaGrid, search, weight_grid
+from cafo.search import search, weight_grid
+from cafo.search_grid import BetaGrid
 from tests.cafo import reference
 from tests.cafo.reference import accuracy_path
 
@@ -121,7 +122,7 @@ def test_no_key_at_all_and_three_sources():
 def test_small_blocks_give_the_same_answer(monkeypatch):
     data = setup(0)
     whole = search(*data, grid=GRID)
-    monkeypatch.setattr("cafo.search._BLOCK_FLOATS", 200)
+    monkeypatch.setattr("cafo.search_grid._BLOCK_FLOATS", 200)
     blocks = search(*data, grid=GRID)
     assert (blocks.correct, blocks.beta) == (whole.correct, whole.beta)
     assert blocks.alpha == pytest.approx(whole.alpha, rel=1e-5)
@@ -143,12 +144,12 @@ def test_wrong_input_is_an_error():
 def test_a_candidate_that_float32_does_not_confirm_gives_way(monkeypatch):
     data = setup(0)
     honest = search(*data, grid=GRID)
-    candidates = cafo.search._candidates
+    candidates = cafo.search.search_grid
 
     def with_a_false_one(*args):
-        return [*candidates(*args), cafo.search._Candidate(0, 1e6, 0.1, 0)]
+        return [*candidates(*args), cafo.search.Candidate(0, 1e6, 0.1, 0)]
 
-    monkeypatch.setattr(cafo.search, "_candidates", with_a_false_one)
+    monkeypatch.setattr(cafo.search, "search_grid", with_a_false_one)
     assert search(*data, grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)
 
 

@@ -1,0 +1,255 @@
+"""Measure how well α and β are chosen from few labels: on validation images, or without any.
+
+    python -m benchmarks.selection ../shared/data/features/caltech54_efficientnet_lite0.npz [--seeds 10] [--shots 1 2 4]
+    python -m benchmarks.selection runs/demo/world                 # the demo's digits, encoded on first use
+    python -m benchmarks.selection FEATURES --prior                # the figures that cafo/prior.py is made of
+
+The first argument is a file of features: `features` (n, C), `labels`, `pool` (images that shots are drawn from; 100 of
+the others are validation images, the rest test images) and `classifier` (C, N). Or it is the demo's folder of models
+and scans. For every seed, K images of each class are drawn and the keys trained as the paper does; then α and β are
+chosen in each of these ways, and the classifier is scored on test images:
+
+default        α and β of the training
+val            100 validation images, by the highest accuracy: the reference's way
+val, near      100 validation images, by the rule of `cafo.near_best`
+crossfit       on the K shots alone
+leave one out  on the K shots alone, with untrained keys
+prior          on no image
+joined         the 100 validation images become training images too, and a cross-fit chooses: as many labels as `val`
+best           the best of α, β and of all keys above on test, which nobody can choose: the ceiling
+
+Prints the mean over seeds in percent, and writes every figure to `--out` as JSON.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cafo.cache import Cache, accuracy, mean_key
+from cafo.cross_fit import TrainingImages
+from cafo.held_out import on_validation
+from cafo.key_training import KeyTraining
+from cafo.search import search
+from cafo.search_grid import BetaGrid
+from cafo.selection import Choosing, select
+
+VAL = 100
+VIEWS = 4
+WAYS = ("val", "val, near", "crossfit", "leave one out", "prior", "joined")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Features of a data set's images, and who may be what."""
+
+    plain: dict[str, Tensor]
+    """source → (n, C)"""
+    views: dict[str, Tensor]
+    """source → (V, n, C)"""
+    labels: Tensor
+    pool: Tensor
+    """rows that shots are drawn from"""
+    others: Tensor
+    """rows that are divided into validation and test images"""
+    classifier: Tensor
+    alpha: float
+    """α of the training"""
+    grid: BetaGrid
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--sources", nargs="+", help="of the demo's clip, dino and untrained; default: clip dino")
+    parser.add_argument("--prior", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/selection.json"))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    images = _load_file(given.data) if given.data.is_file() else _load_digits(given.data, given.sources)
+    if given.prior:
+        for line in measure_prior(images, given.seeds):
+            print(line, flush=True)
+        return
+    rows = []
+    for shots in given.shots:
+        for seed in range(given.seeds):
+            rows.append({"shots": shots, "seed": seed, **measure(images, shots, seed)})
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(rows))
+        _show([row for row in rows if row["shots"] == shots], header=shots == given.shots[0])
+
+
+def _show(rows: list[dict[str, float]], *, header: bool) -> None:
+    names = [name for name in rows[0] if name not in ("shots", "seed")]
+    if header:
+        print("K   ", " ".join(f"{name:>13}" for name in names))
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    cells = [f"{100 * statistics.mean(known[name]):13.2f}" if known[name] else " " * 13 for name in names]
+    print(f"{rows[0]['shots']:<4}", " ".join(cells), flush=True)
+
+
+def _load_file(path: Path) -> Images:
+    arrays = np.load(path)
+    features = F.normalize(torch.from_numpy(arrays["features"]).float(), dim=1)
+    pool = torch.from_numpy(arrays["pool"])
+    return Images(
+        plain={"clip": features},
+        views={"clip": features[None]},
+        labels=torch.from_numpy(arrays["labels"]).long(),
+        pool=pool.nonzero()[:, 0],
+        others=(~pool).nonzero()[:, 0],
+        classifier=torch.from_numpy(arrays["classifier"]).float(),
+        alpha=1.0,
+        grid=BetaGrid(),
+    )
+
+
+def _load_digits(world: Path, sources: list[str] | None) -> Images:
+    """Encode the demo's scans, or read their features, which are kept beside the demo's models."""
+    path = world / "selection_features.pt"
+    if not path.exists():
+        torch.save(_encode_digits(world), path)
+    kept = torch.load(path, weights_only=True)
+    names = sources or ["clip", "dino"]
+    return Images(
+        plain={name: kept[f"{name}.plain"] for name in names},
+        views={name: kept[f"{name}.views"] for name in names},
+        labels=kept["labels"],
+        pool=torch.arange(int(kept["train"])),
+        others=torch.arange(int(kept["train"]), len(kept["labels"])),
+        classifier=kept["classifier"],
+        alpha=8.0,  # the logit scale of the tiny CLIP is about 12, that of the real one 100
+        grid=BetaGrid(high=50.0, steps=100),
+    )
+
+
+def _encode_digits(world: Path) -> dict[str, Tensor]:
+    from cafo.datasets import load_split
+    from cafo.encoders import EncoderSpec, load_encoder
+    from cafo.images import load_image
+    from cafo.prompt import template_prompts, zero_shot_classifier
+
+    digits = load_split(world / "digits/split.json", world / "digits", templates=["a photo of the digit {}."])
+    encoders = {
+        "clip": load_encoder(EncoderSpec(kind="clip", name="tiny", weights=str(world / "clip"))),
+        "dino": load_encoder(EncoderSpec(kind="timm", weights=str(world / "dino"))),
+        "untrained": load_encoder(EncoderSpec(kind="timm", name=str(world / "dino"), weights="random:0")),
+    }
+    items = [*digits.train, *digits.val, *digits.open_test()]
+    scans = [load_image(digits.image_root / item.path) for item in items]
+    prompts = template_prompts(digits.templates, digits.class_names)
+    found = {
+        "labels": torch.tensor([item.label for item in items]),
+        "train": torch.tensor(len(digits.train)),
+        "classifier": zero_shot_classifier(encoders["clip"], prompts, digits.class_names).weights,
+    }
+    for name, encoder in encoders.items():
+        plain = [encoder.preprocess(scan) for scan in scans]
+        found[f"{name}.plain"] = torch.cat([encoder.encode_image(b) for b in torch.stack(plain).split(64)])
+        views = []
+        for view in range(VIEWS):
+            seen = [
+                encoder.preprocess.view(scan, item.path, view, 0, min_area=0.9, flips=False)
+                for scan, item in zip(scans, items, strict=True)
+            ]
+            views.append(torch.cat([encoder.encode_image(b) for b in torch.stack(seen).split(64)]))
+        found[f"{name}.views"] = torch.stack(views)
+    return found
+
+
+def _draw(images: Images, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of K training images of each class, of validation and of test images."""
+    rng = torch.Generator().manual_seed(seed)
+    pool = images.pool[torch.randperm(len(images.pool), generator=rng)]
+    others = images.others[torch.randperm(len(images.others), generator=rng)]
+    classes = range(images.classifier.shape[1])
+    few = torch.cat([pool[images.labels[pool] == label][:shots] for label in classes])
+    return few, others[:VAL], others[VAL:]
+
+
+def _cache(images: Images, rows: Tensor) -> tuple[Cache, dict[str, Tensor], TrainingImages]:
+    """An untrained cache of some images, their views, and the images as a choice sees them."""
+    views = {name: v[:, rows] for name, v in images.views.items()}
+    cache = Cache(
+        keys={name: mean_key(v) for name, v in views.items()},
+        labels=images.labels[rows],
+        classifier=images.classifier,
+        class_names=tuple(map(str, range(images.classifier.shape[1]))),
+        alpha=images.alpha,
+    )
+    plain = {name: f[rows] for name, f in images.plain.items()}
+    return cache, views, TrainingImages(features=plain, rows=torch.arange(len(rows)))
+
+
+def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
+    """Test accuracies of all ways at one K and seed; None for a way that K rules out."""
+    few, val, test = _draw(images, shots, seed)
+    cache, views, train = _cache(images, few)
+    test_features, test_labels = {name: f[test] for name, f in images.plain.items()}, images.labels[test]
+    on_val = ({name: f[val] for name, f in images.plain.items()}, images.labels[val])
+    paper, untrained = KeyTraining(seed=seed), KeyTraining(seed=seed, epochs=0)
+    near = Choosing(grid=images.grid, estimate=False)
+    highest = replace(near, rule="highest")
+    found = {
+        "val": select(cache, views, "val", paper, highest, val=on_val),
+        "val, near": select(cache, views, "val", paper, near, val=on_val),
+        "prior": select(cache, views, "prior", paper, near, train=train),
+    }
+    if shots > 1:
+        found["crossfit"] = select(cache, views, "crossfit", paper, near, train=train)
+        found["leave one out"] = select(cache, views, "leave_one_out", untrained, near, train=train)
+    joined, joined_views, joined_train = _cache(images, torch.cat([few, val]))
+    found["joined"] = select(joined, joined_views, "crossfit", paper, near, train=joined_train)
+    test_accuracies = {name: accuracy(chosen.cache.logits(test_features), test_labels) for name, chosen in found.items()}
+    by_default = replace(found["prior"].cache, alpha=cache.alpha, beta=cache.beta)
+    ceilings = [
+        search(*on_validation(keys, test_features, test_labels), grid=images.grid).accuracy
+        for keys in (cache, *(chosen.cache for name, chosen in found.items() if name != "joined"))
+    ]
+    return {
+        "zero-shot": accuracy(cache.zero_shot(test_features), test_labels),
+        "default": accuracy(by_default.logits(test_features), test_labels),
+        **{name: test_accuracies.get(name) for name in WAYS},
+        "best": max(ceilings),
+    }
+
+
+def measure_prior(images: Images, seeds: int) -> Iterator[str]:
+    """Lines of the best α, in units of the deviation of p_ZS, at zero-shot classifiers of several qualities."""
+    ratios = [0.0, *np.geomspace(0.05, 50, 25).tolist()]
+    for shots in (1, 4):
+        for noise in (0.0, 1.0, 2.0, 4.0, 8.0, 100.0):
+            zero_shot, curves = [], []
+            for seed in range(seeds):
+                rng = torch.Generator().manual_seed(seed)
+                direction = F.normalize(torch.randn(images.classifier.shape, generator=rng), dim=0)
+                noisy = replace(images, classifier=F.normalize(images.classifier + noise * direction, dim=0))
+                few, _, test = _draw(noisy, shots, seed)
+                cache, views, train = _cache(noisy, few)
+                trained = select(cache, views, "prior", KeyTraining(seed=seed), Choosing(), train=train).cache
+                features, labels = {name: f[test] for name, f in noisy.plain.items()}, noisy.labels[test]
+                scale = float(trained.zero_shot(train.features).std(dim=1).mean())
+                parts = replace(trained, beta=6.0).combine_in_blocks(features)
+                zero_shot.append(accuracy(trained.zero_shot(features), labels))
+                curves.append([accuracy(parts.logits(ratio * scale), labels) for ratio in ratios])
+            mean = np.mean(curves, axis=0)
+            near = [ratio for ratio, value in zip(ratios, mean, strict=True) if value >= mean.max() - 0.005]
+            yield (
+                f"{shots} shots: zero-shot {np.mean(zero_shot):.1%}, best {mean.max():.1%} at α/s "
+                f"{ratios[int(mean.argmax())]:.2f}, within half a point from {near[0]:.2f} to {near[-1]:.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""An estimate of a classifier's accuracy, from images that it was not trained on, where there is no test split.
+
+α and β were chosen on the held-out images, so their accuracy there is too high. For the estimate, the images are
+divided again: α, β and the ensemble are chosen without a fold, and are then counted on that fold. What is left of bias
+is on the safe side: keys were trained on fewer images than the classifier has.
+
+Legend: B images, F folds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from cafo.cross_fit import stratified_folds
+from cafo.ensemble import Ensemble
+from cafo.held_out import HeldOut
+from cafo.search import Rule, search
+from cafo.search_grid import BetaGrid
+
+_BETAS = 40
+"""values of β that each fold's choice is made among"""
+_Z95 = 1.959963984540054
+"""the 97.5% quantile of the normal distribution"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The images of an estimate, and those that were correct."""
+
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the images that are correct."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the accuracy."""
+        return wilson_interval(self.accuracy, self.total)
+
+
+def wilson_interval(share: float, total: float) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share that was seen in `total` independent cases.
+
+    Unlike the normal interval it keeps its coverage with few cases and near 0 and 1, and never leaves [0, 1].
+    """
+    z2 = _Z95**2 / total
+    centre = (share + z2 / 2) / (1 + z2)
+    half = _Z95 / (1 + z2) * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.no_grad()
+def estimate_accuracy(
+    images: HeldOut, grid: BetaGrid, ensembles: Sequence[Ensemble], rule: Rule, folds: int, seed: int
+) -> Estimate:
+    """Return the accuracy on held-out images of values that were chosen without them.
+
+    Args:
+        images: at least two held-out images.
+        grid, ensembles, rule: as for `search`, with fewer values of β.
+        folds: F.
+        seed: seed of the division.
+    """
+    coarse = replace(grid, steps=min(grid.steps, _BETAS), refinements=0)
+    rows = torch.arange(len(images.labels), device=images.labels.device)
+    fold_of = stratified_folds(images.labels, rows, folds, seed)
+    fold_of[fold_of < 0] = torch.arange(int((fold_of < 0).sum()), device=rows.device) % folds
+    correct = 0
+    for fold in fold_of.unique():
+        others, held = images.images(rows[fold_of != fold]), images.images(rows[fold_of == fold])
+        if not len(others.labels):
+            others = images
+        best = search(*others, grid=coarse, ensembles=ensembles, rule=rule)
+        logits = held.combine(best.beta, best.ensemble).logits(best.alpha)
+        correct += int((logits.argmax(dim=-1) == held.labels).sum())
+    return Estimate(correct=correct, total=len(rows))

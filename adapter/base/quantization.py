@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapter.base.tensor_files import trim_heap
 from adapter.errors import AdapterError
 
 Quantization = Literal["int8", "nf4"]
@@ -179,6 +180,7 @@ def set_weight(model: nn.Module, name: str, value: Tensor, precision: Precision)
     if precision.quantization and is_quantizable(model, name):
         layer = _LAYERS[precision.quantization](value, model.get_submodule(owner).bias)
         model.set_submodule(owner, layer)
+        trim_heap()  # quantizing makes some tensors of the weight's size
     else:
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 

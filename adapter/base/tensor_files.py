@@ -76,6 +76,16 @@ def drop_pages(tensor: Tensor) -> None:
     libc.madvise(start, end - start, _MADV_DONTNEED)
 
 
+def trim_heap() -> None:
+    """Return the gaps that freed tensors left in the heap to the system. Does nothing without glibc.
+
+    Without this, SmolLM2-135M in int8 took 419 MB for 163 MB of weights after it was loaded, now 173 MB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _in_mapped_file(start: int, end: int) -> bool:
     """True if memory [start, end) is a mapped file. Pages of any other memory would be lost, not read again."""
     try:

@@ -28,11 +28,12 @@ def attend(
     mask: bool, True where a token may attend, broadcast to (B, H, T, S). causal: in place of a mask, and then S = T.
     scale: D^-0.5 if None. cap: soft cap of the scores, which no fused kernel computes.
     """
+    long_masked = mask is not None and q.shape[2] > 1
+    if cap is not None or (q.is_cuda and long_masked):  # CUDA's fused kernels take a mask or grouped queries, not both
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if cap is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     scores = soft_cap(q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
     if causal:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()

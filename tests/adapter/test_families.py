@@ -1,5 +1,6 @@
 """Every family equals transformers' model of it: logits, generation, and what an adapter in it learns."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,48 @@ def test_what_is_saved_is_the_same_model_of_the_same_family(name: str, tmp_path:
     one, two = open_checkpoint(tmp_path / "theirs"), open_checkpoint(tmp_path / "ours")
     assert two.config == one.config
     assert two.fingerprint() == one.fingerprint()
+
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "mistral without a window": {"model_type": "mistral", "sliding_window": None, "rope_theta": 1e6},
+    "mistral's window by default": {"model_type": "mistral"},
+    "qwen2 with its window off": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 11,
+                                  "max_window_layers": 3, "rope_theta": 1e6},
+    "qwen2 stretched": {"model_type": "qwen2", "rope_theta": 1e3,
+                        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 23}},
+    "qwen3": {"model_type": "qwen3", "head_dim": 14, "rope_scaling": None, "sliding_window": None},
+    "llama with a length beside its scaling": {"model_type": "llama", "original_max_position_embeddings": 23,
+                                               "rope_scaling": {"type": "longrope", **FACTORS}},
+    "llama with two scalings": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0},
+                                "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1, 0, 1, 1, 1], "rope_theta": 5e6},
+    "smollm3 by interval": {"model_type": "smollm3", "no_rope_layer_interval": 3},
+    "gemma's first name of its activation": {"model_type": "gemma", "head_dim": 14, "hidden_act": "gelu"},
+    "gemma2": {"model_type": "gemma2", "head_dim": 14, "query_pre_attn_scalar": 31, "sliding_window": 11,
+               "hidden_act": "gelu", "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5},
+    "gemma2 without caps": {"model_type": "gemma2", "head_dim": 14, "attn_logit_softcapping": None,
+                            "final_logit_softcapping": None},
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 14, "sliding_window": 11, "sliding_window_pattern": 3,
+               "rope_theta": 1e4, "rope_local_base_freq": 77.0,
+               "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma3 by default": {"model_type": "gemma3_text", "head_dim": 14},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@torch.no_grad()
+def test_configs_as_older_releases_wrote_them_are_read_as_transformers_reads_them(
+    spelling: str, tmp_path: Path
+) -> None:
+    """Keys that are absent or null mean the family's default or none, as the family has it."""
+    values = {**SIZES, **SPELLINGS[spelling]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    torch.manual_seed(0)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
+    peer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ids = tokens(3, 43)
+    torch.testing.assert_close(load_decoder(tmp_path)(ids), peer(ids).logits, rtol=0, atol=1e-5)
 
 
 @families

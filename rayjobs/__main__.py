@@ -32,6 +32,7 @@ JOBS = {
     "adapter-tune": "sweep the settings of adapter-train: the paper's ablations, or a search",
     "adapter-generate": "generate responses to one instruction, to a file of them, or interactively",
     "adapter-export": "write an adapter in the official v1 format, litgpt's or PEFT's",
+    "adapter-push": "upload a trained adapter and its model card to the Hugging Face hub",
     "cafo-prompt": "describe a data set's classes with a language model",
     "cafo-generate": "generate training images of a data set's classes, and keep the best by CLIP",
     "cafo-features": "encode a data set's images once, for all later runs",

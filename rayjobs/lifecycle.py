@@ -1,6 +1,7 @@
-"""Wrap a job's run(): keep its run record, close its trackers, write its report."""
+"""Wrap a job's run(): keep its run record, close its trackers, write its report and a model card."""
 
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,13 @@ from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
 from rayjobs.storage.hub import pin
 
+logger = logging.getLogger(__name__)
+
 
 def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
     """A job's `run` that also records how it ended and writes `report.html`, whether it succeeded or not.
+
+    A run that left an adapter also gets a model card, `README.md`.
 
     `run` takes the job's config, which names the job in `JOB` and the run in `run`. A model on the hub is pinned to its
     present commit first, so that all workers read the same files and the run folder says which.
@@ -52,6 +57,17 @@ def _record_success(settings: Any, result: dict[str, Any]) -> None:
     record = read_record(folder)
     if record and record.state != "running":  # while it runs, this job was a part of another, which reports later
         _report(folder)
+    if record and record.state == "done":
+        _write_card(folder)
+
+
+def _write_card(folder: Path) -> None:
+    from rayjobs.reporting.model_card import write_card
+
+    try:
+        write_card(folder)
+    except (ValueError, OSError, KeyError) as error:  # a finished run stays finished
+        logger.warning("%s: no model card: %s", folder.name, error)
 
 
 def _report(folder: Path) -> None:

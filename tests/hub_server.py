@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 TOKEN = "hf_a_token_of_this_server"
 LARGE = 1 << 10
@@ -223,8 +225,16 @@ class Handler(BaseHTTPRequestHandler):
         """Check a card's metadata, as far as the hub's rules are known here."""
         content = json.loads(body)["content"]
         self.hub.cards.append(content)
-        problems = [] if content.startswith("---\n") else [{"message": "empty or missing yaml metadata in repo card"}]
-        self.send_json({"errors": [], "warnings": problems})
+        match = re.match(r"---\n(.*?)---\n", content, re.DOTALL)
+        if match is None:
+            return self.send_json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
+        try:
+            values = YAML(typ="safe").load(match[1])
+        except YAMLError:
+            return self.send_json({"errors": [{"message": f"{match[1].partition(':')[0]}: not YAML"}]}, 400)
+        wrong = [name for name in ("base_model", "datasets") for id in _listed(values.get(name)) if id.count("/") != 1]
+        errors = [{"message": f"{name}: not the id of a repository"} for name in wrong]
+        return self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, body: bytes, kind: str, id: str, revision: str) -> None:
         """How each file of a coming commit is to be uploaded."""
@@ -287,6 +297,10 @@ ROUTES = [
     ("GET HEAD", rf"/(?P<kind>datasets/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<file>.+)", Handler.resolve),
 ]
 """Method, path and answer of what the server knows."""
+
+
+def _listed(value: object) -> list[str]:
+    return value if isinstance(value, list) else [str(value)] if value else []
 
 
 def git_hash(content: bytes) -> str:

@@ -21,6 +21,8 @@ from rayjobs.storage.yaml_file import write_yaml
 
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+PROVENANCE_FILE = "provenance.json"
+"""What the run's result depends on, by content."""
 REJECTED_FILE = "rejected.jsonl"
 """The records or images that a job could not use, each with its reason."""
 

@@ -76,6 +76,11 @@ def is_hub_id(text: str) -> bool:
     return bool(_BARE_ID.fullmatch(text))
 
 
+def public_name(path: str) -> str:
+    """The part of a path or URL that may be published: a hub path as it is, else the last name."""
+    return path if is_hub_path(path) else path.rstrip("/").rpartition("/")[2]
+
+
 def pin(path: str) -> str:
     """An `hf://` path with its revision replaced by the commit that it names at present; any other path as it is.
 
@@ -153,23 +158,28 @@ def ask_hub(hub: HubPath, ask: Callable[["HfApi"], T], look: Callable[[Path], T]
 
 
 @contextmanager
-def hub_errors(hub: HubPath) -> Iterator[None]:
-    """Turn the errors of `huggingface_hub` into StorageErrors of one line, which name the path and the way out."""
+def hub_errors(hub: HubPath, *, uploading: bool = False) -> Iterator[None]:
+    """Turn the errors of `huggingface_hub` into StorageErrors of one line, which name the path and the way out.
+
+    A UserError passes as it is. uploading: True where no cache can stand in for the hub.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise StorageError(f"{hub}: {_explain(hub, error)}") from error
+        raise StorageError(f"{hub}: {_explain(hub, error, uploading)}") from error
 
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def _explain(hub: HubPath, error: Exception) -> str:
+def _explain(hub: HubPath, error: Exception, uploading: bool) -> str:
     """What is wrong, and what to do about it."""
     from huggingface_hub import constants, errors
 
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # an upload that failed says only of which file
     kind = "data set" if hub.repo_type == "dataset" else "model"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -184,16 +194,19 @@ def _explain(hub: HubPath, error: Exception) -> str:
             )
         case errors.RevisionNotFoundError():
             return f"the {kind} has no revision {hub.revision}: give a branch, a tag or a commit"
-        case errors.HFValidationError():
+        case errors.HFValidationError() | errors.BadRequestError():
+            return reason
+        case ValueError() if isinstance(error.__cause__, errors.BadRequestError):  # a card that the hub refuses
             return reason
         case OSError() if error.errno and not isinstance(error, ConnectionError):
             return f"{constants.HF_HUB_CACHE} cannot be written: {reason}; HF_HOME names another cache"
         case _ if status == 401:
-            return f"the hub, {constants.ENDPOINT}, refuses the token: {_LOGIN}"
+            return f"the hub, {constants.ENDPOINT}, asks for a valid token: {_LOGIN}"
         case _ if status == 403:
-            return f"the token may not do this: {_LOGIN} of an account that may"
-    held = f"{constants.HF_HUB_CACHE} holds no complete copy"
+            return f"the token lacks the right to do this ({reason:.200}): {_LOGIN} to one that has it"
+    held, way_out = f"{constants.HF_HUB_CACHE} holds no complete copy, and ", ", or name a local folder"
+    if uploading:
+        held = way_out = ""
     if constants.HF_HUB_OFFLINE:
-        return f"{held}, and HF_HUB_OFFLINE forbids to fetch it: unset it, or name a local folder"
-    silent = f"the hub, {constants.ENDPOINT}, cannot be reached, and {held}"
-    return f"{silent} ({reason:.200}): try again, or name a local folder"
+        return f"{held}HF_HUB_OFFLINE forbids to ask the hub: unset it{way_out}"
+    return f"{held}the hub, {constants.ENDPOINT}, cannot be reached ({reason:.200}): try again{way_out}"

@@ -27,8 +27,8 @@ WEIGHTS = (
 )
 """Patterns of a base's weights, in the order of preference."""
 
-OWN_ADAPTER = "adapter.safetensors"
-ADAPTERS = (OWN_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILE = "adapter.safetensors"
+ADAPTERS = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model.bin")
 """Names of an adapter's file: this project's, and PEFT's."""
 
 
@@ -73,7 +73,7 @@ def model_copy(path: str | Path, *, weights: bool = True) -> Path:
     if hub.file:
         return hub_copy(hub)
     folder = hub_snapshot(hub.repo_id, revision=hub.revision, allow_patterns=list(wanted))
-    return folder / OWN_ADAPTER if OWN_ADAPTER in files.adapters and not files.weights else folder
+    return folder / ADAPTER_FILE if ADAPTER_FILE in files.adapters and not files.weights else folder
 
 
 def bytes_to_fetch(path: str | Path) -> int:

@@ -115,7 +115,7 @@ def _absolute(path: str) -> str:
 
 
 def _local_or_on_hub(text: str) -> str:
-    """What exists here is a local path, and so is what is spelled like one; other text of two names is a hub id."""
+    """Read text of two names as a hub id, unless it exists here or is spelled like a local path."""
     if is_hub_path(text):
         return str(HubPath.parse(text))
     looks_local = os.path.exists(text) or os.path.splitext(text)[1] in MODEL_SUFFIXES

@@ -41,10 +41,15 @@ def read_yaml(path: str | Path) -> Any:
 
 def write_yaml(path: str | Path, value: Any) -> None:
     """Write plain values atomically, keys in the order given, a line each."""
+    write_text(path, dump_yaml(value))
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain values as YAML, keys in the order given, a line each."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # annotated as None
     yaml.allow_unicode, yaml.width = True, 1 << 20
     text = io.StringIO()
     yaml.dump(value, text)
-    write_text(path, text.getvalue())
+    return text.getvalue()

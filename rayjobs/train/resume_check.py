@@ -12,7 +12,7 @@ from rayjobs.config import to_dict
 from rayjobs.errors import NonFiniteLossError, ProvenanceError
 from rayjobs.runs.provenance import Change, comparable, find_changes, refuse_changes
 from rayjobs.runs.record import RESULT_FILE, read_record, refuse_second_process
-from rayjobs.runs.run_dir import CONFIG_FILE, VERSIONS_FILE, versions
+from rayjobs.runs.run_dir import CONFIG_FILE, PROVENANCE_FILE, VERSIONS_FILE, versions
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.train.checkpoint import list_checkpoints
@@ -20,7 +20,6 @@ from rayjobs.train.trainer import EXPERIMENT
 
 logger = logging.getLogger(__name__)
 
-PROVENANCE_FILE = "provenance.json"
 FREE_AFTER_NONFINITE_LOSS = "optimizer."
 """Settings that may be changed to go on after a loss that was not finite."""
 

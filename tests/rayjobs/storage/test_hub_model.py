@@ -104,7 +104,7 @@ def test_offline_a_complete_copy_serves_and_half_of_one_does_not(hub: Hub, monke
     hub.requests.clear()
     assert cached_path("hf://org/model") == folder
     assert bytes_to_fetch("hf://org/model") == 0
-    with pytest.raises(StorageError, match="holds no complete copy, and HF_HUB_OFFLINE forbids to fetch it"):
+    with pytest.raises(StorageError, match="holds no complete copy, and HF_HUB_OFFLINE forbids to ask the hub"):
         cached_path("hf://org/other")
     assert not hub.requests
 

@@ -123,6 +123,12 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file."""
+    return pretrained(real_models.smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
 def efficientnet_lite0() -> Path:
     """The weights of an ImageNet encoder, for timm's `tf_efficientnet_lite0`."""
     return pretrained(real_models.efficientnet_lite0)

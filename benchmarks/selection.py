@@ -211,7 +211,9 @@ def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
         found["leave one out"] = select(cache, views, "leave_one_out", untrained, near, train=train)
     joined, joined_views, joined_train = _cache(images, torch.cat([few, val]))
     found["joined"] = select(joined, joined_views, "crossfit", paper, near, train=joined_train)
-    test_accuracies = {name: accuracy(chosen.cache.logits(test_features), test_labels) for name, chosen in found.items()}
+    test_accuracies = {
+        name: accuracy(chosen.cache.logits(test_features), test_labels) for name, chosen in found.items()
+    }
     by_default = replace(found["prior"].cache, alpha=cache.alpha, beta=cache.beta)
     ceilings = [
         search(*on_validation(keys, test_features, test_labels), grid=images.grid).accuracy

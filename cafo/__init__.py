@@ -1,12 +1,16 @@
 """CaFo: prompt, generate, then cache (arXiv 2303.02151). PyTorch and open_clip, no cluster.
 
 datasets, fewshot    images and labels, and the K-shot choice
+image_trees          folders of images as data sets
 paper_datasets       the paper's own data sets
 encoders, images     images → unit features
 prompt               sentences → CLIP's zero-shot classifier W
 generate             generated images, the best K' by CLIP
-cache, ensemble      keys and values → p_ZS + α · term (eq. 3-9), and the training of the keys
-search               α, β and the ensemble's weights, chosen on validation features
+cache, ensemble      keys and values → p_ZS + α · term (eq. 3-9)
+key_training         the training of the keys
+search               α, β and the ensemble's weights, the best on given images
+cross_fit            training images that are held out, where there are no validation images
+selection            all of it: train the keys and choose, on validation images or without; `estimate` of the accuracy
 model                all of it as one object: fit on a folder, predict images
 
 The public names are imported on first use, so `import cafo` alone loads neither PyTorch nor open_clip.
@@ -16,17 +20,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cafo.datasets import load_split, load_tree
+    from cafo.datasets import load_split
     from cafo.encoder_spec import EncoderSpec
+    from cafo.image_trees import load_tree
     from cafo.model import CaFo, FitConfig
     from cafo.paper_datasets import load_dataset
 
 __all__ = ["CaFo", "EncoderSpec", "FitConfig", "load_dataset", "load_split", "load_tree"]
 
 _MODULES = {"CaFo": "model", "EncoderSpec": "encoder_spec", "FitConfig": "model", "load_dataset": "paper_datasets"}
+_MODULES |= {"load_split": "datasets", "load_tree": "image_trees"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"cafo.{_MODULES.get(name, 'datasets')}"), name)
+        return getattr(import_module(f"cafo.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'cafo' has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""Data sets of labelled images: the class, and readers of split files and of folders. No image is opened here.
+"""Data sets of labelled images: the class, and the reader of split files. No image is opened here.
 
-CaFo (arXiv 2303.02151), section 4.1. The paper's own sets are in `cafo.paper_datasets`. Few-shot splits are CoOp's
-`split_zhou_*.json`: `{"train" | "val" | "test": [[path relative to the images, label, class name], …]}`.
+CaFo (arXiv 2303.02151), section 4.1. The paper's own sets are in `cafo.paper_datasets`, folders of images in
+`cafo.image_trees`. Few-shot splits are CoOp's `split_zhou_*.json`: `{"train" | "val" | "test": [[path relative to the
+images, label, class name], …]}`.
 
 Two rules hold for every reader:
 - The number of classes N is the length of the class list, whatever labels occur in the split.
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cafo.class_folders import list_class_folders, list_images, refuse_empty_classes
 from cafo.dataset_checks import check_class_names, check_disjoint, check_items, check_labels, infer_classes
 from cafo.dataset_layouts import PHOTO_TEMPLATES, check_templates
 from cafo.errors import DatasetError, refuse_text
@@ -118,65 +118,6 @@ def load_split(
         val=check_labels(lists["val"], names, split),
         read_test=read_test,
         notices=check_class_names(names, split),
-    )
-
-
-def load_tree(
-    root: str | Path,
-    *,
-    name: str = "",
-    templates: Sequence[str] = PHOTO_TEMPLATES,
-    seed: int = 0,
-    shares: tuple[float, float] = (0.5, 0.2),
-) -> Dataset:
-    """Load a folder with one subfolder per class, split at random into train, val and test.
-
-    The split of an image depends on the seed and on the image's own path alone: not on the order of the listing, nor
-    on the other images. So deleting the test images moves no other image to another split. The shares hold on average.
-
-    Args:
-        root: the folder that holds the class folders.
-        name: name of the data set; by default the folder's.
-        templates: sentences with one `{}` for the class name.
-        seed: seed of the split.
-        shares: shares of train and val; the rest is test.
-
-    What is no image is ignored, and `notices` of the data set count and name it.
-
-    Raises:
-        DatasetError: no such folder, no class folders, a class folder without an image, or shares that are negative or
-            add up to more than 1.
-    """
-    refuse_text(templates, "templates")
-    root = require_folder(as_path(root), "give the folder that holds one folder per class")
-    if min(shares) < 0 or sum(shares) > 1:
-        raise DatasetError(f"shares of train and val must be at least 0 and add up to at most 1, got {shares}")
-    names, beside = list_class_folders(root)
-    listing = list_images(root, names)
-    refuse_empty_classes(root, listing)
-    val_from, test_from = shares[0], shares[0] + shares[1]
-
-    def split_images(
-        images: Mapping[str, Sequence[str]],
-    ) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-        items = [
-            (stable_uniform(seed, item.path), item) for item in label_images(images, {name: name for name in names})
-        ]
-        train = tuple(item for position, item in items if position < val_from)
-        val = tuple(item for position, item in items if val_from <= position < test_from)
-        test = tuple(item for position, item in items if test_from <= position)
-        return train, val, test
-
-    train, val, _ = split_images(listing.images)
-    return Dataset(
-        name=name or root.name,
-        class_names=names,
-        templates=tuple(templates),
-        image_root=root,
-        train=train,
-        val=val,
-        read_test=lambda: split_images(list_images(root, names).images)[2],
-        notices=(*beside, *listing.notices, *check_class_names(names, root)),
     )
 
 

@@ -33,10 +33,11 @@ from torch import Tensor
 
 from cafo import fewshot
 from cafo.cache import Cache, load_cache, mean_key, save_cache
-from cafo.datasets import Dataset, Item, load_tree
+from cafo.datasets import Dataset, Item
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
 from cafo.errors import CafoError, DatasetError, EncoderError
+from cafo.image_trees import load_tree
 from cafo.images import ImageInput, load_image
 from cafo.key_training import KeyTraining, train_keys
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier

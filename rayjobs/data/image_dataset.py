@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from cafo.dataset_layouts import LAYOUTS, TEST_ONLY
-from cafo.datasets import Dataset, Item, load_generated_list, load_split, load_tree
+from cafo.datasets import Dataset, Item, load_generated_list, load_split
 from cafo.generate import best_per_class
+from cafo.image_trees import load_tree
 from cafo.paper_datasets import load_dataset, load_generated
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
@@ -36,10 +37,12 @@ class ImageDatasetConfig:
     images: AnyPath | None = None
     """Folder that the paths of `split` are relative to; null for the folder of `split`."""
     tree: AnyPath | None = None
-    """Folder with one subfolder per class, whose images lie directly in it, split into train, val and test by `seed`.
-    Anything else in it is ignored, counted and named."""
-    tree_shares: tuple[float, float] = (0.5, 0.2)
-    """Shares of train and val among the images of `tree`; the rest is test."""
+    """Folder with one subfolder per class, whose images lie directly in it; or with folders `train`, `val` and `test`
+    of such subfolders, of which the last two may be missing. Anything else in it is ignored, counted and named."""
+    tree_shares: tuple[float, float] | None = None
+    """Shares of train and val among each class's images of `tree`, which `seed` divides; the rest is test. Null makes
+    all images training images if the median class has 20 or fewer, since α, β and the accuracy can then be had by
+    cross-fit, and otherwise takes 0.5 and 0.2. It has no meaning for folders `train`, `val` and `test`."""
     val_share: float = Field(default=0.01, gt=0, lt=1)
     """Share of ImageNet's training images that is held out for validation."""
     seed: int = 0

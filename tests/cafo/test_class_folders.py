@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 
 from cafo.class_folders import IMAGE_SUFFIXES, list_images
-from cafo.datasets import load_tree
+from cafo.image_trees import load_tree
 from cafo.images import load_image
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from cafo.dataset_checks import class_changes
-from cafo.datasets import Dataset, load_split, load_tree
+from cafo.datasets import Dataset, load_split
 from cafo.errors import DatasetError
+from cafo.image_trees import load_tree
 
 
 def load(folder: Path, **parts: Any) -> Dataset:

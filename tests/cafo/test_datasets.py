@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cafo.dataset_layouts import LAYOUTS
-from cafo.datasets import load_split, load_tree, stable_uniform
+from cafo.datasets import load_split
 from cafo.paper_datasets import load_dataset, load_generated
 
 
@@ -138,25 +138,6 @@ def test_shift_targets_are_test_only(tmp_path):
     assert v2.train == v2.val == sketch.train == ()
     assert v2.open_test() == (("1/x.jpeg", 1, "tench"),)
     assert sketch.open_test() == (("n02/s.JPEG", 0, "great white shark"),)
-
-
-def test_a_tree_splits_each_image_by_its_own_path(tmp_path):
-    touch(tmp_path, *(f"{c}/{i}.png" for c in ("cat", "ant") for i in range(100)), "cat/notes.txt", ".hidden/1.png")
-    dataset = load_tree(tmp_path, seed=3)
-    assert dataset.class_names == ("ant", "cat")
-    test = dataset.open_test()
-    assert len(dataset.train) + len(dataset.val) + len(test) == 200
-    assert 70 < len(dataset.train) < 130
-    assert {i.path for i in dataset.train} == {
-        i.path for i in (*dataset.train, *dataset.val, *test) if stable_uniform(3, i.path) < 0.5
-    }
-    for item in test:
-        (tmp_path / item.path).unlink()
-    again = load_tree(tmp_path, seed=3)
-    assert (again.train, again.val, again.open_test()) == (dataset.train, dataset.val, ())
-    assert load_tree(tmp_path, seed=4).train != dataset.train
-    with pytest.raises(ValueError, match="no class folders"):
-        load_tree(tmp_path / "cat")
 
 
 def test_generated_images_are_a_second_source(tmp_path):

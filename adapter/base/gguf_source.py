@@ -114,7 +114,7 @@ def _block(tensor: GGUFTensor, name: str) -> tuple[int, int]:
         import gguf
     except ImportError as error:
         raise CheckpointError(
-            f"{tensor.file}: {name} is quantised, which takes the package gguf: pip install gguf"
+            f"{tensor.file}: {name} is quantised, which takes the package gguf: pip install 'rayjobs[gguf]'"
         ) from error
     try:
         kind = gguf.GGMLQuantizationType(tensor.type_id)

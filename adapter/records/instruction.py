@@ -29,12 +29,12 @@ def completion_record(row: Mapping[str, Any], *, answered: bool) -> dict[str, An
     """
     prompt, completion = row["prompt"], row.get("completion")
     if is_message_list(prompt):
-        if answered and isinstance(completion, str):
+        turns = [{**turn, "weight": 0} for turn in prompt]
+        if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        if answered and not is_message_list(completion):
+        if answered and not (isinstance(completion, list) and is_message_list(completion)):
             raise RecordError(f"'completion' must be turns like the prompt, got {completion!r:.60}")
-        turns = [*({**turn, "weight": 0} for turn in prompt), *(completion if answered else [])]
-        return chat_record(row, turns, answered=answered, key="messages")
+        return chat_record(row, turns + (completion or []) if answered else turns, answered=answered, key="messages")
     texts = [check_text(prompt, "'prompt'"), check_text(completion, "'completion'") if answered else ""]
     image = check_text(row.get("image") or "", "'image'")
     return {"prompt": texts[0], "completion": texts[1], "image": image, "group": image or _digest(*texts)}

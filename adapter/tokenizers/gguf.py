@@ -52,7 +52,7 @@ _KINDS = {
 _SPLITTINGS = {name: splitting for splitting, names in _KINDS.items() for name in names}
 """`tokenizer.ggml.pre` → what it stands for."""
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Types of tokens; SentencePiece has the same numbers."""
 _ROLES = {
     "bos_token": "bos_token_id",
@@ -150,7 +150,7 @@ def _sentence_piece_model(file: GGUFFile, tokens: list[str], types: list[int]) -
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
         parts.append(_field(1, piece))
     roles = {45: "unknown_token_id", 46: "bos_token_id", 47: "eos_token_id", 48: "padding_token_id"}
-    trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, 1)  # byte pairs; bytes for what has no piece
+    trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, _BYTE in types)  # byte pairs; bytes as last resort
     for field, key in roles.items():
         if (id := file.metadata.get(f"tokenizer.ggml.{key}")) is not None and id < len(tokens):
             trainer += _field(field, tokens[id].encode())

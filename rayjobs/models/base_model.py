@@ -23,11 +23,11 @@ class BaseModelConfig:
     """The frozen base model."""
 
     path: ModelPath
-    """Folder in Meta's format (params.json) or Hugging Face's (config.json); or, if there is no such folder, an id on
-    the Hugging Face hub: org/name, org/name@revision. Of a URL or a hub id, every node makes a copy."""
+    """Folder in Meta's format (params.json) or Hugging Face's (config.json), or a GGUF file; or, if there is neither,
+    an id on the Hugging Face hub: org/name, org/name@revision. Of a URL or a hub id, every node makes a copy."""
     tokenizer: ModelPath | None = None
     """Tokenizer, as a file or a folder that has one: tokenizer.json, or tokenizer.model in SentencePiece's or Llama 3's
-    format. null for the base's own, in its folder or, in Meta's layout alone, beside it."""
+    format. null for the base's own, in its folder or file or, in Meta's layout alone, beside it."""
     dtype: Dtype = "fp32"
     """How the frozen weights are held: fp32; bf16; or the linear layers of the blocks in int8 or nf4 (8 or 4 bits, by
     bitsandbytes: pip install 'rayjobs[quantization]') and the rest in bf16. The adapter is always fp32."""

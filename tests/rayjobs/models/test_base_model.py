@@ -4,10 +4,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
 
 from adapter.errors import TokenizerError
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.errors import ConfigError
 from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.storage.download import cached_path
+from rayjobs.storage.paths import resolve_path, upload_file
+from tests.adapter.base.gguf_files import write_gguf
+from tests.adapter.base.test_gguf import build
+from tests.adapter.tokenizers.test_gguf import sentence_piece_metadata
+from tests.adapter.tokenizers.test_sentence_piece import train_model
 
 
 @pytest.fixture
@@ -41,3 +50,22 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(base: Path, trained_llama:
         BaseModelConfig(path=str(base), tokenizer=larger).open()
     with pytest.raises(TokenizerError, match=r"has only 97 tokens, the base's vocabulary 512: more than padding"):
         BaseModelConfig(path=str(trained_llama), tokenizer=str(base.parent)).open()
+
+
+def test_a_gguf_file_is_a_base_with_its_own_tokenizer(tmp_path: Path, s3: str) -> None:
+    """By path and by URL, of which each machine makes a copy."""
+    model = build("llama", vocab_size=331, max_position_embeddings=53)
+    source = train_model(tmp_path / "original.model", byte_fallback=True, vocab_size=331)
+    path = write_gguf(tmp_path / "base.gguf", model, Kind.Q8_0, **sentence_piece_metadata(source))
+    url = f"{s3}/models/base.gguf"
+    upload_file(path, resolve_path(url))
+    for given in (str(path), url):
+        base = BaseModelConfig(path=given)
+        checkpoint, tokenizer = base.open()
+        assert str(tokenizer) == given
+        assert load_tokenizer(cached_path(tokenizer)).vocab_size == checkpoint.config.vocab_size == 331
+        prompt = "the cat sat"
+        ids = load_tokenizer(source).encode(prompt, bos=True, eos=False)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(base.load(None, "cpu").logits([prompt])[0], expected, rtol=0, atol=1e-4)

@@ -44,6 +44,10 @@ class Estimate:
         """The 95% interval of the accuracy."""
         return wilson_interval(self.accuracy, self.total)
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}, from {self.total} held-out images"
+
 
 def wilson_interval(share: float, total: float) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share that was seen in `total` independent cases.
@@ -53,7 +57,7 @@ def wilson_interval(share: float, total: float) -> tuple[float, float]:
     z2 = _Z95**2 / total
     centre = (share + z2 / 2) / (1 + z2)
     half = _Z95 / (1 + z2) * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ encoder's images in pixels, V views.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,16 +35,21 @@ from torch import Tensor
 
 from cafo import fewshot
 from cafo.cache import Cache, load_cache, mean_key, save_cache
+from cafo.cross_fit import TrainingImages
 from cafo.datasets import Dataset, Item
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
+from cafo.ensemble import Ensemble
 from cafo.errors import CafoError, DatasetError, EncoderError
+from cafo.estimate import Estimate
+from cafo.fewshot import FewShot
 from cafo.image_trees import load_tree
 from cafo.images import ImageInput, load_image
-from cafo.key_training import KeyTraining, train_keys
+from cafo.key_training import KeyTraining
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
-from cafo.search import search
+from cafo.search import weight_grid
 from cafo.search_grid import BetaGrid
+from cafo.selection import Choosing, Select, Selected, default_select, select
 
 _IMAGES_PER_BATCH = 64
 
@@ -71,13 +78,19 @@ class FitConfig:
     """recipe of the keys' training; None for the paper's recipe with the seed of the fit"""
     grid: BetaGrid = field(default_factory=BetaGrid)
     """values of β that are searched"""
+    select: Select | None = None
+    """what α, β, the epoch and the ensemble are chosen on (`cafo.selection`); None for validation images where the data
+    set has some, and otherwise for training images that are held out"""
 
 
 class CaFo:
-    """A fitted classifier: a cache, and the encoders that made its keys."""
+    """A fitted classifier: a cache, and the encoders that made its keys.
 
-    def __init__(self, cache: Cache, encoders: Mapping[str, ImageEncoder]) -> None:
-        self.cache, self.encoders = cache, encoders
+    `estimate` is an estimate of its accuracy, where `fit` made one; it is not saved.
+    """
+
+    def __init__(self, cache: Cache, encoders: Mapping[str, ImageEncoder], estimate: Estimate | None = None) -> None:
+        self.cache, self.encoders, self.estimate = cache, encoders, estimate
 
     @classmethod
     def fit(
@@ -85,27 +98,31 @@ class CaFo:
         data: Dataset | str | Path,
         encoders: Mapping[str, EncoderSpec],
         *,
-        shots: int = 16,
+        shots: int | None = 16,
         seed: int = 1,
         config: FitConfig | None = None,
         device: str | torch.device = "cpu",
     ) -> CaFo:
-        """Choose K shots, encode their views, train the keys, and search α and β on the validation images.
+        """Choose K shots, encode their views, train the keys, and choose α, β and the sources that help.
+
+        The choice is made on validation images. Without any it is made on training images that are held out
+        (`cafo.selection`), and `estimate` of the classifier is an estimate of its accuracy with a 95% interval.
 
         Args:
-            data: a data set, or a folder with one folder per class, of which half becomes training images and a fifth
-                validation images. The test images are never read.
+            data: a data set, or a folder as `load_tree` reads it: with one folder per class, or with folders `train`,
+                `val` and `test` of such folders. The test images are never read.
             encoders: the encoders by name; the first is the CLIP that gives p_ZS.
-            shots: K, training images of each class; a class that has fewer gives all it has.
+            shots: K, training images of each class; a class that has fewer gives all it has. None for all images.
             seed: seed of the split of a folder, of the few-shot choice, of the augmented views and of the training.
             config: prompts, generated images and everything else.
             device: where the images are encoded; the keys are trained on the CPU.
 
         Raises:
-            DatasetError: a folder without classes, fewer than two classes, or no validation image.
+            DatasetError: a folder without classes, or fewer than two classes.
             EncoderError: an encoder that cannot be loaded, or a first encoder that is not a CLIP.
             ImageError: an image that cannot be read.
-            CafoError: a class without a sentence, a prompt file that cannot be read.
+            CafoError: a class without a sentence, a prompt file that cannot be read, or a choice on images that are not
+                there.
         """
         config = config or FitConfig()
         dataset = _open_dataset(data, seed)
@@ -115,23 +132,29 @@ class CaFo:
             raise EncoderError(f"the first encoder encodes the sentences, so it must be a CLIP; {clip_name} is not")
         sentences = _read_sentences(dataset, config.prompts)
 
-        images = _key_images(dataset, shots, seed, config.generated)
+        choice = _choose_shots(dataset, shots, seed)
+        folder, generated = config.generated or (dataset.image_root, ())
+        images = [*((dataset.image_root, item) for item in choice.items), *((folder, item) for item in generated)]
         views = _encode_views(loaded, images, config.views, seed)
-        labels = torch.tensor([item.label for _, item in images])
-        val = _encode(loaded, [dataset.image_root / item.path for item in dataset.val])
-        val_labels = torch.tensor([item.label for item in dataset.val])
-
         untrained = Cache(
             keys={name: mean_key(features) for name, features in views.items()},
-            labels=labels,
+            labels=torch.tensor([item.label for _, item in images]),
             classifier=zero_shot_classifier(clip, sentences, dataset.class_names).weights.cpu(),
             class_names=dataset.class_names,
             zero_shot_source=clip_name,
             encoders={name: encoder.identity for name, encoder in loaded.items()},
         )
         training = config.training or KeyTraining(seed=seed)
-        trained, _ = train_keys(untrained, views, labels, val, val_labels, training)
-        return cls(_search_on_val(trained, val, val_labels, config.grid), loaded)
+        most = max(Counter(item.label for item in choice.items).values(), default=0)
+        how = config.select or default_select(has_val=bool(dataset.val), shots=most, trained=training.epochs > 0)
+        ensembles = weight_grid(Ensemble(), tuple(loaded), scales=(1.0, 0.0), drop_zero_shot=True)
+        choosing = Choosing(grid=config.grid, ensembles=tuple(ensembles))
+        given = (
+            {"val": _val_images(loaded, dataset)} if how == "val" else {"train": _train_images(loaded, images, choice)}
+        )
+        selected = select(untrained, views, how, training, choosing, **given)  # type: ignore[arg-type]
+        _log_choice(selected, config.grid)
+        return cls(selected.cache, loaded, selected.estimate)
 
     @classmethod
     def load(cls, path: str | Path, encoders: Mapping[str, EncoderSpec], *, device: str | torch.device = "cpu") -> CaFo:
@@ -193,8 +216,6 @@ class CaFo:
 def _open_dataset(data: Dataset | str | Path, seed: int) -> Dataset:
     """Return a data set that a classifier can be fitted on; log its notices."""
     dataset = data if isinstance(data, Dataset) else load_tree(data, seed=seed)
-    if not dataset.val:
-        raise DatasetError(f"{dataset.name} has no validation image, and α and β are chosen on those; give it some")
     if len(dataset.class_names) < 2:
         raise DatasetError(f"{dataset.name} has one class, and a classifier needs two or more")
     for notice in dataset.notices:
@@ -214,24 +235,39 @@ def _read_sentences(
     return prompts if isinstance(prompts, Mapping) else read_prompts(prompts, dataset.class_names)
 
 
-def _key_images(
-    dataset: Dataset, shots: int, seed: int, generated: tuple[Path, Sequence[Item]] | None
-) -> list[tuple[Path, Item]]:
-    """Choose the few-shot images and add the generated ones; return each with the folder of its path."""
-    choice = fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short="report")
-    images = [(dataset.image_root, item) for item in choice.items]
-    if generated is not None:
-        folder, items = generated
-        images += [(folder, item) for item in items]
-    return images
+def _choose_shots(dataset: Dataset, shots: int | None, seed: int) -> FewShot:
+    """Choose K training images of every class, or all."""
+    most = max(Counter(item.label for item in dataset.train).values(), default=0)
+    shots = most if shots is None else shots
+    return fewshot.choose(dataset.train, dataset.class_names, shots=shots, seed=seed, short="report")
 
 
-def _search_on_val(cache: Cache, val: dict[str, Tensor], val_labels: Tensor, grid: BetaGrid) -> Cache:
-    """Return the cache with the α, β and ensemble that are best on validation images; log if they are at an edge."""
-    best = search(cache.zero_shot(val), cache.affinities(val), cache.labels, val_labels, grid=grid)
-    if notice := grid.edge_notice(best.alpha, best.beta):
+def _val_images(encoders: Mapping[str, ImageEncoder], dataset: Dataset) -> tuple[dict[str, Tensor], Tensor]:
+    """Return features and labels of the validation images."""
+    features = _encode(encoders, [dataset.image_root / item.path for item in dataset.val])
+    return features, torch.tensor([item.label for item in dataset.val])
+
+
+def _train_images(
+    encoders: Mapping[str, ImageEncoder], images: Sequence[tuple[Path, Item]], choice: FewShot
+) -> TrainingImages:
+    """Return the labelled ones of the keys' images, which come first, as a choice sees them."""
+    paths = [folder / item.path for folder, item in images]
+    contents = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
+    groups = torch.tensor([contents.index(content) for content in contents])
+    labelled = len(choice.items)
+    return TrainingImages(features=_encode(encoders, paths[:labelled]), rows=torch.arange(labelled), groups=groups)
+
+
+def _log_choice(selected: Selected, grid: BetaGrid) -> None:
+    """Log the estimated accuracy, the parts that hurt, and what is at the edge of its range."""
+    if selected.estimate is not None:
+        logger.info("estimated accuracy: %s", selected.estimate)
+    if selected.search is not None:
+        for text in selected.search.hurtful_parts():
+            logger.info("%s", text)
+    if notice := grid.edge_notice(selected.cache.alpha, selected.cache.beta):
         logger.warning("%s", notice)
-    return replace(cache, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble)
 
 
 def _first_chars(value: object) -> str:

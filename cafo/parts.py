@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
     @property
     def gain(self) -> int | None:
-        """Images that are correct only with the part; negative for a part that hurts."""
+        """How many more images are correct at the best values with the part; negative for a part that hurts."""
         return None if self.without is None else self.with_it - self.without
 
 

@@ -66,6 +66,15 @@ class SearchResult:
         """The share of the images that are correct."""
         return self.correct / self.total
 
+    def hurtful_parts(self) -> list[str]:
+        """Return a sentence about each part without which more images are correct."""
+        return [
+            f"{part.name} hurts: {part.without} of {self.total} images are correct at the best values without it, "
+            f"{part.with_it} with it"
+            for part in self.parts
+            if part.gain is not None and part.gain < 0
+        ]
+
 
 class _Confirmed(NamedTuple):
     """A candidate whose accuracy was counted directly."""

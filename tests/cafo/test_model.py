@@ -38,11 +38,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(photos: Path, specs: dict[str, EncoderSpec]) -> CaFo:
-    return CaFo.fit(photos, specs, shots=2, seed=1, config=FitConfig(views=3, training=TRAINING))
+    dataset = load_tree(photos, seed=1, shares=(0.5, 0.2))
+    return CaFo.fit(dataset, specs, shots=2, seed=1, config=FitConfig(views=3, training=TRAINING))
 
 
 def test_a_few_images_teach_the_classes(model: CaFo, photos: Path) -> None:
-    dataset = load_tree(photos, seed=1)
+    dataset = load_tree(photos, seed=1, shares=(0.5, 0.2))
     test = dataset.open_test()
     predicted = model.predict([photos / item.path for item in test])
     assert len(test) > 10
@@ -78,8 +79,8 @@ def test_a_saved_model_gives_the_same_logits_and_refuses_other_encoders(
 
 
 def test_errors_say_what_cannot_be_fitted(photos: Path, specs: dict, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no validation image"):
-        CaFo.fit(load_tree(photos, shares=(0.5, 0.0)), specs)
+    with pytest.raises(ValueError, match="no validation image to choose on; give some, or choose by crossfit"):
+        CaFo.fit(photos, specs, shots=1, config=FitConfig(views=1, select="val"))
     with pytest.raises(ValueError, match="must be a CLIP; dino is not"):
         CaFo.fit(photos, {"dino": specs["dino"]})
     with pytest.raises(ValueError, match=r"no sentence for 1 of 3 classes: red_thing"):
@@ -112,3 +113,15 @@ def test_one_class_is_refused_before_anything_is_encoded(tmp_path: Path) -> None
         Image.new("RGB", (5, 7)).save(tmp_path / "only" / f"{i}.png")
     with pytest.raises(ValueError, match="has one class, and a classifier needs two"):
         CaFo.fit(tmp_path, {})
+
+
+def test_a_folder_without_validation_images_gives_a_classifier_and_an_estimate(photos: Path, specs: dict) -> None:
+    model = CaFo.fit(photos, specs, shots=None, config=FitConfig(views=2, training=TRAINING))
+    assert len(model.cache.labels) == 60  # every label trains
+    assert model.estimate is not None
+    assert model.estimate.total == 60
+    low, high = model.estimate.interval
+    assert 0.5 < low < model.estimate.accuracy <= high <= 1
+    one = CaFo.fit(photos, specs, shots=1, config=FitConfig(views=2, training=TRAINING))
+    assert one.estimate is None  # no image can be held out
+    assert one.cache.alpha > 0

@@ -59,10 +59,9 @@ class AdaptedModel:
         quantization: Quantization | None = None,
         device: torch.device | str = "cpu",
     ) -> "AdaptedModel":
-        """Load a folder in Meta's or Hugging Face's format.
+        """Load a folder in Meta's or Hugging Face's format, or a GGUF file.
 
-        tokenizer: a SentencePiece model; `tokenizer.model` in the folder by default or, in Meta's layout alone, beside
-        it. dtype: precision of the frozen weights; the adapter is always float32. quantization: hold the linear layers
+        tokenizer: as `load_tokenizer` reads it; the checkpoint's own by default. dtype: precision of the frozen weights; the adapter is always float32. quantization: hold the linear layers
         of the blocks in 8 or 4 bits (`int8`, `nf4`), for which bfloat16 is the usual dtype of the rest.
 
         Raises CheckpointError or TokenizerError, before any weight is read, for files that are missing, damaged, or do

@@ -117,11 +117,12 @@ class AttachedAdapter:
         tokens = self._adaptions[0].images
         if tokens.projection is None:
             raise AdapterError("the adapter was made for text alone and cannot read images")
+        before = tokens.features, tokens.n_rows
         tokens.show(features)
         try:
             yield
         finally:
-            tokens.show(None)
+            tokens.features, tokens.n_rows = before
 
     def content(self) -> AdapterFile:
         """A copy of the adapter as it is now, with the identities that its file states."""

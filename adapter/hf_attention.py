@@ -43,13 +43,10 @@ class ImageTokens(Unsaved):
         self.features: tuple[Tensor, Tensor] | None = None
         self.n_rows = 0
 
-    def show(self, features: Sequence[Tensor | None] | None) -> None:
-        """Set the images of the batches that follow, one row each; None for none."""
-        if features is None:
-            self.features = None
-        else:
-            assert self.projection is not None
-            self.features, self.n_rows = batch_images(features, self.projection.down.in_features), len(features)
+    def show(self, features: Sequence[Tensor | None]) -> None:
+        """Set the images of the batches that follow, one row each."""
+        assert self.projection is not None
+        self.features, self.n_rows = batch_images(features, self.projection.down.in_features), len(features)
 
     def add_to(self, prompt: Tensor, batch: int) -> Tensor:
         """The prompts of every row, (B, K, C), or (1, K, C) where no image is shown, of the layer's prompt (K, C)."""

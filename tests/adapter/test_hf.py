@@ -247,34 +247,45 @@ def test_an_attention_that_is_changed_afterwards_stops_the_model(model: Any, dec
     close(logits(model), logits(decoder))
 
 
-def test_images(model: Any, decoder: Decoder, tmp_path: Path) -> None:
-    file = adapter_for(decoder, vision=ImageProjectionConfig(widths=(4, 7), bottleneck=3))
-    torch.manual_seed(2)
-    features = [None, torch.randn(WIDTH)]
-    handle = attach(model, file)
-    with torch.no_grad(), handle.images(features):
-        seen = model(**batch("right")).logits
-        wanted = decoder(batch("right")["input_ids"], images=decoder.batch_images(features))
-        close(seen[0], wanted[0])
-        close(seen[1, : len(SHORT)], wanted[1, : len(SHORT)])
-        given = {**batch("left"), "max_new_tokens": 5, "do_sample": False}
-        beams = model.generate(**given, num_beams=3)
-        answers = ours_greedy(decoder, 5, images=features)
-        for row, ids in zip(model.generate(**given)[:, len(LONG) :].tolist(), answers, strict=True):
+VISION = ImageProjectionConfig(widths=(4, 7), bottleneck=3)
+FEATURES = [None, torch.linspace(-1, 2, WIDTH).sin()]
+
+
+def test_images_of_rows_and_their_beams(model: Any, decoder: Decoder) -> None:
+    handle = attach(model, adapter_for(decoder, vision=VISION))
+    with torch.no_grad(), handle.images(FEATURES):
+        tripled = model(**{name: x.repeat_interleave(3, dim=0) for name, x in batch("right").items()}).logits
+        wanted = decoder(batch("right")["input_ids"], images=decoder.batch_images(FEATURES))
+        for seen in (model(**batch("right")).logits, tripled[::3], tripled[1::3], tripled[2::3]):
+            close(seen[0], wanted[0])
+            close(seen[1, : len(SHORT)], wanted[1, : len(SHORT)])
+        answers = ours_greedy(decoder, 5, images=FEATURES)
+        generated = model.generate(**batch("left"), max_new_tokens=5, do_sample=False)
+        for row, ids in zip(generated[:, len(LONG) :].tolist(), answers, strict=True):
             assert row[: len(ids)] == ids
-    with handle.images(features[1:]):
-        alone = model.generate(torch.tensor([SHORT]), max_new_tokens=5, num_beams=3, do_sample=False)
-        with pytest.raises(AdapterError, match="3 rows cannot be shown the images of 2"), handle.images(features):
+        with handle.images(FEATURES[1:]):
+            close(logits(model, SHORT)[0], wanted[1, : len(SHORT)])
+        close(model(**batch("right")).logits[0], wanted[0])  # an inner block leaves the outer one its images
+        with pytest.raises(AdapterError, match="3 rows cannot be shown the images of 2"):
             model(torch.tensor([SHORT] * 3))
-    assert beams[1, len(LONG) :].tolist()[: len(alone[0]) - len(SHORT)] == alone[0, len(SHORT) :].tolist()
     close(logits(model), logits(decoder))  # without images
+
+
+def test_an_adapter_that_reads_images_is_saved_and_detached(model: Any, decoder: Decoder, tmp_path: Path) -> None:
+    names = [name for name, _ in model.named_modules()]
+    file = adapter_for(decoder, vision=VISION)
+    handle = attach(model, file)
     assert len(list(handle.parameters())) == 2 * L + 4
     model.load_state_dict(model.state_dict())
     handle.save(tmp_path / "adapter.safetensors")
-    assert read_adapter(tmp_path / "adapter.safetensors").projection.keys() == file.projection.keys()
+    saved = read_adapter(tmp_path / "adapter.safetensors").projection
+    assert saved.keys() == file.projection.keys()
+    assert all(torch.equal(saved[name], file.projection[name]) for name in saved)
     with pytest.raises(AdapterError, match="reads 11 features"), handle.images([torch.zeros(5)]):
         pass
-    with pytest.raises(AdapterError, match="text alone"), attach(model, adapter_for(decoder)).images(features):
+    handle.detach()
+    assert [name for name, _ in model.named_modules()] == names
+    with pytest.raises(AdapterError, match="text alone"), attach(model, adapter_for(decoder)).images(FEATURES):
         pass
 
 

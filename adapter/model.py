@@ -61,8 +61,9 @@ class AdaptedModel:
     ) -> "AdaptedModel":
         """Load a folder in Meta's or Hugging Face's format, or a GGUF file.
 
-        tokenizer: as `load_tokenizer` reads it; the checkpoint's own by default. dtype: precision of the frozen weights; the adapter is always float32. quantization: hold the linear layers
-        of the blocks in 8 or 4 bits (`int8`, `nf4`), for which bfloat16 is the usual dtype of the rest.
+        tokenizer: file or folder of another tokenizer; the base's own by default (see `load_tokenizer`). dtype:
+        precision of the frozen weights; the adapter is always float32. quantization: hold the linear layers of the
+        blocks in 8 or 4 bits (`int8`, `nf4`), for which bfloat16 is the usual dtype of the rest.
 
         Raises CheckpointError or TokenizerError, before any weight is read, for files that are missing, damaged, or do
         not fit together; CheckpointError for a weight that is NaN or infinite; AdapterError if the library that

@@ -105,7 +105,7 @@ def _settings(file: GGUFFile, tokens: list[str], types: list[int], *, add_bos: b
 
 def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     name = file.metadata.get("tokenizer.ggml.pre")
-    splitting = _SPLITTINGS.get(name)
+    splitting = _SPLITTINGS.get(str(name))
     if splitting is None:
         raise TokenizerError(
             f"{file.path}: tokenizer.ggml.pre is {name!r}, a way to split texts that is not known here (known are "
@@ -152,8 +152,9 @@ def _sentence_piece_model(file: GGUFFile, tokens: list[str], types: list[int]) -
     roles = {45: "unknown_token_id", 46: "bos_token_id", 47: "eos_token_id", 48: "padding_token_id"}
     trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, _BYTE in types)  # byte pairs; bytes as last resort
     for field, key in roles.items():
-        if (id := file.metadata.get(f"tokenizer.ggml.{key}")) is not None and id < len(tokens):
-            trainer += _field(field, tokens[id].encode())
+        role = file.metadata.get(f"tokenizer.ggml.{key}")
+        if role is not None and role < len(tokens):
+            trainer += _field(field, tokens[role].encode())
     prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
     strip = file.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
     normalizer = _field(1, b"identity") + _number(3, prefix) + _number(4, strip) + _number(5, True)

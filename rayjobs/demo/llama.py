@@ -111,7 +111,7 @@ def _untrained(settings: TinyLlamaConfig, vocab_size: int) -> Decoder:
 
 def _encode(document: notes.Document, settings: TinyLlamaConfig, tokenizer: Tokenizer) -> list[tuple[int, float]]:
     """A document's ids with their loss weights."""
-    row = [(tokenizer.bos_id, 0.0)]
+    row = [(id, 0.0) for id in tokenizer.encode("", bos=True, eos=False)]
     for part, predictable in document:
         weight = settings.answer_weight if predictable else 1.0
         row += [(id, weight) for id in tokenizer.encode(part, bos=False, eos=False)]

@@ -12,11 +12,10 @@ from pydantic import BeforeValidator, Field
 from adapter.errors import RecordError
 from adapter.records import scienceqa
 from adapter.records.reader import AUTO, read_records, recognise
-from adapter.templates import ALPACA, PromptTemplate
+from adapter.templates import Template, template_fields
 from rayjobs.config import config
 from rayjobs.data.record_files import RecordsPath, Role, find_files, is_folder, is_pattern, local_copy, short_name
-from rayjobs.storage.download import cached_path
-from rayjobs.storage.fingerprint import file_fingerprint
+from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
 
@@ -69,7 +68,8 @@ class Source:
     images: str
     """folder that image paths are relative to"""
     weight: float
-    template: PromptTemplate
+    template: str | None
+    """name or file of a template; None for the one that suits the records (`rayjobs.data.templates`)"""
     columns: Mapping[str, str] = field(default_factory=dict)
     """{column: its name in the files}, where it has another"""
 
@@ -148,6 +148,22 @@ class Source:
         """Return the image paths of the records, each once, in the order of the records."""
         return list(dict.fromkeys(record["image"] for record in self.read() if record["image"]))
 
+    def identity(self, template: Template, *, with_images: bool) -> dict[str, Any]:
+        """Identify, by content, what training on these records in a template depends on.
+
+        with_images: False if their images are left out.
+        """
+        images = file_fingerprints(self.images, self.image_paths()) if with_images else {}
+        return {
+            "records": fingerprint(self.digests())[:16],
+            "images": fingerprint(images)[:16] if with_images else "left out",
+            "format": self.format,
+            "columns": dict(self.columns),
+            "split": self.split,
+            "template": fingerprint(template_fields(template))[:16],
+            "weight": self.weight,
+        }
+
     def digests(self) -> list[str]:
         """Return the SHA-256 of each file."""
         return [file_fingerprint(local_copy(file)) for file in self.files]
@@ -178,25 +194,28 @@ class RecordsConfig:
     columns: dict[Column, str] = Field(default_factory=dict)
     """{column: its name in the files}, for columns that have other names there: {instruction: question}."""
     template: FileOrName | None = None
-    """Prompt template: `alpaca`, `scienceqa`, or a JSON file with `with_input` and `without_input`; null for the
-    format's own."""
+    """Template: `chat`, the model's own chat template; `alpaca`; `scienceqa`; `plain` for none; a .jinja file with a
+    chat template, or a JSON file with `with_input`, `without_input` and, for conversations, `later`. null chooses by
+    the records: Alpaca's for instructions and LLaVA's conversations, ScienceQA's for its problems, for other
+    conversations the model's own or else Alpaca's, and none for texts and for prompts with completions."""
     max_length: int = Field(default=512, ge=2)
-    """Longest sequence in tokens. Longer records lose the beginning of their input, then the end of their output."""
+    """Longest sequence in tokens. Longer conversations lose their oldest turns whole, other records the beginning of
+    their input; then the last answer loses its end. Longer texts become several sequences."""
     max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
     """Stop if more than this share of the records cannot be used. Up to it, they are left out and listed, each with
     its file, number and reason, in rejected.jsonl."""
 
     def sources(self) -> list[Source]:
-        """Return the sources that `path` names, in order.
-
-        Raises:
-            RecordError: a template that cannot be read.
-        """
+        """Return the sources that `path` names, in order."""
         return [self.source(given, "train") for given in self.path]
 
     def val_sources(self) -> list[Source]:
         """Return the sources of validation records; none here."""
         return []
+
+    def all_sources(self) -> list[Source]:
+        """Return the sources of training records, then those of validation records."""
+        return [*self.sources(), *self.val_sources()]
 
     @property
     def held_out_fraction(self) -> float:
@@ -210,6 +229,7 @@ class RecordsConfig:
         """
         source = SourceConfig(path=given) if isinstance(given, str) else given
         format = source.format or self.format
+        columns = self.columns if source.columns is None else source.columns
         if format == AUTO and _is_scienceqa(source.path):
             format = "scienceqa"
         return Source(
@@ -219,13 +239,13 @@ class RecordsConfig:
             role=role,
             images=str(resolve_path(source.images)) if source.images else _image_folder(source.path),
             weight=source.weight,
-            template=prompt_template(self.template, format),
-            columns=self.columns if source.columns is None else source.columns,
+            template=self.template,
+            columns={str(column): name for column, name in columns.items()},
         )
 
 
 def _is_scienceqa(path: str) -> bool:
-    """Whether a path is the folder of ScienceQA's authors."""
+    """Return whether a path is the folder of ScienceQA's authors."""
     return is_folder(path) and not is_hub_path(path) and (resolve_path(path) / SCIENCEQA_FILES[0]).is_file()
 
 
@@ -257,15 +277,3 @@ class DataConfig(RecordsConfig):
     def held_out_fraction(self) -> float:
         """The share of the records of `path` that is held out for validation; 0 if `val_path` names others."""
         return 0.0 if self.val_path else self.val_fraction
-
-
-def prompt_template(name: str | None, format: Format = "alpaca") -> PromptTemplate:
-    """Return a prompt template by its name or file; None for the format's own.
-
-    Raises:
-        RecordError: the file is not a template.
-    """
-    if name is None:
-        return scienceqa.TEMPLATE if format == "scienceqa" else ALPACA
-    known = {"alpaca": ALPACA, "scienceqa": scienceqa.TEMPLATE}.get(name)
-    return known or PromptTemplate.read(cached_path(name))

@@ -9,17 +9,19 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import ray.data
 
-from adapter.records.encoding import encode_record
+from adapter.records.encoding import encode_record, encode_text
+from adapter.records.example import Example
+from adapter.templates import Template, template_fields
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
@@ -28,12 +30,16 @@ from rayjobs.console import Progress
 from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.templates import source_templates
 from rayjobs.errors import DataError
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
+
+if TYPE_CHECKING:
+    from adapter.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,7 @@ TOKEN_SCHEMA = pa.schema(
 RECORDS_PER_CHUNK = 1024
 ROWS_PER_SOURCE = 1 << 40
 """Record ids are source * ROWS_PER_SOURCE + position, so they are unique and name the record's source."""
+SHORTENED = "conversations that are too long and lost their oldest turns"
 TOO_LONG = "oldest turns dropped from conversations that are too long"
 UNLABELLED = "answers without labels, whose place in the chat template's text is not certain"
 IMAGE_LISTS = "images.json"
@@ -69,7 +76,7 @@ class TokenStore:
     images_left_out: int = 0
     """records that have an image, if images are left out"""
     changed_turns: Mapping[str, int] = field(default_factory=dict)
-    """{what was done: turns of conversations that it was done to}, such as those that were dropped or merged"""
+    """{what was done to turns of conversations, such as dropping or merging them: how often}"""
 
     def rows(self, split: Split) -> int:
         """Return the number of records of a split."""
@@ -122,6 +129,7 @@ def prepare_tokens(
     tokenizer: str | Path,
     cache: str | Path,
     *,
+    saved: "AdapterFile | None" = None,
     preprocess: Any = None,
     run: Path | None = None,
 ) -> TokenStore:
@@ -131,6 +139,7 @@ def prepare_tokens(
         records: the records, and those for validation.
         tokenizer: path or URL of the tokenizer.
         cache: the cache folder.
+        saved: an adapter, whose template records are put into that name none (`rayjobs.data.templates`).
         preprocess: `cafo.images.Preprocess` of the vision encoder; a record whose image it cannot read is rejected.
             None leaves images out.
         run: a run folder, into which the list of rejected records is copied for the report.
@@ -139,9 +148,9 @@ def prepare_tokens(
         RecordError: a malformed file.
         DataError: no records, or too many that cannot be used.
     """
-    sources = [(source, "train") for source in records.sources()]
-    sources += [(source, "val") for source in records.val_sources()]
-    for source, _ in sources:  # a missing or unreadable file is an error now, and not in a worker
+    sources = records.all_sources()
+    templates = source_templates(sources, _tokenizer(str(tokenizer)), saved)
+    for source in sources:  # a missing or unreadable file is an error now, and not in a worker
         logger.info("records: %s", source.describe())
     encoding = _Encoding(
         tokenizer=str(tokenizer),
@@ -149,17 +158,19 @@ def prepare_tokens(
         val_fraction=records.held_out_fraction,
         images=preprocess is not None,
     )
-    image_lists = {i: source.image_paths() for i, (source, _) in enumerate(sources)} if encoding.images else {}
-    folder = resolve_path(cache) / "tokens" / _store_key(encoding, sources, image_lists)
+    image_lists = {i: source.image_paths() for i, source in enumerate(sources)} if encoding.images else {}
+    folder = resolve_path(cache) / "tokens" / _store_key(encoding, sources, templates, image_lists)
     try:
         if not (folder / "index.json").exists():
             write_json(folder / IMAGE_LISTS, image_lists)
-            _write_store(folder, sources, encoding, preprocess)
+            _write_store(folder, sources, templates, encoding, preprocess)
     finally:
         if run and (folder / REJECTED_FILE).exists():
             write_jsonl(run / REJECTED_FILE, read_jsonl(folder / REJECTED_FILE))
     store = TokenStore.read(folder)
     _check_rejected(store, records.max_rejected_fraction)
+    for change, count in store.changed_turns.items():
+        logger.info("records: %s: %s", change, f"{count:,}")
     return store
 
 
@@ -175,25 +186,27 @@ def _check_rejected(store: TokenStore, allowed: float) -> None:
         raise DataError(f"none of {len(reasons)} records can be used; the first: {reasons[0]}; all of them: {listed}")
 
 
-def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lists: dict[int, list[str]]) -> str:
+def _store_key(
+    encoding: _Encoding, sources: list[Source], templates: Sequence[Template], image_lists: dict[int, list[str]]
+) -> str:
     """Return a fingerprint of all that the content of a store depends on."""
     images = []
     for i, paths in image_lists.items():
         if paths:
-            images += [[path, content] for path, content in file_fingerprints(sources[i][0].images, paths).items()]
+            images += [[path, content] for path, content in file_fingerprints(sources[i].images, paths).items()]
     identity = {
         **asdict(encoding),
         "tokenizer": _tokenizer(encoding.tokenizer).fingerprint,
         "sources": [
             [
-                split,
+                source.role,
                 source.format,
                 dict(source.columns),
                 source.split,
-                asdict(source.template),
+                template_fields(template),
                 source.digests(),
             ]
-            for source, split in sources
+            for source, template in zip(sources, templates, strict=True)
         ],
         "images": images,
         "format": 5,
@@ -201,9 +214,11 @@ def _store_key(encoding: _Encoding, sources: list[tuple[Source, str]], image_lis
     return fingerprint(identity)[:20]
 
 
-def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Encoding, preprocess: Any) -> None:
+def _write_store(
+    folder: Path, sources: list[Source], templates: Sequence[Template], encoding: _Encoding, preprocess: Any
+) -> None:
     """Write the parts, the rejected records and the index of a store."""
-    items = [{"number": number, "source": source, "split": split} for number, (source, split) in enumerate(sources)]
+    items = [{"number": number, "source": source} for number, source in enumerate(sources)]
     parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
     rejected: list[dict[str, Any]] = []
     left_out, changed = 0, Counter[str]()
@@ -211,7 +226,7 @@ def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Enc
         source_rows = ray.data.from_items(items, override_num_blocks=len(items))
         # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
         chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
-        arguments = {"folder": folder, "encoding": encoding, "preprocess": preprocess}
+        arguments = {"folder": folder, "templates": templates, "encoding": encoding, "preprocess": preprocess}
         written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=arguments)
         with reraise_user_errors(), Progress("tokenize", unit="records") as progress:
             for row in written.iter_rows():
@@ -225,7 +240,7 @@ def _write_store(folder: Path, sources: list[tuple[Source, str]], encoding: _Enc
     for listed in parts.values():
         listed.sort()
     if not rejected and not any(parts.values()):
-        raise DataError(f"no records in {', '.join(source.path for source, _ in sources)}; check data.path")
+        raise DataError(f"no records in {', '.join(source.path for source in sources)}; check data.path")
     write_jsonl(folder / REJECTED_FILE, rejected)
     index = {"parts": parts, "rejected": len(rejected), "left_out": left_out, "changed_turns": changed}
     write_json(folder / "index.json", index)
@@ -238,7 +253,7 @@ def _part_name(split: str, first: int) -> str:
 
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Read a source and yield chunks of RECORDS_PER_CHUNK records as JSON, each with the index of its image."""
-    source, split = batch["source"][0], batch["split"][0]
+    source: Source = batch["source"][0]
     first = int(batch["number"][0]) * ROWS_PER_SOURCE
     image_indices: dict[str, int] = {}
 
@@ -250,14 +265,17 @@ def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     records = read_indexed()
     while chunk := list(islice(records, RECORDS_PER_CHUNK)):
-        yield {"first": [first], "split": [split], "source": [source], "records": [json.dumps(chunk)]}
+        yield {"first": [first], "source": [source], "records": [json.dumps(chunk)]}
         first += len(chunk)
 
 
-def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, preprocess: Any) -> dict[str, Any]:
+def _write_chunk(
+    batch: dict[str, Any], folder: Path, templates: Sequence[Template], encoding: _Encoding, preprocess: Any
+) -> dict[str, Any]:
     """Encode a chunk and write its part of each split; return the counts and the rejected records."""
-    first, split, records = int(batch["first"][0]), batch["split"][0], json.loads(batch["records"][0])
+    first, records = int(batch["first"][0]), json.loads(batch["records"][0])
     source: Source = batch["source"][0]
+    template = templates[source_of(first)]
     tokenizer = _tokenizer(encoding.tokenizer)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     rejected, changed = [], Counter[str]()
@@ -268,17 +286,20 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
             rejected.append({**found, "reason": reason, **record})
             continue
         try:
-            example = encode_record(record, tokenizer, source.template, max_length=encoding.max_length)
+            if "text" in record:
+                examples = encode_text(record, tokenizer, max_length=encoding.max_length)
+            else:
+                examples = [encode_record(record, tokenizer, template, max_length=encoding.max_length)]
             if encoding.images and image_index is not None:
                 _check_image(source.images, record["image"], preprocess)
         except ValueError as error:  # RecordError, or ImageError for an image that cannot be read
             rejected.append({**found, "reason": str(error), **record})
             continue
         changed.update(notes)
-        changed.update({TOO_LONG: example.dropped_turns, UNLABELLED: example.unlabelled_turns})
+        changed.update(_changes(examples))
         image = image_index if encoding.images else None
-        side = "val" if split == "val" or _is_held_out(record, encoding.val_fraction) else "train"
-        rows[side].append({"id": id, "tokens": example.ids, "label_spans": example.label_spans, "image": image})
+        side = "val" if source.role == "val" or _is_held_out(record, encoding.val_fraction) else "train"
+        rows[side] += [{"id": id, "tokens": e.ids, "label_spans": e.label_spans, "image": image} for e in examples]
     for side, listed in rows.items():
         if listed:
             write_parquet(folder / _part_name(side, first), pa.Table.from_pylist(listed, TOKEN_SCHEMA))
@@ -291,6 +312,16 @@ def _write_chunk(batch: dict[str, Any], folder: Path, encoding: _Encoding, prepr
         "changed_turns": [json.dumps(+changed)],
         "left_out": [0 if encoding.images else sum(bool(record["image"]) for record in records)],
     }
+
+
+def _changes(examples: Sequence[Example]) -> Counter[str]:
+    """Count what the encoding of a record left out."""
+    counts = Counter[str]()
+    for example in examples:
+        counts[SHORTENED] += example.dropped_turns > 0
+        counts[TOO_LONG] += example.dropped_turns
+        counts[UNLABELLED] += example.unlabelled_turns
+    return counts
 
 
 @lru_cache(maxsize=64)

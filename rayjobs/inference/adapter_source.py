@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from adapter.adapter_file import check_adapter_fits
+from adapter.adapter_file import AdapterFile, check_adapter_fits
 from adapter.adapter_formats import read_adapter
 from adapter.base.checkpoint import Checkpoint
 from adapter.errors import CheckpointError
@@ -27,6 +27,8 @@ class OpenedSource(NamedTuple):
     """path or URL of the tokenizer"""
     conditioning: ImageConditioning | None
     """the image encoder; None if images are left out"""
+    saved: AdapterFile | None
+    """the adapter; None for the base alone"""
 
 
 @config
@@ -52,7 +54,7 @@ class AdapterSourceConfig:
         """
         checkpoint, tokenizer = self.base.open(weights=weights)
         blind = self.blind or (self.vision is None and not needs_encoder)
-        conditioning = open_image_conditioning(self.adapter, self.vision, blind)
+        conditioning, file = open_image_conditioning(self.adapter, self.vision, blind), None
         if self.adapter is not None:
             try:
                 file = read_adapter(cached_path(self.adapter))
@@ -67,7 +69,7 @@ class AdapterSourceConfig:
                 raise CheckpointError(f"{self.adapter}: {str(error).removeprefix(f'{self.adapter}: ')}") from error
             if (trained := file.base_dtype) not in (None, self.base.dtype):
                 logger.warning("%s: trained on a base in %s, run on one in %s", self.adapter, trained, self.base.dtype)
-        return OpenedSource(checkpoint, tokenizer, conditioning)
+        return OpenedSource(checkpoint, tokenizer, conditioning, file)
 
     def load(self, device: str, conditioning: ImageConditioning | None) -> AdaptedModel:
         """The model on a device. Raises an error for an adapter that was trained with another image encoder."""

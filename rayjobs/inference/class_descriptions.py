@@ -8,7 +8,8 @@ from pydantic import Field
 
 from adapter.adapter_formats import read_adapter
 from adapter.model import AdaptedModel
-from adapter.templates import ALPACA, PromptTemplate
+from adapter.templates import Template, template_fields
+from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json
@@ -17,6 +18,7 @@ from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress
 from rayjobs.data.class_names import ClassNames
+from rayjobs.data.templates import saved_template
 from rayjobs.errors import ConfigError
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
@@ -33,8 +35,9 @@ class LlamaDescriberConfig:
     base: BaseModelConfig
     adapter: ModelPath | None = None
     """Adapter file: this project's own, official v1, litgpt or PEFT; null runs the base without an adapter."""
-    template: FileOrName = "alpaca"
-    """Prompt template: 'alpaca', or a JSON file with 'with_input' and 'without_input'."""
+    template: FileOrName | None = None
+    """Template of the commands: `alpaca`; `chat`, the model's own; or a .json or .jinja file, as data.template of
+    adapter-train; null for that of the adapter's training, or Alpaca's."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most likely tokens whose probabilities add up to this."""
     seed: int = Field(default=0, ge=0)
@@ -42,8 +45,10 @@ class LlamaDescriberConfig:
     batch_size: int = Field(default=64, ge=1)
     """Answers per batch; all commands about a class share its batches."""
 
-    def prompt_template(self) -> PromptTemplate:
-        return ALPACA if self.template == "alpaca" else PromptTemplate.read(cached_path(self.template))
+    def open_template(self, tokenizer: Tokenizer) -> Template:
+        """The template of the commands. Raises an error for an adapter or template that cannot be read."""
+        saved = read_adapter(cached_path(self.adapter)) if self.adapter is not None else None
+        return saved_template(self.template, tokenizer, saved)
 
     def identity(self) -> dict[str, Any]:
         """Identify, by content, everything that the answers depend on.
@@ -51,15 +56,13 @@ class LlamaDescriberConfig:
         Raises an error for a base, adapter or template that cannot be read.
         """
         checkpoint, tokenizer = self.base.open()
-        if self.adapter is not None:
-            read_adapter(cached_path(self.adapter))
-        template = self.prompt_template()
+        pieces = load_tokenizer(cached_path(tokenizer, weights=False))
         return {
             "base": checkpoint.fingerprint(),
-            "tokenizer": load_tokenizer(cached_path(tokenizer, weights=False)).fingerprint,
+            "tokenizer": pieces.fingerprint,
             "dtype": self.base.dtype,
             "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
-            "template": [template.with_input, template.without_input],
+            "template": template_fields(self.open_template(pieces)),
             "top_p": self.top_p,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -163,7 +166,7 @@ class LlamaModel:
         self, model: AdaptedModel, settings: LlamaDescriberConfig, sampling: SamplingConfig, commands: Sequence[str]
     ) -> None:
         self._model, self._settings, self._sampling = model, settings, sampling
-        self._commands, self._template = list(dict.fromkeys(commands)), settings.prompt_template()
+        self._commands, self._template = list(dict.fromkeys(commands)), settings.open_template(model.tokenizer)
         self._decoded: tuple[tuple[str, int] | None, dict[str, list[str]]] = (None, {})
 
     def describe(self, class_name: str, command: str, n: int) -> list[str]:
@@ -174,12 +177,13 @@ class LlamaModel:
 
     def _decode(self, class_name: str, n: int) -> dict[str, list[str]]:
         commands = [command for command in self._commands for _ in range(n)]
-        prompts = [self._template.render(command.format(with_spaces(class_name))) for command in commands]
+        records = [{"instruction": command.format(with_spaces(class_name))} for command in commands]
         answers: dict[str, list[str]] = {command: [] for command in self._commands}
         size = self._settings.batch_size
-        for start in range(0, len(prompts), size):
-            texts = self._model.generate(
-                prompts[start : start + size],
+        for start in range(0, len(records), size):
+            texts = self._model.answer_records(
+                records[start : start + size],
+                template=self._template,
                 max_new_tokens=self._sampling.max_tokens,
                 temperature=self._sampling.temperature,
                 top_p=self._settings.top_p,
@@ -187,5 +191,5 @@ class LlamaModel:
                 seed=self._settings.seed * 1_000_003 + start,
             )
             for command, text in zip(commands[start : start + size], texts, strict=True):
-                answers[command].append(text.strip())
+                answers[command].append(text)
         return answers

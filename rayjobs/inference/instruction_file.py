@@ -13,9 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from adapter.errors import AdapterError
+from adapter.records.encoding import encode_prompt
 from adapter.records.files import read_rows
 from adapter.records.reader import read_records
-from adapter.templates import PromptTemplate
+from adapter.templates import Template
 from adapter.tokenizers.base import Tokenizer
 from rayjobs.inference.batch import Record
 from rayjobs.storage.files import write_parquet, write_text
@@ -61,21 +63,21 @@ def read_instructions(path: Path) -> list[InstructionRow]:
     ]
 
 
-def set_aside_long(
-    rows: Iterable[InstructionRow], template: PromptTemplate, tokenizer: Tokenizer, window: int
+def set_aside(
+    rows: Iterable[InstructionRow], template: Template, tokenizer: Tokenizer, window: int
 ) -> Iterator[InstructionRow]:
-    """The rows, with an error in those whose prompt fills the base's window of so many tokens."""
+    """The rows, with an error in those that cannot be answered, such as those that fill the base's window."""
     for row in rows:
-        long = row.error or describe_long(row.record["instruction"], row.record["input"], template, tokenizer, window)
-        yield replace(row, error=long)
+        yield replace(row, error=row.error or describe_error(row.record, template, tokenizer, window))
 
 
-def describe_long(instruction: str, input: str, template: PromptTemplate, tokenizer: Tokenizer, window: int) -> str:
-    """Describe why an instruction leaves no room for an answer; empty if it leaves some."""
-    tokens = len(tokenizer.encode(template.render(instruction, input), bos=True, eos=False))
-    if tokens < window:
-        return ""
-    return f"the prompt has {tokens} tokens, which leaves no room for an answer in the base's window of {window}"
+def describe_error(record: Record, template: Template, tokenizer: Tokenizer, window: int) -> str:
+    """Describe why a record cannot be answered in a template; empty if it can."""
+    try:
+        encode_prompt(record, tokenizer, template, window=window)
+    except AdapterError as error:
+        return str(error)
+    return ""
 
 
 def join_answers(rows: Sequence[InstructionRow], answers: Iterable[Record]) -> list[tuple[InstructionRow, str | None]]:
@@ -100,10 +102,16 @@ def rejected_rows(file: str, rows: Iterable[InstructionRow]) -> list[dict[str, s
 def shown_answer(row: InstructionRow, answer: str | None) -> Record:
     """A record and its answer in the order in which a person reads them."""
     given = row.fields if isinstance(row.fields, dict) else {}
-    shown = {"instruction": given.get("instruction"), "input": given.get("input") or ""}
+    shown = {"instruction": given.get("instruction", _question(row.record)), "input": given.get("input") or ""}
     if given.get("image"):
         shown["image"] = given["image"]
     return {**shown, "answer": answer, "error": row.error or None}
+
+
+def _question(record: Record) -> str | None:
+    """The text to answer of a record that is no instruction: the last turn of a conversation, or the prompt."""
+    messages = record.get("messages")
+    return messages[-1]["content"] if messages else record.get("prompt")
 
 
 def write_answers(path: Path, answers: Sequence[tuple[InstructionRow, str | None]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapter.generate import GenerationConfig
 from adapter.model import AdaptedModel
-from adapter.templates import PromptTemplate
+from adapter.templates import Template
 from rayjobs.config import config
 from rayjobs.inference.batch import Record
 
@@ -34,34 +34,23 @@ class DecodingConfig(GenerationConfig):
 
 @dataclass(frozen=True)
 class AnswerInstructions:
-    """A `GenerationTask`: answers a chunk of instruction records."""
+    """A `GenerationTask`: answers a chunk of records."""
 
-    template: PromptTemplate
+    template: Template
     decoding: DecodingConfig
 
     def __call__(self, model: AdaptedModel, records: list[Record], images: list[Tensor | None]) -> list[Record]:
         """A row of `ANSWERS` for each record; a record whose image cannot be read is not answered."""
         readable = [not record.get("image_error") for record in records]
-        instructions = [(record["instruction"], record["input"]) for record in compress(records, readable)]
-        answers = iter(self.answers(model, instructions, list(compress(images, readable))))
+        answers = iter(self.answers(model, list(compress(records, readable)), list(compress(images, readable))))
         return [
             {**{name: record.get(name) or "" for name in ANSWERS.names}, "answer": next(answers) if read else None}
             for record, read in zip(records, readable, strict=True)
         ]
 
-    def answers(
-        self, model: AdaptedModel, instructions: Sequence[tuple[str, str]], images: Sequence[Tensor | None]
-    ) -> list[str]:
-        """Answers to (instruction, input) pairs.
-
-        The space that the tokenizer puts before the first word is removed.
-        """
-        texts = model.generate(
-            [self.template.render(instruction, text) for instruction, text in instructions],
-            self.decoding,
-            images=images,
-        )
-        return [text.strip() for text in texts]
+    def answers(self, model: AdaptedModel, records: Sequence[Record], images: Sequence[Tensor | None]) -> list[str]:
+        """Answers to instructions, conversations and prompts."""
+        return model.answer_records(records, self.decoding, images=images, template=self.template)
 
 
 def evenly_spaced(rows: list[Record], count: int = 12) -> list[Record]:

@@ -16,7 +16,7 @@ from adapter.model import AdaptedModel
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
 from adapter.records.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
-from adapter.templates import PromptTemplate
+from adapter.templates import Template
 from rayjobs.inference.batch import Record
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
 from rayjobs.reporting.tables import markdown_table, write_csv
@@ -46,7 +46,7 @@ PREDICTIONS = pa.schema(
 class AnswerProblems:
     """A `GenerationTask`: predicts the answers of a chunk of problem records."""
 
-    template: PromptTemplate
+    template: Template
     reading: Reading
     max_length: int
     """tokens of a prompt with its answer"""
@@ -60,10 +60,13 @@ class AnswerProblems:
         example_images = [image for image, (of_problem, _) in zip(images, encoded, strict=True) for _ in of_problem]
         outputs: Iterator[Any]
         if self.reading == "generate":
-            prompts = [example.ids[: example.label_spans[0][0]] for example in examples]
-            outputs = iter(
-                model.generate_from_ids(prompts, images=example_images, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
-            )
+            asked = [
+                {**record, "input": example.input}
+                for record, (of_problem, _) in zip(records, encoded, strict=True)
+                for example in of_problem
+            ]
+            decoding = {"max_new_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
+            outputs = iter(model.answer_records(asked, images=example_images, template=self.template, **decoding))
         else:
             outputs = iter(model.losses(examples, images=example_images))
         return [

@@ -6,13 +6,16 @@ set aside one by one.
 """
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from adapter.adapter_file import AdapterFile
 from adapter.records.scienceqa import Problem, read_problems
+from adapter.templates import Template, template_fields
+from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
@@ -20,6 +23,7 @@ from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.templates import describe_sources, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, prepare_tokens
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
@@ -43,6 +47,7 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
@@ -70,13 +75,26 @@ class Config(AdapterSourceConfig):
     run: RunConfig
 
 
-def check(settings: Config, *, weights: bool = True) -> tuple[Path, list[Source], ImageConditioning | None]:
-    """Check everything that can be checked before a worker starts; return the tokenizer's path, the records' sources
-    and the image encoder. Raises a UserError for the first problem.
+class Checked(NamedTuple):
+    """Inputs that `check` has opened."""
+
+    tokenizer: Path
+    """path or URL of the tokenizer"""
+    sources: list[Source]
+    templates: list[Template]
+    """the template of each source"""
+    conditioning: ImageConditioning | None
+    """the image encoder; None if images are left out"""
+    saved: AdapterFile | None
+    """the adapter; None for the base alone"""
+
+
+def check(settings: Config, *, weights: bool = True) -> Checked:
+    """Check everything that can be checked before a worker starts. Raises a UserError for the first problem.
 
     weights: False to leave the weights of a base on the hub there.
     """
-    checkpoint, tokenizer, conditioning = settings.open(weights=weights)
+    checkpoint, tokenizer, conditioning, saved = settings.open(weights=weights)
     length, window = settings.data.max_length, checkpoint.config.max_seq_len
     sources = settings.data.sources()
     if settings.task == "scienceqa":
@@ -87,17 +105,16 @@ def check(settings: Config, *, weights: bool = True) -> tuple[Path, list[Source]
                 f"data.max_length={length} with a window of {window} leaves no prompt: an answer has up to "
                 f"{MAX_ANSWER_TOKENS} tokens"
             )
-        source = replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")
-        read_test_problems(source)
-        return tokenizer, [source], conditioning
-    if length > window:
+        sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
+        read_test_problems(sources[0])
+    elif length > window:
         raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
-    if not sources:
+    elif not sources:
         raise ConfigError("data.path is empty: name at least one file of records")
-    for source in sources:
-        if next(iter(source.read()), None) is None:
-            raise DataError(f"{source.path}: no records")
-    return tokenizer, sources, conditioning
+    elif empty := [source.path for source in sources if next(iter(source.read()), None) is None]:
+        raise DataError(f"{empty[0]}: no records")
+    templates = source_templates(sources, load_tokenizer(cached_path(tokenizer, weights=False)), saved)
+    return Checked(tokenizer, sources, templates, conditioning, saved)
 
 
 def read_test_problems(source: Source) -> list[Problem]:
@@ -110,12 +127,12 @@ def read_test_problems(source: Source) -> list[Problem]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    _, sources, conditioning = check(settings, weights=False)
+    _, sources, templates, conditioning, _ = check(settings, weights=False)
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
-        ["data", "; ".join(source.describe() for source in sources)],
+        ["data", describe_sources(sources, templates)],
         ["images", "left out" if conditioning is None else f"read by {conditioning.encoder.identity}"],
         ["workers", str(settings.scale.workers)],
     ]
@@ -125,14 +142,11 @@ def plan(settings: Config) -> None:
 @job
 def run(settings: Config) -> dict[str, Any]:
     """Measure; return and write `result.json`, with every record's loss or prediction beside it as Parquet."""
-    tokenizer, sources, conditioning = check(settings)
-    overlap = describe_overlap(settings.adapter, sources)
+    checked = check(settings)
+    overlap = describe_overlap(settings.adapter, checked.sources)
     if overlap:
         logger.warning("%s", overlap)
-    if settings.task == "scienceqa":
-        result = measure_scienceqa(settings, sources[0], conditioning)
-    else:
-        result = measure_loss(settings, tokenizer, conditioning)
+    result = measure_scienceqa(settings, checked) if settings.task == "scienceqa" else measure_loss(settings, checked)
     if overlap:
         result["headline"] += ", on records that the adapter was trained on"
         result["warning"] = overlap
@@ -141,13 +155,14 @@ def run(settings: Config) -> dict[str, Any]:
     return result
 
 
-def measure_loss(settings: Config, tokenizer: Path, conditioning: ImageConditioning | None) -> dict[str, Any]:
+def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
     """Compute the loss of every record; write `losses.parquet`."""
+    tokenizer, conditioning = checked.tokenizer, checked.conditioning
     folder, cache = open_run(settings.run, settings), settings.run.cache_folder
     connect(folder, cache)
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
     preprocess = conditioning and conditioning.encoder.preprocess
-    store = prepare_tokens(settings.data, tokenizer, cache, preprocess=preprocess, run=folder)
+    store = prepare_tokens(settings.data, tokenizer, cache, saved=checked.saved, preprocess=preprocess, run=folder)
     images = None
     if settings.vision and conditioning:
         lists = resolve_path(store.folder) / IMAGE_LISTS
@@ -160,16 +175,18 @@ def measure_loss(settings: Config, tokenizer: Path, conditioning: ImageCondition
     return {**summarize_losses(losses), **left_out}
 
 
-def measure_scienceqa(settings: Config, source: Source, conditioning: ImageConditioning | None) -> dict[str, Any]:
+def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     """Predict the answer of every problem; write `predictions.parquet`, tables and examples."""
+    (source,), (template,), conditioning = checked.sources, checked.templates, checked.conditioning
     problems, reads_images = read_test_problems(source), conditioning is not None
     records = [problem_record(problem) for problem in problems]
-    identity = {**model_identity(settings, conditioning), **task_identity(settings, source, reads_images=reads_images)}
+    task = task_identity(settings, source, template, reads_images=reads_images)
+    identity = {**model_identity(settings, conditioning), **task}
     parts = settings.run.folder / "parts"
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
     predictions = BatchGenerator(
-        task=AnswerProblems(source.template, settings.reading, settings.data.max_length),
+        task=AnswerProblems(template, settings.reading, settings.data.max_length),
         schema=PREDICTIONS,
         parts=parts,
         identity=identity,
@@ -196,12 +213,12 @@ def measure_scienceqa(settings: Config, source: Source, conditioning: ImageCondi
     return result
 
 
-def task_identity(settings: Config, source: Source, *, reads_images: bool) -> dict[str, Any]:
+def task_identity(settings: Config, source: Source, template: Template, *, reads_images: bool) -> dict[str, Any]:
     """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
     records = [problem_record(problem) for problem in read_test_problems(source)]
     return {
         **data_identity(records, source.images, reads_images),
-        "template": asdict(source.template),
+        "template": template_fields(template),
         "reading": settings.reading,
         "max_length": settings.data.max_length,
         "batch_size": settings.batch_size,

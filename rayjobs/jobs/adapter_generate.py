@@ -1,44 +1,43 @@
-"""Answer instructions with a base and its adapter: one from the command line, a file of them, or interactively.
+"""Answer instructions with a base and its adapter: one from the command line, a file of them, or on the terminal.
 
 A file is answered by a pool of workers in a run with its own folder and report. The same command resumes an interrupted
 run and keeps the answers that are there. Records that cannot be answered are set aside one by one.
 """
 
 import logging
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from adapter.errors import AdapterError
 from adapter.records.files import check_text
+from adapter.templates import template_fields
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.records import prompt_template
 from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.templates import CHAT, saved_template
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record, read_pixels
 from rayjobs.inference.instruction_file import (
     InstructionRow,
-    describe_long,
+    describe_error,
     join_answers,
     read_instructions,
     rejected_rows,
-    set_aside_long,
+    set_aside,
     shown_answer,
     write_answers,
 )
 from rayjobs.inference.instructions import ANSWERS, AnswerInstructions, DecodingConfig, evenly_spaced
 from rayjobs.inference.overwriting import check_output
 from rayjobs.inference.result_identity import data_identity, model_identity
+from rayjobs.inference.terminal import FindError, answer_lines, converse
 from rayjobs.lifecycle import job
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.reporting.example_gallery import write_examples
@@ -72,7 +71,11 @@ class Config(AdapterSourceConfig):
     image: AnyPath | None = None
     """Image of the instruction."""
     file: AnyPath | None = None
-    """File or URL of records {instruction, input?, image?} to answer: .json, .jsonl or .parquet."""
+    """File or URL of records to answer, in the formats of training records, such as {instruction, input?, image?}, or
+    {messages} that end with a turn of the user."""
+    chat: bool = False
+    """Converse on the terminal: each line is the next turn; an empty line or /reset begins another conversation, and
+    /exit ends."""
     images: AnyPath | None = None
     """Folder that the file's image paths start from; null for the file's own folder."""
     out: AnyPath | None = None
@@ -81,7 +84,9 @@ class Config(AdapterSourceConfig):
     max_rejected_fraction: float = Field(default=0.05, ge=0, le=1)
     """Stop if more than this share of the file's records cannot be answered."""
     template: FileOrName | None = None
-    """Prompt template: 'alpaca', the default, 'scienceqa', or a JSON file with 'with_input' and 'without_input'."""
+    """Template: `chat`, the model's own; `alpaca`; `scienceqa`; `plain`; or a .json or .jinja file, as data.template of
+    adapter-train. null takes that of the adapter's training, or Alpaca's; a base without an adapter converses in its
+    own."""
     decoding: DecodingConfig = DecodingConfig()
     batch_size: int = Field(default=16, ge=1)
     """Prompts per batch of a worker."""
@@ -90,14 +95,15 @@ class Config(AdapterSourceConfig):
     """Run folder and cache for the answers to `file`; required with it."""
 
     @property
-    def task(self) -> AnswerInstructions:
-        return AnswerInstructions(prompt_template(self.template), self.decoding)
-
-    @property
     def answers_file(self) -> Path:
         """The file of the answers to `file`."""
         assert self.run is not None
         return resolve_path(self.out) if self.out else self.run.folder / "answers.jsonl"
+
+    @property
+    def one_record(self) -> Record:
+        """The instruction of the command line as a record."""
+        return {"instruction": self.instruction, "input": self.input}
 
     @property
     def image_root(self) -> Path:
@@ -113,8 +119,9 @@ class Checked(NamedTuple):
     """the image encoder; None if images are left out"""
     rows: Sequence[InstructionRow]
     """the records of the file, with an error in those that are set aside; none without a file"""
-    find_error: Callable[[str, str], str]
-    """(instruction, input) → why it cannot be answered, or an empty text"""
+    find_error: FindError
+    """record → why it cannot be answered, or an empty text"""
+    task: AnswerInstructions
 
 
 def check(settings: Config, *, weights: bool = True) -> Checked:
@@ -126,31 +133,35 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     """
     _check_settings(settings)
     one = settings.file is None
-    checkpoint, tokenizer, conditioning = settings.open(needs_encoder=not one, weights=weights)
-    template, pieces = prompt_template(settings.template), load_tokenizer(cached_path(tokenizer, weights=False))
-    window = checkpoint.config.max_seq_len
+    checkpoint, tokenizer, conditioning, saved = settings.open(needs_encoder=not one, weights=weights)
+    pieces, window = load_tokenizer(cached_path(tokenizer, weights=False)), checkpoint.config.max_seq_len
+    own = settings.chat and saved is None and pieces.chat_template is not None
+    template = saved_template(settings.template or (CHAT if own else None), pieces, saved)
+    task = AnswerInstructions(template, settings.decoding)
 
-    def find_error(instruction: str, input: str) -> str:
-        return describe_long(instruction, input, template, pieces, window)
+    def find_error(record: Record) -> str:
+        return describe_error(record, template, pieces, window)
 
     if settings.image is not None and (conditioning is None or settings.instruction == TERMINAL):
         raise ConfigError("image belongs to an instruction, and needs the vision section of its adapter")
     if settings.file is None:
-        if settings.instruction != TERMINAL and (error := find_error(settings.instruction, settings.input)):
+        if settings.instruction != TERMINAL and (error := find_error(settings.one_record)):
             raise ConfigError(f"instruction: {error}: shorten it or its input")
-        return Checked(conditioning, (), find_error)
-    rows = list(set_aside_long(read_instructions(cached_path(settings.file)), template, pieces, window))
+        return Checked(conditioning, (), find_error, task)
+    rows = list(set_aside(read_instructions(cached_path(settings.file)), template, pieces, window))
     reasons = [f"{row.location}: {row.error}" for row in rows if row.error]
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction")
     if conditioning is not None and any(row.record["image"] for row in rows) and not settings.image_root.is_dir():
         raise ConfigError(f"images: {settings.image_root} is no folder; the file's image paths start from it")
     if len(reasons) == len(rows):
         raise DataError(f"{settings.file}: no record to answer" + (f"; {reasons[0]}" if reasons else ""))
-    return Checked(conditioning, rows, find_error)
+    return Checked(conditioning, rows, find_error, task)
 
 
 def _check_settings(settings: Config) -> None:
     """Check what needs no model and no records."""
+    if settings.chat and (settings.file is not None or settings.instruction != TERMINAL):
+        raise ConfigError("chat is on the terminal: give neither instruction nor file with it")
     if settings.file is None:
         if not settings.instruction.strip():
             raise ConfigError(f"instruction is empty: give one, or {TERMINAL} to read instructions from the terminal")
@@ -189,7 +200,7 @@ def run(settings: Config) -> dict[str, Any]:
     """Print the answers and return them; or write those of a file and return its result."""
     if settings.file is not None and settings.run is not None:
         return answer_file(settings)
-    conditioning, _, find_error = check(settings)
+    conditioning, _, find_error, task = check(settings)
     features = None
     if conditioning is not None and settings.image is not None:
         pixels, error = read_pixels(resolve_path(settings.image), conditioning)
@@ -198,52 +209,20 @@ def run(settings: Config) -> dict[str, Any]:
         features = ImageFeaturizer(conditioning.encoder, default_device()).features([pixels])[0]
     model = load_on_gpu(lambda device: settings.load(device, conditioning))
 
-    def answer(instruction: str, input: str) -> str:
-        (text,) = settings.task.answers(model, [(instruction, input)], [features])
+    def answer(record: Record) -> str:
+        (text,) = task.answers(model, [record], [features])
         print(text, flush=True)
         return text
 
     if settings.instruction == TERMINAL:
-        return {"answers": answer_terminal(answer, find_error)}
-    return {"answers": [answer(settings.instruction, settings.input)]}
-
-
-def answer_terminal(answer: Callable[[str, str], str], find_error: Callable[[str, str], str]) -> list[str]:
-    """Answer each line that is typed, until the end of the input or Ctrl-C; return the answers.
-
-    A line that cannot be answered is reported, and the next is read.
-
-    Args:
-        answer: (instruction, input) → the answer, which it also prints.
-        find_error: (instruction, input) → why it cannot be answered, or an empty text.
-    """
-    answers, prompt = list[str](), "instruction> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(prompt).strip()
-            if error := _line_error(line, find_error):
-                logger.error("not answered: %s", error)
-            elif line:
-                answers.append(answer(line, ""))
-        except (EOFError, KeyboardInterrupt):
-            if prompt:
-                print()  # the shell's own prompt begins a new line
-            return answers
-        except UnicodeDecodeError as error:
-            raise DataError(f"the instructions on standard input are not UTF-8: {error}") from error
-
-
-def _line_error(line: str, find_error: Callable[[str, str], str]) -> str:
-    try:
-        return find_error(check_text(line, "the line"), "") if line else ""
-    except AdapterError as error:
-        return str(error)
+        return {"answers": (converse if settings.chat else answer_lines)(answer, find_error)}
+    return {"answers": [answer(settings.one_record)]}
 
 
 @job
 def answer_file(settings: Config) -> dict[str, Any]:
     """Answer a file of records; return and write `result.json`, with some of the answers for the report."""
-    conditioning, rows, _ = check(settings)
+    conditioning, rows, _, task = check(settings)
     assert settings.run is not None
     assert settings.file is not None
     records, image_root = [row.record for row in rows if not row.error], str(settings.image_root)
@@ -251,14 +230,14 @@ def answer_file(settings: Config) -> dict[str, Any]:
     identity = {
         **model_identity(settings, conditioning),
         **data_identity(records, image_root, reads_images=conditioning is not None),
-        "template": asdict(settings.task.template),
+        "template": template_fields(task.template),
         "decoding": to_dict(settings.decoding),
         "batch_size": settings.batch_size,
     }
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
     generated = BatchGenerator(
-        task=settings.task,
+        task=task,
         schema=ANSWERS,
         parts=parts,
         identity=identity,

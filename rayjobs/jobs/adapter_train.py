@@ -24,13 +24,15 @@ from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
 from adapter.decoder_config import DecoderConfig
 from adapter.image_projection import ImageProjectionConfig
+from adapter.templates import Template
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
-from rayjobs.data.records import DataConfig, Source
+from rayjobs.data.records import DataConfig
+from rayjobs.data.templates import describe_sources, header_templates, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.lifecycle import job
@@ -40,7 +42,6 @@ from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
-from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.hub_model import format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
@@ -111,6 +112,8 @@ class Inputs(NamedTuple):
     tokenizer: Path
     conditioning: ImageConditioning | None
     """The image encoder; None without a `vision` section."""
+    templates: list[Template]
+    """The template of each source of `data.all_sources()`."""
 
 
 def check(settings: Config, *, weights: bool = True) -> Inputs:
@@ -131,9 +134,11 @@ def open_inputs(settings: Config, *, weights: bool = True) -> Inputs:
     weights: False to leave the weights of a base on the hub there.
     """
     checkpoint, tokenizer = settings.base.open(weights=weights)
-    for source in [*settings.data.sources(), *settings.data.val_sources()]:
+    sources = settings.data.all_sources()
+    for source in sources:
         next(iter(source.read()), None)
-    return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None)
+    templates = source_templates(sources, load_tokenizer(cached_path(tokenizer, weights=False)))
+    return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None, templates)
 
 
 def check_fit(settings: Config, inputs: Inputs) -> None:
@@ -160,32 +165,21 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
         "path": inputs.checkpoint.fingerprint()[:16],
         "tokenizer": load_tokenizer(cached_path(inputs.tokenizer, weights=False)).fingerprint[:16],
     }
-    with_images = inputs.conditioning is not None
+    sources = zip(settings.data.all_sources(), inputs.templates, strict=True)
+    with_images, trained = inputs.conditioning is not None, len(settings.data.path)
+    identities = [source.identity(template, with_images=with_images) for source, template in sources]
     values["data"] = drop_keys(values["data"], ("format", "columns", "template")) | {
-        "path": [_identify_source(source, with_images=with_images) for source in settings.data.sources()],
-        "val_path": [_identify_source(source, with_images=with_images) for source in settings.data.val_sources()],
+        "path": identities[:trained],
+        "val_path": identities[trained:],
     }
     if inputs.conditioning is not None:
         values["vision"]["encoder"] = inputs.conditioning.encoder.identity
     return values
 
 
-def _identify_source(source: Source, *, with_images: bool) -> dict[str, Any]:
-    images = file_fingerprints(source.images, source.image_paths()) if with_images else {}
-    return {
-        "records": fingerprint(source.digests())[:16],
-        "images": fingerprint(images)[:16] if with_images else "left out",
-        "format": source.format,
-        "columns": dict(source.columns),
-        "split": source.split,
-        "template": fingerprint([source.template.with_input, source.template.without_input])[:16],
-        "weight": source.weight,
-    }
-
-
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    checkpoint, _, conditioning = check(settings, weights=False)
+    checkpoint, _, conditioning, templates = check(settings, weights=False)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
     usable = [Counter(bool(row["image"]) for row in source.read() if "rejected" not in row) for source in sources]
     per_epoch = sum(round(source.weight * count.total()) for source, count in zip(sources, usable, strict=True))
@@ -204,7 +198,7 @@ def plan(settings: Config) -> None:
         *([["to fetch from the hub", format_bytes(to_fetch)]] if (to_fetch := settings.base.bytes_to_fetch()) else []),
         ["memory of the base", _describe_memory(shape)],
         ["trainable parameters", f"{trainable:,}"],
-        ["records", "; ".join(source.describe() for source in sources)],
+        ["records", describe_sources(sources, templates)],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
         ["images", images],
         ["steps", f"{steps:,} of {train.global_batch} records"],
@@ -244,7 +238,7 @@ def train(settings: Config, inputs: Inputs) -> None:
     except NonFiniteLossError as error:
         record_nonfinite_loss(folder, error)
         raise
-    file = adapter_file(job, trained, inputs.checkpoint, inputs.tokenizer)
+    file = adapter_file(settings, job, trained, inputs)
     with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
     write_result(folder, summarize(settings, job, file))
@@ -301,18 +295,24 @@ def train_job(
     )
 
 
-def adapter_file(job: TrainJob, trained: Mapping[str, Tensor], checkpoint: Checkpoint, tokenizer: Path) -> AdapterFile:
-    """The trained parameters as an adapter file for this base and tokenizer."""
-    model = meta_decoder(checkpoint.config)
+def adapter_file(settings: Config, job: TrainJob, trained: Mapping[str, Tensor], inputs: Inputs) -> AdapterFile:
+    """The trained parameters as an adapter file for this base, tokenizer and template."""
+    model = meta_decoder(inputs.checkpoint.config)
     model.add_adapter(job.adaption)
     model.reset_adapter(None, "cpu")
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
             if parameter.requires_grad:
                 parameter.copy_(trained[name])
-    sha256 = load_tokenizer(cached_path(tokenizer, weights=False)).sha256
+    sources = settings.data.sources()
+    template, format_templates = header_templates(sources, inputs.templates[: len(sources)])
     return extract_adapter(
-        model, base_fingerprint=checkpoint.fingerprint(), base_dtype=job.dtype, tokenizer_sha256=sha256
+        model,
+        base_fingerprint=inputs.checkpoint.fingerprint(),
+        base_dtype=job.dtype,
+        tokenizer_sha256=load_tokenizer(cached_path(inputs.tokenizer, weights=False)).sha256,
+        template=template,
+        format_templates=format_templates,
     )
 
 
@@ -333,6 +333,7 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
         "val_records": store.rows("val"),
         **({"train_records_with_image": store.images("train")} if settings.vision else {}),
         "rejected_records": store.rejected,
+        **({"changed_turns": dict(store.changed_turns)} if store.changed_turns else {}),
         "train_loss": round(losses[-1], 5),
         "base_val_loss": round(val_losses[0], 5) if val_losses else None,
         "val_loss": round(val_losses[-1], 5) if val_losses else None,

@@ -160,8 +160,10 @@ def evaluation_identity(settings: Config, trained: adapter_train.Config) -> str 
     if settings.sweep.scienceqa is None:
         return None
     evaluation = evaluation_settings(settings, trained)
-    (source,) = adapter_eval.check(evaluation)[1]
-    identity = adapter_eval.task_identity(evaluation, source, reads_images=trained.vision is not None)
+    checked = adapter_eval.check(evaluation)
+    identity = adapter_eval.task_identity(
+        evaluation, checked.sources[0], checked.templates[0], reads_images=trained.vision is not None
+    )
     return fingerprint(identity)[:10]
 
 
@@ -211,7 +213,7 @@ def train_trial(
 def _refuse_test_split(settings: Config, trained: adapter_train.Config) -> None:
     sources = trained.data.val_sources()
     if settings.sweep.scienceqa is not None:
-        sources += adapter_eval.check(evaluation_settings(settings, trained))[1]
+        sources += adapter_eval.check(evaluation_settings(settings, trained)).sources
     if any(source.split == "test" for source in sources):
         raise ConfigError(
             "a sweep chooses, and test is not for choosing: name val in data.val_path and sweep.scienceqa, and measure "

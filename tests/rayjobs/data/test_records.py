@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from adapter.errors import RecordError
-from adapter.records.scienceqa import TEMPLATE, read_problem_records, read_problems
-from adapter.templates import ALPACA
+from adapter.records.scienceqa import read_problem_records, read_problems
 from rayjobs.config import load
 from rayjobs.data.records import DataConfig
 from rayjobs.errors import ConfigError
@@ -44,21 +43,12 @@ def test_formats_mix_with_their_own_templates_images_and_weights(folder: Path) -
     (val,) = data.val_sources()
     assert [source.weight for source in (alpaca, qa, talk)] == [1, 2, 1]
     assert [source.split for source in (alpaca, qa, talk, val)] == ["", "train", "", "val"]
-    assert [source.template for source in (alpaca, qa, talk)] == [ALPACA, TEMPLATE, ALPACA]
     assert [record["output"] for record in alpaca.read()] == ["o"]
     assert [record["image"] for record in qa.read()] == ["", "images/train/1/image.png"]
     assert len(list(val.read())) == 1
     assert (qa.image_paths(), talk.image_paths()) == (["images/train/1/image.png"], ["x.jpg"])
     assert (qa.images, talk.images, alpaca.images) == (str(folder / "qa"), "/images", str(folder))
     assert [Path(file).name for file in qa.files] == ["problems.json", "pid_splits.json"]
-
-
-def test_one_format_and_template_for_all(folder: Path) -> None:
-    data = load(DataConfig, {"path": [str(folder / "qa")], "format": "scienceqa", "template": "alpaca"})
-    assert data.sources()[0].template == ALPACA
-    (folder / "t.json").write_text(json.dumps({"with_input": "{instruction}{input}", "without_input": "{instruction}"}))
-    data = load(DataConfig, {"path": [str(folder / "alpaca.json")], "template": str(folder / "t.json")})
-    assert data.sources()[0].template.render("x", "y") == "xy"
 
 
 def test_errors_of_a_source_name_its_key() -> None:

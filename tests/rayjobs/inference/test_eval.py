@@ -116,7 +116,7 @@ def test_what_cannot_be_measured_is_refused_before_a_worker_starts(
     asked = {"task": "scienceqa"}
     for data, more, message in [
         ({"path": []}, {}, r"data\.path is empty"),
-        ({"path": [str(empty)]}, {}, r"empty\.jsonl: no records"),
+        ({"path": [str(empty)]}, {}, r"empty\.jsonl: the file is empty"),
         ({"path": [str(records)], "max_length": 2000}, {}, r"data\.max_length is 2000, more than the window .* 1024"),
         ({"path": [str(records)]}, {"adapter": other}, r"adapter\.safetensors: the adapter was made for another"),
         ({"path": [str(bad)]}, asked, "problem test1"),

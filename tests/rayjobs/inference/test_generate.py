@@ -94,7 +94,7 @@ def test_too_many_records_to_set_aside_are_refused_before_anything_is_written(
         adapter_generate.run(settings(tiny_base, tmp_path, f"file={file}"))
     assert not (tmp_path / "runs").exists()
     (tmp_path / "none.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"none\.jsonl: no record to answer"):
+    with pytest.raises(ValueError, match=r"none\.jsonl: the file is empty"):
         adapter_generate.plan(settings(tiny_base, tmp_path, f"file={tmp_path / 'none.jsonl'}"))
     write_jsonl(tmp_path / "long.jsonl", [{"instruction": LONG}])
     with pytest.raises(ValueError, match=r"no record to answer; line 1: the prompt"):

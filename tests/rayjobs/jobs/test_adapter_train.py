@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from adapter import AdaptedModel
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
+from adapter.templates import ALPACA
 from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image
 from rayjobs.config import load
 from rayjobs.data.loader import collate_micro_batch, load_micro_batches
-from rayjobs.data.records import DataConfig, RecordsConfig, prompt_template
+from rayjobs.data.records import DataConfig, RecordsConfig
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
 from rayjobs.errors import ConfigError, DataError
@@ -265,7 +266,7 @@ def test_generate_answers_a_file_as_the_library_does(
     rows = read_jsonl(folder / "answers.jsonl")
     base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
-    prompts = [prompt_template(config.template).render(row["instruction"], row["input"]) for row in rows[:9]]
+    prompts = [ALPACA.render(row["instruction"], row["input"]) for row in rows[:9]]
     images = [features(pictured, trained, row.get("image")) for row in rows[:9]]
     expected = base.generate(prompts, images=images, max_new_tokens=7, temperature=0)
     assert [row["answer"] for row in rows[:9]] == [text.strip() for text in expected]

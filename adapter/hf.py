@@ -32,6 +32,7 @@ from adapter.adapter_file import AdapterFile, check_identities, check_shape, to_
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import Gate
 from adapter.base.checkpoint import open_checkpoint
+from adapter.base.families import FAMILIES
 from adapter.errors import AdapterError, CheckpointError
 from adapter.hf_attention import PREFIX, AttachedAdaption, ImageTokens, register_attention
 from adapter.tokenizers.load import load_tokenizer
@@ -66,7 +67,7 @@ def attach(
             f"the model's attention runs as {implementation!r}, adapters run on {' and '.join(_IMPLEMENTATIONS)}: load "
             "it with attn_implementation='sdpa', or 'eager'"
         )
-    check_shape(file, _base_shape(config))
+    check_shape(file, _base_shape(config), _base_switches(config))
     check_identities(file, _folder_fingerprint(model, file), _tokenizer_sha256(tokenizer))
     register_attention(implementation)
     _detach(decoder, attentions)
@@ -220,6 +221,16 @@ def _base_shape(config: Any) -> dict[str, int]:
         "hidden_dim": config.intermediate_size,
         "vocab_size": config.vocab_size,
     }
+
+
+def _base_switches(config: Any) -> dict[str, Any] | None:
+    """`DecoderConfig.switches` from a transformers configuration; None for a family that our decoder does not know."""
+    if config.model_type not in FAMILIES:
+        return None
+    try:
+        return FAMILIES[config.model_type].parse(config.to_dict(), Path("config.json")).decoder_config().switches()
+    except AdapterError:
+        return None  # a variant of the family that our decoder does not know
 
 
 def _folder_fingerprint(model: Any, file: AdapterFile) -> str | None:

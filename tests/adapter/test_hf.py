@@ -114,6 +114,7 @@ def test_logits_of_every_family_are_ours(family: str, attention: str, tmp_path: 
     theirs = build(family, attention)
     theirs.save_pretrained(tmp_path)
     ours = load_decoder(tmp_path)
+    assert bool(ours.config.switches()) == (family != "llama")  # which `attach` compares
     bare = logits(theirs)
     close(bare, logits(ours))
     attach(theirs, adapter_for(ours))
@@ -293,6 +294,8 @@ def test_a_wrong_base_or_tokenizer_is_refused(model: Any, decoder: Decoder, llam
     file = adapter_for(decoder)
     with pytest.raises(CheckpointError, match="wants hidden_dim 37, this base has 41"):
         attach(build(intermediate_size=41), file)
+    with pytest.raises(CheckpointError, match=r"for a base with the switches .*qk_norm.*this base has \{\}"):
+        attach(model, replace(file, base_switches={"qk_norm": True}))
     with pytest.raises(CheckpointError, match="other weights: fingerprint f2…"):
         attach(model, replace(file, base_fingerprint="f2"))
     attach(model, replace(file, base_fingerprint=open_checkpoint(llama).fingerprint()))

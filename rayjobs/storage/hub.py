@@ -7,6 +7,7 @@ holds is used.
 
 import glob
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -102,10 +103,11 @@ def hub_snapshot(
     repo_type: RepoType = "model",
     revision: str | None = None,
     allow_patterns: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> Path:
     """The folder in the hub's cache with a repository's files, fetched unless they are there.
 
-    allow_patterns: shell patterns of the files to fetch; None for all.
+    allow_patterns: shell patterns of the files to fetch; None for all. progress: show a bar on a terminal.
 
     Raises StorageError, in one line with the way out, if there is no such repository or revision, if it may not be
     read, or if the hub cannot be reached and the cache does not hold the files.
@@ -114,17 +116,34 @@ def hub_snapshot(
 
     with hub_errors(HubPath(repo_id, repo_type, revision)):
         patterns = None if allow_patterns is None else list(allow_patterns)
-        return Path(snapshot_download(repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns))
+        bar = _progress_bar(shown=progress and sys.stderr.isatty())
+        folder = snapshot_download(
+            repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns, tqdm_class=bar
+        )
+        return Path(folder)
 
 
-def hub_copy(hub: HubPath) -> Path:
+def _progress_bar(*, shown: bool) -> Any:
+    """The class of the bars of a download; the library's own is shown wherever it likes."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": not shown})
+
+    return Bar
+
+
+def hub_copy(hub: HubPath, *, progress: bool = False) -> Path:
     """The local copy of a file or folder of a repository, or of all of it, in the hub's cache.
 
     Raises StorageError as `hub_snapshot` does, and FileNotFoundError if the repository has no such file.
     """
     name = glob.escape(hub.file)
     patterns = [name, f"{name}/*"] if hub.file else None
-    folder = hub_snapshot(hub.repo_id, repo_type=hub.repo_type, revision=hub.revision, allow_patterns=patterns)
+    folder = hub_snapshot(
+        hub.repo_id, repo_type=hub.repo_type, revision=hub.revision, allow_patterns=patterns, progress=progress
+    )
     copy = folder / hub.file
     if not copy.exists():
         raise FileNotFoundError(f"{hub}: the repository has no such file")

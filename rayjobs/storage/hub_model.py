@@ -71,8 +71,8 @@ def model_copy(path: str | Path, *, weights: bool = True) -> Path:
     if fetched := [size for name, size in missing.items() if name in wanted]:
         logger.info("fetching %s from the hub: %s", hub, format_bytes(sum(fetched)))
     if hub.file:
-        return hub_copy(hub)
-    folder = hub_snapshot(hub.repo_id, revision=hub.revision, allow_patterns=list(wanted))
+        return hub_copy(hub, progress=bool(fetched))
+    folder = hub_snapshot(hub.repo_id, revision=hub.revision, allow_patterns=list(wanted), progress=bool(fetched))
     return folder / ADAPTER_FILE if ADAPTER_FILE in files.adapters and not files.weights else folder
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from adapter.records import scienceqa
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAMED = {"alpaca": ALPACA, "scienceqa": scienceqa.TEMPLATE, "plain": PLAIN}
+_LOOKED_AT = 256
+"""Usable records of a source by which a template is chosen."""
+
 CHAT = "chat"
 """Name of the model's own chat template."""
 
@@ -74,10 +78,12 @@ def _source_template(source: "Source", tokenizer: Tokenizer, saved: "AdapterFile
         return saved_template(source.template, tokenizer, saved, source.format)
     if source.format in ("scienceqa", "llava"):
         return scienceqa.TEMPLATE if source.format == "scienceqa" else ALPACA
-    first = next((record for record in source.read() if "rejected" not in record), {})
-    if "messages" in first and tokenizer.chat_template is not None:
+    usable = list(islice((record for record in source.read() if "rejected" not in record), _LOOKED_AT))
+    # prompts and texts stand in no template, whatever stands beside them
+    first = next((record for record in usable if "prompt" not in record and "text" not in record), None)
+    if first and "messages" in first and tokenizer.chat_template is not None:
         return ChatTemplate(source=tokenizer.chat_template)
-    return PLAIN if "prompt" in first or "text" in first else ALPACA
+    return ALPACA if first or not usable else PLAIN
 
 
 def describe_sources(sources: Iterable["Source"], templates: Iterable[Template]) -> str:

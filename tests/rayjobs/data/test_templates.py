@@ -62,6 +62,17 @@ def test_each_kind_of_records_has_a_template_that_suits_it(sources: dict[str, So
     assert source_templates([problems], tokenizer) == [scienceqa.TEMPLATE]
 
 
+def test_of_mixed_records_the_first_that_needs_a_template_chooses_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.chat_template = CHAT
+    for order, expected in (
+        (("text", "prompt_completion", "messages", "alpaca"), ChatTemplate(source=CHAT)),
+        (("prompt_completion", "alpaca", "messages"), ALPACA),
+    ):
+        (tmp_path / "mixed.jsonl").write_text("\n".join(json.dumps(RECORDS[name]) for name in order))
+        sources = load(DataConfig, {"path": str(tmp_path / "mixed.jsonl")}).sources()
+        assert source_templates(sources, tokenizer) == [expected]
+
+
 def test_a_template_is_named_or_is_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [named_template(name, tokenizer) for name in ("alpaca", "plain")] == [ALPACA, PLAIN]
     with pytest.raises(ConfigError, match=r"template is chat, but .* brings no chat template: name a \.jinja file"):

@@ -24,7 +24,7 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path
 from rayjobs.storage.fingerprint import content_fingerprint
-from rayjobs.storage.paths import AnyPath
+from rayjobs.storage.paths import ModelPath
 
 OUT: dict[Format, str] = {"v1": "adapter.pth", "litgpt": "lit_model.pth.adapter", "peft": "peft"}
 """Name of each format's file, or of PEFT's folder, in the run folder; litgpt looks for its own by this name."""
@@ -42,7 +42,7 @@ class Config:
     JOB: ClassVar = "adapter-export"
 
     base: BaseModelConfig
-    adapter: AnyPath
+    adapter: ModelPath
     """Adapter file, of this project's own format or of any that it reads."""
     format: Format
     """What to write: `v1`, the official v1 file; `litgpt`, its adapter file; `peft`, a folder for PEFT."""

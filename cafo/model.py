@@ -149,10 +149,9 @@ class CaFo:
         how = config.select or default_select(has_val=bool(dataset.val), shots=most, trained=training.epochs > 0)
         ensembles = weight_grid(Ensemble(), tuple(loaded), scales=(1.0, 0.0), drop_zero_shot=True)
         choosing = Choosing(grid=config.grid, ensembles=tuple(ensembles))
-        given = (
-            {"val": _val_images(loaded, dataset)} if how == "val" else {"train": _train_images(loaded, images, choice)}
-        )
-        selected = select(untrained, views, how, training, choosing, **given)  # type: ignore[arg-type]
+        train = None if how == "val" else _train_images(loaded, images, choice)
+        val = _val_images(loaded, dataset) if how == "val" else None
+        selected = select(untrained, views, how, training, choosing, train=train, val=val)
         _log_choice(selected, config.grid)
         return cls(selected.cache, loaded, selected.estimate)
 

@@ -100,7 +100,7 @@ def test_micro_batches_label_every_answer(tmp_path: Path, tiny_base: Path, token
     (micro,) = map(collate_micro_batch, table.to_pylist())
     examples = {tuple(row["tokens"]): row["label_spans"] for row in rows(tmp_path)}
     for tokens, labels in zip(micro.tokens.tolist(), micro.labels.tolist(), strict=True):
-        ids, spans = next((ids, spans) for ids, spans in examples.items() if tuple(tokens[: len(ids)]) == ids)
+        spans = next(spans for ids, spans in examples.items() if tuple(tokens[: len(ids)]) == ids)
         inside = {i for start, end in spans for i in range(start, end)}
         assert labels == [token if i in inside else -100 for i, token in enumerate(tokens)]
     assert micro.step_labels == sum(end - start for spans in examples.values() for start, end in spans)

@@ -5,6 +5,7 @@ enclosed in private characters while jinja2 runs, and the characters are taken o
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date as Date
 from functools import lru_cache
@@ -25,7 +26,7 @@ Span = tuple[int, int]
 _GENERATED, _GIVEN = ("\U0010ff00", "\U0010ff01"), ("\U0010ff02", "\U0010ff03")
 """Private characters before and after what a `generation` block made, and what came out of a message."""
 
-_MARKS = {ord(mark): None for mark in (*_GENERATED, *_GIVEN)}
+_MARK = re.compile(f"[{''.join((*_GENERATED, *_GIVEN))}]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message may carry its reasoning; the first is the one that templates read."""
 _NO_TEXT = ("role", "type")
@@ -145,8 +146,6 @@ def render_chat(
     """
     chat = [_message(message) for message in messages]
     offered = None if tools is None else _plain(tools)
-    if any(chr(mark) in json.dumps([chat, offered], ensure_ascii=False) for mark in _MARKS):
-        raise RecordError("a message holds a private character of U+10FF00 to U+10FF03, which no text needs")
     template = compile_template(source, date)
 
     def run(chat: Any, offered: Any) -> str:
@@ -161,13 +160,13 @@ def render_chat(
             ) from error
 
     rendered = run(chat, offered)
-    text, generated = rendered.translate(_MARKS), _spans(rendered, _GENERATED)
+    text, generated = _MARK.sub("", rendered), _spans(rendered, _GENERATED)
     marked = [_mark(value, find) for value in (chat, offered)] if find else [chat, offered]
     if marked == [chat, offered]:
         return Rendering(text, generated, [])
     rendered = run(*marked)
     given = _spans(rendered, _GIVEN)
-    if rendered.translate(_MARKS) != text or rendered.count(_GIVEN[0]) != rendered.count(_GIVEN[1]):
+    if _MARK.sub("", rendered) != text or rendered.count(_GIVEN[0]) != rendered.count(_GIVEN[1]):
         raise RecordError(
             "a message spells a special token of the model, and the chat template changes the message by what it holds"
         )
@@ -176,14 +175,14 @@ def render_chat(
 
 def _spans(rendered: str, marks: tuple[str, str]) -> list[Span]:
     """The characters between two marks, as their places in the text without any mark."""
-    opened, spans, place = None, list[Span](), 0
-    for character in rendered:
-        if character == marks[0]:
+    opened, spans = None, list[Span]()
+    for number, mark in enumerate(_MARK.finditer(rendered)):
+        place = mark.start() - number
+        if mark[0] == marks[0]:
             opened = place
-        elif character == marks[1] and opened is not None:
+        elif mark[0] == marks[1] and opened is not None:
             spans.append((opened, place))
             opened = None
-        place += ord(character) not in _MARKS
     return spans
 
 
@@ -208,12 +207,17 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value in the types of JSON, which have no methods that a template could misuse."""
+    """The value in the types of JSON, which have no methods that a template could misuse.
+
+    Raises RecordError for a text that holds one of the marks.
+    """
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, str):
+        if _MARK.search(value):
+            raise RecordError("a message holds a private character of U+10FF00 to U+10FF03, which no text needs")
         return str.__str__(value)
     for kind in (bool, int, float):
         if isinstance(value, kind):

@@ -12,6 +12,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from adapter.errors import RecordError
+from adapter.generate import GenerationConfig
 from adapter.model import AdaptedModel
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
@@ -65,8 +66,8 @@ class AnswerProblems:
                 for record, (of_problem, _) in zip(records, encoded, strict=True)
                 for example in of_problem
             ]
-            decoding = {"max_new_tokens": MAX_ANSWER_TOKENS, "temperature": 0}
-            outputs = iter(model.answer_records(asked, images=example_images, template=self.template, **decoding))
+            decoding = GenerationConfig(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0)
+            outputs = iter(model.answer_records(asked, decoding, images=example_images, template=self.template))
         else:
             outputs = iter(model.losses(examples, images=example_images))
         return [

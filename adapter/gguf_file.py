@@ -31,7 +31,7 @@ class GGUFTensor:
     shape: tuple[int, ...]
     """As PyTorch counts: the last dimension lies together."""
     type_id: int
-    """How its values are stored, in ggml's numbers."""
+    """The type that its values are stored in, in ggml's numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class GGUFFile:
 
     path: Path
     error: type[AdapterError]
-    """What a fault of the file is raised as."""
+    """The class of errors about the file."""
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 

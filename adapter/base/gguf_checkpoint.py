@@ -41,14 +41,14 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class _Architecture:
-    """How llama.cpp stores a family."""
+    """A family as llama.cpp stores it."""
 
     model_type: str
     """transformers' name of the family."""
     paired: bool = False
     """Rows of queries and keys lie in adjacent pairs."""
     norm_offset: float = 0.0
-    """What is added to the weights of norms."""
+    """A number that is added to the weights of norms."""
     large: int = 0
     """Number of layers of the largest model, whose scores are scaled by the width's share of a head."""
 
@@ -105,7 +105,7 @@ def _restored(name: str, source: TensorSource, config: DecoderConfig, architectu
 
 
 def _hf_values(file: GGUFFile, name: str, architecture: _Architecture) -> dict[str, Any]:
-    """What `config.json` would say of the model."""
+    """The model's settings as its `config.json` would state them."""
 
     def optional(key: str, default: Any = None) -> Any:
         return file.metadata.get(f"{name}.{key}", default)

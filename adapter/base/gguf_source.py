@@ -28,7 +28,7 @@ class GGUFSource(TensorSource):
     """
 
     type_id: int = 0
-    """How the values are stored, in ggml's numbers."""
+    """The type that the values are stored in, in ggml's numbers."""
     row_shape: tuple[int, ...] = ()
     """The shape of a row: of one value, or of as many as the tensor is wide."""
     offset: float = 0.0
@@ -107,7 +107,7 @@ def open_sources(tensors: Mapping[str, GGUFTensor]) -> dict[str, GGUFSource]:
 
 
 def _block(tensor: GGUFTensor, name: str) -> tuple[int, int]:
-    """How many values are stored together, and in how many bytes."""
+    """The number of values that are stored together, and the number of their bytes."""
     if dtype := _FLOATS.get(tensor.type_id):
         return 1, dtype.itemsize
     try:

@@ -83,7 +83,7 @@ class TensorSource:
         return self.parts[part][index]
 
     def _stored_row(self, index: int) -> int:
-        """Where the file has a row of the whole tensor."""
+        """The place in the file of a row of the whole tensor."""
         if not self.paired_heads:
             return index
         half = self.shape[0] // self.paired_heads // 2

@@ -1,4 +1,4 @@
-"""What every tokenizer does: text to ids and back, whatever file it was read from."""
+"""The interface of tokenizers: text to ids and back, whatever file one was read from."""
 
 import hashlib
 import re
@@ -75,7 +75,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _added_tokens(self) -> Sequence[object]:
-        """What the tokenizer has besides what its file says."""
+        """The tokens and settings that do not stand in the tokenizer's own file."""
 
     @abstractmethod
     def _encode_rendered(self, text: str, verbatim: Sequence[tuple[int, int]]) -> Rendered:

@@ -28,7 +28,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Splitting:
-    """How a text is made ready for its bytes to be joined."""
+    """The steps that prepare a text before its bytes are joined."""
 
     patterns: tuple[str, ...]
     """Regular expressions that split it, one after the other."""

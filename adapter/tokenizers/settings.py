@@ -43,7 +43,7 @@ class AddedToken:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """What the files beside a tokenizer say about it."""
+    """The settings in the files beside a tokenizer."""
 
     named: dict[str, str] = field(default_factory=dict)
     """Name of a special token (`bos_token`, `eos_token`, ...) → text."""

@@ -22,7 +22,7 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits a text into pieces."""
+"""The regular expression that splits a text into pieces."""
 
 _N_SPECIAL = 256
 _FIRST = ("begin_of_text", "end_of_text")

@@ -87,7 +87,7 @@ def attach(
 class AttachedAdapter:
     """An adapter in a transformers model. As a context manager it detaches the adapter at the end of the block."""
 
-    def __init__(self, decoder: nn.Module, file: AdapterFile) -> None:
+    def __init__(self, decoder: Any, file: AdapterFile) -> None:
         self._decoder, self._file = decoder, file
         self._adaptions = [layer.self_attn.adaption for layer in decoder.layers if hasattr(layer.self_attn, "adaption")]
 
@@ -140,12 +140,12 @@ class AttachedAdapter:
         self.content().save(path)
 
 
-def _find_attentions(model: nn.Module) -> tuple[Any, list[Any]]:
+def _find_attentions(model: Any) -> tuple[Any, list[Any]]:
     """The decoder of a model, and the attention module of each of its layers.
 
     Raises AdapterError, naming the model's class, for one that cannot take an adapter.
     """
-    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     attentions = [getattr(layer, "self_attn", None) for layer in getattr(decoder, "layers", [])]
     faults = {f"layer {i}": fault for i, one in enumerate(attentions) if (fault := _describe_fault(one))}
     if not attentions:

@@ -74,7 +74,7 @@ class AttachedAdaption(Unsaved):
     def images(self) -> ImageTokens:
         return self._images[0]
 
-    def keys_values(self, attention: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, attention: Any, query: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values, each (B, G, K, D), by the layer's own projections."""
         prompt = self.images.add_to(self.prompt, len(query)).to(query.dtype)
         heads = (*prompt.shape[:2], -1, query.shape[3])
@@ -121,7 +121,7 @@ def register_attention(implementation: str) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         base = _own_attention(type(module), implementation)
         if (adaption := getattr(module, "adaption", None)) is None:
@@ -133,7 +133,7 @@ def register_attention(implementation: str) -> None:
 
 
 @lru_cache
-def _own_attention(kind: type[nn.Module], implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that attention modules of a class call; eager's stands in the file of the class."""
+def _own_attention(kind: Any, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that attention modules of the class `kind` call; eager's stands in the class's file."""
     names = inspect.unwrap(kind.forward).__globals__
     return names["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, names["eager_attention_forward"])

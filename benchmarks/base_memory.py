@@ -99,13 +99,13 @@ class Held:
         self.n_labels += int((labels[:, 1:] >= 0).sum())
 
     def add_adapter(self) -> None:
-        """Add an adapter whose gates are not zero, so that the first gradient reaches its prompts."""
+        """Add an adapter whose gates are near zero, as early in training, so that the gradient reaches its prompts."""
         config = AdaptionConfig(n_layers=self.model.config.n_layers - 2, prompt_length=10)
         self.model.add_adapter(config)
         self.model.reset_adapter(torch.Generator().manual_seed(0), "cpu")
         for adaption in self.model.adaptions:
             adaption.to(self.device)
-            torch.nn.init.constant_(adaption.gate, 0.1)
+            torch.nn.init.constant_(adaption.gate, 0.01)
         self.optimizer = torch.optim.AdamW([p for _, p in self.model.adapter_parameters()], lr=1e-3)
 
     def gradient(self, batch: Batch) -> Tensor:

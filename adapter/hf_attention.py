@@ -123,7 +123,8 @@ def register_attention(implementation: str) -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        base = _own_attention(type(module), implementation)
+        kind: Any = type(module)
+        base = _own_attention(kind, implementation)
         if (adaption := getattr(module, "adaption", None)) is None:
             return base(module, query, key, value, attention_mask, **kwargs)
         return adaption(base, module, query, key, value, attention_mask, **kwargs)

@@ -50,15 +50,17 @@ class LlamaDescriberConfig:
         saved = read_adapter(cached_path(self.adapter)) if self.adapter is not None else None
         return saved_template(self.template, tokenizer, saved)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, weights: bool = True) -> dict[str, Any]:
         """Identify, by content, everything that the answers depend on.
+
+        weights: False to leave the weights of a base on the hub there; the base is then not identified.
 
         Raises an error for a base, adapter or template that cannot be read.
         """
-        checkpoint, tokenizer = self.base.open()
+        checkpoint, tokenizer = self.base.open(weights=weights)
         pieces = load_tokenizer(cached_path(tokenizer, weights=False))
         return {
-            "base": checkpoint.fingerprint(),
+            "base": checkpoint.fingerprint() if checkpoint.has_weights else None,
             "tokenizer": pieces.fingerprint,
             "dtype": self.base.dtype,
             "adapter": file_fingerprint(cached_path(self.adapter)) if self.adapter is not None else None,
@@ -98,8 +100,10 @@ class DescriptionConfig:
     """Number of answers to each command."""
     sampling: SamplingConfig = SamplingConfig()
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, weights: bool = True) -> dict[str, Any]:
         """Identify, by content, everything besides the classes that the descriptions depend on.
+
+        weights: False to leave the weights of a LLaMA on the hub there; it is then not identified.
 
         Raises an error for a section that is missing, a command without {}, or a model that cannot be opened.
         """
@@ -109,7 +113,7 @@ class DescriptionConfig:
             self.endpoint.open()
             model = {**self.endpoint.identity(), "system": self.sampling.system}
         elif self.source == "llama" and self.llama is not None:
-            model = self.llama.identity()
+            model = self.llama.identity(weights=weights)
         else:
             needed = {"file": "file", "endpoint": "endpoint.model", "llama": "llama.base.path"}[self.source]
             raise ConfigError(f"source is {self.source}, so {needed} is required, but not given")

@@ -42,7 +42,7 @@ from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
-from rayjobs.storage.hub_model import format_bytes
+from rayjobs.storage.hub_model import ADAPTER_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
 from rayjobs.train.engine import OptimizerConfig, ZeroConfig, check_zero
@@ -88,8 +88,6 @@ class Config:
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig
 
-
-ADAPTER_FILE = "adapter.safetensors"
 
 FREE_TO_CHANGE = (
     "run",

@@ -37,20 +37,25 @@ class Config(DescriptionConfig):
     run: RunConfig
 
 
-def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
+def check(settings: Config, *, weights: bool = True) -> tuple[ClassNames, dict[str, Any]]:
     """Check everything that can be checked before a model is loaded or asked; return the classes and what the
-    descriptions depend on. Raises a UserError for the first problem."""
+    descriptions depend on. Raises a UserError for the first problem.
+
+    weights: False to leave the weights of a LLaMA on the hub there.
+    """
     classes = open_class_names(settings.data, settings.class_names)
-    identity = settings.identity()
+    identity = settings.identity(weights=weights)
     if settings.source == "file":
         read_prompts(resolve_path(str(settings.file)), classes.names)
-    check_provenance(settings.run.folder / "source.json", identity)
+    left_there = not weights and settings.llama is not None and settings.llama.base.bytes_to_fetch() > 0
+    if not left_there:
+        check_provenance(settings.run.folder / "source.json", identity)
     return classes, identity
 
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    classes, _ = check(settings)
+    classes, _ = check(settings, weights=False)
     path = settings.run.folder / PROMPTS
     rows = [["source", settings.source], ["classes", str(len(classes.names))], ["out", str(path)]]
     if settings.source in ("endpoint", "llama"):

@@ -43,7 +43,7 @@ def test_help_tells_every_field_with_its_default(job: str, capsys: pytest.Captur
 
 def test_help_of_adapter_train_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "adapter-train", "--help")
-    assert "base.path  (path, required)" in out
+    assert "base.path  (path or hub id, required)" in out
     assert "train.global_batch  (int, default 64)\n      Records per optimizer step, over all workers." in out
 
 

@@ -56,6 +56,8 @@ def test_a_dry_run_fetches_no_weights(
     assert main(["adapter-generate", "base.path=org/tiny", "instruction=the cat", "--dry-run"]) == 0
     evaluation = ["adapter-eval", "base.path=org/tiny", f"data.path={records}", "run.name=eval", "--dry-run"]
     assert main(evaluation) == 0
+    prompt = ["cafo-prompt", "source=llama", "llama.base.path=org/tiny", "class_names=[cat, dog]", "run.name=prompt"]
+    assert main([*prompt, "--dry-run"]) == 0
     assert sorted(hub.fetched()) == ["config.json", "tokenizer.model"]
     load(BaseModelConfig, {"path": "org/tiny"}).open()
     assert main(["adapter-train", *given(records, tmp_path), "--dry-run"]) == 0

@@ -109,7 +109,7 @@ def test_a_base_and_records_are_read_from_a_url(bucket: str, tiny_base: Path, re
     upload(tiny_base, f"{bucket}/base")
     upload(records.parent, f"{bucket}/data")
     checkpoint, tokenizer = BaseModelConfig(path=f"{bucket}/base").open()
-    assert str(tokenizer) == f"{bucket}/base/tokenizer.model"
+    assert str(tokenizer) == f"{bucket}/base"
     assert load_tokenizer(cached_path(tokenizer)).sha256 == load_tokenizer(tiny_base / "tokenizer.model").sha256
     assert checkpoint.config.n_layers == 3
     (there,) = RecordsConfig(path=[f"{bucket}/data/records.jsonl"]).sources()

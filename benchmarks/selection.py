@@ -215,9 +215,10 @@ def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
         name: accuracy(chosen.cache.logits(test_features), test_labels) for name, chosen in found.items()
     }
     by_default = replace(found["prior"].cache, alpha=cache.alpha, beta=cache.beta)
+    coarse = replace(images.grid, steps=60, refinements=1)
     ceilings = [
-        search(*on_validation(keys, test_features, test_labels), grid=images.grid).accuracy
-        for keys in (cache, *(chosen.cache for name, chosen in found.items() if name != "joined"))
+        search(*on_validation(keys, test_features, test_labels), grid=coarse).accuracy
+        for keys in (cache, *(found[name].cache for name in ("val, near", "crossfit", "prior") if name in found))
     ]
     return {
         "zero-shot": accuracy(cache.zero_shot(test_features), test_labels),

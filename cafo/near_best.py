@@ -16,33 +16,39 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from cafo.alpha_intervals import correct_intervals, label_margins
 from cafo.calibration import free_temperature_loss
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.held_out import HeldOut
 from cafo.prior import Prior
 from cafo.search_grid import Candidate
 
-_RATIOS = tuple(1.5**i for i in range(-8, 10))
+_RATIOS = tuple(1.7**i for i in range(-6, 7))
 """values of α that are compared at each β, as multiples of the expected α; and the most accurate one"""
-_PAIRS = 48
+_PAIRS = 24
 """pairs of β and ensemble that are compared, evenly spread over those near the highest accuracy"""
 _LOGITS_AT_ONCE = 1 << 22
-_LOGITS_OF_LOSS = 1 << 19
-"""logits of the images that the loss is computed on: with more images or classes, of evenly spread images"""
+_LOGITS_OF_LOSS = 1 << 16
+_IMAGES_OF_LOSS = 256
+"""The loss is computed on so many logits, but of at least so many images, evenly spread if there are more."""
 
 
 class NearBest(NamedTuple):
-    """A candidate whose accuracy was counted directly."""
+    """The choice, whose correct images were counted by a direct evaluation in float32."""
 
-    cost: float
-    """loss of all images together, in nats, and the penalty of α and β"""
     alpha: float
     beta: float
     ensemble: int
     correct: int
+
+
+class _Cost(NamedTuple):
+    """The loss of all images together, in nats, and the penalty of α and β. Costs sort lowest first."""
+
+    cost: float
+    alpha: float
+    beta: float
+    ensemble: int
 
 
 def choose_near_best(
@@ -66,36 +72,32 @@ def choose_near_best(
     enough = max(math.ceil(highest - error), floor)
     near = sorted((c for c in candidates if total - c.wrong >= enough), key=lambda c: (c.ensemble, c.beta))
     step = max(1, len(near) // _PAIRS)
-    best = min(near)
-    compared = dict.fromkeys([best, *near[step // 2 :: step]])
-    found = [one for c in compared for one in _evaluate(c, images, ensembles[c.ensemble], prior, enough)]
-    return min(found, default=None)
+    pairs = dict.fromkeys([min(near), *near[step // 2 :: step]])
+    costs = [one for c in pairs for one in _costs(c, images, ensembles[c.ensemble], prior, enough)]
+    for cost in sorted(costs):
+        logits = images.combine(cost.beta, ensembles[cost.ensemble]).logits(cost.alpha)
+        correct = int((logits.argmax(dim=-1) == images.labels).sum())
+        if correct >= enough:
+            return NearBest(cost.alpha, cost.beta, cost.ensemble, correct)
+    return None
 
 
-def _evaluate(candidate: Candidate, images: HeldOut, ensemble: Ensemble, prior: Prior, enough: int) -> list[NearBest]:
+def _costs(candidate: Candidate, images: HeldOut, ensemble: Ensemble, prior: Prior, enough: int) -> list[_Cost]:
     """Return those values of α, at the candidate's β and ensemble, that are accurate enough, with their costs."""
     total, classes = images.zero_shot.shape
     combination = images.combine(candidate.beta, ensemble)
     has_alpha = ensemble.baseline != NOTHING
-    alphas = [candidate.alpha]
-    if has_alpha:
-        alphas += [0.0, *(ratio * prior.alpha for ratio in _RATIOS)]
-    spread = torch.arange(0, total, max(1, total * classes // _LOGITS_OF_LOSS), device=images.labels.device)
-    base, term = combination.base[spread], combination.term[spread]
+    values = [candidate.alpha, *(ratio * prior.alpha for ratio in _RATIOS if has_alpha)]
+    alphas = combination.base.new_tensor(values)
+    low, high = correct_intervals(label_margins(combination.base, images.labels), combination.term, images.labels)
+    accurate = ((low <= alphas[:, None]) & (alphas[:, None] < high)).sum(dim=1) >= enough
+    accurate[0] = True  # its count is known
+    step = max(1, total // max(_IMAGES_OF_LOSS, _LOGITS_OF_LOSS // classes))
+    base, term, labels = combination.base[::step], combination.term[::step], images.labels[::step]
     found = []
-    for some in torch.tensor(alphas, dtype=base.dtype, device=base.device).split(
-        max(1, _LOGITS_AT_ONCE // combination.base.numel())
-    ):
-        correct = torch.stack([_correct(combination.logits(float(alpha)), images.labels) for alpha in some])
-        if (kept := correct >= enough).any():
-            logits = base + some[kept][:, None, None] * term
-            losses = free_temperature_loss(logits, images.labels[spread])
-            for alpha, count, loss in zip(some[kept].tolist(), correct[kept].tolist(), losses.tolist(), strict=True):
-                penalty = prior.penalty(alpha, candidate.beta, zero_shot=has_alpha)
-                cost = total * loss + penalty
-                found.append(NearBest(cost, alpha, candidate.beta, candidate.ensemble, count))
+    for some in alphas[accurate].split(max(1, _LOGITS_AT_ONCE // base.numel())):
+        losses = free_temperature_loss(base + some[:, None, None] * term, labels)
+        for alpha, loss in zip(some.tolist(), losses.tolist(), strict=True):
+            penalty = prior.penalty(alpha, candidate.beta, zero_shot=has_alpha)
+            found.append(_Cost(total * loss + penalty, alpha, candidate.beta, candidate.ensemble))
     return found
-
-
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(dim=-1) == labels).sum()

@@ -38,7 +38,7 @@ def test_it_is_the_cheapest_of_those_within_one_standard_error(seed):
     got = cost(result.alpha, result.beta, result.ensemble)
     for ensemble in EVERY:
         for beta in GRID.values()[::4]:
-            for alpha in [prior.alpha * 1.5**i for i in range(-8, 10, 2)]:
+            for alpha in [prior.alpha * 1.7**i for i in range(-6, 7, 2)]:
                 if right(*data, alpha, beta, ensemble) >= enough:
                     assert got <= cost(alpha, beta, ensemble) + 0.5
 

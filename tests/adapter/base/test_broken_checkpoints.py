@@ -202,7 +202,7 @@ def test_contents_that_are_no_tensors_by_name(tmp_path: Path, model: LlamaForCau
 
 
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent: not a folder"):
+    with pytest.raises(CheckpointError, match=r"absent: neither a GGUF file nor a folder"):
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"neither config\.json"):
         open_checkpoint(tmp_path)

@@ -163,8 +163,8 @@ Change = dict[str, Any]
 def test_what_a_format_cannot_express(format: Format, file: Change, base: Change, message: str, tmp_path: Path) -> None:
     model = adapted(GQA)
     config = replace(model.config, **base)
+    made = replace(extract_adapter(model), base_switches=config.switches(), **file)
     with pytest.raises(AdapterError, match=message):
-        made = replace(extract_adapter(model), base_switches=config.switches(), **file)
         export_adapter(made, tmp_path / "x", format, config)
     assert not os.listdir(tmp_path)
 

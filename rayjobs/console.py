@@ -175,4 +175,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 def show_result(title: str, result: Mapping[str, Any]) -> None:
     """Print the plain values of a job's result, a line each; its lists of rows are tables of their own."""
     plain = {name: value for name, value in result.items() if not isinstance(value, list)}
-    show_table(title, ["", ""], [[name.replace("_", " "), str(value)] for name, value in plain.items()])
+    show_table(title, ["", ""], [[name.replace("_", " "), _one_line(value)] for name, value in plain.items()])
+
+
+def _one_line(value: Any) -> str:
+    return "; ".join(f"{key}: {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)

@@ -347,13 +347,13 @@ def test_formats_mix_in_one_store_with_their_images(
     store = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path, preprocess=Preprocess(size=32, resize=32))
     rejected = read_jsonl(Path(store.folder) / "rejected.jsonl")
     told = [row for row in rejected if "leaves no label" in row["reason"]]  # 97 pieces spell long problems badly
-    assert [row["id"] % 2**40 for row in rejected if "conversation 1, id 'odd'" in row["record"]] == [2]
+    assert [row["id"] % 2**40 for row in rejected if row["record"] == "item 2, id 'odd'"] == [1]
     assert len(rejected) == len(told) + len(BAD) + 1
-    assert store.rows("train") == 60 + 2 + 101 - len(told)
-    assert store.images("train") == 24 + 2 + 50 - sum(bool(row["image"]) for row in told)
+    assert store.rows("train") == 60 + 1 + 101 - len(told)
+    assert store.images("train") == 24 + 1 + 50 - sum(bool(row["image"]) for row in told)
     blind = prepare_tokens(data, tiny_base / "tokenizer.model", tmp_path)
     assert (blind.images("train"), blind.rejected) == (0, len(told) + 1)
-    assert (store.images_left_out, blind.images_left_out) == (0, 24 + 2 + 50 + len(BAD))
+    assert (store.images_left_out, blind.images_left_out) == (0, 24 + 1 + 50 + len(BAD))
 
 
 def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_what_is_asked_about_one_image_is_held_out_together(cluster: None, tiny_
     for split in ("train", "val"):
         for name, _ in store.parts[split]:
             for id in read_parquet(f"{store.folder}/{name}")["id"].to_pylist():
-                about = talks[id // 4].get("image") or f"text {id // 4}"
+                about = talks[id].get("image") or f"text {id}"
                 sides.setdefault(about, set()).add(split)
     assert len(sides) == 40
     assert all(len(found) == 1 for found in sides.values())
@@ -430,8 +430,8 @@ def test_a_cut_file_is_told_as_it_is_by_a_worker(cluster: None, tiny_base: Path,
 
 def test_records_of_which_none_can_be_used(cluster: None, tiny_base: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    path.write_text(json.dumps([{"prompt": "cat", "completion": "dog"}] * 3))
-    with pytest.raises(DataError, match=r"none of 3 records can be used.*item 1: the record has no 'instruction'"):
+    path.write_text(json.dumps([{"question": "cat", "answer": "dog"}] * 3))
+    with pytest.raises(DataError, match=r"none of 3 records can be used.*item 1: the columns say no format"):
         prepare_tokens(
             RecordsConfig(path=[str(path)], max_rejected_fraction=1), tiny_base / "tokenizer.model", tmp_path
         )

@@ -340,8 +340,7 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
 
 def _describe_memory(config: DecoderConfig) -> str:
     sizes = {name: base_bytes(config, *precision) for name, precision in PRECISIONS.items()}
-    unit, symbol = (1e9, "GB") if sizes["fp32"] >= 1e9 else (1e6, "MB")
-    return ", ".join(f"{size / unit:.3g} {symbol} in {name}" for name, size in sizes.items())
+    return ", ".join(f"{format_bytes(size)} in {name}" for name, size in sizes.items())
 
 
 def _describe_left_out(images: int) -> str:

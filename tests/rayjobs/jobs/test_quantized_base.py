@@ -21,9 +21,7 @@ def test_what_a_quantized_base_cannot_do_is_refused_before_it_starts(
     tiny_base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter_train.check(settings(tiny_base, records, tmp_path, "r", "base.dtype=nf4", "zero.stage=2"))
-    with pytest.raises(
-        ConfigError, match=r"zero\.stage is 3.*base\.dtype is int8.*to at most 2"
-    ):
+    with pytest.raises(ConfigError, match=r"zero\.stage is 3.*base\.dtype is int8.*to at most 2"):
         adapter_train.check(settings(tiny_base, records, tmp_path, "r", "base.dtype=int8", "zero.stage=3"))
     with pytest.raises(ConfigError, match=r"base\.dtype"):
         settings(tiny_base, records, tmp_path, "r", "base.dtype=int4")
@@ -37,9 +35,9 @@ def test_the_plan_shows_what_each_precision_would_take(
 ) -> None:
     adapter_train.plan(settings(tiny_base, records, tmp_path, "r", "base.dtype=bf16"))
     shown = " ".join(terminal.readouterr().out.split())
-    assert "memory of the base 0.0749 MB in fp32, 0.0374 MB in bf16" in shown
-    assert "MB in int8" in shown
-    assert "MB in nf4" in shown
+    assert "memory of the base 75.5 kB in fp32, 37.7 kB in bf16" in shown
+    assert "kB in int8" in shown
+    assert "kB in nf4" in shown
 
 
 @pytest.mark.ray

@@ -22,7 +22,7 @@ from rayjobs.storage.yaml_file import write_yaml
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
 PROVENANCE_FILE = "provenance.json"
-"""What the run's result depends on, by content."""
+"""Identity of a training run, by the content of all that its result depends on."""
 REJECTED_FILE = "rejected.jsonl"
 """The records or images that a job could not use, each with its reason."""
 

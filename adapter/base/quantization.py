@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
     QUANTIZED_FROM = torch.float16
     """The only dtype that the CUDA kernel reads."""
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: (O, I) in `QUANTIZED_FROM`, on the device where the layer shall be. bias: (O,), taken as it is."""
         super().__init__()
         values, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight)
@@ -96,7 +96,7 @@ class NF4Linear(nn.Module):
 
     QUANTIZED_FROM = torch.float32
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: (O, I) in `QUANTIZED_FROM`, on the device where the layer shall be. bias: (O,), taken as it is."""
         super().__init__()
         packed, state = bitsandbytes().functional.quantize_4bit(
@@ -178,8 +178,9 @@ def set_weight(model: nn.Module, name: str, value: Tensor, precision: Precision)
     """
     owner, _, leaf = name.rpartition(".")
     if precision.quantization and is_quantizable(model, name):
-        layer = _LAYERS[precision.quantization](value, model.get_submodule(owner).bias)
-        model.set_submodule(owner, layer)
+        linear = model.get_submodule(owner)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(owner, _LAYERS[precision.quantization](value, linear.bias))
         trim_heap()  # quantizing makes some tensors of the weight's size
     else:
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

@@ -91,7 +91,7 @@ def encoder(section: str, found: dict[str, str]) -> list[str]:
     return [f"{section}.{key}={value}" for key, value in found.items()]
 
 
-BASE = "weights/stories260K"
+BASE = "./weights/stories260K"
 PLACES = {
     "/models/llama-7b": BASE,
     "[/data/": "[data/",

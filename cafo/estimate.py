@@ -29,10 +29,10 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The images of an estimate, and those that were correct."""
+    """The images of an estimate, and those that were correct; means, if it is a mean of several."""
 
-    correct: int
-    total: int
+    correct: float
+    total: float
 
     @property
     def accuracy(self) -> float:
@@ -46,7 +46,7 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}, from {self.total} held-out images"
+        return f"{self.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}, from {self.total:.0f} held-out images"
 
 
 def wilson_interval(share: float, total: float) -> tuple[float, float]:

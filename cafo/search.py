@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from cafo.alpha_intervals import correct_intervals, label_margins
-from cafo.cache import Cache, class_logits
-from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble, combine
+from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.errors import CafoError, refuse_text
 from cafo.held_out import HeldOut
 from cafo.near_best import choose_near_best
@@ -140,27 +139,23 @@ def search(
 
 
 @torch.no_grad()
-def surface(
-    cache: Cache, features: Mapping[str, Tensor], labels: Tensor, *, alphas: Sequence[float], betas: Sequence[float]
-) -> Tensor:
-    """Return the number of correct images at every (β, α), with the cache's keys and ensemble: (J, A) int64.
+def surface(images: HeldOut, ensemble: Ensemble, *, alphas: Sequence[float], betas: Sequence[float]) -> Tensor:
+    """Return the number of correct images at every (β, α): (J, A) int64.
 
     Args:
-        features: {source: (B, C)}.
-        labels: (B,) int64.
+        images: the images of a choice.
+        ensemble: the rule that joins the sources.
         alphas: A values.
         betas: J values.
     """
     counts = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
-    alpha_column = torch.tensor(alphas, dtype=torch.float32)[:, None]
-    for rows in torch.arange(len(labels)).split(_IMAGES_PER_BLOCK):
-        block = {name: f[rows] for name, f in features.items()}
-        zero_shot, affinities, block_labels = cache.zero_shot(block), cache.affinities(block), labels[rows]
+    alpha_column = images.zero_shot.new_tensor(alphas)[:, None]
+    for rows in torch.arange(len(images.labels), device=images.labels.device).split(_IMAGES_PER_BLOCK):
+        block = images.images(rows)
         for j, beta in enumerate(betas):
-            sums = {n: class_logits(a, cache.labels, zero_shot.shape[1], beta) for n, a in affinities.items()}
-            base, term, _, _ = combine(zero_shot, sums, cache.ensemble)
-            low, high = correct_intervals(label_margins(base, block_labels), term, block_labels)
-            counts[j] += ((low <= alpha_column) & (alpha_column < high)).sum(dim=1)
+            base, term, _, _ = block.combine(beta, ensemble)
+            low, high = correct_intervals(label_margins(base, block.labels), term, block.labels)
+            counts[j] += ((low <= alpha_column) & (alpha_column < high)).sum(dim=1).cpu()
     return counts
 
 

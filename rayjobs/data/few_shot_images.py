@@ -1,14 +1,17 @@
 """Encode the images of few-shot choices. A chosen image that cannot be read gives way to the next of its class."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cafo import fewshot
-from cafo.datasets import Dataset
+from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
 from rayjobs.data.feature_store import Features, FeatureStore
-from rayjobs.data.image_list import ImageList, training_list
+from rayjobs.data.image_list import ImageList, plain_list, training_list
+
+PLAIN = "plain"
+"""Role of the training images as they are predicted, from one plain view."""
 
 Choices = Mapping[tuple[int, int], FewShot]
 """(shots, seed) → the few-shot choice"""
@@ -23,6 +26,8 @@ class FewShotPlan:
     seeds: Sequence[int]
     short: Literal["error", "report"]
     """treatment of a class that has fewer than K images"""
+    joined: Sequence[Item] = ()
+    """images that join every choice, in addition to K of each class"""
 
     def choose(self, unreadable: frozenset[str] = frozenset()) -> Choices:
         """Make the choices; they depend on the seeds, the images' paths and the class names alone.
@@ -38,9 +43,12 @@ class FewShotPlan:
         for seed in self.seeds:
             ranked = fewshot.rank(train, names, seed=seed, unreadable=unreadable)  # the slow part, for all K at once
             for shots in self.shots:
-                choices[shots, seed] = fewshot.choose(
+                choice = fewshot.choose(
                     train, names, shots=shots, seed=seed, short=self.short, unreadable=unreadable, ranked=ranked
                 )
+                joined = [item for item in self.joined if item.path not in unreadable]
+                items = tuple(sorted([*choice.items, *joined], key=lambda item: item.label))  # by label, as they were
+                choices[shots, seed] = replace(choice, items=items)
         return choices
 
 
@@ -56,7 +64,7 @@ class EncodedImages:
 
 
 def encode_few_shot(
-    store: FeatureStore, plan: FewShotPlan, views: int, others: Sequence[ImageList] = ()
+    store: FeatureStore, plan: FewShotPlan, views: int, others: Sequence[ImageList] = (), *, plain: bool = False
 ) -> EncodedImages:
     """Encode the chosen images and other lists, and choose again until all chosen images can be read.
 
@@ -67,6 +75,7 @@ def encode_few_shot(
         plan: the choices.
         views: V, augmented views of each training image.
         others: lists that are encoded in the same pass.
+        plain: also encode the chosen images as they are, without augmented views: as the list `PLAIN`.
 
     Raises:
         DataError: too many images of a list cannot be read.
@@ -82,10 +91,15 @@ def encode_few_shot(
             image.path for role, found in features.items() if lists[role].training for image in found.rejected
         }
         if not any(item.path in unreadable for choice in choices.values() for item in choice.items):
-            return EncodedImages(choices=choices, lists=lists, features=features)
+            break
         choices = plan.choose(unreadable)
         number = 1 + sum(images.training for images in lists.values())
         replacements = training_list(plan.dataset, choices.values(), views, without=encoded, number=number)
         if replacements.items:
             lists[replacements.role] = replacements
             features |= store.load([replacements], max_rejected_fraction=1.0)
+    chosen = sorted({item for choice in choices.values() for item in choice.items})
+    if plain and chosen:
+        lists[PLAIN] = plain_list(PLAIN, plan.dataset.image_root, chosen)
+        features |= store.load([lists[PLAIN]])
+    return EncodedImages(choices=choices, lists=lists, features=features)

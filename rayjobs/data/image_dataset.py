@@ -8,14 +8,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from cafo.dataset_layouts import LAYOUTS, TEST_ONLY
+from cafo.dataset_layouts import LAYOUTS
 from cafo.datasets import Dataset, Item, load_generated_list, load_split
 from cafo.generate import best_per_class
 from cafo.image_trees import load_tree
 from cafo.paper_datasets import load_dataset, load_generated
 from cafo.prompt import read_prompts, template_prompts
 from rayjobs.config import config
-from rayjobs.errors import ConfigError, DataError
+from rayjobs.errors import ConfigError
 from rayjobs.storage.paths import AnyPath, resolve_path
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ class ImageDatasetConfig:
 
         Raises:
             ConfigError: no data set, or two, are named.
-            DataError: there is no validation image.
             CafoError: a file or folder is missing or malformed.
         """
         if self.split and self.tree:
@@ -78,10 +77,6 @@ class ImageDatasetConfig:
             dataset = load_dataset(self.name, resolve_path(self.root), val_share=self.val_share, seed=self.seed)
         if self.templates:
             dataset = replace(dataset, templates=tuple(self.templates))
-        if not dataset.val and self.name not in TEST_ONLY:
-            raise DataError(
-                f"{dataset.name} has no validation image, and nothing is ever chosen on test; add a val list"
-            )
         return dataset
 
     def generated_images(self, dataset: Dataset, keep: int) -> tuple[Path, tuple[Item, ...]]:

@@ -98,10 +98,17 @@ def plan(settings: Config) -> None:
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Run all steps; return their results by step: prompt, generate, tune, eval."""
+    """Run all steps; return their results by step: prompt, generate, tune, eval.
+
+    Without test images there is no eval, and tune estimates the accuracy.
+    """
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
     cafo_tune.settings_to_try(tune)  # a sweep that cannot be run is refused before anything is asked or generated
-    cafo_eval.open_targets(settings.data.open(), settings.targets)
+    has_test = bool(settings.targets or settings.data.open().open_test())
+    if has_test:
+        cafo_eval.open_targets(settings.data.open(), settings.targets)
+    elif tune.search.estimate is None:
+        tune = replace(tune, search=replace(tune.search, estimate=True))
     if prompt:
         cafo_prompt.check(prompt)
     elif generate:
@@ -116,6 +123,8 @@ def run(settings: Config) -> dict[str, Any]:
     if generate:
         results["generate"] = cafo_generate.run(generate)
     results["tune"] = cafo_tune.run(tune)
+    if not has_test:
+        return results
     evaluation = cafo_eval.Config(
         sweep=str(folder), targets=settings.targets, plots=settings.plots, scale=settings.scale
     )

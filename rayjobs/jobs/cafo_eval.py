@@ -1,4 +1,4 @@
-"""Open the test split once and score the settings that a cafo-tune sweep has chosen on validation images.
+"""Open the test split once and score the settings that a cafo-tune sweep has chosen.
 
 Writes accuracies by seed and by class, confusions and, for each of `targets`, the accuracy under distribution shift. A
 sweep whose test split was opened for another choice is refused.
@@ -36,7 +36,7 @@ from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, 
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
-from rayjobs.tune.selection import ChosenSetting, best_on_val
+from rayjobs.tune.selection import ChosenSetting, best_choice
 
 
 @config
@@ -196,7 +196,7 @@ def find_leaks(folder: Path, lists: Mapping[str, ImageList], features: Mapping[s
 
 
 def _headline(target: str, scores: Sequence[TargetScore], chosen: Sequence[ChosenSetting]) -> dict[str, Any]:
-    best = best_on_val(chosen)
+    best = best_choice(chosen)
     accuracies = [score.accuracy for score in scores if (score.method, score.shots) == (best.method, best.shots)]
     zero_shot = max(score.accuracy for score in scores if score.shots is None)
     return {

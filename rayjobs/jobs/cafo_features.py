@@ -41,6 +41,8 @@ class Config:
     """Seeds of the few-shot choices to encode."""
     generated: int = Field(default=0, ge=0)
     """K': number of generated images per class to encode."""
+    plain: bool = False
+    """Encode the training images without augmentation too. A choice without validation images needs them."""
     test: bool = False
     """Encode the test images too; without it they are not read."""
     scale: WorkerPoolConfig = WorkerPoolConfig()
@@ -96,7 +98,8 @@ def run(settings: Config) -> dict[str, Any]:
         resources=resources,
     )
     others = [images for images in lists if not images.training]
-    images = encode_few_shot(store, few_shot_plan(settings, dataset), settings.features.views, others)
+    choices, views = few_shot_plan(settings, dataset), settings.features.views
+    images = encode_few_shot(store, choices, views, others, plain=settings.plain)
     rejected = [image for features in images.features.values() for image in features.rejected]
     write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
     counts: dict[str, int] = {}

@@ -1,16 +1,19 @@
-"""Train CaFo's caches over a search space and choose the best settings on validation images.
+"""Train CaFo's caches over a search space and choose the best settings, on validation images or without any.
 
 The images are encoded once, and all trials share their features. Ray Tune runs a trial for every setting, K and seed;
-each trains the cache keys and searches α, β and the ensemble's weights on validation images. The same command resumes
-an interrupted sweep: trials that are finished are not run again. Test images are opened by cafo-eval, not here.
+each trains the cache keys and chooses α, β and the ensemble's weights on validation images or, without any, on training
+images that it holds out (`search.select`). The same command resumes an interrupted sweep: trials that are finished are
+not run again. Test images are opened by cafo-eval, not here.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
 from pydantic import Field
 
 from cafo.datasets import Dataset
+from cafo.selection import Select
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import config, to_dict
@@ -23,17 +26,17 @@ from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import VisionEncoderConfig
-from rayjobs.reporting.accuracy_tables import accuracy_table
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.tune.choice_tables import choice_tables, hurtful_notices
 from rayjobs.tune.figures import write_search_surfaces
 from rayjobs.tune.identity import check_same_classes, check_same_inputs
 from rayjobs.tune.images import duplicate_notices
 from rayjobs.tune.inputs import SweepInputs, share_inputs, write_few_shot
 from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
-from rayjobs.tune.selection import ChosenSetting, best_on_val, choose_settings, edge_notices, remove_other_caches
+from rayjobs.tune.selection import ChosenSetting, best_choice, choose_settings, edge_notices, remove_other_caches
 from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import TrialResult
 
@@ -70,6 +73,11 @@ def settings_to_try(settings: Config) -> list[Setting]:
         file=settings.data.prompts is not None,
     )
     settings.search.grid()
+    if settings.search.select == "leave_one_out" and any(setting.epochs for setting in tried):
+        raise ConfigError(
+            "search.select=leave_one_out needs untrained keys, as trained ones have seen all images: give "
+            "space.epochs=[0], or take crossfit"
+        )
     if not enumerate_trials(settings.space, tried):
         raise ConfigError("the space holds no trial: K = K' = 0 leaves nothing to cache")
     return tried
@@ -83,6 +91,11 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
     dataset, tried = settings.data.open(), settings_to_try(settings)
     if len(dataset.class_names) < 2:
         raise DataError(f"{dataset.name} has one class, and a classifier needs two or more")
+    if not dataset.val and (settings.search.select == "val" or settings.search.join_val):
+        setting = "search.join_val" if settings.search.join_val else "search.select=val"
+        raise DataError(
+            f"{setting} needs validation images, and {dataset.name} has none; leave it out, or add a val list"
+        )
     check_same_classes(settings.run.folder, dataset.class_names)
     few_shot_plan(settings, dataset).choose()
     for kind in {setting.sentences for setting in tried}:
@@ -96,6 +109,7 @@ def plan(settings: Config) -> None:
     dataset, tried = check(settings)
     rows = [
         ["data set", f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.val)} validation images"],
+        ["chosen on", _describe_choices(select_by_shots(settings, dataset, tried))],
         ["encoders", ", ".join(f"{name} ({e.kind} {e.name})" for name, e in settings.encoders.items())],
         ["search", _describe_search(settings, tried)],
         ["shots", ", ".join(map(str, settings.space.shots))],
@@ -120,7 +134,8 @@ def run(settings: Config) -> dict[str, Any]:
     write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in inputs.rejected))
     check_same_inputs(folder, inputs)
     write_few_shot(folder, inputs)
-    shared, counts = share_inputs(inputs), inputs.counts()
+    select = select_by_shots(settings, dataset, tried)
+    shared, counts = share_inputs(inputs, select), inputs.counts()
     notices = [*dataset.notices, *duplicate_notices(inputs.readable_images()), *inputs.notices()]
     del inputs  # a second copy of the features
 
@@ -130,22 +145,28 @@ def run(settings: Config) -> dict[str, Any]:
     chosen = choose_settings(results, settings.search.compare)
     remove_other_caches(folder, chosen)
     write_search_surfaces(folder, chosen, shared, settings.search)
-    entries = [choice.to_json() for choice in chosen]
-    write_json(folder / "chosen.json", {"chosen_on": "val", "val_images": len(shared.val_labels), "chosen": entries})
-
-    columns, lines = accuracy_table(
-        [{"method": choice.method, "shots": choice.shots, "accuracy": choice.val_accuracy} for choice in chosen], {}
+    write_json(
+        folder / "chosen.json",
+        {"chosen_on": _describe_choices(select), "chosen": [choice.to_json() for choice in chosen]},
     )
-    notices += edge_notices(chosen, settings.search)
+    notices += [*edge_notices(chosen, settings.search), *hurtful_notices(results, chosen)]
     result = {
         **summarize(dataset, chosen, [result for _, result in results]),
-        "chosen: accuracy on val, %": [dict(zip(columns, line, strict=True)) for line in lines],
+        **choice_tables(results, chosen),
         **counts,
         **log_notices(notices),
     }
     write_result(folder, result)
-    show_table(f"{settings.run.name}: chosen, accuracy on val, %", columns, lines)
+    for name, rows in choice_tables(results, chosen).items():
+        show_table(f"{settings.run.name}: {name}", list(rows[0]), [list(row.values()) for row in rows])
     return result
+
+
+def select_by_shots(settings: Config, dataset: Dataset, tried: list[Setting]) -> dict[int, Select]:
+    """What the choices at each K are made on."""
+    has_val, trained = bool(dataset.val), any(setting.epochs for setting in tried)
+    search = settings.search
+    return {shots: search.select_at(shots, has_val=has_val, trained=trained) for shots in settings.space.shots}
 
 
 def check_same_sweep(settings: Config) -> None:
@@ -156,8 +177,10 @@ def check_same_sweep(settings: Config) -> None:
 
 def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
     """The few-shot choices that the sweep makes."""
-    space = settings.space
-    return FewShotPlan(dataset=dataset, shots=space.shots, seeds=space.seeds, short=settings.data.short_classes)
+    space, joined = settings.space, dataset.val if settings.search.join_val else ()
+    return FewShotPlan(
+        dataset=dataset, shots=space.shots, seeds=space.seeds, short=settings.data.short_classes, joined=joined
+    )
 
 
 def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> SweepInputs:
@@ -168,10 +191,10 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
     encoders = open_encoders({name: settings.encoders[name] for name in used})
     root, most_generated = generated[max(generated)]
     views = settings.features.views
-    others = [
-        ImageList(role="generated", root=root, items=most_generated, views=views),
-        plain_list("val", dataset.image_root, dataset.val),
-    ]
+    others = [ImageList(role="generated", root=root, items=most_generated, views=views)]
+    made_on = set(select_by_shots(settings, dataset, tried).values())
+    if "val" in made_on:
+        others.append(plain_list("val", dataset.image_root, dataset.val))
     store = FeatureStore(
         encoders=encoders,
         settings=settings.features,
@@ -179,7 +202,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others)
+    images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=made_on != {"val"})
     classifiers = {
         (name, kind): prepare_classifier(
             encoders[name],
@@ -201,16 +224,36 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
 
 def summarize(dataset: Dataset, chosen: list[ChosenSetting], results: list[TrialResult]) -> dict[str, Any]:
     """The figures of `result.json`."""
-    best = best_on_val(chosen)
-    zero_shot = [result.zero_shot_val_accuracy for result in results if result.zero_shot_val_accuracy is not None]
+    best = best_choice(chosen)
+    at, estimate = f"with {best.method} at {best.shots} shots", best.estimate()
+    if estimate is not None:
+        headline = f"estimated accuracy {estimate} {at}"
+    elif best.accuracy is not None:
+        headline = f"{best.accuracy:.2%} on val {at}"
+    else:
+        headline = f"{best.method} at {best.shots} shots, with the expected α and β: no image was held out"
+    figures: dict[str, Any] = {"headline": headline, "data_set": dataset.name}
+    if best.accuracy is not None:
+        name = "val_accuracy" if best.select == "val" else "held_out_accuracy"
+        zero_shot = [r.zero_shot_accuracy for r in results if r.zero_shot_accuracy is not None]
+        figures |= {name: round(100 * best.accuracy, 2), f"zero_shot_{name}": round(100 * max(zero_shot), 2)}
+    if estimate is not None:
+        low, high = estimate.interval
+        figures |= {"estimated_accuracy": round(100 * estimate.accuracy, 2)}
+        figures |= {"estimate_low": round(100 * low, 2), "estimate_high": round(100 * high, 2)}
     return {
-        "headline": f"{best.val_accuracy:.2%} on val with {best.method} at {best.shots} shots",
-        "data_set": dataset.name,
-        "val_accuracy": round(100 * best.val_accuracy, 2),
+        **figures,
         "trials": len(results),
         "stopped_early": sum(result.status == "stopped" for result in results),
-        "zero_shot_val_accuracy": round(100 * max(zero_shot), 2),
     }
+
+
+def _describe_choices(select: Mapping[int, Select]) -> str:
+    """What choices are made on, with the K of each if they differ."""
+    if len(set(select.values())) == 1:
+        return next(iter(select.values()))
+    kinds = {how: [str(shots) for shots, other in select.items() if other == how] for how in select.values()}
+    return "; ".join(f"{how} at K={', '.join(shots)}" for how, shots in kinds.items())
 
 
 def _describe_search(settings: Config, tried: list[Setting]) -> str:

@@ -4,45 +4,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cafo.search import surface
+from cafo.held_out import on_validation
 from rayjobs.data.feature_store import Features
 from rayjobs.data.image_list import ImageList
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first, write_examples
 from rayjobs.reporting.figures import save_plot
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_json
 from rayjobs.tune.evaluation import TargetScore
 from rayjobs.tune.search_space import SearchConfig
-from rayjobs.tune.selection import ChosenSetting, best_on_val, settings_to_plot
-from rayjobs.tune.trial import SharedInputs, open_cache
+from rayjobs.tune.selection import ChosenSetting, best_choice, settings_to_plot
+from rayjobs.tune.trial import SURFACE, SharedInputs, open_cache, write_surface
 
 
 def write_search_surfaces(
     folder: Path, chosen: Sequence[ChosenSetting], shared: SharedInputs, search: SearchConfig
 ) -> None:
-    """Write `surface.json`, the validation accuracy over α and β, into the folder of each trial that is plotted."""
+    """Write `surface.json`, the accuracy over α and β, into the folder of each trial that is plotted.
+
+    It is made here where the choice was made on validation images; trials write their own on held-out images, and a
+    choice on no image has none.
+    """
     labels = torch.tensor(shared.val_labels)
     for choice in settings_to_plot(chosen):
         trial = choice.seeds[0].trial
-        path = folder / "trials" / trial / "surface.json"
-        if path.exists():
+        path = folder / "trials" / trial / SURFACE
+        if path.exists() or choice.select != "val":
             continue
         cache = open_cache(folder / "trials", trial)
-        alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
-        betas = np.linspace(search.beta_low, search.beta_high, 30).tolist()
         features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}
-        correct = surface(cache, features, labels, alphas=alphas, betas=betas)
-        write_json(path, {"alphas": alphas, "betas": betas, "correct": correct.tolist(), "total": len(labels)})
+        write_surface(path, cache, on_validation(cache, features, labels), search.grid())
 
 
 def write_prediction_examples(
     folder: Path, trials: Path, chosen: Sequence[ChosenSetting], images: ImageList, features: Features
 ) -> None:
-    """Write small copies of some test images with the predictions of the setting that is best on validation images."""
-    best = best_on_val(chosen)
+    """Write small copies of some test images with the predictions of the best choice."""
+    best = best_choice(chosen)
     cache = open_cache(trials, best.seeds[0].trial)
     logits = cache.logits({name: torch.tensor(features.values[name][0]) for name in cache.encoders})
     probabilities = logits.softmax(dim=1)
@@ -67,24 +67,23 @@ def plot_chosen(
 ) -> None:
     """Plot the settings that `settings_to_plot` selects, at their first seed; the best one has number 00.
 
-    Each has its validation accuracy over α and β and, on test images, the accuracy of each class, the confusion, and
-    which source weighs most.
+    Each has its accuracy over α and β on the images of the choice, if it was made on any. On test images it has the
+    accuracy of each class, the confusion, and which source weighs most.
     """
     for number, choice in enumerate(settings_to_plot(chosen)):
         trial = choice.seeds[0]
         title = f"{choice.method}, {choice.shots} shots, seed {trial.seed}"
         (score,) = (s for s in scores if (s.method, s.shots, s.seed) == (choice.method, choice.shots, trial.seed))
-        surface_values = read_json(trials / trial.trial / "surface.json")
-        _plot_landscape(folder, number, title, surface_values, (trial.alpha, trial.beta))
+        if (path := trials / trial.trial / SURFACE).exists():
+            _plot_landscape(folder, number, title, read_json(path), (trial.alpha, trial.beta))
         _plot_score(folder, number, title, score, class_names)
 
 
 def _plot_landscape(folder: Path, number: int, title: str, values: dict[str, Any], chosen: tuple[float, float]) -> None:
     accuracy = [[100 * count / values["total"] for count in line] for line in values["correct"]]
     figure = plots.search_landscape(values["alphas"], values["betas"], accuracy, chosen)
-    save_plot(
-        folder / f"landscape-{number:02d}.png", "accuracy on val over α and β", figure, group=title, folded=number > 0
-    )
+    title_of_plot = "accuracy over α and β, on the images of the choice"
+    save_plot(folder / f"landscape-{number:02d}.png", title_of_plot, figure, group=title, folded=number > 0)
 
 
 def _plot_score(folder: Path, number: int, title: str, score: TargetScore, class_names: Sequence[str]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from cafo import fewshot
 from cafo.datasets import Dataset, Item
+from cafo.selection import Select
 from rayjobs.data.feature_store import RejectedImage
-from rayjobs.data.few_shot_images import EncodedImages
+from rayjobs.data.few_shot_images import PLAIN, EncodedImages
 from rayjobs.data.text_classifier import ClassifierFile
 from rayjobs.storage.files import atomic_path
 from rayjobs.tune.images import SweepImage
@@ -54,6 +55,7 @@ class SweepInputs:
                 content=self.images.features[role].contents[row] or "",
             )
             for role, images in self.images.lists.items()
+            if role != PLAIN  # training images once more
             for row in self.images.features[role].rows
             if not images.training or images.items[row] in chosen
         ]
@@ -79,34 +81,47 @@ def write_few_shot(folder: Path, inputs: SweepInputs) -> None:
             fewshot.save(choice, temporary)
 
 
-def share_inputs(inputs: SweepInputs) -> SharedInputs:
+def share_inputs(inputs: SweepInputs, select: Mapping[int, Select]) -> SharedInputs:
     """The arrays that all trials read. Images that may become keys are in one array: training images, then generated.
 
     Images that could not be read are left out of it and of all choices; `rejected.jsonl` names them.
+
+    Args:
+        inputs: the images and their features.
+        select: K → what a choice is made on.
     """
     lists, features = inputs.images.lists, inputs.images.features
-    key_roles = [role for role in lists if role != "val"]
+    key_roles = [role for role in lists if role not in ("val", PLAIN)]
     row_of: dict[tuple[str, Item], int] = {}
     labels: list[int] = []
+    contents: list[str] = []
     for role in key_roles:
         for position in features[role].rows:
             item = lists[role].items[position]
             row_of["train" if lists[role].training else role, item] = len(labels)
             labels.append(item.label)
+            contents.append(features[role].contents[position] or item.path)
+    groups = {content: group for group, content in enumerate(dict.fromkeys(contents))}
 
     def rows(role: str, items: Iterable[Item]) -> np.ndarray:
         return np.array([row_of[role, item] for item in items if (role, item) in row_of], np.int64)
 
-    val = features["val"]
+    names = features[key_roles[0]].values
+    val, plain_rows = features.get("val"), np.full(len(labels), -1, np.int64)
+    if plain := features.get(PLAIN):
+        for number, position in enumerate(plain.rows):
+            plain_rows[row_of["train", lists[PLAIN].items[position]]] = number
     return SharedInputs(
-        views={
-            name: np.concatenate([features[role].values[name] for role in key_roles], axis=1) for name in val.values
-        },
+        views={name: np.concatenate([features[role].values[name] for role in key_roles], axis=1) for name in names},
         labels=np.array(labels, np.int64),
         few_shot={key: rows("train", choice.items) for key, choice in inputs.images.choices.items()},
         generated={count: rows("generated", items) for count, items in inputs.generated.items()},
-        val={name: values[0] for name, values in val.values.items()},
-        val_labels=np.array([inputs.dataset.val[position].label for position in val.rows], np.int64),
+        val={name: values[0] for name, values in val.values.items()} if val else {},
+        val_labels=np.array([inputs.dataset.val[row].label for row in val.rows] if val else [], np.int64),
+        plain={name: plain.values[name][0] if plain else views[0, :0] for name, views in names.items()},
+        plain_rows=plain_rows,
+        groups=np.array([groups[content] for content in contents], np.int64),
+        select=select,
         classifiers={key: classifier.weights.numpy() for key, classifier in inputs.classifiers.items()},
         class_names=inputs.dataset.class_names,
         identities=inputs.identities,

@@ -25,7 +25,7 @@ class GroupedASHAScheduler(FIFOScheduler):
         self.schedulers = {trial.group_key(search.compare): self._asha() for trial in trials}
         for trial in trials:
             if trial.name in earlier:
-                self._replay(trial, earlier[trial.name].val_curve)
+                self._replay(trial, earlier[trial.name].curve)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._scheduler(trial).on_trial_add(tune_controller, trial)
@@ -47,9 +47,9 @@ class GroupedASHAScheduler(FIFOScheduler):
     def _scheduler(self, trial: Any) -> ASHAScheduler:
         return self.schedulers[trial.config["trials"][0].group_key(self.search.compare)]
 
-    def _replay(self, trial: Trial, val_curve: Sequence[float]) -> None:
+    def _replay(self, trial: Trial, curve: Sequence[float]) -> None:
         """Feed an earlier trial's validation accuracies to the scheduler."""
         earlier: Any = SimpleNamespace(trial_id=trial.name, config={"trials": [trial]})
         self.on_trial_add(None, earlier)
-        for epoch, accuracy in enumerate(val_curve):
+        for epoch, accuracy in enumerate(curve):
             self.on_trial_result(None, earlier, {"epoch": epoch, "epoch_accuracy": accuracy})

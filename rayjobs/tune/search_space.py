@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from cafo.ensemble import table5
+from cafo.ensemble import Ensemble, table5
+from cafo.search import Rule, weight_grid
 from cafo.search_grid import BetaGrid
+from cafo.selection import Choosing, Select, default_select
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import ConfigError
@@ -28,6 +30,7 @@ def _check_distinct(values: list[int]) -> list[int]:
 Distinct = Annotated[list[int], AfterValidator(_check_distinct)]
 """A list in which no number occurs twice. Other lists of values may repeat one; it is tried once."""
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Some = Field(min_length=1)
 """At least one value."""
 
@@ -104,13 +107,59 @@ class SearchConfig:
     """Values of β on the first grid; finer grids follow around the best value."""
     temperatures: list[Positive] = Field(default=[1.0], min_length=1)
     """Candidate temperatures of the ensemble."""
-    scales: list[Positive] = Field(default=[1.0], min_length=1)
-    """Candidate scales of every source of the ensemble."""
+    scales: list[NotNegative] = Field(default=[1.0, 0.0], min_length=1)
+    """Candidate scales of every source of the ensemble; 0 leaves a source out, so that none can hurt."""
+    drop_zero_shot: bool = True
+    """Try also to leave p_ZS out, where it is the ensemble's baseline."""
+    rule: Rule = "near_best"
+    """Rule by which α, β, the weights and the epoch are chosen. `near_best` takes, of the values within one standard
+    error of the highest accuracy, those with the lowest loss at a free temperature; no choice is less accurate than its
+    best part. `highest` takes the highest accuracy, and the smallest α and the earliest epoch on ties."""
+    select: Select | None = None
+    """Images that these choices are made on. `val`: validation images. `crossfit`: training images, each held out of
+    the training of the keys that predict it. `leave_one_out`: training images, each predicted without its own key, if
+    no keys are trained. `prior`: none; what other data sets lead to expect. Null is `val` if there are validation
+    images; otherwise `prior` at K = 1, `leave_one_out` if no keys are trained, and else `crossfit`."""
+    folds: int = Field(default=5, ge=2)
+    """crossfit: parts that the training images of each class are divided into, as far as there are as many."""
+    join_val: bool = False
+    """Make the validation images training images too, in addition to K of each class. Every label trains then, and
+    the choice is made as if there were no validation images."""
+    estimate: bool | None = None
+    """Estimate the accuracy on new images, by choosing anew without each part of the images and scoring on that part;
+    it takes about as long as the search. Null estimates it where the choice is made on training images."""
     batch: int = Field(default=256, ge=1)
     """Images per training step of the keys."""
 
+    def select_at(self, shots: int, *, has_val: bool, trained: bool) -> Select:
+        """What the choices at one K are made on.
+
+        Args:
+            shots: K.
+            has_val: whether there are validation images.
+            trained: whether keys are trained in any setting: the settings of a sweep are compared with each other.
+        """
+        if self.select in ("crossfit", "leave_one_out") and shots < 2 and not self.join_val:
+            return "prior"
+        has_val = has_val and not self.join_val
+        return self.select or default_select(has_val=has_val, shots=2 if self.join_val else shots, trained=trained)
+
+    def choosing(self, ensemble: Ensemble, encoders: Sequence[str]) -> Choosing:
+        """The settings of a choice, for one ensemble of some encoders. Raises ConfigError as `grid` does."""
+        sources = ensemble.sources or tuple(encoders)
+        candidates = weight_grid(ensemble, sources, self.temperatures, self.scales, drop_zero_shot=self.drop_zero_shot)
+        return Choosing(
+            grid=self.grid(),
+            ensembles=tuple(candidates),
+            rule=self.rule,
+            folds=self.folds,
+            estimate=self.estimate,
+        )
+
     def grid(self) -> BetaGrid:
-        """The grid of β. Raises ConfigError if its bounds are in the wrong order."""
+        """The grid of β. Raises ConfigError if its bounds are in the wrong order, or all scales are 0."""
+        if not any(self.scales):
+            raise ConfigError("search.scales: at least one scale must be above 0, or every source is left out")
         if self.beta_low > self.beta_high:
             raise ConfigError(f"search.beta_low is {self.beta_low}, above search.beta_high, {self.beta_high}")
         return BetaGrid(low=self.beta_low, high=self.beta_high, steps=self.beta_steps)

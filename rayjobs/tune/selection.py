@@ -1,25 +1,31 @@
-"""Choose settings among a sweep's trials: by mean validation accuracy over seeds, never by anything else."""
+"""Choose settings among a sweep's trials: by mean accuracy over seeds, on the images that each trial chose on."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cafo.estimate import Estimate
+from cafo.selection import Select
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, TrialResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenTrial:
-    """A trial of a chosen setting, and what it has chosen on validation images."""
+    """A trial of a chosen setting, and what it has chosen."""
 
     seed: int
     trial: str
-    val_accuracy: float
+    accuracy: float | None
+    """on the images of the choice; None if it was made on none"""
     alpha: float
     beta: float
     ensemble: str
     """JSON of the ensemble"""
+    estimate_correct: int | None = None
+    """of the estimate of the accuracy on new images, if one was made; and next, its images"""
+    estimate_images: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +38,27 @@ class ChosenSetting:
     group: dict[str, Any]
     """the compared values"""
     setting: Setting
-    val_accuracy: float
-    """mean over seeds"""
+    select: Select
+    """what the choice was made on"""
+    accuracy: float | None
+    """mean over seeds, on the images of the choice; None if it was made on none"""
     finished: int
     """settings that finished at every seed, among which it was chosen"""
     stopped: int
     """settings of which a scheduler stopped a trial"""
     seeds: tuple[ChosenTrial, ...]
     """its trials, one for each seed"""
+
+    def estimate(self) -> Estimate | None:
+        """The estimate of the accuracy on new images: the mean over seeds, with the interval of one seed's images.
+
+        The seeds' images may be the same, so more seeds make the interval no narrower.
+        """
+        known = [(t.estimate_correct, t.estimate_images) for t in self.seeds if t.estimate_images]
+        if not known:
+            return None
+        correct, total = (sum(numbers) / len(known) for numbers in zip(*known, strict=True))  # type: ignore[arg-type]
+        return Estimate(correct=correct, total=total)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "setting": self.setting._asdict(), "seeds": [asdict(trial) for trial in self.seeds]}
@@ -58,7 +77,7 @@ def choose_settings(
     """For every K and combination of compared values, choose the setting with the best mean accuracy over seeds.
 
     Only settings that finished at every seed are compared, as a stopped trial has no accuracy. Ties go to the setting
-    that was enumerated first.
+    that was enumerated first, and so does a choice on no image.
     """
     seeds = {trial.seed for trial, _ in results}
     groups: dict[tuple[Hashable, ...], dict[Setting, list[TrialResult]]] = {}
@@ -74,7 +93,7 @@ def _choose(group: dict[Setting, list[TrialResult]], compare: Sequence[Hyperpara
         if len(trials) == seeds and all(trial.status == "finished" for trial in trials)
     }
     # sums of correct predictions, not of accuracies: every trial has the same images, and integers do not round
-    setting = max(complete, key=lambda setting: sum(trial.val_correct or 0 for trial in complete[setting]))
+    setting = max(complete, key=lambda setting: sum(trial.correct or 0 for trial in complete[setting]))
     values = setting.compared_values(compare)
     trials = tuple(_chosen_trial(trial) for trial in complete[setting])
     return ChosenSetting(
@@ -82,7 +101,8 @@ def _choose(group: dict[Setting, list[TrialResult]], compare: Sequence[Hyperpara
         method=method_name(values),
         group=values,
         setting=setting,
-        val_accuracy=sum(trial.val_accuracy for trial in trials) / len(trials),
+        select=complete[setting][0].select or "val",
+        accuracy=_mean([trial.accuracy for trial in trials]),
         finished=len(complete),
         stopped=sum(any(trial.status == "stopped" for trial in trials) for trials in group.values()),
         seeds=trials,
@@ -90,18 +110,24 @@ def _choose(group: dict[Setting, list[TrialResult]], compare: Sequence[Hyperpara
 
 
 def _chosen_trial(result: TrialResult) -> ChosenTrial:
-    assert result.val_accuracy is not None
     assert result.chosen_alpha is not None
     assert result.chosen_beta is not None
     assert result.chosen_ensemble is not None
     return ChosenTrial(
         seed=result.seed,
         trial=result.trial,
-        val_accuracy=result.val_accuracy,
+        accuracy=result.accuracy,
         alpha=result.chosen_alpha,
         beta=result.chosen_beta,
         ensemble=result.chosen_ensemble,
+        estimate_correct=result.estimate_correct,
+        estimate_images=result.estimate_images,
     )
+
+
+def _mean(accuracies: Sequence[float | None]) -> float | None:
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return sum(known) / len(known) if known else None
 
 
 def method_name(values: dict[str, Any]) -> str:
@@ -133,14 +159,14 @@ def edge_notices(chosen: Sequence[ChosenSetting], search: SearchConfig) -> Itera
                 yield f"{choice.method} at K={choice.shots}, seed {', '.join(map(str, at))}: {notice}"
 
 
-def best_on_val(chosen: Sequence[ChosenSetting]) -> ChosenSetting:
-    """The chosen setting with the best validation accuracy, which the headline names."""
-    return max(chosen, key=lambda choice: choice.val_accuracy)
+def best_choice(chosen: Sequence[ChosenSetting]) -> ChosenSetting:
+    """The chosen setting with the best accuracy on the images of its choice, which the headline names."""
+    return max(chosen, key=lambda choice: -1.0 if choice.accuracy is None else choice.accuracy)
 
 
 def settings_to_plot(chosen: Sequence[ChosenSetting]) -> list[ChosenSetting]:
     """The best chosen setting, then each other method's at its largest K."""
-    best = best_on_val(chosen)
+    best = best_choice(chosen)
     by_method = {best.method: best}
     for choice in sorted(chosen, key=lambda choice: -choice.shots):
         by_method.setdefault(choice.method, choice)

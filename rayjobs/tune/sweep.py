@@ -197,7 +197,7 @@ class TrialTask:
 
 
 def train_point(point: dict[str, Any], *, shared: SharedInputs, task: TrialTask) -> None:
-    """Tune's trainable: run the trials of one setting, and report their mean validation accuracy as the objective."""
+    """Tune's trainable: run the trials of one setting, and report their mean accuracy as the objective."""
     torch.set_num_threads(task.threads)
 
     def report(curve: list[float]) -> None:
@@ -208,12 +208,12 @@ def train_point(point: dict[str, Any], *, shared: SharedInputs, task: TrialTask)
         read_trial_result(trial, task.folder) or run_trial(trial, shared, task.search, task.folder, task.device, report)
         for trial in point["trials"]
     ]
-    tune.report({"objective": sum(result.val_accuracy or 0.0 for result in results) / len(results)})
+    tune.report({"objective": sum(result.accuracy or 0.0 for result in results) / len(results)})
 
 
 LEADER_COLUMNS = {
     "K": "shots",
-    "best on val": "val_accuracy",
+    "best accuracy": "accuracy",
     "encoders": "encoders",
     "sentences": "sentences",
     "K'": "generated",
@@ -251,12 +251,12 @@ class SweepProgress(tune.Callback):
             if result and result.trial not in self.by_name:
                 self.by_name[result.trial] = result
                 best = self.best.get(result.shots)
-                if result.val_correct is not None and (best is None or result.val_correct > (best.val_correct or 0)):
+                if result.correct is not None and (best is None or result.correct > (best.correct or 0)):
                     self.best[result.shots] = result
         leaders = [self.best[shots] for shots in sorted(self.best)]
-        note = ", ".join(f"K={leader.shots} {leader.val_accuracy:.2%}" for leader in leaders)
+        note = ", ".join(f"K={leader.shots} {leader.accuracy:.2%}" for leader in leaders)
         rows = [[_cell(getattr(leader, name)) for name in LEADER_COLUMNS.values()] for leader in leaders]
-        self.bar.update(len(self.by_name), f"best on val: {note}" if note else "", [[*LEADER_COLUMNS], *rows])
+        self.bar.update(len(self.by_name), f"best: {note}" if note else "", [[*LEADER_COLUMNS], *rows])
         return all(results)
 
     def results(self, trials: Iterable[Trial]) -> Results:

@@ -1,8 +1,8 @@
-"""One trial: train the cache keys and search α, β and the ensemble, on features that all trials share.
+"""One trial: train the cache keys and choose α, β and the ensemble, on features that all trials share.
 
 The features are in Ray's object store, once per node. A trial maps them without copying and gathers rows batch by
-batch; it owns nothing larger than its keys. Everything here is chosen on validation images; test images are not among
-the inputs.
+batch; besides its keys, it owns the affinities of the images that the choice is made on: validation images, or training
+images that are held out. Test images are not among the inputs.
 
 A trial's last act is to write `result.json`: a restarted sweep runs only the trials without one.
 
@@ -10,11 +10,10 @@ Legend: M keys, B validation images, N classes, V views, C width of a source's f
 """
 
 import json
-import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,23 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cafo.cache import (
-    Cache,
-    accuracy,
-    load_cache,
-    mean_key,
-    save_cache,
-    zero_shot_logits,
-)
+from cafo.cache import Cache, accuracy, load_cache, mean_key, save_cache
+from cafo.cross_fit import TrainingImages
 from cafo.ensemble import table5
-from cafo.key_training import Epoch, KeyTraining, train_keys
-from cafo.search import SearchResult, search, weight_grid
+from cafo.held_out import HeldOut
+from cafo.key_training import Epoch, KeyTraining
+from cafo.search import surface
+from cafo.search_grid import BetaGrid
+from cafo.selection import Select, Selected, select
 from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
 from rayjobs.tune.search_space import SearchConfig, Trial
 
-CACHE, TRIAL_FILE = "cache.safetensors", "result.json"
+CACHE, TRIAL_FILE, SURFACE = "cache.safetensors", "result.json", "surface.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +53,14 @@ class SharedInputs:
     """encoder → (B, C)"""
     val_labels: np.ndarray
     """(B,)"""
+    plain: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """encoder → (n, C): training images as they are predicted, from one plain view; empty if no choice needs them"""
+    plain_rows: np.ndarray | None = None
+    """(M',): the row of `plain` of each image of `views`; -1 for a generated image"""
+    groups: np.ndarray | None = None
+    """(M',): equal for images of equal content"""
+    select: Mapping[int, Select] = field(default_factory=dict)
+    """K → what a choice is made on; `val` where it is missing"""
     classifiers: Mapping[tuple[str, str], np.ndarray]
     """(encoder, sentences) → W (C, N)"""
     class_names: tuple[str, ...]
@@ -68,7 +72,7 @@ class SharedInputs:
 class TrialResult:
     """The result of a trial: a row of `results.parquet`, and its `result.json`.
 
-    A trial that a scheduler stopped during training has no value after `val_curve`.
+    A trial that a scheduler stopped during training has no value after `curve`.
     """
 
     trial: str
@@ -86,28 +90,36 @@ class TrialResult:
     alpha: float
     beta: float
     method: str
-    val_curve: list[float]
-    """validation accuracy before training and after every epoch, at the initial α and β"""
-    val_correct: int | None = None
-    val_images: int | None = None
-    val_accuracy: float | None = None
-    zero_shot_val_accuracy: float | None = None
+    curve: list[float]
+    """accuracy on the images of the choice, before training and after every epoch, at the initial α and β; empty if it
+    is made on no image"""
+    select: Select | None = None
+    """what the choice was made on; the next four are None for `prior`"""
+    correct: int | None = None
+    images: int | None = None
+    accuracy: float | None = None
+    zero_shot_accuracy: float | None = None
     chosen_alpha: float | None = None
     chosen_beta: float | None = None
     chosen_ensemble: str | None = None
     """JSON of the ensemble"""
+    parts: str | None = None
+    """JSON of the parts: what p_ZS and each source add"""
+    estimate_correct: int | None = None
+    """of the estimate of the accuracy on new images, if one was made; and next, its images"""
+    estimate_images: int | None = None
     best_epoch: int | None = None
     keys: int | None = None
     seconds: float | None = None
 
     @classmethod
     def of(
-        cls, trial: Trial, status: Literal["finished", "stopped"], val_curve: list[float], **chosen: Any
+        cls, trial: Trial, status: Literal["finished", "stopped"], curve: list[float], **chosen: Any
     ) -> "TrialResult":
         """The result of `trial`; `chosen` are the values that only a finished trial has."""
         setting: dict[str, Any] = trial.setting._asdict() | {"encoders": " + ".join(trial.setting.encoders)}
         common: dict[str, Any] = {"trial": trial.name, "status": status, "shots": trial.shots, "seed": trial.seed}
-        return cls(**common, **setting, val_curve=list(val_curve), **chosen)
+        return cls(**common, **setting, curve=list(curve), **chosen)
 
     def write(self, folder: Path) -> None:
         """Write `result.json` into the trial's folder below `folder`."""
@@ -155,52 +167,87 @@ def run_trial(
     device: str = "cpu",
     report: Callable[[list[float]], None] = lambda curve: None,
 ) -> TrialResult:
-    """Train the keys, search α, β and the ensemble on validation images, and write the cache and the result.
+    """Train the keys, choose α, β and the ensemble, and write the cache and the result.
 
-    `report` is called after every epoch with the validation accuracies so far, at the initial α and β; the first one is
-    that of the untrained keys. An exception that it raises ends the trial.
+    `report` is called after every epoch with the accuracies so far on the images of the choice, at the initial α and β;
+    the first one is that of the untrained keys. An exception that it raises ends the trial.
     """
     started = time.monotonic()
-    setting = trial.setting
-    rows = np.concatenate([shared.few_shot[trial.shots, trial.seed], shared.generated[setting.generated]])
+    setting, how = trial.setting, shared.select.get(trial.shots, "val")
+    few_shot = shared.few_shot[trial.shots, trial.seed]
+    rows = np.concatenate([few_shot, shared.generated[setting.generated]])
     views = {
         name: SharedRows(shared_tensor(shared.views[name]), setting.views, torch.from_numpy(rows))
         for name in setting.encoders
     }
     if device != "cpu":
         views = {name: on_host.to(device) for name, on_host in views.items()}
-    val = {name: shared_tensor(shared.val[name]).to(device) for name in setting.encoders}
-    val_labels = shared_tensor(shared.val_labels).to(device)
     untrained = _untrained_cache(trial, shared, views, torch.from_numpy(shared.labels[rows]).to(device), device)
-
     curve: list[float] = []
 
     def after_epoch(epoch: Epoch) -> None:
         curve.append(epoch.accuracy)
         report(curve)
 
-    recipe = KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed)
-    trained, best = _train(untrained, views, val, val_labels, recipe if setting.epochs else None, after_epoch)
-    best_search = _search(trained, val, val_labels, settings)
-    _write_chosen(folder / trial.name, trained, best_search)
-    classifier, zero_shot_features = untrained.classifier, val[untrained.zero_shot_source]
+    rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
+    selected = select(
+        untrained,
+        rows_as_tensors,
+        how,
+        KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed),
+        settings.choosing(untrained.ensemble, setting.encoders),
+        train=None if how == "val" else _training_images(shared, few_shot, rows, setting.encoders).to(device),
+        val=_validation_images(shared, setting.encoders, device) if how == "val" else None,
+        report=after_epoch,
+    )
+    _write_chosen(folder / trial.name, selected, settings.grid())
     result = TrialResult.of(
-        trial,
-        "finished",
-        curve,
-        val_correct=best_search.correct,
-        val_images=best_search.total,
-        val_accuracy=best_search.accuracy,
-        zero_shot_val_accuracy=accuracy(zero_shot_logits(zero_shot_features, classifier), val_labels),
-        chosen_alpha=best_search.alpha,
-        chosen_beta=best_search.beta,
-        chosen_ensemble=json.dumps(asdict(best_search.ensemble)),
-        best_epoch=best.epoch,
-        keys=len(rows),
-        seconds=time.monotonic() - started,
+        trial, "finished", curve, **_chosen_values(selected), keys=len(rows), seconds=time.monotonic() - started
     )
     result.write(folder)
     return result
+
+
+def _chosen_values(selected: Selected) -> dict[str, Any]:
+    """The values of a `TrialResult` that only a finished trial has."""
+    cache, images, best, estimate = selected.cache, selected.images, selected.search, selected.estimate
+    values: dict[str, Any] = {
+        "select": selected.how,
+        "chosen_alpha": cache.alpha,
+        "chosen_beta": cache.beta,
+        "chosen_ensemble": json.dumps(asdict(cache.ensemble)),
+        "best_epoch": selected.epoch.epoch,
+    }
+    if images is not None and best is not None:
+        values |= {
+            "correct": best.correct,
+            "images": best.total,
+            "accuracy": best.accuracy,
+            "zero_shot_accuracy": accuracy(images.zero_shot, images.labels),
+            "parts": json.dumps([part._asdict() for part in best.parts]),
+        }
+    if estimate is not None:
+        values |= {"estimate_correct": estimate.correct, "estimate_images": estimate.total}
+    return values
+
+
+def _validation_images(shared: SharedInputs, encoders: Sequence[str], device: str) -> tuple[dict[str, Tensor], Tensor]:
+    features = {name: shared_tensor(shared.val[name]).to(device) for name in encoders}
+    return features, shared_tensor(shared.val_labels).to(device)
+
+
+def _training_images(
+    shared: SharedInputs, few_shot: np.ndarray, rows: np.ndarray, encoders: Sequence[str]
+) -> TrainingImages:
+    """The labelled images, whose keys come first, as a choice sees them."""
+    assert shared.plain_rows is not None
+    assert shared.groups is not None
+    plain = torch.from_numpy(shared.plain_rows[few_shot])
+    return TrainingImages(
+        features={name: shared_tensor(shared.plain[name])[plain] for name in encoders},
+        rows=torch.arange(len(few_shot)),
+        groups=torch.from_numpy(shared.groups[rows]),
+    )
 
 
 def _untrained_cache(
@@ -222,44 +269,28 @@ def _untrained_cache(
     )
 
 
-def _train(
-    untrained: Cache,
-    views: Mapping[str, SharedRows],
-    val: Mapping[str, Tensor],
-    val_labels: Tensor,
-    recipe: KeyTraining | None,
-    after_epoch: Callable[[Epoch], None],
-) -> tuple[Cache, Epoch]:
-    """The cache with the keys of the best epoch, and that epoch; without a recipe, the untrained cache."""
-    if recipe is not None:
-        rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
-        return train_keys(untrained, rows_as_tensors, untrained.labels, val, val_labels, recipe, after_epoch)
-    epoch = Epoch(epoch=0, loss=math.nan, accuracy=accuracy(untrained.logits(val), val_labels))
-    after_epoch(epoch)
-    return untrained, epoch
+def _write_chosen(folder: Path, selected: Selected, grid: BetaGrid) -> None:
+    """Write `cache.safetensors` with the chosen α, β and ensemble, and `landscape.json`, the accuracies over them.
 
-
-def _search(cache: Cache, val: Mapping[str, Tensor], val_labels: Tensor, settings: SearchConfig) -> SearchResult:
-    """Search α, β and the ensemble's weights on the validation images."""
-    sources = cache.ensemble.sources or tuple(cache.encoders)
-    candidates = weight_grid(cache.ensemble, sources, settings.temperatures, settings.scales)
-    return search(
-        cache.zero_shot(val),
-        cache.affinities(val),
-        cache.labels,
-        val_labels,
-        grid=settings.grid(),
-        ensembles=candidates,
-    )
-
-
-def _write_chosen(folder: Path, cache: Cache, result: SearchResult) -> None:
-    """Write `cache.safetensors` with the chosen α, β and ensemble, and `landscape.json`, the accuracies over them."""
-    chosen = replace(cache, alpha=result.alpha, beta=result.beta, ensemble=result.ensemble)
+    Held-out images are known to the trial alone, so it also writes `surface.json` for the plots where they are used.
+    """
     with atomic_path(folder / CACHE) as temporary:
-        save_cache(chosen, temporary)
-    landscapes = [asdict(landscape) for landscape in result.landscapes]
-    write_json(folder / "landscape.json", {"total": result.total, "landscapes": landscapes})
+        save_cache(selected.cache, temporary)
+    best, images = selected.search, selected.images
+    if best is None or images is None:
+        return
+    landscapes = [asdict(landscape) for landscape in best.landscapes]
+    write_json(folder / "landscape.json", {"total": best.total, "landscapes": landscapes})
+    if selected.how != "val":
+        write_surface(folder / SURFACE, selected.cache, images, grid)
+
+
+def write_surface(path: Path, cache: Cache, images: HeldOut, grid: BetaGrid) -> None:
+    """Write the accuracy over α and β on the images of a choice."""
+    alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
+    betas = np.linspace(grid.low, grid.high, 30).tolist()
+    correct = surface(images, cache.ensemble, alphas=alphas, betas=betas)
+    write_json(path, {"alphas": alphas, "betas": betas, "correct": correct.tolist(), "total": len(images.labels)})
 
 
 def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:

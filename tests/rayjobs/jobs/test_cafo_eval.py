@@ -133,7 +133,7 @@ def test_the_best_choice_is_plotted_first_then_each_methods_at_its_most_shots() 
     cells = [("a", 1, 0.9), ("b", 1, 0.1), ("a", 16, 0.8), ("c", 16, 0.2), ("b", 4, 0.3)]
     setting = Setting(0, 1, ("clip",), "clip only", "templates", 1e-3, 1, 1.0, 1.0)
     rest = {"group": {}, "setting": setting, "finished": 1, "stopped": 0, "seeds": ()}
-    chosen = [ChosenSetting(method=m, shots=k, val_accuracy=v, **rest) for m, k, v in cells]
+    chosen = [ChosenSetting(method=m, shots=k, accuracy=v, select="val", **rest) for m, k, v in cells]
     assert [(choice.method, choice.shots) for choice in settings_to_plot(chosen)] == [("a", 1), ("c", 16), ("b", 4)]
 
 

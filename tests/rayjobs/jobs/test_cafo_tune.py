@@ -107,11 +107,11 @@ def test_the_choice_is_the_best_mean_over_seeds_and_the_earliest_on_ties() -> No
     correct = [9, 1, 5, 7, 6, 6]
     found = {"chosen_alpha": 1.0, "chosen_beta": 1.0, "chosen_ensemble": "{}"}
     results = [
-        (trial, TrialResult.of(trial, "finished", [0.1], val_correct=count, val_accuracy=count / 10, **found))
+        (trial, TrialResult.of(trial, "finished", [0.1], correct=count, accuracy=count / 10, **found))
         for trial, count in zip(trials, correct, strict=True)
     ]
     (chosen,) = choose_settings(results, [])
-    assert (chosen.setting.lr, chosen.val_accuracy) == (2.0, 0.6)
+    assert (chosen.setting.lr, chosen.accuracy) == (2.0, 0.6)
     assert [choice.method for choice in choose_settings(results, ["lr"])] == ["lr 1.0", "lr 2.0", "lr 3.0"]
     assert ChosenSetting.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
@@ -203,7 +203,7 @@ def test_halving_stops_the_weak_and_says_so(given: list[str], cluster: None) -> 
     stopped = [row for row in rows if row["status"] == "stopped"]
     finished = {row["lr"] for row in rows if row["seed"] == 0} - {row["lr"] for row in stopped}
     assert result["stopped_early"] == len(stopped) > 0
-    assert all(row["seed"] == 0 and len(row["val_curve"]) < 9 and row["val_accuracy"] is None for row in stopped)
+    assert all(row["seed"] == 0 and len(row["curve"]) < 9 and row["accuracy"] is None for row in stopped)
     assert {row["lr"] for row in rows if row["seed"] == 1} == finished
     (cell,) = read_json(config.run.folder / "chosen.json")["chosen"]
     assert (cell["finished"], cell["stopped"]) == (len(finished), len(stopped))

@@ -101,7 +101,7 @@ def test_the_rows_of_a_choice_are_its_images_features() -> None:
     data = dataset()
     bad = paths(plan(data).choose()[2, 0])[0]
     given = replace(inputs(data, FakeStore(bad)), classifiers={})
-    shared = share_inputs(given)
+    shared = share_inputs(given, {})
     for key, rows in shared.few_shot.items():
         items = given.images.choices[key].items
         assert shared.views["clip"][0, rows, 0].tolist() == [float(Path(item.path).stem) for item in items]

@@ -1,9 +1,12 @@
 """Values that no sweep can use are refused before Ray starts, each with its key."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cafo.ensemble import Ensemble, table5
 from rayjobs.config import load
 from rayjobs.jobs import adapter_tune, cafo, cafo_features, cafo_tune
 from rayjobs.tune.adapter_sweep import SweepConfig
@@ -32,7 +35,10 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ("space.sentences=[]", r"space\.sentences: .*at least 1 item"),
         ("search.temperatures=[0]", r"search\.temperatures\S*: .*greater than 0"),
         ("search.temperatures=[]", r"search\.temperatures: .*at least 1 item"),
-        ("search.scales=[1, -1]", r"search\.scales\S*: .*greater than 0"),
+        ("search.scales=[1, -1]", r"search\.scales\S*: .*greater than or equal to 0"),
+        ("search.scales=[0]", r"search\.scales: at least one scale must be above 0"),
+        ("search.select=leave_one_out", r"search\.select=leave_one_out needs untrained keys"),
+        ("search.folds=1", r"search\.folds: .*greater than or equal to 2"),
         ("search.beta_low=13", r"search\.beta_low is 13\.0, above search\.beta_high, 12\.0"),
         ("space.shots=[-1]", r"space\.shots: -1 is negative"),
         ("space.generated=[-2]", r"space\.generated: -2 is negative"),
@@ -63,7 +69,9 @@ def test_siblings_of_other_jobs_are_refused_too(given: list[str]) -> None:
     assert adapter_tune.Config.__pydantic_fields__["sweep"].annotation is SweepConfig  # type: ignore[attr-defined]
 
 
-def test_one_class_and_no_test_image_are_refused_before_the_sweep(given: list[str], tmp_path: Path) -> None:
+def test_one_class_and_targets_without_test_images_are_refused_before_the_sweep(
+    given: list[str], tmp_path: Path
+) -> None:
     own = [one for one in given if not one.startswith(("data.", "run."))]
     own += [f"run.storage={tmp_path / 'runs'}", "run.name=x", f"data.tree={tmp_path / 'tree'}"]
     for name in list(CLASSES)[:1]:
@@ -76,16 +84,24 @@ def test_one_class_and_no_test_image_are_refused_before_the_sweep(given: list[st
     for i in range(9):
         (tmp_path / "tree" / "other" / f"{i}.png").touch()
     with pytest.raises(ValueError, match="tree has no test image, and an evaluation needs some"):
-        cafo.run(load(cafo.Config, None, [*own, "data.tree_shares=[0.5, 0.5]"]))
+        cafo.run(load(cafo.Config, None, [*own, "space.shots=[1]", f"targets.shift.tree={tmp_path / 'tree'}"]))
     assert not (tmp_path / "runs").exists()
 
 
 def test_chosen_values_at_the_edge_of_their_range_are_told_with_the_setting() -> None:
     def trial(seed: int, alpha: float, beta: float) -> ChosenTrial:
-        return ChosenTrial(seed=seed, trial="t", val_accuracy=1.0, alpha=alpha, beta=beta, ensemble="{}")
+        return ChosenTrial(seed=seed, trial="t", accuracy=1.0, alpha=alpha, beta=beta, ensemble="{}")
 
     def choice(*trials: ChosenTrial) -> ChosenSetting:
-        cell = {"shots": 4, "method": "CaFo", "group": {}, "val_accuracy": 1.0, "finished": 1, "stopped": 0}
+        cell = {
+            "shots": 4,
+            "method": "CaFo",
+            "group": {},
+            "accuracy": 1.0,
+            "select": "val",
+            "finished": 1,
+            "stopped": 0,
+        }
         return ChosenSetting(**cell, setting=None, seeds=trials)  # type: ignore[arg-type]
 
     search = SearchConfig(beta_low=1.0, beta_high=9.0)
@@ -96,3 +112,44 @@ def test_chosen_values_at_the_edge_of_their_range_are_told_with_the_setting() ->
     ]
     (lowest,) = edge_notices([choice(trial(1, 0.0, 9.0))], search)
     assert "α is 0" in lowest
+
+
+def test_what_a_choice_is_made_on_follows_from_k_and_the_validation_images() -> None:
+    def at(shots: int, has_val: bool, trained: bool, **given: Any) -> str:
+        return SearchConfig(**given).select_at(shots, has_val=has_val, trained=trained)
+
+    assert [at(shots, True, True) for shots in (0, 1, 16)] == ["val"] * 3
+    assert [at(shots, False, True) for shots in (0, 1, 2, 16)] == ["prior", "prior", "crossfit", "crossfit"]
+    assert [at(shots, False, False) for shots in (1, 2)] == ["prior", "leave_one_out"]
+    assert at(4, True, True, select="crossfit") == "crossfit"
+    assert at(1, True, True, select="crossfit") == "prior"  # nothing can be held out
+    assert at(1, True, True, join_val=True) == "crossfit"
+    with pytest.raises(ValueError, match="select"):
+        SearchConfig(select="test")  # type: ignore[arg-type]
+
+
+def test_a_choice_on_validation_images_that_are_not_there_is_refused(given: list[str], tmp_path: Path) -> None:
+    own = [one for one in given if not one.startswith("data.")]
+    for name in list(CLASSES)[:2]:
+        for i in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.png").touch()
+    own.append(f"data.tree={tmp_path}")
+    for override, setting in (
+        ("search.select=val", r"search\.select=val"),
+        ("search.join_val=true", r"search\.join_val"),
+    ):
+        with pytest.raises(ValueError, match=f"{setting} needs validation images, and"):
+            cafo_tune.check(load(cafo_tune.Config, None, [*own, override]))
+    dataset, tried = cafo_tune.check(load(cafo_tune.Config, None, own))
+    assert (len(dataset.train), len(dataset.val), bool(tried)) == (6, 0, True)
+
+
+def test_old_choices_stay_within_reach() -> None:
+    old = SearchConfig(rule="highest", scales=[1.0], drop_zero_shot=False)
+    for rule, ensemble in table5(("clip", "dino")).items():
+        (only,) = old.choosing(ensemble, ("clip", "dino")).ensembles
+        sources = ensemble.sources or ("clip", "dino")
+        assert only == replace(ensemble, scales=dict.fromkeys(sources, 1.0)), rule
+    assert old.choosing(Ensemble(), ("clip", "dino")).epoch_by == "accuracy"
+    assert len(SearchConfig().choosing(Ensemble(), ("clip", "dino")).ensembles) == 6

@@ -31,6 +31,7 @@ from torch import Tensor
 from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import PRECISIONS
+from adapter.base.tensor_files import trim_heap
 from adapter.batching import collate, micro_batches
 from adapter.decoder import Decoder
 from adapter.records.encoding import encode_record
@@ -60,6 +61,7 @@ def memory(device: str) -> int:
     gc.collect()
     if device != "cpu":
         return torch.cuda.memory_allocated()
+    trim_heap()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

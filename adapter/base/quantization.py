@@ -27,10 +27,10 @@ Quantization = Literal["int8", "nf4"]
 
 
 class Precision(NamedTuple):
-    """How a frozen base is held in memory."""
+    """The precision of a frozen base in memory."""
 
     dtype: torch.dtype
-    """What it computes in, and what all weights are held in that are not quantized."""
+    """Dtype that the base computes in, and of all weights that are not quantized."""
     quantization: Quantization | None = None
 
 

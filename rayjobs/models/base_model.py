@@ -29,7 +29,7 @@ class BaseModelConfig:
     """Tokenizer, as a file or a folder that has one: tokenizer.json, or tokenizer.model in SentencePiece's or Llama 3's
     format. null for the base's own, in its folder or file or, in Meta's layout alone, beside it."""
     dtype: Dtype = "fp32"
-    """How the frozen weights are held: fp32; bf16; or the linear layers of the blocks in int8 or nf4 (8 or 4 bits, by
+    """Precision of the frozen weights: fp32; bf16; or the linear layers of the blocks in int8 or nf4 (8 or 4 bits, by
     bitsandbytes: pip install 'rayjobs[quantization]') and the rest in bf16. The adapter is always fp32."""
 
     def open(self, *, weights: bool = True) -> tuple[Checkpoint, Path]:

@@ -132,3 +132,17 @@ def test_the_prior_is_its_formula():
     assert prior.penalty(prior.alpha * math.e, prior.beta) == pytest.approx(0.5)
     assert prior.penalty(prior.alpha, prior.beta / math.e) == pytest.approx(0.5)
     assert math.isfinite(prior.penalty(0.0, prior.beta))
+
+
+def test_the_floor_holds_where_the_loss_alone_would_go_below_it():
+    lower = 0
+    for seed in range(8):
+        images = HeldOut(*setup(seed))
+        prior = expect(images.zero_shot, images.labels, 3)
+        candidates = search_grid(*images, GRID, [Ensemble()])
+        highest = len(images.labels) - min(candidates).wrong
+        free = choose_near_best(candidates, images, [Ensemble()], prior, floor=0)
+        held = choose_near_best(candidates, images, [Ensemble()], prior, floor=highest)
+        assert held.correct == highest >= free.correct
+        lower += free.correct < highest
+    assert lower > 0

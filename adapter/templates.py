@@ -143,7 +143,7 @@ class ChatTemplate:
 
 
 Template = PromptTemplate | ChatTemplate
-"""What records are put into."""
+"""A template of either kind."""
 
 _KINDS: dict[str, Any] = {"prompt": PromptTemplate, "chat": ChatTemplate}
 

@@ -33,7 +33,7 @@ class _Layout:
     """The messages' texts, and whether they spell a special token."""
 
     def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """What the template writes. prompt: with the header of the answer that is to come."""
+        """Return the text that the template writes. prompt: with the header of the answer that is to come."""
         return self._render(messages, prompt, find=None).text
 
     def tokens(self, messages: Sequence[Message], *, prompt: bool = False) -> "_Tokens":

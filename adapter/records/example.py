@@ -1,4 +1,4 @@
-"""What records become: sequences of token ids with labels, and prompts; and how a prompt and its answer are joined."""
+"""The sequences and prompts that records become, and the joining of a prompt and its answer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

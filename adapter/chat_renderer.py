@@ -49,6 +49,7 @@ class _Generation(Extension):
     tags: set[str] = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """The call that encloses the block's text; jinja2 calls this at the tag."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)

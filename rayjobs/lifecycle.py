@@ -28,7 +28,8 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
 
     @functools.wraps(run)
     def run_and_record(settings: Any) -> dict[str, Any]:
-        settings = replace_paths(settings, pin)
+        if hasattr(settings, "__pydantic_fields__"):  # a job that is given more than its config has pinned it itself
+            settings = replace_paths(settings, pin)
         try:
             result = run(settings)
         except BaseException as error:

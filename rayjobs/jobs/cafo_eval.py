@@ -16,7 +16,7 @@ from cafo.dataset_checks import class_changes
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
-from rayjobs.config import config, load, to_dict
+from rayjobs.config import config, load, replace_paths, to_dict
 from rayjobs.console import show_table
 from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
@@ -30,6 +30,7 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_jsonl
+from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, score_target, write_scores
@@ -103,7 +104,7 @@ def plan(settings: Config) -> None:
 
 def run(settings: Config) -> dict[str, Any]:
     """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
-    return score(check(settings))
+    return score(check(replace_paths(settings, pin)))
 
 
 @job

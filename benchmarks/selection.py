@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/selection.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    images = _load_file(given.data) if given.data.is_file() else _load_digits(given.data, given.sources)
+    images = load(given.data, given.sources)
     if given.prior:
         for line in measure_prior(images, given.seeds):
             print(line, flush=True)
@@ -97,6 +97,11 @@ def _show(rows: list[dict[str, float]], *, header: bool) -> None:
     known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     cells = [f"{100 * statistics.mean(known[name]):13.2f}" if known[name] else " " * 13 for name in names]
     print(f"{rows[0]['shots']:<4}", " ".join(cells), flush=True)
+
+
+def load(data: Path, sources: list[str] | None = None) -> Images:
+    """Read a file of features, or the demo's folder with some of its encoders."""
+    return _load_file(data) if data.is_file() else _load_digits(data, sources)
 
 
 def _load_file(path: Path) -> Images:
@@ -168,7 +173,7 @@ def _encode_digits(world: Path) -> dict[str, Tensor]:
     return found
 
 
-def _draw(images: Images, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(images: Images, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of K training images of each class, of validation and of test images."""
     rng = torch.Generator().manual_seed(seed)
     pool = images.pool[torch.randperm(len(images.pool), generator=rng)]
@@ -178,7 +183,7 @@ def _draw(images: Images, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor
     return few, others[:VAL], others[VAL:]
 
 
-def _cache(images: Images, rows: Tensor) -> tuple[Cache, dict[str, Tensor], TrainingImages]:
+def untrained_cache(images: Images, rows: Tensor) -> tuple[Cache, dict[str, Tensor], TrainingImages]:
     """An untrained cache of some images, their views, and the images as a choice sees them."""
     views = {name: v[:, rows] for name, v in images.views.items()}
     cache = Cache(
@@ -194,8 +199,8 @@ def _cache(images: Images, rows: Tensor) -> tuple[Cache, dict[str, Tensor], Trai
 
 def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
     """Test accuracies of all ways at one K and seed; None for a way that K rules out."""
-    few, val, test = _draw(images, shots, seed)
-    cache, views, train = _cache(images, few)
+    few, val, test = draw(images, shots, seed)
+    cache, views, train = untrained_cache(images, few)
     test_features, test_labels = {name: f[test] for name, f in images.plain.items()}, images.labels[test]
     on_val = ({name: f[val] for name, f in images.plain.items()}, images.labels[val])
     paper, untrained = KeyTraining(seed=seed), KeyTraining(seed=seed, epochs=0)
@@ -209,7 +214,7 @@ def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
     if shots > 1:
         found["crossfit"] = select(cache, views, "crossfit", paper, near, train=train)
         found["leave one out"] = select(cache, views, "leave_one_out", untrained, near, train=train)
-    joined, joined_views, joined_train = _cache(images, torch.cat([few, val]))
+    joined, joined_views, joined_train = untrained_cache(images, torch.cat([few, val]))
     found["joined"] = select(joined, joined_views, "crossfit", paper, near, train=joined_train)
     test_accuracies = {
         name: accuracy(chosen.cache.logits(test_features), test_labels) for name, chosen in found.items()
@@ -238,8 +243,8 @@ def measure_prior(images: Images, seeds: int) -> Iterator[str]:
                 rng = torch.Generator().manual_seed(seed)
                 direction = F.normalize(torch.randn(images.classifier.shape, generator=rng), dim=0)
                 noisy = replace(images, classifier=F.normalize(images.classifier + noise * direction, dim=0))
-                few, _, test = _draw(noisy, shots, seed)
-                cache, views, train = _cache(noisy, few)
+                few, _, test = draw(noisy, shots, seed)
+                cache, views, train = untrained_cache(noisy, few)
                 trained = select(cache, views, "prior", KeyTraining(seed=seed), Choosing(), train=train).cache
                 features, labels = {name: f[test] for name, f in noisy.plain.items()}, noisy.labels[test]
                 scale = float(trained.zero_shot(train.features).std(dim=1).mean())

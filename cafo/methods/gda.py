@@ -36,6 +36,9 @@ from cafo.methods.base import (
 class Gda(Method):
     """Gaussian discriminant analysis beside the zero-shot classifier."""
 
+    alpha_powers: tuple[int, int] = (-4, 2)
+    """The least and the largest α, as powers of ten."""
+
     @property
     def defaults(self) -> Setting:
         """The middle of the authors' grid, which give none."""
@@ -44,7 +47,7 @@ class Gda(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The authors' grid of α."""
-        return [Stage([{}], powers_of_ten(-4, 2))]
+        return [Stage([{}], powers_of_ten(*self.alpha_powers))]
 
     def lacks(self, given: Given) -> str | None:
         """Several samples of some class are needed, for else there is no variance."""

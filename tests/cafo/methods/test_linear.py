@@ -28,7 +28,7 @@ def test_linear_probe_is_logistic_regression(shots):
 
 @pytest.mark.parametrize("running_sum", [True, False])
 def test_lp_plus_plus(running_sum):
-    train, others, _ = problem.images(seed=8)
+    train, others, _ = problem.images(seed=8, noise=3.0)
     fitted = LpPlusPlus(epochs=30, running_sum=running_sum).fit(train, 0)
     assert list(fitted.epochs) == [10, 20, 30]
     f = F.normalize(train.views.embeddings[0].double(), dim=-1)

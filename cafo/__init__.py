@@ -11,6 +11,7 @@ key_training         the training of the keys
 search               α, β and the ensemble's weights, the best on given images
 cross_fit            training images that are held out, where there are no validation images
 selection            all of it: train the keys and choose, on validation images or without; `estimate` of the accuracy
+methods              other few-shot methods on the same features: Tip-Adapter, APE, GDA, LP++, TIMO, ProLIP …
 model                all of it as one object: fit on a folder, predict images
 
 The public names are imported on first use, so `import cafo` alone loads neither PyTorch nor open_clip.

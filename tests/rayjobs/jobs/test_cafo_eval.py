@@ -203,12 +203,9 @@ def test_the_chain_opens_test_once_for_its_choice(
 
 
 def make_tree(folder: Path) -> list[str]:
-    """The images of `make_dataset` as a tree of class folders; return the overrides that name it."""
+    """The images of `make_dataset` as a tree of splits and class folders; return the overrides that name it."""
     given = [one for one in make_dataset(folder) if not one.startswith(("data.", "encoders.dino"))]
-    for image in sorted((folder / "images").glob("*/*/*.png")):
-        target = folder / "tree" / image.parent.name / f"{image.parent.parent.name}-{image.name}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        image.rename(target)
+    (folder / "images").rename(folder / "tree")
     few = ["space.shots=[2]", "space.seeds=[0]", "space.epochs=[1]", "search.beta_steps=20"]
     return [*given, *few, f"data.tree={folder / 'tree'}", "features.max_rejected_fraction=0.5"]
 
@@ -232,7 +229,7 @@ def test_classes_are_known_by_name_and_images_by_content_at_every_restart(
             cafo_tune.run(config)
     for seed, name in enumerate(("ash", "zinc")):  # before and behind the others
         make_images(tmp_path / name, {"train": 18}, seed=7 + seed)
-        (tmp_path / name / "train" / "grey").rename(tree / name)
+        (tmp_path / name / "train" / "grey").rename(tree / "train" / name)
     data = config.data.open()
     bad = fewshot.choose(data.train, data.class_names, shots=2, seed=0).items[3].path
     (tree / bad).write_bytes((tree / bad).read_bytes()[:60])
@@ -257,21 +254,58 @@ def test_classes_are_known_by_name_and_images_by_content_at_every_restart(
     assert trial.stat().st_mtime_ns == stamp
 
     evaluation = cafo_eval.Config(sweep=str(config.run.folder), plots=False)
-    for old, new, message in (
-        (tree / "grey", tree / "greyish", "renamed: 'grey' is now 'greyish'"),
-        (tree / "ash", tmp_path / "gone", "removed: 'ash'"),
+    splits = [tree / split for split in ("train", "val", "test")]
+    for moves, message in (
+        ([(split / "grey", split / "greyish") for split in splits], "renamed: 'grey' is now 'greyish'"),
+        ([(tree / "train" / "ash", tmp_path / "gone")], "removed: 'ash'"),
     ):
-        old.rename(new)
+        for old, new in moves:
+            old.rename(new)
         with pytest.raises(ValueError, match=rf"the sweep's caches are of other classes .*{message}"):
             cafo_eval.run(evaluation)
         with pytest.raises(ValueError, match=rf"holds trials of other inputs \(classes {message}"):
             cafo_tune.run(config)
-        new.rename(old)
+        for old, new in moves:
+            new.rename(old)
     assert not (config.run.folder / "test" / "opened.json").exists()
-    path, _, class_name = few[0]
+    path, _, class_name = next(item for item in few if item[2] == "grey")
     leaked = next(item.path for item in data.open_test() if item.class_name == class_name)
     (tree / leaked).write_bytes((tree / path).read_bytes())
     assert (
         f"1 pairs of images are in train and in tree's test by content: {path} = {leaked}"
         in (cafo_eval.run(evaluation)["notices"])
     )
+
+
+@pytest.mark.ray
+def test_a_folder_of_few_images_gives_a_classifier_and_an_estimate_in_one_command(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every label trains, nothing is opened as test, and the same command finds the same."""
+    given = [one for one in make_dataset(tmp_path) if not one.startswith("data.")]
+    for image in sorted((tmp_path / "images" / "train").glob("*/*.png")):
+        target = tmp_path / "tree" / image.parent.name / image.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.rename(target)
+    few = ["space.shots=[1, 6]", "space.seeds=[0]", "space.epochs=[2]", "search.beta_steps=20", "search.folds=3"]
+    config = load(cafo.Config, None, [*given, *few, f"data.tree={tmp_path / 'tree'}", "run.name=few"])
+    results = cafo.run(config)
+    assert list(results) == ["tune"]
+    tune = results["tune"]
+    folder = config.run.folder
+    assert not (folder / "test").exists()
+    by_shots = {row["shots"]: row for row in pq.read_table(folder / "results.parquet").to_pylist()}
+    assert [by_shots[shots]["select"] for shots in (1, 6)] == ["prior", "crossfit"]
+    assert (by_shots[1]["accuracy"], by_shots[6]["images"], by_shots[6]["estimate_images"]) == (None, 24, 24)
+    assert len(by_shots[6]["curve"]) == 3
+    assert len(load_cache(folder / "trials" / by_shots[6]["trial"] / "cache.safetensors").labels) == 24
+    assert tune["headline"].startswith("estimated accuracy ")
+    assert tune["estimate_low"] <= tune["estimated_accuracy"] <= tune["estimate_high"]
+    (estimate,) = tune["estimated accuracy on new images, %"]
+    assert estimate["held-out images"] == "24"
+    assert read_json(folder / "chosen.json")["chosen_on"] == "prior at K=1; crossfit at K=6"
+    report = (folder / "report.html").read_text()
+    assert "estimated accuracy" in report
+    assert "95% interval" in report
+    assert "helps" in report or "hurts" in report or "adds nothing" in report
+    assert cafo.run(config)["tune"]["headline"] == tune["headline"]

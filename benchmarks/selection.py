@@ -2,9 +2,9 @@
 
     python -m benchmarks.selection ../shared/data/features/caltech54_efficientnet_lite0.npz [--seeds 10] [--shots 1 2 4]
     python -m benchmarks.selection runs/demo/world                 # the demo's digits, encoded on first use
-    python -m benchmarks.selection FEATURES --prior                # the figures that cafo/prior.py is made of
+    python -m benchmarks.selection FEATURES.npz WORLD --prior      # the figures that cafo/prior.py is made of
 
-The first argument is a file of features: `features` (n, C), `labels`, `pool` (images that shots are drawn from; 100 of
+An argument is a file of features: `features` (n, C), `labels`, `pool` (images that shots are drawn from; 100 of
 the others are validation images, the rest test images) and `classifier` (C, N). Or it is the demo's folder of models
 and scans. For every seed, K images of each class are drawn and the keys trained as the paper does; then α and β are
 chosen in each of these ways, and the classifier is scored on test images:
@@ -18,15 +18,18 @@ prior          on no image
 joined         the 100 validation images become training images too, and a cross-fit chooses: as many labels as `val`
 best           the best of α, β and of all keys above on test, which nobody can choose: the ceiling
 
-Prints the mean over seeds in percent, and writes every figure to `--out` as JSON.
+Prints the mean over seeds in percent, and writes every figure beside `--out` as JSON.
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +40,7 @@ from cafo.cache import Cache, accuracy, mean_key
 from cafo.cross_fit import TrainingImages
 from cafo.held_out import on_validation
 from cafo.key_training import KeyTraining
+from cafo.prior import ACCURACY_POWER, BETA, SCALE, SHOTS_POWER
 from cafo.search import search
 from cafo.search_grid import BetaGrid
 from cafo.selection import Choosing, select
@@ -67,31 +71,37 @@ class Images:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--sources", nargs="+", help="of the demo's clip, dino and untrained; default: clip dino")
     parser.add_argument("--prior", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/selection.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    images = load(given.data, given.sources)
     if given.prior:
-        for line in measure_prior(images, given.seeds):
-            print(line, flush=True)
+        curves = []
+        for path in given.data:
+            if path.is_file():
+                curves += measure_prior(path.stem, load(path), given.seeds)
+            else:
+                curves += measure_prior("digits", load(path), given.seeds)
+                curves += measure_prior("digits (CLIP alone)", load(path, ["clip"]), given.seeds)
+        show_prior(curves)
         return
-    rows = []
-    for shots in given.shots:
-        for seed in range(given.seeds):
-            rows.append({"shots": shots, "seed": seed, **measure(images, shots, seed)})
-            given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(rows))
-        _show([row for row in rows if row["shots"] == shots], header=shots == given.shots[0])
+    for path in given.data:
+        images = load(path)
+        rows = []
+        for shots in given.shots:
+            for seed in range(given.seeds):
+                rows.append({"data": str(path), "shots": shots, "seed": seed, **measure(images, shots, seed)})
+            _show([row for row in rows if row["shots"] == shots], header=shots == given.shots[0])
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.with_stem(f"{given.out.stem}-{path.stem}").write_text(json.dumps(rows))
 
 
-def _show(rows: list[dict[str, float]], *, header: bool) -> None:
-    names = [name for name in rows[0] if name not in ("shots", "seed")]
+def _show(rows: list[dict[str, Any]], *, header: bool) -> None:
+    names = [name for name in rows[0] if name not in ("data", "shots", "seed")]
     if header:
         print("K   ", " ".join(f"{name:>13}" for name in names))
     known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
@@ -101,7 +111,7 @@ def _show(rows: list[dict[str, float]], *, header: bool) -> None:
 
 def load(data: Path, sources: list[str] | None = None) -> Images:
     """Read a file of features, or the demo's folder with some of its encoders."""
-    return _load_file(data) if data.is_file() else _load_digits(data, sources)
+    return _load_file(data) if data.is_file() else _load_digits(data, sources or ["clip", "dino"])
 
 
 def _load_file(path: Path) -> Images:
@@ -120,13 +130,12 @@ def _load_file(path: Path) -> Images:
     )
 
 
-def _load_digits(world: Path, sources: list[str] | None) -> Images:
+def _load_digits(world: Path, names: Sequence[str]) -> Images:
     """Encode the demo's scans, or read their features, which are kept beside the demo's models."""
     path = world / "selection_features.pt"
     if not path.exists():
         torch.save(_encode_digits(world), path)
     kept = torch.load(path, weights_only=True)
-    names = sources or ["clip", "dino"]
     return Images(
         plain={name: kept[f"{name}.plain"] for name in names},
         views={name: kept[f"{name}.views"] for name in names},
@@ -233,30 +242,86 @@ def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
     }
 
 
-def measure_prior(images: Images, seeds: int) -> Iterator[str]:
-    """Lines of the best α, in units of the deviation of p_ZS, at zero-shot classifiers of several qualities."""
-    ratios = [0.0, *np.geomspace(0.05, 50, 25).tolist()]
-    for shots in (1, 4):
-        for noise in (0.0, 1.0, 2.0, 4.0, 8.0, 100.0):
-            zero_shot, curves = [], []
-            for seed in range(seeds):
-                rng = torch.Generator().manual_seed(seed)
-                direction = F.normalize(torch.randn(images.classifier.shape, generator=rng), dim=0)
-                noisy = replace(images, classifier=F.normalize(images.classifier + noise * direction, dim=0))
-                few, _, test = draw(noisy, shots, seed)
-                cache, views, train = untrained_cache(noisy, few)
-                trained = select(cache, views, "prior", KeyTraining(seed=seed), Choosing(), train=train).cache
-                features, labels = {name: f[test] for name, f in noisy.plain.items()}, noisy.labels[test]
-                scale = float(trained.zero_shot(train.features).std(dim=1).mean())
-                parts = replace(trained, beta=6.0).combine_in_blocks(features)
-                zero_shot.append(accuracy(trained.zero_shot(features), labels))
-                curves.append([accuracy(parts.logits(ratio * scale), labels) for ratio in ratios])
-            mean = np.mean(curves, axis=0)
-            near = [ratio for ratio, value in zip(ratios, mean, strict=True) if value >= mean.max() - 0.005]
-            yield (
-                f"{shots} shots: zero-shot {np.mean(zero_shot):.1%}, best {mean.max():.1%} at α/s "
-                f"{ratios[int(mean.argmax())]:.2f}, within half a point from {near[0]:.2f} to {near[-1]:.2f}"
-            )
+RATIOS = tuple(np.geomspace(0.05, 50, 41).tolist())
+
+
+class Curve(NamedTuple):
+    """Test accuracy over α/s at β = 6, of one data set, K, quality of the zero-shot classifier, and seed."""
+
+    data: str
+    shots: int
+    noise: float
+    zero_shot: float
+    """accuracy of p_ZS on test images"""
+    share: float
+    """accuracy of p_ZS on the labelled images, (correct + 1) / (images + 2), which is all that a prior may know"""
+    accuracies: tuple[float, ...]
+
+    def at(self, ratio: float) -> float:
+        """Accuracy at any α/s, by interpolation."""
+        return float(np.interp(math.log(ratio), np.log(RATIOS), self.accuracies))
+
+
+def measure_prior(name: str, images: Images, seeds: int) -> list[Curve]:
+    """Curves at one and four shots, with the zero-shot classifier as it is and with noise down to chance."""
+    curves = []
+    for shots, noise, seed in itertools.product((1, 4), (0.0, 1.0, 2.0, 4.0, 8.0, 100.0), range(seeds)):
+        rng = torch.Generator().manual_seed(seed)
+        direction = F.normalize(torch.randn(images.classifier.shape, generator=rng), dim=0)
+        noisy = replace(images, classifier=F.normalize(images.classifier + noise * direction, dim=0))
+        few, _, test = draw(noisy, shots, seed)
+        cache, views, train = untrained_cache(noisy, few)
+        trained = select(cache, views, "prior", KeyTraining(seed=seed), Choosing(), train=train).cache
+        features, labels = {name: f[test] for name, f in noisy.plain.items()}, noisy.labels[test]
+        known = trained.zero_shot(train.features)
+        right = int((known.argmax(dim=1) == cache.labels).sum())
+        parts, scale = replace(trained, beta=BETA).combine_in_blocks(features), float(known.std(dim=1).mean())
+        accuracies = tuple(accuracy(parts.logits(ratio * scale), labels) for ratio in RATIOS)
+        share = (right + 1) / (len(few) + 2)
+        curves.append(Curve(name, shots, noise, accuracy(parts.base, labels), share, accuracies))
+    return curves
+
+
+def fit_prior(curves: Sequence[Curve]) -> tuple[float, float, float]:
+    """Scale and powers of K and of the zero-shot accuracy that lose the least of each curve's best accuracy."""
+    scales, shots_powers, powers = np.arange(0.25, 1.0, 0.05), (0.0, 1 / 6, 1 / 3, 1 / 2), np.arange(0.5, 2.01, 0.25)
+    tried = itertools.product(scales.tolist(), shots_powers, powers.tolist())
+    return min(tried, key=lambda values: loss_of_prior(curves, *values))
+
+
+def loss_of_prior(curves: Sequence[Curve], scale: float, shots_power: float, power: float) -> float:
+    """Mean loss of accuracy against the best α of each condition (mean over its seeds)."""
+    losses = []
+    for _, of_condition in itertools.groupby(curves, key=lambda curve: curve[:3]):
+        group = list(of_condition)
+        best = np.mean([curve.accuracies for curve in group], axis=0).max()
+        expected = [curve.at(scale * curve.shots**shots_power / curve.share**power) for curve in group]
+        losses.append(best - float(np.mean(expected)))
+    return statistics.mean(losses)
+
+
+def show_prior(curves: Sequence[Curve]) -> None:
+    """Print the best α/s of each condition, and what is lost by a prior that was fitted with and without a data set."""
+    for (name, shots, noise), of_condition in itertools.groupby(curves, key=lambda curve: curve[:3]):
+        group = list(of_condition)
+        mean = np.mean([curve.accuracies for curve in group], axis=0)
+        near = [ratio for ratio, value in zip(RATIOS, mean, strict=True) if value >= mean.max() - 0.005]
+        zero_shot = statistics.mean(curve.zero_shot for curve in group)
+        print(
+            f"{name}, {shots} shots, noise {noise:g}: zero-shot {zero_shot:.1%}, best {mean.max():.1%} at α/s "
+            f"{RATIOS[int(mean.argmax())]:.2f}, within half a point from {near[0]:.2f} to {near[-1]:.2f}"
+        )
+    print("fitted on all (scale, power of K, power of the accuracy):", [round(v, 3) for v in fit_prior(curves)])
+    print(f"its loss: {loss_of_prior(curves, *fit_prior(curves)):.2%}")
+    shipped = loss_of_prior(curves, SCALE, SHOTS_POWER, ACCURACY_POWER)
+    print(f"loss of cafo/prior.py: {shipped:.2%}")
+    for name in dict.fromkeys(curve.data.split()[0] for curve in curves):
+        others = [curve for curve in curves if not curve.data.startswith(name)]
+        own = [curve for curve in curves if curve.data.startswith(name)]
+        if others:
+            values = fit_prior(others)
+            lost = loss_of_prior(own, *values)
+            print(f"fitted without {name}: {[round(v, 3) for v in values]}, loss on {name} {lost:.2%}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Epoch:
 
 
 SelectEpochBy = Literal["loss", "accuracy"]
-"""What the keys of an epoch are chosen by: the lowest loss at a free temperature, or the highest accuracy."""
+"""The measure that an epoch's keys are chosen by: the lowest loss at a free temperature, or the highest accuracy."""
 
 
 def measure_epoch(number: int, loss: float, logits: Tensor, labels: Tensor) -> Epoch:

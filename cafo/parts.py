@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
     @property
     def gain(self) -> int | None:
-        """How many more images are correct at the best values with the part; negative for a part that hurts."""
+        """The number of images that the best values with the part gain; negative for a part that hurts."""
         return None if self.without is None else self.with_it - self.without
 
 

@@ -20,7 +20,7 @@ from cafo.alpha_intervals import correct_intervals, label_margins
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.errors import CafoError, refuse_text
 from cafo.held_out import HeldOut
-from cafo.near_best import choose_near_best
+from cafo.near_best import NearBest, choose_near_best
 from cafo.parts import Part, measure_parts
 from cafo.prior import expect
 from cafo.search_grid import BetaGrid, Candidate, search_grid
@@ -30,8 +30,9 @@ _MAX_CONFIRMATIONS = 16
 _IMAGES_PER_BLOCK = 1024
 
 Rule = Literal["near_best", "highest"]
-"""How α, β and the ensemble are chosen by their accuracies: `highest` takes the highest accuracy, and the smallest α on
-ties; `near_best` takes, of those within one standard error of the highest, the one with the lowest loss."""
+"""The rule by which α, β and the ensemble are chosen by their accuracies: `highest` takes the highest accuracy, and
+the smallest α on ties; `near_best` takes, of those within one standard error of the highest, the one with the lowest
+loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ def search(
     zero_shot_correct = int((zero_shot.argmax(dim=-1) == labels).sum())
     parts = measure_parts(tuple(affinities), by_ensemble, ensembles, zero_shot_correct)
     candidates += _zero_shot_alone(candidates, ensembles, len(labels) - zero_shot_correct)
-    best = None
+    best: NearBest | _Confirmed | None = None
     if rule == "near_best":
         prior = expect(zero_shot, labels, len(key_labels) / zero_shot.shape[1])
         floor = max((part.alone for part in parts if part.alone is not None), default=0)

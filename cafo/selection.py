@@ -65,7 +65,7 @@ class Choosing:
 
     @property
     def epoch_by(self) -> SelectEpochBy:
-        """What the epoch is chosen by."""
+        """The measure that the epoch is chosen by."""
         return "accuracy" if self.rule == "highest" else "loss"
 
 

@@ -307,6 +307,7 @@ class Gemma3(Gemma2):
 
     @classmethod
     def own_values(cls, config: DecoderConfig) -> dict[str, Any]:
+        """The family's own keys for a decoder."""
         full = {"rope_theta": config.rope_theta, **rope_values(config.rope_scaling)}
         local = config.sliding_rope_theta
         return {

@@ -95,7 +95,7 @@ class ApeT(Method):
 
 
 class Epoch(NamedTuple):
-    """What is trained, after one epoch."""
+    """The trained tensors after one epoch."""
 
     residual: Tensor
     """R, (N, Q)"""

@@ -1,4 +1,4 @@
-"""What every few-shot method is fitted on, and what it gives.
+"""The one interface of few-shot methods: what they are fitted on, and what they give.
 
 A method is fitted on features of labelled images and a text classifier. What it gives has, for any other images, logits
 of the form
@@ -72,7 +72,7 @@ class Projection(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a data set has, which is known before any image is encoded."""
+    """The parts of a data set, which are known before any image is encoded."""
 
     shots: int
     """training images of the class that has the fewest"""
@@ -135,7 +135,7 @@ class FewShotImages:
 
     @property
     def given(self) -> Given:
-        """What there is, as a method that may lack something is told."""
+        """The parts that there are, by which a method says what it lacks."""
         shots = int(torch.bincount(self.labels, minlength=self.num_classes).min())
         return Given(shots, len(self.views.embeddings), self.prompts is not None, self.projection is not None)
 
@@ -179,7 +179,7 @@ class Method(Protocol):
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """What is chosen, one stage after the other."""
+        """The hyperparameters to choose, one stage after the other."""
 
     def fit(self, images: FewShotImages, seed: int) -> Fitted:
         """Fit the method on labelled images.

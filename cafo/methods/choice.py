@@ -28,8 +28,8 @@ from cafo.methods.base import Features, FewShotImages, Fitted, Method, Setting, 
 
 Select = Literal["val", "crossfit", "none"]
 Rule = Literal["near_best", "highest"]
-"""How one setting is chosen by accuracies: `highest` takes the first that has the highest, as the authors do;
-`near_best` takes, of those within one standard error of the highest, the one with the lowest loss at a free
+"""The rule by which one setting is chosen by accuracies: `highest` takes the first that has the highest, as the authors
+do; `near_best` takes, of those within one standard error of the highest, the one with the lowest loss at a free
 temperature, as CaFo does."""
 
 _COMPARED = 256

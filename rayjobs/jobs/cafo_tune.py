@@ -163,7 +163,7 @@ def run(settings: Config) -> dict[str, Any]:
 
 
 def select_by_shots(settings: Config, dataset: Dataset, tried: list[Setting]) -> dict[int, Select]:
-    """What the choices at each K are made on."""
+    """Return the images that the choices at each K are made on."""
     has_val, trained = bool(dataset.val), any(setting.epochs for setting in tried)
     search = settings.search
     return {shots: search.select_at(shots, has_val=has_val, trained=trained) for shots in settings.space.shots}
@@ -249,7 +249,7 @@ def summarize(dataset: Dataset, chosen: list[ChosenSetting], results: list[Trial
 
 
 def _describe_choices(select: Mapping[int, Select]) -> str:
-    """What choices are made on, with the K of each if they differ."""
+    """Describe the images that choices are made on, with the K of each if they differ."""
     if len(set(select.values())) == 1:
         return next(iter(select.values()))
     kinds = {how: [str(shots) for shots, other in select.items() if other == how] for how in select.values()}

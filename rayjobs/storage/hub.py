@@ -194,7 +194,7 @@ _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def _explain(hub: HubPath, error: Exception, uploading: bool) -> str:
-    """What is wrong, and what to do about it."""
+    """Describe what is wrong, and what to do about it."""
     from huggingface_hub import constants, errors
 
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):

@@ -132,7 +132,7 @@ class SearchConfig:
     """Images per training step of the keys."""
 
     def select_at(self, shots: int, *, has_val: bool, trained: bool) -> Select:
-        """What the choices at one K are made on.
+        """Return the images that the choices at one K are made on.
 
         Args:
             shots: K.

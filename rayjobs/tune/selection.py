@@ -57,7 +57,7 @@ class ChosenSetting:
         known = [(t.estimate_correct, t.estimate_images) for t in self.seeds if t.estimate_images]
         if not known:
             return None
-        correct, total = (sum(numbers) / len(known) for numbers in zip(*known, strict=True))  # type: ignore[arg-type]
+        correct, total = (sum(numbers) / len(known) for numbers in zip(*known, strict=True))
         return Estimate(correct=correct, total=total)
 
     def to_json(self) -> dict[str, Any]:

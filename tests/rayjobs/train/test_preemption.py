@@ -9,6 +9,7 @@ from ray.train import PreemptionInfo
 
 from rayjobs.cluster.environment import BEHAVIOUR, QUIET
 from rayjobs.train.config import ScaleConfig, TrainConfig
+from rayjobs.train.metric_rows import MetricRows
 from rayjobs.train.worker import TrainingLoop
 
 
@@ -21,7 +22,8 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> TrainingLoop:
     """A loop after step 3 of 1,000, whose reports are noted."""
     made = TrainingLoop.__new__(TrainingLoop)
     made.job = SimpleNamespace(train=TrainConfig(checkpoint_every_steps=50), total_steps=1000)  # type: ignore[assignment]
-    made.step, made.rows, made.seen_preemption = 3, [{"step": 3}], None
+    made.step, made.rows, made.seen_preemption = 3, MetricRows(), None
+    made.rows.add({"step": 3})
     made.reports = []  # type: ignore[attr-defined]
     monkeypatch.setattr(ray.train, "report", lambda metrics: made.reports.append("metrics"))  # type: ignore[attr-defined]
     monkeypatch.setattr(made, "report_checkpoint", lambda: made.reports.append("checkpoint"))  # type: ignore[attr-defined]
@@ -38,7 +40,7 @@ def reports(loop: Any, monkeypatch: pytest.MonkeyPatch, preemption: PreemptionIn
 def test_each_announcement_saves_one_checkpoint(loop: TrainingLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reports(loop, monkeypatch, None, due=True) == ["metrics"]
     assert reports(loop, monkeypatch, info("a", 99), due=True) == ["checkpoint"]
-    assert loop.rows == []
+    assert loop.rows.unreported == []
     assert reports(loop, monkeypatch, info("a", 99), due=True) == ["metrics"], "the same announcement"
     assert reports(loop, monkeypatch, info("b"), due=True) == ["checkpoint"], "another node"
 

@@ -126,7 +126,7 @@ def test_the_prior_is_its_formula():
     correct = sum(int(row.argmax()) == label for row, label in zip(zero_shot, labels.tolist(), strict=True))
     scale = sum(float(row.double().std()) for row in zero_shot) / 37
     prior = expect(zero_shot, labels, 8)
-    assert prior.alpha == pytest.approx(0.4 * scale * 2 / ((correct + 1) / 39) ** 1.5)
+    assert prior.alpha == pytest.approx(0.5 * scale * 8**0.5 / ((correct + 1) / 39))
     assert prior.beta == BETA
     assert prior.penalty(prior.alpha, prior.beta) == 0
     assert prior.penalty(prior.alpha * math.e, prior.beta) == pytest.approx(0.5)

@@ -49,7 +49,7 @@ TRAIN_QUESTIONS, TEST_QUESTIONS, OPTIONS = 600, 200, 4
 class Watch(threading.Thread):
     """Samples memory and CPU time of a process and its descendants, and the machine's load, until it is stopped."""
 
-    def __init__(self, pid: int, every_s: float = 1.0) -> None:
+    def __init__(self, pid: int, every_s: float = 3.0) -> None:
         super().__init__(daemon=True)
         self.root, self.every_s, self.stopped = psutil.Process(pid), every_s, threading.Event()
         self.peak_bytes, self.cpu_s, self.loads = 0, dict[int, float](), list[float]()
@@ -158,7 +158,7 @@ def measure_photos(caltech: Path, seed: int, out: Path) -> str:
     vision = ["kind=timm", "name=tf_efficientnet_lite0", f"weights={efficientnet_lite0()}"]
     sees = [f"vision.encoder.{word}" for word in vision]
     data = [f"data.path={questions / 'train.jsonl'}", "data.template=scienceqa", "data.val_fraction=0"]
-    recipe = [*data, "train.epochs=2", "optimizer.base_lr=0.128", f"train.seed={seed}"]
+    recipe = [*data, "optimizer.base_lr=0.128", f"train.seed={seed}"]
     sighted = train(out, f"photos-conditioned-{seed}", *recipe, *sees)
     blind = train(out, f"photos-text-only-{seed}", *recipe)
     asked = {

@@ -15,9 +15,9 @@ features of photos (54 classes of Caltech-101, EfficientNet-Lite0) and of handwr
 with its DINO), each with the zero-shot classifier as it is and with noise that lowers its accuracy in five steps to
 chance: 36 conditions. Of scales, powers of k and powers of a, the ones above lose least of each condition's best
 accuracy: 0.5 points in the mean. The best α/s at one shot was 0.4 to 1.1 with the classifiers as they are (78% and
-89%), 0.7 to 1.3 at 40 to 60%, and above 1.3, without a clear end, at chance. Fitted on the digits alone, the formula
-loses 0.6 points on the photos; fitted on the photos alone, 2.4 points on the digits. β had less influence: in
-an earlier measurement, accuracy near the best α changed by less than half a point for β from 2 to 12.
+89%), 0.7 to 1.3 at 40 to 60%, and 1.3 to 25 at chance. Fitted on the digits alone, the formula loses 0.6 points on the
+photos; fitted on the photos alone, 2.4 points on the digits. β matters less: at one shot, the best accuracy over α was
+within half a point of the highest at β = 6 and at β = 12 alike.
 """
 
 from __future__ import annotations

@@ -97,17 +97,29 @@ def save(choice: FewShot, path: str | Path) -> None:
     write_json(path, asdict(choice))
 
 
-def load(path: str | Path) -> FewShot:
+def load(path: str | Path, class_names: Sequence[str]) -> FewShot:
     """Read a choice that `save` wrote.
+
+    Args:
+        path: the file.
+        class_names: the class list now. An image has the label of its class's name, wherever the class stood when the
+            choice was made.
 
     Raises:
         CafoError: the file is missing or malformed.
+        DatasetError: images of a class that is not in the class list.
     """
+    refuse_text(class_names, "class_names")
     content = read_json(path, "give the few-shot file of an earlier run, or a seed")
+    label_of = {name: label for label, name in enumerate(class_names)}
     try:
-        items = tuple(Item(str(file), int(label), str(name)) for file, label, name in content["items"])
-        return FewShot(
-            shots=int(content["shots"]), seed=int(content["seed"]), items=items, short=dict(content["short"])
-        )
+        chosen = [(str(file), str(name)) for file, _, name in content["items"]]
+        shots, seed, short = int(content["shots"]), int(content["seed"]), dict(content["short"])
     except (KeyError, TypeError, ValueError) as error:
         raise CafoError(f"{path} is not a few-shot choice ({error!r}); write one with `fewshot.save`") from error
+    if strangers := sorted({name for _, name in chosen} - set(label_of)):
+        raise DatasetError(
+            f"{path} has images of {', '.join(strangers[:5])}, and the class list has no such class; choose again"
+        )
+    items = sorted((Item(file, label_of[name], name) for file, name in chosen), key=lambda item: item.label)
+    return FewShot(shots=shots, seed=seed, items=tuple(items), short=short)

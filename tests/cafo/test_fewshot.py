@@ -36,13 +36,20 @@ def test_a_short_class_is_reported_and_never_repeated():
 def test_a_saved_choice_is_read_back_equal(tmp_path):
     chosen = fewshot.choose(ITEMS, (*NAMES, "dog"), shots=3, seed=9, short="report")
     fewshot.save(chosen, tmp_path / "run" / "few_shot.json")
-    assert fewshot.load(tmp_path / "run" / "few_shot.json") == chosen
+    path = tmp_path / "run" / "few_shot.json"
+    assert fewshot.load(path, (*NAMES, "dog")) == chosen
+    names = ("ape", *reversed((*NAMES, "dog")))  # a class added, and the others in another order
+    moved = fewshot.load(path, names)
+    assert {(item.path, item.class_name) for item in moved.items} == {(i.path, i.class_name) for i in chosen.items}
+    assert all(names[item.label] == item.class_name for item in moved.items)
+    with pytest.raises(ValueError, match="has images of ant, and the class list has no such class"):
+        fewshot.load(path, [name for name in names if name != "ant"])
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["few_shot.json"]
     (tmp_path / "bad.json").write_text('{"shots": 1}')
     with pytest.raises(ValueError, match="not a few-shot choice"):
-        fewshot.load(tmp_path / "bad.json")
+        fewshot.load(tmp_path / "bad.json", NAMES)
     with pytest.raises(ValueError, match="no file"):
-        fewshot.load(tmp_path / "none.json")
+        fewshot.load(tmp_path / "none.json", NAMES)
 
 
 def test_an_unreadable_image_gives_way_to_the_next_of_its_class():

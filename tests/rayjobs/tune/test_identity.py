@@ -108,6 +108,45 @@ def test_the_rows_of_a_choice_are_its_images_features() -> None:
         assert shared.labels[rows].tolist() == [item.label for item in items]
 
 
+def test_plain_features_and_groups_are_those_of_each_image() -> None:
+    data = dataset()
+    images = encode_few_shot(FakeStore(), plan(data), 1, plain=True)  # type: ignore[arg-type]
+    contents = {item.path: f"content of {item.path}" for item in images.lists["train"].items}
+    first, second = list(contents)[:2]
+    contents[second] = contents[first]
+    train = replace(
+        images.features["train"], contents=tuple(contents[item.path] for item in images.lists["train"].items)
+    )
+    given = replace(inputs(data), images=replace(images, features={**images.features, "train": train}), classifiers={})
+    shared = share_inputs(given, {2: "crossfit"})
+    assert shared.plain_rows is not None
+    assert shared.groups is not None
+    assert (shared.val, len(shared.val_labels), shared.select) == ({}, 0, {2: "crossfit"})
+    for rows in shared.few_shot.values():
+        assert shared.plain["clip"][shared.plain_rows[rows]].tolist() == shared.views["clip"][0, rows].tolist()
+    twins = [path for path in contents if path in (first, second)]
+    at = [list(contents).index(path) for path in twins]
+    assert len({int(shared.groups[row]) for row in at}) == 1
+    assert len(set(shared.groups.tolist())) == len(contents) - 1
+    assert [image.role for image in given.readable_images()] == ["train"] * len(contents)  # each once
+
+
+def test_validation_images_can_join_every_choice(tmp_path: Path) -> None:
+    data = dataset()
+    bad = data.val[0].path
+    joined = replace(plan(data), joined=data.val)
+    images = encode_few_shot(FakeStore(bad), joined, 1, plain=True)  # type: ignore[arg-type]
+    before = plan(data).choose()
+    for key, choice in images.choices.items():
+        assert {*choice.items} == {*before[key].items, *(item for item in data.val if item.path != bad)}
+        assert [item.label for item in choice.items] == sorted(item.label for item in choice.items)
+    apart = inputs(data)
+    check_same_inputs(tmp_path, apart)
+    finish_a_trial(tmp_path)
+    with pytest.raises(ValueError, match="5 train images are new: ant/7"):
+        check_same_inputs(tmp_path, replace(apart, images=images))
+
+
 def finish_a_trial(folder: Path) -> None:
     write_json(folder / "trials" / "t" / "result.json", {})
 

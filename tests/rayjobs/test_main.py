@@ -118,7 +118,7 @@ def test_records_that_workers_refuse_are_one_line_that_names_the_place(
     given["data.path"] = "[a.json]"
     code, out, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in given.items()))
     assert (code, out) == (2, "")
-    (line,) = [line for line in err.splitlines() if not line.startswith("tokenize: 1 records")]
+    (line,) = [line for line in err.splitlines() if not line.startswith(("records: ", "tokenize: 1 records"))]
     assert line.startswith("rayjobs adapter-train: error: ")
     assert message in line
 

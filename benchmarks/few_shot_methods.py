@@ -1,10 +1,11 @@
 """Compare CaFo's cache with its rivals on the same features, the same shots and the same choice of hyperparameters.
 
     python -m benchmarks.few_shot_methods FEATURES... [--seeds 5] [--shots 1 2 4 8 16] [--methods GDA …] [--json FILE]
-    python -m benchmarks.few_shot_methods --read FILE              # the tables of figures that --json has kept
+    python -m benchmarks.few_shot_methods --json FILE              # the tables of figures that the file has already
 
-FEATURES are what `benchmarks.selection` reads: a file of features, or the demo's folder. For every seed, K images of
-each class are drawn, and each method is fitted on them; all see the same images. Its hyperparameters are chosen
+FEATURES are what `benchmarks.selection` reads: a file of features, or the demo's folder. Figures that FILE has are not
+measured again. For every seed, K images of each class are drawn, and each method is fitted on them; all see the same
+images. Its hyperparameters are chosen
 
 val       on 100 validation images
 crossfit  on the K shots alone, in five folds
@@ -18,8 +19,8 @@ coarser than the authors' (50 and 5 values); β ends where CaFo's grid does, and
 were often chosen.
 
 Prints, in Markdown, accuracies in percent, mean ± standard deviation over seeds, then differences from CaFo's cache,
-paired by seed, each with its 95% interval (Student's t). The last column is the seconds of one fit with its choice at
-the largest K.
+paired by seed, each with its 95% interval (Student's t). The last column of the
+accuracies is the seconds of one fit with its choice at the largest K.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from cafo.selection import Choosing, select
 
 CAFO, ZERO_SHOT = "CaFo's cache", "zero-shot"
 WAYS = ("val", "crossfit", "none")
-SECONDS_OF_RLA = 5e8
+SIZE_OF_RLA = 2e8
 """M · C² up to which RLA is trained"""
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
@@ -75,17 +76,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "ProLIP"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("runs/few_shot_methods.json"))
-    parser.add_argument("--read", type=Path, nargs="+")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows: list[Row] = []
-    if given.read:
-        rows = [Row(**row) for path in given.read for row in json.loads(path.read_text())]
+    rows = [Row(**row) for row in json.loads(given.json.read_text())] if given.json.exists() else []
     for path in given.data:
         images = load(path)
         for seed in range(given.seeds):
             for shots in given.shots:
-                rows += measure(images, path.stem, shots, seed, given.methods)
+                known = {row.method for row in rows if (row.data, row.shots, row.seed) == (path.stem, shots, seed)}
+                wanted = [name for name in (CAFO, *given.methods) if name not in known]
+                rows += measure(images, path.stem, shots, seed, wanted)
                 given.json.parent.mkdir(parents=True, exist_ok=True)
                 given.json.write_text(json.dumps([vars(row) for row in rows]))
     for line in tables(rows):
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def measure(images: Images, data: str, shots: int, seed: int, names: Sequence[str]) -> Iterator[Row]:
-    """Yield the test accuracies of all methods at one K and seed."""
+    """Yield the test accuracies of some methods at one K and seed."""
     few, val, test = draw(images, shots, seed)
 
     def row(method: str, how: str, logits: Tensor, began: float) -> Row:
@@ -101,7 +101,6 @@ def measure(images: Images, data: str, shots: int, seed: int, names: Sequence[st
         score = accuracy(logits, images.labels[test])
         return Row(data=data, shots=shots, seed=seed, method=method, select=how, accuracy=score, seconds=seconds)
 
-    yield from _measure_cafo(images, few, val, test, seed, row)
     plain = images.plain["clip"]
     train = FewShotImages(
         views=Features(embeddings=images.views["clip"][:, few]),
@@ -111,12 +110,16 @@ def measure(images: Images, data: str, shots: int, seed: int, names: Sequence[st
         prompts=images.classifier.T[:, None],
     )
     val_features, test_features = Features(embeddings=plain[val]), Features(embeddings=plain[test])
-    for how in WAYS:
-        yield row(ZERO_SHOT, how, train.zero_shot(test_features), time.perf_counter())
+    if CAFO in names:
+        yield from _measure_cafo(images, few, val, test, seed, row)
+        for how in WAYS:
+            yield row(ZERO_SHOT, how, train.zero_shot(test_features), time.perf_counter())
     for name in names:
+        if name == CAFO:
+            continue
         method = scaled(METHODS[name], images)
         rla = name in ("RLA", "ProLIP")
-        if method.lacks(train.given) or (rla and len(few) * len(images.classifier) ** 2 > SECONDS_OF_RLA):
+        if method.lacks(train.given) or (rla and len(few) * len(images.classifier) ** 2 > SIZE_OF_RLA):
             continue
         began = time.perf_counter()
         fitted = method.fit(train, seed)
@@ -198,13 +201,19 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
 def _table(title: str, rows: Sequence[Row], cell: Callable[[Sequence[float]], str]) -> Iterator[str]:
     shots = sorted({row.shots for row in rows})
     yield f"\n{title}\n"
-    yield f"| method | {' | '.join(f'K = {k}' for k in shots)} | s |"
-    yield "|---" * (len(shots) + 2) + "|"
-    for method in dict.fromkeys(row.method for row in rows):
+    timed = cell is _mean_and_deviation
+    yield f"| method | {' | '.join(f'K = {k}' for k in shots)} |{' s |' if timed else ''}"
+    yield "|---" * (len(shots) + 1 + timed) + "|"
+    for method in sorted({row.method for row in rows}, key=_order):
         mine = [row for row in rows if row.method == method]
         cells = [cell([row.accuracy for row in mine if row.shots == k]) for k in shots]
         seconds = statistics.median(row.seconds for row in mine if row.shots == max(r.shots for r in mine))
-        yield f"| {method} | {' | '.join(cells)} | {seconds:.1f} |"
+        yield f"| {method} | {' | '.join(cells)} |{f' {seconds:.1f} |' if timed else ''}"
+
+
+def _order(method: str) -> tuple[int, str]:
+    """CaFo first, then the methods in the order of their registry."""
+    return (1 + list(METHODS).index(method) if method in METHODS else -(method != ZERO_SHOT), method)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:

@@ -108,7 +108,11 @@ def test_its_report_opens_with_what_it_shows_and_leads_to_each_step(storage: Pat
     report, result = (folder / "report.html").read_text(), read_json(folder / "result.json")
     assert "30 validation scans; only then were the 40 test scans opened, once" in report
     titles = ["training loss of the two adapters", "accuracy over shots, digits", "data:image/jpeg"]
-    titles += ["accuracy over α and β, on the images of the choice", "confusion on test", "accuracy of each class on test"]
+    titles += [
+        "accuracy over α and β, on the images of the choice",
+        "confusion on test",
+        "accuracy of each class on test",
+    ]
     for text in (*(name for name in result if name not in ("headline", "about")), *titles):
         assert text in report
     linked = [row["report"] for row in result["reports of the steps"]]

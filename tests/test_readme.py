@@ -18,7 +18,7 @@ from tests.rayjobs.cafo_dataset import make_encoders
 from tests.sample_data import write_caltech, write_instructions
 
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("cluster.md", "scaling.md"))]
-"""The other documents name models on the hub and files of a user's own; the tests of their features run such commands."""
+"""The other documents name models on the hub and a user's own files; tests of their features run such commands."""
 
 
 def blocks(document: Path, language: str) -> list[str]:

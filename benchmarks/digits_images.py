@@ -57,7 +57,7 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
     questions, shuffled = out / f"questions-{seed}", out / f"shuffled-{seed}"
     write_scan_questions(world, questions, seed)
     if not shuffled.exists():
-        _shuffle(questions, shuffled, seed)
+        shuffle_images(questions, shuffled, seed)
     recipe = AdaptersConfig(workers=1, seed=seed)
 
     def run(name: str) -> dict[str, str]:
@@ -104,9 +104,9 @@ def _accuracy(name: str, folder: Path, run: Path | None, values: dict[str, Any],
     return {group: float(accuracy[group]) for group in ("IMG", "TXT")}
 
 
-def _shuffle(questions: Path, shuffled: Path, seed: int) -> None:
+def shuffle_images(questions: Path, shuffled: Path, seed: int) -> None:
     """Write the same questions with their test images permuted among them."""
-    images = sorted((questions / "images" / "test").glob("*/image.png"))
+    images = sorted((questions / "images" / "test").glob("*/image.*"))
     permuted = random.Random(seed).sample(images, len(images))
     with atomic_folder(shuffled) as new:
         shutil.copytree(questions, new, dirs_exist_ok=True)

@@ -34,6 +34,7 @@ from typing import Any
 import psutil
 
 from adapter.records.scienceqa import Problem
+from benchmarks.digits_images import shuffle_images
 from rayjobs.reporting.tables import markdown_table, mean_and_deviation
 from rayjobs.storage.files import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
 from tests.real_models import efficientnet_lite0, smollm2
@@ -154,7 +155,7 @@ def measure_photos(caltech: Path, seed: int, out: Path) -> str:
     if not questions.exists():
         write_questions(caltech, questions, seed)
     if not shuffled.exists():
-        shuffle_photos(questions, shuffled, seed)
+        shuffle_images(questions, shuffled, seed)
     vision = ["kind=timm", "name=tf_efficientnet_lite0", f"weights={efficientnet_lite0()}"]
     sees = [f"vision.encoder.{word}" for word in vision]
     data = [f"data.path={questions / 'train.jsonl'}", "data.template=scienceqa", "data.val_fraction=0"]
@@ -235,16 +236,6 @@ def make_problem(pid: str, name: str, names: Sequence[str], rng: random.Random) 
 def answer_text(problem: Problem) -> str:
     """Return the answer in words; which letter an option has is another skill, of which the photo says nothing."""
     return f"The answer is {problem.choices[problem.answer]}."
-
-
-def shuffle_photos(questions: Path, shuffled: Path, seed: int) -> None:
-    """Write the same questions with their photos permuted among them."""
-    photos = sorted((questions / "images" / "test").glob("*/image.*"))
-    permuted = random.Random(seed).sample(photos, len(photos))
-    with atomic_folder(shuffled) as new:
-        shutil.copytree(questions, new, dirs_exist_ok=True)
-        for photo, other in zip(photos, permuted, strict=True):
-            shutil.copyfile(other, new / photo.relative_to(questions))
 
 
 def _losses(runs: Mapping[str, Mapping[str, Any]]) -> str:

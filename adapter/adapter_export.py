@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, check_adapter_fits
 from adapter.adapter_formats import PEFT_CONFIG, PEFT_WEIGHTS
-from adapter.adaption import Gate
+from adapter.adaption import TRAINED_GATES, Gate, gate_factor
 from adapter.atomic_file import atomic_path
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
@@ -81,7 +81,7 @@ def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, ga
     """
     check_adapter_fits(file, base)
     title, switches = _TITLES[format], base.switches()
-    if gate not in ("tanh", "identity") or (gate == "tanh" and format != "v1"):
+    if gate not in TRAINED_GATES or (gate == "tanh" and format != "v1"):
         raise AdapterError(f"{title} has no gates for {gate!r}")
     if file.vision is not None:
         raise AdapterError(f"{title} cannot hold an adapter that reads images; keep the own format")
@@ -96,7 +96,7 @@ def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, ga
             f"{title} is for Llama and Mistral with heads of width dim / n_heads and without biases in attention; this "
             f"base differs in {', '.join(f'{name} {switches[name]}' for name in odd)}"
         )
-    gates = file.gate.tanh() if file.convention == "tanh" else file.gate
+    gates = gate_factor(file.gate, file.convention)
     if gate == "tanh":
         if (gates.abs() >= 1).any():
             raise AdapterError("a gate of 1 or more has no counterpart under tanh; export with gate='identity'")

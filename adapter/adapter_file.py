@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapter.adaption import AdaptionConfig, Gate
+from adapter.adaption import TRAINED_GATES, AdaptionConfig, Gate
 from adapter.atomic_file import atomic_path
 from adapter.base.quantization import precision_of
 from adapter.decoder import Decoder
@@ -76,7 +76,7 @@ class AdapterFile:
     @property
     def trainable(self) -> int:
         """Number of trainable parameters."""
-        gates = self.gate.numel() if self.convention in ("tanh", "identity") else 0
+        gates = self.gate.numel() if self.convention in TRAINED_GATES else 0
         return self.prompt.numel() + gates + sum(tensor.numel() for tensor in self.projection.values())
 
     def save(self, path: str | Path) -> None:

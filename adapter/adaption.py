@@ -34,6 +34,14 @@ from adapter.image_projection import ImageProjectionConfig, Images
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
 
+TRAINED_GATES: tuple[Gate, ...] = ("tanh", "identity")
+"""The conventions with a trainable g."""
+
+
+def gate_factor(gate: Tensor, convention: Gate) -> Tensor:
+    """The factor of the prompt's attention: tanh(g), or the gate as it is under every other convention."""
+    return gate.tanh() if convention == "tanh" else gate
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptionConfig:
@@ -76,7 +84,7 @@ class Adaption(nn.Module):
         super().__init__()
         self.gate_convention = config.gate
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, dim))
-        self.gate = nn.Parameter(torch.empty(n_heads), requires_grad=config.gate in ("tanh", "identity"))
+        self.gate = nn.Parameter(torch.empty(n_heads), requires_grad=config.gate in TRAINED_GATES)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Set prompts to N(0, 1), and gates to 0 if they are trained, else to 1."""
@@ -128,6 +136,6 @@ class Adaption(nn.Module):
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = F.pad(mask, (keys.shape[2], 0), value=True)  # every word attends to the whole prompt
             return layer.attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask)
-        gate = torch.tanh(self.gate) if self.gate_convention == "tanh" else self.gate
+        gate = gate_factor(self.gate, self.gate_convention)
         words = layer.attend(q, k, v, mask, causal=mask is None)
         return words + gate.to(q.dtype).view(1, -1, 1, 1) * layer.attend(q, keys, values)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter.adaption import Gate
+from adapter.adaption import TRAINED_GATES, Gate, gate_factor
 from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig, batch_images
 
@@ -67,7 +67,7 @@ class AttachedAdaption(Unsaved):
     def __init__(self, prompt: Tensor, gate: Tensor, convention: Gate, images: ImageTokens) -> None:
         super().__init__()
         self.prompt, self.convention = nn.Parameter(prompt), convention
-        self.gate = nn.Parameter(gate, requires_grad=convention in ("tanh", "identity"))
+        self.gate = nn.Parameter(gate, requires_grad=convention in TRAINED_GATES)
         self._images = [images]  # in a list, because all layers share the module and none owns it
 
     @property
@@ -111,8 +111,7 @@ class AttachedAdaption(Unsaved):
         words, weights = base(attention, query, key, value, mask, **kwargs)
         kept = {name: kwargs[name] for name in ("scaling", "softcap") if name in kwargs}
         term, _ = base(attention, query, keys, values, None, is_causal=False, **kept)
-        gate = torch.tanh(self.gate) if self.convention == "tanh" else self.gate
-        return words + gate.to(words.dtype)[:, None] * term, weights
+        return words + gate_factor(self.gate, self.convention).to(words.dtype)[:, None] * term, weights
 
 
 def register_attention(implementation: str) -> None:

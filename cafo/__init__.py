@@ -1,6 +1,7 @@
 """CaFo: prompt, generate, then cache (arXiv 2303.02151). PyTorch and open_clip, no cluster.
 
-datasets, fewshot    images and labels, and the K-shot choice
+items, datasets      labelled images and their splits
+fewshot              the K-shot choice
 image_trees          folders of images as data sets
 paper_datasets       the paper's own data sets
 encoders, images     images → unit features

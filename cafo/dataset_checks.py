@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from cafo.class_folders import is_utf8, readable
 from cafo.errors import DatasetError
-
-if TYPE_CHECKING:
-    from cafo.datasets import Item
+from cafo.items import Item
 
 _SHOWN = 5
 

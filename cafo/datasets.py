@@ -15,21 +15,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cafo.dataset_checks import check_class_names, check_disjoint, check_items, check_labels, infer_classes
 from cafo.dataset_layouts import PHOTO_TEMPLATES, check_templates
 from cafo.errors import DatasetError, refuse_text
 from cafo.files import as_path, read_json
-
-
-class Item(NamedTuple):
-    """One labelled image of a split."""
-
-    path: str
-    """relative to the data set's `image_root`, with forward slashes"""
-    label: int
-    class_name: str
+from cafo.items import Item
 
 
 @dataclass(frozen=True, kw_only=True)

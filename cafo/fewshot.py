@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cafo.datasets import Item, stable_uniform
+from cafo.datasets import stable_uniform
 from cafo.errors import CafoError, DatasetError, refuse_text
 from cafo.files import read_json, write_json
+from cafo.items import Item
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from cafo.class_folders import is_image_name
 from cafo.dataset_layouts import check_templates
-from cafo.datasets import Item
 from cafo.errors import CafoError, ImageError, refuse_text
 from cafo.files import as_path, atomic_path, read_json, write_json
 from cafo.images import load_image
+from cafo.items import Item
 from cafo.openai_client import Endpoint, RateLimitedClient
 from cafo.prompt import with_spaces
 

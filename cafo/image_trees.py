@@ -8,15 +8,18 @@ is worth more than one that is set aside.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from cafo.class_folders import Listing, is_image_name, list_class_folders, list_images, refuse_empty_classes
+from cafo.class_folders import is_image_name, list_class_folders, list_images, refuse_empty_classes
 from cafo.dataset_checks import check_class_names
 from cafo.dataset_layouts import PHOTO_TEMPLATES
-from cafo.datasets import Dataset, Item, label_images, require_folder, stable_uniform
+from cafo.datasets import Dataset, label_images, require_folder
 from cafo.errors import DatasetError, refuse_text
+from cafo.fewshot import rank
 from cafo.files import as_path
+from cafo.items import Item
 
 FEW_IMAGES = 20
 """Images of the median class up to which all images become training images."""
@@ -25,6 +28,16 @@ DEFAULT_SHARES = (0.5, 0.2)
 """Shares of train and val where the classes have more."""
 
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+class _Splits(NamedTuple):
+    """The images of a folder by split, and notices about what else lies there."""
+
+    class_names: tuple[str, ...]
+    train: tuple[Item, ...]
+    val: tuple[Item, ...]
+    read_test: Callable[[], tuple[Item, ...]]
+    notices: tuple[str, ...]
 
 
 def load_tree(
@@ -40,7 +53,8 @@ def load_tree(
     Folders of splits are read as they are; `val` (or `valid`, `validation`) and `test` may be missing. Otherwise every
     class is divided in the given shares, as nearly as its images allow, and has at least one training image:
     `apportion` says how. The images of a class are ranked by a hash of seed and path, so the order of a listing does
-    not matter. Another image of a class may move others of this class to another split.
+    not matter. Another image of a class may move others of this class to another split. What is no image is ignored,
+    and the data set's `notices` count and name it.
 
     Args:
         root: the folder.
@@ -49,8 +63,6 @@ def load_tree(
         seed: seed of the division.
         shares: shares of train and val; the rest is test. None makes all images training images where the median class
             has at most `FEW_IMAGES`, and is `DEFAULT_SHARES` otherwise. It has no meaning with folders of splits.
-
-    What is no image is ignored, and `notices` of the data set count and name it.
 
     Raises:
         DatasetError: no such folder, no class folders, a class folder without an image, or shares that are negative or
@@ -62,23 +74,18 @@ def load_tree(
         raise DatasetError(
             f"shares of train and val must be at least 0 and add up to at most 1, with some for train; got {shares}"
         )
-    name = name or root.name
     names, beside = list_class_folders(root)
-    if folders := _split_folders(root, names):
-        return _load_splits(root, folders, name, templates, beside)
-    listing = list_images(root, names)
-    refuse_empty_classes(root, listing)
-    few = statistics.median(len(files) for files in listing.images.values()) <= FEW_IMAGES
-    train, val, test = _divide(names, listing, seed, shares or ((1.0, 0.0) if few else DEFAULT_SHARES))
+    folders = _split_folders(root, names)
+    splits = _list_splits(root, folders) if folders else _divide(root, names, seed, shares)
     return Dataset(
-        name=name,
-        class_names=names,
+        name=name or root.name,
+        class_names=splits.class_names,
         templates=tuple(templates),
         image_root=root,
-        train=train,
-        val=val,
-        read_test=lambda: test,
-        notices=(*beside, *listing.notices, *check_class_names(names, root)),
+        train=splits.train,
+        val=splits.val,
+        read_test=splits.read_test,
+        notices=(*beside, *splits.notices, *check_class_names(splits.class_names, root)),
     )
 
 
@@ -102,21 +109,20 @@ def apportion(count: int, shares: tuple[float, float]) -> tuple[int, int, int]:
     return found["train"], found["val"], found["test"]
 
 
-def _divide(
-    names: Sequence[str], listing: Listing, seed: int, shares: tuple[float, float]
-) -> tuple[tuple[Item, ...], tuple[Item, ...], tuple[Item, ...]]:
-    """Return the images of train, val and test, each by class and file name."""
-    items = label_images(listing.images, {name: name for name in names})
-    splits: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
-    for label in range(len(names)):
-        of_class = [item for item in items if item.label == label]
-        ranked = sorted(of_class, key=lambda item: (stable_uniform(seed, item.path), item.path))
+def _divide(root: Path, names: tuple[str, ...], seed: int, shares: tuple[float, float] | None) -> _Splits:
+    """Divide the images of each class folder. Each split is ordered by class and file name."""
+    listing = list_images(root, names)
+    refuse_empty_classes(root, listing)
+    few = statistics.median(len(files) for files in listing.images.values()) <= FEW_IMAGES
+    shares = shares or ((1.0, 0.0) if few else DEFAULT_SHARES)
+    parts: tuple[list[Item], list[Item], list[Item]] = ([], [], [])
+    for ranked in rank(label_images(listing.images, {name: name for name in names}), names, seed=seed):
         start = 0
-        for split, count in zip(splits, apportion(len(ranked), shares), strict=True):
-            split += sorted(ranked[start : start + count])
+        for part, count in zip(parts, apportion(len(ranked), shares), strict=True):
+            part += sorted(ranked[start : start + count])
             start += count
-    train, val, test = (tuple(split) for split in splits)
-    return train, val, test
+    train, val, test = (tuple(part) for part in parts)
+    return _Splits(names, train, val, lambda: test, listing.notices)
 
 
 def _split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
@@ -131,10 +137,8 @@ def _split_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
     return splits
 
 
-def _load_splits(
-    root: Path, folders: Mapping[str, str], name: str, templates: Sequence[str], beside: tuple[str, ...]
-) -> Dataset:
-    """Load folders of splits. The classes are those of train and val; test is listed when it is opened."""
+def _list_splits(root: Path, folders: Mapping[str, str]) -> _Splits:
+    """List the folders of splits. The classes are those of train; test is listed when it is opened."""
     names, notices = list_class_folders(root / folders["train"])
     refuse_empty_classes(root / folders["train"], list_images(root / folders["train"], names))
     if "val" in folders:
@@ -161,13 +165,4 @@ def _load_splits(
         return read("test")[0]
 
     (train, of_train), (val, of_val_images) = read("train"), read("val")
-    return Dataset(
-        name=name,
-        class_names=names,
-        templates=tuple(templates),
-        image_root=root,
-        train=train,
-        val=val,
-        read_test=read_test,
-        notices=(*beside, *notices, *of_train, *of_val_images, *check_class_names(names, root)),
-    )
+    return _Splits(names, train, val, read_test, (*notices, *of_train, *of_val_images))

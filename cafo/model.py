@@ -14,8 +14,8 @@
 It runs in one process and in memory, and logs its progress at level INFO. The jobs of `rayjobs` do the same on a
 cluster, with feature stores and sweeps.
 
-Legend: B images, C width of an encoder's features, K shots, M keys, N classes, S side of an
-encoder's images in pixels, V views.
+Legend: B images, C width of an encoder's features, K shots, M keys, N classes, S side of an encoder's images in pixels,
+V views.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 from cafo import fewshot
 from cafo.cache import Cache, load_cache, mean_key, save_cache
 from cafo.cross_fit import TrainingImages
-from cafo.datasets import Dataset, Item
+from cafo.datasets import Dataset
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ClipEncoder, ImageEncoder, load_encoder
 from cafo.ensemble import Ensemble
@@ -45,6 +45,7 @@ from cafo.estimate import Estimate
 from cafo.fewshot import FewShot
 from cafo.image_trees import load_tree
 from cafo.images import ImageInput, load_image
+from cafo.items import Item
 from cafo.key_training import KeyTraining
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import weight_grid
@@ -252,10 +253,12 @@ def _train_images(
 ) -> TrainingImages:
     """Return the labelled ones of the keys' images, which come first, as a choice sees them."""
     paths = [folder / item.path for folder, item in images]
-    contents = [hashlib.sha256(path.read_bytes()).digest() for path in paths]
-    groups = torch.tensor([contents.index(content) for content in contents])
+    first: dict[bytes, int] = {}
+    groups = [first.setdefault(hashlib.sha256(path.read_bytes()).digest(), row) for row, path in enumerate(paths)]
     labelled = len(choice.items)
-    return TrainingImages(features=_encode(encoders, paths[:labelled]), rows=torch.arange(labelled), groups=groups)
+    return TrainingImages(
+        features=_encode(encoders, paths[:labelled]), rows=torch.arange(labelled), groups=torch.tensor(groups)
+    )
 
 
 def _log_choice(selected: Selected, grid: BetaGrid) -> None:

@@ -11,17 +11,10 @@ from pathlib import Path
 from cafo.class_folders import list_images
 from cafo.dataset_checks import check_class_names
 from cafo.dataset_layouts import IMAGENET_TEMPLATES, LAYOUTS, TEST_ONLY, DatasetLayout
-from cafo.datasets import (
-    Dataset,
-    Item,
-    label_images,
-    load_generated_list,
-    load_split,
-    require_folder,
-    stable_uniform,
-)
+from cafo.datasets import Dataset, label_images, load_generated_list, load_split, require_folder, stable_uniform
 from cafo.errors import DatasetError
 from cafo.files import as_path
+from cafo.items import Item
 
 
 def load_dataset(name: str, root: str | Path, *, val_share: float = 0.01, seed: int = 0) -> Dataset:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cafo.dataset_checks import class_changes
-from cafo.datasets import Item
+from cafo.items import Item
 from rayjobs.errors import ProvenanceError
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.fingerprint import fingerprint

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cafo import fewshot
-from cafo.datasets import Dataset, Item
+from cafo.datasets import Dataset
+from cafo.items import Item
 from cafo.selection import Select
 from rayjobs.data.feature_store import RejectedImage
 from rayjobs.data.few_shot_images import PLAIN, EncodedImages

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from cafo import fewshot
-from cafo.datasets import Item
+from cafo.items import Item
 
 NAMES = ("ant", "bee", "cat")
 ITEMS = [Item(f"{name}/{i}.jpg", label, name) for label, name in enumerate(NAMES) for i in range(11 + label)]

@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from cafo.datasets import Item, load_generated_list
+from cafo.datasets import load_generated_list
 from cafo.errors import ImageError
 from cafo.files import read_json
 from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, GenerationJob, best_per_class
 from cafo.images import Preprocess
+from cafo.items import Item
 from cafo.openai_client import Endpoint
 from tests.cafo.server import serve
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cafo.datasets import Dataset, Item
+from cafo.datasets import Dataset
 from cafo.fewshot import FewShot
+from cafo.items import Item
 from rayjobs.data.feature_store import Features, RejectedImage
 from rayjobs.data.few_shot_images import EncodedImages, FewShotPlan, encode_few_shot
 from rayjobs.data.image_list import ImageList, plain_list

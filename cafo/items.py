@@ -1,0 +1,14 @@
+"""One labelled image of a data set, as every list of images holds it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Item(NamedTuple):
+    """One labelled image of a split."""
+
+    path: str
+    """relative to the data set's `image_root`, with forward slashes"""
+    label: int
+    class_name: str

@@ -284,4 +284,4 @@ def test_the_whole_model_is_never_in_memory(base: Path, tmp_path: Path, kind: st
     assert "kernel" not in done.stderr, "the library's import speaks of an optional kernel that is not used here"
     held, peak = map(int, done.stdout.split())
     assert held == base_bytes(config, torch.float32, kind)
-    assert peak < 1.1 * held + 6 * largest < 0.5 * whole, (held, peak, whole)
+    assert peak < 1.1 * held + 9 * largest < 0.5 * whole, (held, peak, whole)

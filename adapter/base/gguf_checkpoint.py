@@ -13,28 +13,13 @@ import torch
 from adapter.base.binding import bind
 from adapter.base.families import FAMILIES
 from adapter.base.gguf_source import GGUFSource, open_sources
+from adapter.base.tensor_names import gguf_key
 from adapter.base.tensor_source import TensorSource
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
 from adapter.gguf_file import GGUFFile, read_gguf
 from adapter.rope import Llama3Scaling, LongRopeScaling, RopeScaling
 
-_TOP = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-_BLOCK = {
-    "attention_norm": "attn_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "attention_post_norm": "post_attention_norm",
-    "ffn_norm": "ffn_norm",
-    "ffn_post_norm": "post_ffw_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-}
 _ROPE_DIVISORS = "rope_freqs.weight"
 """Llama 3's scaling of RoPE, as the divisor of each pair's frequency."""
 
@@ -83,15 +68,6 @@ def open_gguf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
         config = replace(config, rope_scaling=_scaling(config, divisors.read()))
     bound = bind(config, dict(sources), gguf_key, path)
     return config, {name: _restored(name, source, config, architecture) for name, source in bound.items()}
-
-
-def gguf_key(name: str) -> str:
-    """llama.cpp's name of the decoder's parameter `name`."""
-    module, _, parameter = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{parameter}"
-    _, layer, module = module.split(".", 2)
-    return f"blk.{layer}.{_BLOCK[module]}.{parameter}"
 
 
 def _restored(name: str, source: TensorSource, config: DecoderConfig, architecture: _Architecture) -> TensorSource:

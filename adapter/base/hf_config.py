@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from adapter.base.families import FAMILIES, Family
-from adapter.base.json_config import read_json
 from adapter.base.rope_config import rope_values
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
+from adapter.json_object import read_object
 from adapter.rope import DynamicScaling
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -21,7 +21,7 @@ def read_hf_config(file: Path) -> Family:
 
     Raises CheckpointError, naming file and key, for a model that the decoder does not compute.
     """
-    values = read_json(file)
+    values = read_object(file, CheckpointError)
     model_type, supported = values.get("model_type"), ", ".join(FAMILIES)
     if isinstance(text := values.get("text_config"), dict):
         raise CheckpointError(

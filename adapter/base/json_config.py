@@ -1,6 +1,5 @@
 """JSON files of checkpoints, checked key by key. Of each file only the keys that its class declares are read."""
 
-import json
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args
@@ -10,7 +9,7 @@ from typing_extensions import Self
 
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
-from adapter.file_kind import check_content
+from adapter.json_object import read_object
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,7 +34,7 @@ class JsonConfig(BaseModel):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read a file. Raises CheckpointError for JSON that is malformed, or a value that is missing or unusable."""
-        return cls.parse(read_json(file), file)
+        return cls.parse(read_object(file, CheckpointError), file)
 
     @classmethod
     def parse(cls, values: dict[str, Any], file: Path) -> Self:
@@ -57,18 +56,6 @@ class JsonConfig(BaseModel):
             return DecoderConfig(**shape)
         except AdapterError as error:
             raise self.error(str(error)) from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError for JSON that is malformed, or that is no object."""
-    check_content(file, CheckpointError)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:  # malformed JSON and malformed UTF-8 are both ValueErrors
-        raise CheckpointError(f"{file}: not readable JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: holds a {type(values).__name__}, not an object")
-    return values
 
 
 def _first_fault(error: ValidationError, values: dict[str, Any]) -> str:

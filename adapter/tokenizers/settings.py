@@ -6,14 +6,13 @@ only where `tokenizer_config.json` does not list its added tokens. `generation_c
 ids end an answer; a chat model has several.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter.errors import TokenizerError
-from adapter.file_kind import check_content
+from adapter.json_object import read_object
 from adapter.tokenizers.base import SpecialIds
 
 if TYPE_CHECKING:
@@ -114,16 +113,7 @@ def added_token(token: Any) -> AddedToken:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in a file; an empty one if there is no such file."""
-    if not file.is_file():
-        return {}
-    check_content(file, TokenizerError)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{file}: not readable JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{file}: holds a {type(values).__name__}, not an object")
-    return values
+    return read_object(file, TokenizerError) if file.is_file() else {}
 
 
 def _dict(value: Any) -> dict[str, Any]:

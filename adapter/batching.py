@@ -36,26 +36,32 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
+def pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
+    """Pad sequences of ids on the right, (B, T) int64. width: T; by default the length of the longest sequence.
+
+    Padding is 0. No real token attends to it, so which id it is does not matter.
+    """
+    tokens = torch.zeros(len(sequences), width or max(map(len, sequences)), dtype=torch.int64)
+    for row, ids in zip(tokens, sequences, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
 def collate(
     sequences: Sequence[Sequence[int]],
     label_spans: Sequence[Sequence[Sequence[int]]],
     *,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pad sequences of ids on the right. Returns tokens and labels, each (B, T) int64.
+    """Pad sequences of ids (see `pad`) and label them. Returns tokens and labels, each (B, T) int64.
 
-    label_spans: the (first, one past the last) tokens of each sequence that are labelled. width: T; by default the
-    length of the longest sequence. Without any sequence the result is one row of padding, which a worker runs to keep
-    in step.
-
-    Padding is 0 in tokens and IGNORE in labels. No real token attends to it, so which id it is does not matter.
+    label_spans: the (first, one past the last) tokens of each sequence that are labelled; all others, and padding, get
+    IGNORE. width: as in `pad`. Without any sequence the result is one row of padding, which a worker runs to keep in
+    step.
     """
-    width = width or max(map(len, sequences), default=1)
-    tokens = torch.zeros(max(len(sequences), 1), width, dtype=torch.int64)
+    tokens = pad(sequences, width) if sequences else torch.zeros(1, width or 1, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE)
-    for row, (sequence, spans) in enumerate(zip(sequences, label_spans, strict=True)):
-        ids = torch.tensor(sequence)
-        tokens[row, : len(ids)] = ids
+    for row, (ids, spans) in enumerate(zip(sequences, label_spans, strict=True)):
         for start, end in spans:
-            labels[row, start:end] = ids[start:end]
+            labels[row, start:end] = torch.tensor(ids[start:end])
     return tokens, labels

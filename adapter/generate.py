@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter.batching import pad
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.kv_cache import KVCache
@@ -112,11 +113,8 @@ def _run_prompts(
     """Fill the cache with the prompts. Returns the final hidden state of each prompt's last token, (B, C)."""
     device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
     batch_images = None if images is None else model.batch_images(images)
-    hidden = model.hidden_states(tokens.to(device), cache, batch_images)
+    hidden = model.hidden_states(pad(prompts).to(device), cache, batch_images)
     cache.truncate(lengths)
     return hidden[torch.arange(len(prompts), device=device), lengths - 1]
 

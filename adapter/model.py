@@ -20,7 +20,7 @@ from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import Quantization
-from adapter.batching import collate
+from adapter.batching import collate, pad
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.generate import GenerationConfig, check_image_count, generate
@@ -135,9 +135,8 @@ class AdaptedModel:
         if not sequences:
             return []
         self._check_window(sequences)
-        tokens, _ = collate(sequences, label_spans=[[]] * len(sequences))
         batch_images = self._batch_images(images, len(sequences))
-        logits = self.model(tokens.to(self.device), images=batch_images)
+        logits = self.model(pad(sequences).to(self.device), images=batch_images)
         return [row[: len(sequence)] for row, sequence in zip(logits, sequences, strict=True)]
 
     def answer(
@@ -273,7 +272,7 @@ class AdaptedModel:
     def _check_window(self, sequences: Sequence[Sequence[int]]) -> None:
         longest, window = max(map(len, sequences)), self.model.config.max_seq_len
         if longest > window:
-            raise AdapterError(f"a text of {longest} tokens does not fit the base's window of {window}")
+            raise AdapterError(f"a text of {longest} tokens does not fit the base's window of {window}: shorten it")
 
     def _batch_images(self, images: Sequence[Tensor | None] | None, n_rows: int) -> Images | None:
         """The images of a batch of `n_rows` on the model's device. Raises AdapterError for another number of images."""

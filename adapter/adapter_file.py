@@ -9,7 +9,7 @@ L adapted layers, K prompt length, C width, H query heads.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,14 +22,13 @@ from adapter.adaption import TRAINED_GATES, AdaptionConfig, Gate
 from adapter.atomic_file import atomic_path
 from adapter.base.quantization import precision_of
 from adapter.decoder import Decoder
-from adapter.decoder_config import DecoderConfig
+from adapter.decoder_config import SIZES, DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
 from adapter.templates import Template, parse_template, template_fields
 
 FORMAT = "llama-adapter"
 VERSION = 1
-_SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
 _VISION_KEYS = {"encoder": "tower"}
 """Field of `ImageProjectionConfig` → its key in the header, where format version 1 spells it differently."""
 _TEXT_TENSORS, _PROJECTION_PREFIX = {"prompt", "gate"}, "vision."
@@ -46,7 +45,7 @@ class AdapterFile:
     convention: Gate
     """The function that the model applies to the gates (see `AdaptionConfig.gate`)."""
     base_shape: Mapping[str, int] = field(default_factory=dict)
-    """Fields of the base's `DecoderConfig`, as far as the file states them; foreign files state few."""
+    """`DecoderConfig.sizes` of the base, as far as the file states them; foreign files state few."""
     base_switches: Mapping[str, Any] | None = None
     """Settings in which the base's family differs from LLaMA (`DecoderConfig.switches`); None in foreign files."""
     base_fingerprint: str | None = None
@@ -126,11 +125,12 @@ def extract_adapter(
     """
     if model.adaption_config is None:
         raise AdapterError("the model holds no adapter to save; add or load one first")
+    prompt, gate, projection = copy_tensors(model.adaptions, model.vision)
     return AdapterFile(
-        prompt=torch.stack([to_float32(adaption.prompt) for adaption in model.adaptions]),
-        gate=torch.stack([to_float32(adaption.gate) for adaption in model.adaptions]),
+        prompt=prompt,
+        gate=gate,
         convention=model.adaption_config.gate,
-        base_shape=_base_shape(model.config),
+        base_shape=model.config.sizes(),
         base_switches=model.config.switches(),
         base_fingerprint=base_fingerprint,
         base_dtype=base_dtype or precision_of(model),
@@ -138,9 +138,22 @@ def extract_adapter(
         template=template,
         format_templates=format_templates or {},
         vision=model.adaption_config.vision,
-        projection={} if model.vision is None else {n: to_float32(t) for n, t in model.vision.state_dict().items()},
+        projection=projection,
         extra=extra or {},
     )
+
+
+def copy_tensors(
+    adaptions: Sequence[Any], projection: ImageProjection | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Copies of an adapter's tensors, as `AdapterFile` has them: prompt, gate and projection.
+
+    adaptions: the modules with `prompt` and `gate`, lowest layer first.
+    """
+    prompt = torch.stack([to_float32(adaption.prompt) for adaption in adaptions])
+    gate = torch.stack([to_float32(adaption.gate) for adaption in adaptions])
+    tensors = {} if projection is None else projection.state_dict()
+    return prompt, gate, {name: to_float32(tensor) for name, tensor in tensors.items()}
 
 
 def apply_adapter(
@@ -181,14 +194,14 @@ def check_adapter_fits(
 
     config: the shape of the base. Identities as in `apply_adapter`.
     """
-    check_shape(file, _base_shape(config), config.switches())
+    check_shape(file, config.sizes(), config.switches())
     check_identities(file, fingerprint, tokenizer_sha256, encoder)
 
 
 def check_shape(file: AdapterFile, actual: Mapping[str, int], switches: Mapping[str, Any] | None = None) -> None:
     """Raise CheckpointError if the adapter was made for a base of another shape, or with other switches.
 
-    actual: the keys of `AdapterFile.base_shape`, all of them. switches: `DecoderConfig.switches` of the base; not
+    actual: `DecoderConfig.sizes` of the base. switches: `DecoderConfig.switches` of the base; not
     compared if None.
     """
     n_layers, _, dim = file.prompt.shape
@@ -245,7 +258,7 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
         templates = {name: parse_template(one) for name, one in json.loads(header.get("templates", "{}")).items()}
         if convention not in get_args(Gate) or not all(isinstance(x, dict) for x in (base_shape, switches, extra)):
             raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, {switches!r}, extra {extra!r}")
-        if unknown := base_shape.keys() - set(_SHAPE_KEYS):
+        if unknown := base_shape.keys() - set(SIZES):
             raise AdapterError(f"base_shape holds {sorted(unknown)}")
     except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
@@ -306,10 +319,6 @@ def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[s
         return {}
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in ImageProjection(vision, dim).state_dict().items()}
-
-
-def _base_shape(config: DecoderConfig) -> dict[str, int]:
-    return {key: getattr(config, key) for key in _SHAPE_KEYS}
 
 
 def to_float32(tensor: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ class DecoderConfig:
                 if len(factors) != self.head_dim // 2:
                     raise AdapterError(f"longrope needs {self.head_dim // 2} factors, got {len(factors)}")
 
+    def sizes(self) -> dict[str, int]:
+        """The sizes that an adapter file and a fingerprint state of their base, by name."""
+        return {name: getattr(self, name) for name in SIZES}
+
     def switches(self) -> dict[str, Any]:
         """The settings in which this decoder's function differs from LLaMA's, as JSON values, by name.
 
@@ -108,6 +112,9 @@ class DecoderConfig:
             switches["rope_scaling"] = {"kind": self.rope_scaling.kind, **asdict(self.rope_scaling)}
         return switches
 
+
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size")
+"""The fields of `DecoderConfig.sizes`."""
 
 _SWITCHES = tuple(field.name for field in fields(DecoderConfig))
 _SWITCHES = _SWITCHES[_SWITCHES.index("head_dim") :]

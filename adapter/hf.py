@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapter.adapter_file import AdapterFile, check_identities, check_shape, to_float32
+from adapter.adapter_file import AdapterFile, check_identities, check_shape, copy_tensors
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import Gate
 from adapter.base.checkpoint import open_checkpoint
@@ -67,7 +67,7 @@ def attach(
             f"the model's attention runs as {implementation!r}, adapters run on {' and '.join(_IMPLEMENTATIONS)}: load "
             "it with attn_implementation='sdpa', or 'eager'"
         )
-    check_shape(file, _base_shape(config), _base_switches(config))
+    check_shape(file, _base_sizes(config), _base_switches(config))
     check_identities(file, _folder_fingerprint(model, file), _tokenizer_sha256(tokenizer))
     register_attention(implementation)
     _detach(decoder, attentions)
@@ -127,13 +127,8 @@ class AttachedAdapter:
 
     def content(self) -> AdapterFile:
         """A copy of the adapter as it is now, with the identities that its file states."""
-        projection = self._adaptions[0].images.projection
-        return replace(
-            self._file,
-            prompt=torch.stack([to_float32(adaption.prompt) for adaption in self._adaptions]),
-            gate=torch.stack([to_float32(adaption.gate) for adaption in self._adaptions]),
-            projection={} if projection is None else {n: to_float32(t) for n, t in projection.state_dict().items()},
-        )
+        prompt, gate, projection = copy_tensors(self._adaptions, self._adaptions[0].images.projection)
+        return replace(self._file, prompt=prompt, gate=gate, projection=projection)
 
     def save(self, path: str | Path) -> None:
         """Write the adapter as it is now, in the own format."""
@@ -211,8 +206,8 @@ def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
-def _base_shape(config: Any) -> dict[str, int]:
-    """The shape that an adapter file states of its base, from a transformers configuration."""
+def _base_sizes(config: Any) -> dict[str, int]:
+    """`DecoderConfig.sizes` from a transformers configuration."""
     return {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,

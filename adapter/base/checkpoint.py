@@ -84,8 +84,7 @@ class Checkpoint:
     @cached_property
     def _fingerprint(self) -> str:
         config = self.config
-        shape = (config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)
-        digest = hashlib.sha256(repr(shape).encode())
+        digest = hashlib.sha256(repr(tuple(config.sizes().values())).encode())
         if switches := config.switches():
             digest.update(json.dumps(switches, sort_keys=True).encode())
         sources = dict(self._sources)
@@ -189,10 +188,11 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
         raise AdapterError(f"the base is held in {precision}, which is no format of files: save one loaded in fp32")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    adapter = {name for name, _ in model.adapter_parameters()}
     tensors = {
         hf_key(name, post_norms=model.config.post_norms): parameter.detach().contiguous()
         for name, parameter in model.named_parameters()
-        if ".adaption." not in name and not name.startswith("vision.")
+        if name not in adapter
     }
     with atomic_path(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})

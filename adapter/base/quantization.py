@@ -12,6 +12,7 @@ O outputs, I inputs of a linear layer.
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -146,8 +147,9 @@ def bitsandbytes() -> ModuleType:
 
     Raises AdapterError, saying how to install it, where it is missing.
     """
-    # On import it warns of an optional kernel for CPUs, which none of the functions used here calls.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if "bitsandbytes" not in sys.modules:
+        # On import it warns of an optional kernel for CPUs, which none of the functions used here calls.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -79,7 +79,7 @@ def read_gguf(path: Path, error: type[AdapterError]) -> GGUFFile:
             raise error(f"{path}: a later part of a model; give the first, {names[0]}")
         files = [path.with_name(name) for name in names]
     metadata, tensors = _read_one(path, error)
-    if (parts := metadata.get("split.count", 1)) != max(len(files), 1) and parts > 1:
+    if (parts := metadata.get("split.count", 1)) > 1 and parts != len(files):
         raise error(f"{path}: one of {parts} parts, whose names must end in -00001-of-{parts:05d}.gguf and so on")
     for file in files[1:]:
         if not file.is_file():

@@ -40,7 +40,7 @@ class GGUFSource(TensorSource):
         return (len(self.parts[0]), *self.row_shape)
 
     def check_dtype(self, key: str) -> None:
-        """Nothing to check: `open_source` accepts no type that cannot be dequantised."""
+        """Nothing to check: `open_sources` accepts no type that cannot be dequantised."""
 
     def read(self) -> Tensor:
         """The whole tensor, in float32."""

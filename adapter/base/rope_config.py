@@ -54,9 +54,8 @@ class RopeConfig(JsonConfig):
     def _check_required(self) -> Self:
         for name in _REQUIRED.get(self.rope_type, ()):
             if getattr(self, name) is None:
-                raise ValueError(
-                    f"it must give {name} as {'numbers' if name in _KEYS.values() else 'a positive number'}"
-                )
+                what = "numbers" if self.rope_type == "longrope" else "a positive number"
+                raise ValueError(f"it must give {name} as {what}")
         return self
 
     def scaling(self, max_positions: int, original: int | None = None) -> RopeScaling | None:

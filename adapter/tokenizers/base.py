@@ -24,7 +24,9 @@ class SpecialIds:
     stops: frozenset[int] = frozenset()
     """All ids that end an answer."""
     pad: int | None = None
+    """The id that fills rows; None for a tokenizer that defines none."""
     unk: int | None = None
+    """The id of text that the vocabulary cannot spell."""
     texts: dict[str, str] = field(default_factory=dict)
     """Name in a chat template (`bos_token`, `eos_token`, ...) → text."""
 
@@ -62,11 +64,14 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """The largest id and one."""
+        """The largest id plus one."""
 
     @property
     def rows_needed(self) -> int:
-        """Rows that a base must embed to read text: all ids but special ones past the words, if they have no role."""
+        """Rows that a base must embed to read any text.
+
+        Special tokens that come after all words and have no role, such as one for images, may go without a row.
+        """
         return self.vocab_size
 
     @abstractmethod

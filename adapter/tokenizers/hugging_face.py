@@ -62,7 +62,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """The largest id and one. There may be ids without a token."""
+        """The largest id plus one. There may be ids without a token."""
         return self._vocab_size
 
     @property

@@ -149,7 +149,7 @@ _KINDS: dict[str, Any] = {"prompt": PromptTemplate, "chat": ChatTemplate}
 
 
 def read_template(path: str | Path) -> Template:
-    """Read a template: a chat template from a file named `.jinja`, otherwise a prompt template in JSON."""
+    """Read a template: a chat template from a file named `.jinja`, `.jinja2` or `.j2`, otherwise a prompt template."""
     suffix = Path(path).suffix
     return ChatTemplate.read(path) if suffix in (".jinja", ".jinja2", ".j2") else PromptTemplate.read(path)
 
@@ -162,10 +162,9 @@ def template_fields(template: Template) -> dict[str, str]:
 
 def parse_template(fields: Any) -> Template:
     """The template of `template_fields`. Raises AdapterError for what is none."""
+    if not isinstance(fields, Mapping) or not all(isinstance(text, str) for text in fields.values()):
+        raise AdapterError(f"not a template: {fields!r:.80}")
     try:
-        template: Template = _KINDS[fields["kind"]](**{name: fields[name] for name in fields if name != "kind"})
+        return _KINDS[fields["kind"]](**{name: text for name, text in fields.items() if name != "kind"})
     except (KeyError, TypeError) as error:
         raise AdapterError(f"not a template: {fields!r:.80}") from error
-    if not all(isinstance(text, str) for text in fields.values()):
-        raise AdapterError(f"not a template: {fields!r:.80}")
-    return template

@@ -71,7 +71,7 @@ def chat_record(row: Mapping[str, Any], turns: Any, *, answered: bool, key: str)
         raise RecordError(f"'image' must be a path, got {image!r:.60}")
     check_text(image, "'image'")
     if isinstance(turns, str):
-        turns = _parse_json(turns, f"{key!r}")
+        turns = _parse_json(turns, repr(key))
     if not isinstance(turns, list) or not turns:
         raise RecordError(f"{key!r} must be a list of turns, got {turns!r:.60}")
     tagged = bool(image) or key != "messages"
@@ -243,18 +243,18 @@ def _tools(tools: Any) -> list[Any]:
 
 
 def _parse_json(text: Any, name: str) -> Any:
+    check_text(text, name)
     try:
-        return json.loads(check_text(text, name))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(f"{name} must be JSON, got {text!r:.60}: {error}") from error
 
 
 def _check_json(value: Any, name: str) -> Any:
     """The value if it is plain JSON with texts that can be written; Parquet has other types too."""
     try:
-        check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), name)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise error if isinstance(error, RecordError) else RecordError(f"{name} is no JSON: {error}") from error
+        raise RecordError(f"{name} is no JSON: {error}") from error
+    check_text(text, name)
     return value

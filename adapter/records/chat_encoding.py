@@ -8,15 +8,18 @@ keeps its tokens and gets no labels.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter.errors import RecordError
 from adapter.records.example import Example, Prompt, Record, Span
 from adapter.templates import ChatTemplate
 from adapter.tokenizers.base import Rendered, Tokenizer
+
+if TYPE_CHECKING:
+    from adapter.chat_renderer import Rendering
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -44,7 +47,7 @@ class _Layout:
         rendered = self.tokenizer.encode_rendered(rendering.text, rendering.given)
         return _Tokens(rendering.text, rendering.generated, rendered)
 
-    def _render(self, messages: Sequence[Message], prompt: bool, find: Any) -> Any:
+    def _render(self, messages: Sequence[Message], prompt: bool, find: Callable[[str], bool] | None) -> "Rendering":
         plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         special = self.tokenizer.special_tokens
         return self.template.render(
@@ -107,8 +110,7 @@ def encode_chat_instruction(record: Record, tokenizer: Tokenizer, template: Chat
     while True:
         answer = {"role": "assistant", "content": record["output"]}
         messages = [instruction_message({**record, "input": input}), answer]
-        excess = len(layout.tokens(messages).ids) - room
-        if excess <= 0 or not pieces:
+        if not pieces or (excess := len(layout.tokens(messages).ids) - room) <= 0:
             return replace(encode_chat(messages, None, tokenizer, template, max_length), input=input)
         pieces = pieces[excess:]
         input = tokenizer.decode(pieces)

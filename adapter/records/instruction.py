@@ -32,7 +32,7 @@ def completion_record(row: Mapping[str, Any], *, answered: bool) -> dict[str, An
         turns = [{**turn, "weight": 0} for turn in prompt]
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        if answered and not (isinstance(completion, list) and is_message_list(completion)):
+        if answered and not is_message_list(completion):
             raise RecordError(f"'completion' must be turns like the prompt, got {completion!r:.60}")
         return chat_record(row, turns + (completion or []) if answered else turns, answered=answered, key="messages")
     texts = [check_text(prompt, "'prompt'"), check_text(completion, "'completion'") if answered else ""]

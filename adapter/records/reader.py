@@ -36,9 +36,6 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 
 _SAME_FORMAT = {"llava": "sharegpt"}
 
-MAPPED = ("instruction", "input", "output", "image", "messages", "conversations", "prompt", "completion", "text")
-"""Columns that may have other names in a file. So may `system` and `tools` of a conversation."""
-
 _LOOKED_AT = 16
 """Usable records of a file by which its format is named."""
 
@@ -60,12 +57,14 @@ def read_records(
     Raises RecordError, naming the file and the place, for a record that cannot be used; and, whatever `keep_rejected`,
     for a file that `read_rows` refuses, and for one without a column that `columns` names.
     """
-    for row, record, error in _checked_rows(Path(path), format, columns or {}, answered):
-        if error and not keep_rejected:
+    for row, record, error in checked_rows(path, format=format, columns=columns, answered=answered):
+        if not error:
+            yield record
+        elif keep_rejected:
+            id = row.value.get("id") if isinstance(row.value, Mapping) else None
+            yield rejected_record(row.location if id is None else f"{row.location}, id {id!r:.60}", error)
+        else:
             raise RecordError(f"{path}, {row.location}: {error}")
-        id = row.value.get("id") if isinstance(row.value, Mapping) else None
-        place = row.location if id is None else f"{row.location}, id {id!r:.60}"
-        yield record if not error else rejected_record(place, error)
 
 
 def recognise(path: str | Path, columns: Mapping[str, str] | None = None) -> list[str]:
@@ -73,14 +72,22 @@ def recognise(path: str | Path, columns: Mapping[str, str] | None = None) -> lis
 
     Raises RecordError, naming the file, for a file that cannot be read.
     """
-    rows = (row for row, _, error in _checked_rows(Path(path), AUTO, columns or {}, answered=True) if not error)
+    rows = (row for row, _, error in checked_rows(path, columns=columns) if not error)
     return list(dict.fromkeys(_format_of(row.value, columns or {}, answered=True) for row in islice(rows, _LOOKED_AT)))
 
 
-def _checked_rows(
-    path: Path, format: str, columns: Mapping[str, str], answered: bool
+def checked_rows(
+    path: str | Path,
+    *,
+    format: str = AUTO,
+    columns: Mapping[str, str] | None = None,
+    answered: bool = True,
 ) -> Iterator[tuple[Row, dict[str, Any], str]]:
-    """Each row with its record, or an empty one and the reason why it cannot be used."""
+    """Read each row of a file with its record and ""; or with an empty record and the reason why it cannot be used.
+
+    The arguments, and the files that are refused, are those of `read_records`.
+    """
+    columns = columns or {}
     missing, seen = set(columns.values()), dict[str, None]()
     for row in read_rows(path):
         record, error = dict[str, Any](), row.error

@@ -22,6 +22,9 @@ from adapter.records.files import check_text
 from adapter.records.row import rejected_record
 from adapter.templates import PromptTemplate
 
+PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
+"""Files of the folder."""
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 TEMPLATE = PromptTemplate(
@@ -91,7 +94,7 @@ def read_problems(folder: str | Path, split: str) -> list[Problem]:
     problems = []
     for pid, problem in _read_split(folder, split):
         if isinstance(problem, RecordError):
-            raise RecordError(f"{folder}/problems.json, problem {pid}: {problem}")
+            raise RecordError(f"{folder}/{PROBLEMS}, problem {pid}: {problem}")
         problems.append(problem)
     return problems
 
@@ -111,14 +114,14 @@ def read_problem_records(folder: str | Path, split: str) -> Iterator[dict[str, s
 def _read_split(folder: str | Path, split: str) -> Iterator[tuple[str, Problem | RecordError]]:
     """The ids and problems of one split, with an error in place of each malformed one."""
     folder = Path(folder) if isinstance(folder, str) else folder  # keep other path objects, such as URLs
-    problems, splits = (_read_object(folder / name) for name in ("problems.json", "pid_splits.json"))
+    problems, splits = (_read_object(folder / name) for name in (PROBLEMS, SPLITS))
     if split not in splits:
-        raise RecordError(f"{folder / 'pid_splits.json'}: no split {split!r}; it has {', '.join(splits)}")
+        raise RecordError(f"{folder / SPLITS}: no split {split!r}; it has {', '.join(splits)}")
     if not isinstance(splits[split], list):
-        raise RecordError(f"{folder / 'pid_splits.json'}: {split!r} must be a list, got {splits[split]!r:.60}")
+        raise RecordError(f"{folder / SPLITS}: {split!r} must be a list, got {splits[split]!r:.60}")
     for pid in map(str, splits[split]):
         if not isinstance(problems.get(pid), dict):
-            yield pid, RecordError(f"no problem {pid}, which pid_splits.json lists under {split!r}")
+            yield pid, RecordError(f"no problem {pid}, which {SPLITS} lists under {split!r}")
             continue
         try:
             yield pid, _problem(pid, problems[pid], split)
@@ -131,9 +134,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise RecordError(f"{path}: no such file; ScienceQA is a folder with problems.json and pid_splits.json") from (
-            error
-        )
+        raise RecordError(f"{path}: no such file; ScienceQA is a folder with {PROBLEMS} and {SPLITS}") from error
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: not readable JSON in UTF-8 ({error})") from error
     if not isinstance(content, dict):

@@ -13,6 +13,8 @@ from adapter.templates import PromptTemplate
 from adapter.tokenizers.base import Tokenizer
 
 Message = Mapping[str, Any]
+_Ids = tuple[list[int], list[int]]
+"""The ids of an exchange: of its prompt, and of its answer."""
 
 
 class _Exchange(NamedTuple):
@@ -31,23 +33,17 @@ def encode_turns(
     system, exchanges = _exchanges(messages)
     if any(exchange.answer is None for exchange in exchanges):
         raise RecordError("the last question of the conversation has no answer")
-    later = [_encode(exchange, template.render_later(exchange.question), tokenizer) for exchange in exchanges]
-    following = [sum(len(prompt) + len(answer) for prompt, answer in later[k + 1 :]) for k in range(len(later))]
-    for k, exchange in enumerate(exchanges):
-        first = _encode(exchange, system + template.render(exchange.question), tokenizer, bos=True)
-        if len(first[0]) + len(first[1]) + following[k] <= max_length:
-            break
-    prompt, answer = first
-    answer = shorten_answer(answer, len(prompt), max_length - following[k], tokenizer)
+    dropped, [(prompt, answer), *later] = _fit(system, exchanges, tokenizer, template, max_length)
+    answer = shorten_answer(answer, len(prompt), max_length - _count_ids(later), tokenizer)
     ids, spans = list[int](), []
-    for (question, reply), exchange in zip([(prompt, answer), *later[k + 1 :]], exchanges[k:], strict=True):
+    for (question, reply), exchange in zip([(prompt, answer), *later], exchanges[dropped:], strict=True):
         ids += question
         if exchange.labelled:
             spans.append((len(ids), len(ids) + len(reply)))
         ids += reply
     if not spans:
         raise RecordError("no answer that is left of the conversation is to be trained on")
-    return Example(ids=ids, label_spans=spans, dropped_turns=2 * k)
+    return Example(ids=ids, label_spans=spans, dropped_turns=2 * dropped)
 
 
 def turns_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: PromptTemplate, room: int) -> Prompt:
@@ -55,16 +51,28 @@ def turns_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: Pr
     system, exchanges = _exchanges(messages)
     if exchanges[-1].answer is not None:
         raise RecordError("the conversation has no question at its end that is to be answered")
+    dropped, left = _fit(system, exchanges, tokenizer, template, room)
+    return Prompt(ids=[id for prompt, answer in left for id in (*prompt, *answer)], dropped_turns=2 * dropped)
+
+
+def _fit(
+    system: str, exchanges: Sequence[_Exchange], tokenizer: Tokenizer, template: PromptTemplate, room: int
+) -> tuple[int, list[_Ids]]:
+    """The number of oldest exchanges that a conversation must lose, and the ids of the others; the last one stays."""
     later = [_encode(exchange, template.render_later(exchange.question), tokenizer) for exchange in exchanges]
-    for k, exchange in enumerate(exchanges):
+    for dropped, exchange in enumerate(exchanges):
         first = _encode(exchange, system + template.render(exchange.question), tokenizer, bos=True)
-        ids = [id for prompt, answer in [first, *later[k + 1 :]] for id in (*prompt, *answer)]
-        if len(ids) <= room:
+        left = [first, *later[dropped + 1 :]]
+        if _count_ids(left) <= room:
             break
-    return Prompt(ids=ids, dropped_turns=2 * k)
+    return dropped, left
 
 
-def _encode(exchange: _Exchange, text: str, tokenizer: Tokenizer, *, bos: bool = False) -> tuple[list[int], list[int]]:
+def _count_ids(encoded: Sequence[_Ids]) -> int:
+    return sum(len(prompt) + len(answer) for prompt, answer in encoded)
+
+
+def _encode(exchange: _Exchange, text: str, tokenizer: Tokenizer, *, bos: bool = False) -> _Ids:
     """The ids of the prompt's text, and of the answer with EOS; none of an answer that is still to come."""
     if exchange.answer is None:
         return tokenizer.encode(text, bos=bos, eos=False), []

@@ -35,8 +35,6 @@ Column = Literal[
 ]
 """Columns of records that may have other names in a file."""
 
-SCIENCEQA_FILES = ("problems.json", "pid_splits.json")
-
 
 @config
 class SourceConfig:
@@ -83,7 +81,7 @@ class Source:
             DataError, StorageError: there are none.
         """
         if self.format == "scienceqa":
-            return [str(resolve_path(self.path) / name) for name in SCIENCEQA_FILES]
+            return [str(resolve_path(self.path) / name) for name in (scienceqa.PROBLEMS, scienceqa.SPLITS)]
         return find_files(self.path, self.split, self.role)
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -246,7 +244,7 @@ class RecordsConfig:
 
 def _is_scienceqa(path: str) -> bool:
     """Return whether a path is the folder of ScienceQA's authors."""
-    return is_folder(path) and not is_hub_path(path) and (resolve_path(path) / SCIENCEQA_FILES[0]).is_file()
+    return is_folder(path) and not is_hub_path(path) and (resolve_path(path) / scienceqa.PROBLEMS).is_file()
 
 
 def _image_folder(path: str) -> str:

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from adapter.errors import AdapterError
 from adapter.records.encoding import encode_prompt
-from adapter.records.files import read_rows
-from adapter.records.reader import read_records
+from adapter.records.reader import checked_rows
 from adapter.templates import Template
 from adapter.tokenizers.base import Tokenizer
 from rayjobs.inference.batch import Record
@@ -44,22 +43,16 @@ class InstructionRow:
     fields: Any
     """as it stands in the file: an object, or what stands in its place; None if it could not be parsed"""
     record: Record
-    """its text fields, checked"""
+    """its text fields, checked; empty if it cannot be used"""
     error: str = ""
     """why it cannot be answered; it is then set aside"""
 
 
 def read_instructions(path: Path) -> list[InstructionRow]:
-    """Read every record of a .json, .jsonl or .parquet file. Raises RecordError for a file that cannot be read."""
-    checked = read_records(path, answered=False, keep_rejected=True)
+    """Read every record of a file. Raises RecordError for a file that cannot be read."""
     return [
-        InstructionRow(
-            location=row.location,
-            fields=row.value,
-            record=record,
-            error=record.get("rejected", ""),
-        )
-        for row, record in zip(read_rows(path), checked, strict=True)
+        InstructionRow(location=row.location, fields=row.value, record=record, error=error)
+        for row, record, error in checked_rows(path, answered=False)
     ]
 
 

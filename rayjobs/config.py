@@ -148,18 +148,20 @@ def field_default(kind: Any, key: str) -> Any:
     MISSING if there is no such field, or it is required.
     """
     for member in _members(kind):
-        field = member.__pydantic_fields__.get(key) if is_dataclass(member) else None  # type: ignore[union-attr]
+        field = _config_fields(member).get(key)
         if field is not None and not field.is_required():
-            default = field.get_default(call_default_factory=True)
-            return TypeAdapter(Any).dump_python(default, mode="json")
+            return TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
     return MISSING
+
+
+def _config_fields(cls: Any) -> dict[str, Any]:
+    return getattr(cls, "__pydantic_fields__", {})
 
 
 def _child(kind: Any, key: str | int) -> Any:
     """The type of the value that a value of this type has under a key or at a position; None if it has none there."""
     if is_dataclass(kind):
-        field = kind.__pydantic_fields__.get(key)  # type: ignore[union-attr]
-        return field and field.annotation
+        return getattr(_config_fields(kind).get(str(key)), "annotation", None)
     arguments = get_args(kind)
     if get_origin(kind) in (dict, Mapping):
         return arguments[1]
@@ -198,7 +200,7 @@ def replace_paths(value: T, change: Callable[[str], str], is_path: bool = False)
     """
     changed: Any = value
     if is_dataclass(value):
-        for name, info in type(value).__pydantic_fields__.items():  # type: ignore[attr-defined]
+        for name, info in _config_fields(type(value)).items():
             before = getattr(value, name)
             after = replace_paths(before, change, _holds_paths(info))
             changed = changed if after is before else replace(changed, **{name: after})
@@ -232,7 +234,7 @@ def describe(cls: Any, prefix: str = "", given: Any = None, optional: str = "") 
     given: a default of the field that holds this config, whose values stand in place of the class's own defaults.
     optional: the key of the section that may be left out, with all required fields in it.
     """
-    for name, info in cls.__pydantic_fields__.items():
+    for name, info in _config_fields(cls).items():
         key, default = prefix + name, MISSING
         if given is not None:
             default = getattr(given, name)
@@ -247,7 +249,7 @@ def describe(cls: Any, prefix: str = "", given: Any = None, optional: str = "") 
         if default is not MISSING:
             shown = _shown(TypeAdapter(Any).dump_python(default, mode="json"))
         # A subclass's fields lose the docstrings that stand in its base.
-        inherited = (getattr(base, "__pydantic_fields__", {}).get(name) for base in cls.__mro__)
+        inherited = (_config_fields(base).get(name) for base in cls.__mro__)
         meaning = next((field.description for field in inherited if field and field.description), "")
         yield FieldHelp(key, _type_name(info.annotation, info.metadata), shown, " ".join(meaning.split()))
 

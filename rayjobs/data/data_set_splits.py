@@ -32,20 +32,20 @@ _SAME_SPLIT = {
 
 _WORD = {word: name for name, words in _SAME_SPLIT.items() for word in words}
 
-Open = Callable[[str], Path]
-"""Fetches a file of the folder by its name."""
+Fetch = Callable[[str], Path]
+"""Gives a local copy of a file of the folder by its name."""
 
 
-def choose_split(path: str, names: Sequence[str], split: str, role: str, open: Open) -> list[str]:
+def choose_split(path: str, names: Sequence[str], split: str, role: str, fetch: Fetch) -> list[str]:
     """The names of the files of one split, in order.
 
     names: all files in the folder. split: the split that is wanted; empty for the one of the role: `train`, `val` or
     `test`.
     Raises DataError for a folder without the split, and ConfigError for one of several data sets.
     """
-    splits = _saved_splits(path, names, open)
+    splits = _saved_splits(path, names, fetch)
     if splits is None:
-        splits = _declared_splits(path, names, open)
+        splits = _declared_splits(path, names, fetch)
     if splits is None:
         splits = _named_splits(names)
     if list(splits) == [""] and not split:
@@ -70,7 +70,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if expression.match(name)]
 
 
-def _saved_splits(path: str, names: Sequence[str], open: Open) -> dict[str, list[str]] | None:
+def _saved_splits(path: str, names: Sequence[str], fetch: Fetch) -> dict[str, list[str]] | None:
     """The splits of a folder that `datasets` saved; a single data set has no name for its one. None for others."""
     splits = {}
     for state in names:
@@ -78,7 +78,7 @@ def _saved_splits(path: str, names: Sequence[str], open: Open) -> dict[str, list
         if name != _STATE or f"{folder}/{_INFO}".lstrip("/") not in names or "/" in folder:
             continue
         try:
-            listed = json.loads(open(state).read_text(encoding="utf-8"))["_data_files"]
+            listed = json.loads(fetch(state).read_text(encoding="utf-8"))["_data_files"]
             splits[folder] = [f"{folder}/{file['filename']}".lstrip("/") for file in listed]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}/{state}: not the state of a saved data set ({error})") from error
@@ -87,11 +87,11 @@ def _saved_splits(path: str, names: Sequence[str], open: Open) -> dict[str, list
     return splits or None
 
 
-def _declared_splits(path: str, names: Sequence[str], open: Open) -> dict[str, list[str]] | None:
+def _declared_splits(path: str, names: Sequence[str], fetch: Fetch) -> dict[str, list[str]] | None:
     """The splits that the folder's README.md declares; None if it declares none."""
     if "README.md" not in names:
         return None
-    text = open("README.md").read_text(encoding="utf-8", errors="replace")
+    text = fetch("README.md").read_text(encoding="utf-8", errors="replace")
     header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
         card = parse_yaml(header[1]) if header else None

@@ -39,6 +39,7 @@ class FewShotPlan:
             DatasetError: a class has fewer than K images and `short` is `error`.
         """
         train, names = self.dataset.train, self.dataset.class_names
+        joined = [item for item in self.joined if item.path not in unreadable]
         choices = {}
         for seed in self.seeds:
             ranked = fewshot.rank(train, names, seed=seed, unreadable=unreadable)  # the slow part, for all K at once
@@ -46,7 +47,6 @@ class FewShotPlan:
                 choice = fewshot.choose(
                     train, names, shots=shots, seed=seed, short=self.short, unreadable=unreadable, ranked=ranked
                 )
-                joined = [item for item in self.joined if item.path not in unreadable]
                 items = tuple(sorted([*choice.items, *joined], key=lambda item: item.label))  # by label, as they were
                 choices[shots, seed] = replace(choice, items=items)
         return choices

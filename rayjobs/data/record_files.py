@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -153,9 +154,7 @@ def _match(path: str) -> list[str]:
 
 def _check_shards(files: Sequence[str]) -> None:
     """Raise DataError if the names of files say how many parts there are, and some are not there."""
-    parts: dict[tuple[str, ...], int] = {}
-    for match in filter(None, map(_SHARD.fullmatch, files)):
-        parts[match.groups("")] = parts.get(match.groups(""), 0) + 1
+    parts = Counter(match.groups("") for match in map(_SHARD.fullmatch, files) if match)
     for (name, count, ending), found in parts.items():
         if found < int(count):
             raise DataError(f"{name}…-of-{count}{ending}: {found} of {int(count)} parts are there; fetch the others")

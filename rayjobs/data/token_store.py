@@ -23,7 +23,6 @@ from adapter.records.encoding import encode_record, encode_text
 from adapter.records.example import Example
 from adapter.templates import Template, template_fields
 from adapter.tokenizers.base import Tokenizer
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.console import Progress
@@ -32,8 +31,8 @@ from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import source_templates
 from rayjobs.errors import DataError
+from rayjobs.models.base_model import open_tokenizer
 from rayjobs.runs.run_dir import REJECTED_FILE
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
@@ -343,4 +342,4 @@ def _is_held_out(record: dict[str, str], fraction: float) -> bool:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(cached_path(path, weights=False))
+    return open_tokenizer(path)

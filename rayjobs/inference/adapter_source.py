@@ -9,9 +9,8 @@ from adapter.adapter_formats import read_adapter
 from adapter.base.checkpoint import Checkpoint
 from adapter.errors import CheckpointError
 from adapter.model import AdaptedModel
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.config import config
-from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import ModelPath
@@ -47,22 +46,23 @@ class AdapterSourceConfig:
     def open(self, *, needs_encoder: bool = True, weights: bool = True) -> OpenedSource:
         """Open the base, the adapter and its image encoder, and check that they fit, before weights are loaded.
 
-        weights: False to leave the weights of a base on the hub there; its identity is then not compared.
         needs_encoder: False where there is no image to read, so that an adapter that reads images needs no encoder.
+        weights: False to leave the weights of a base on the hub there; its identity is then not compared.
 
         Raises a UserError or an AdapterError if they do not fit, or if an encoder is missing and `blind` is not set.
         """
         checkpoint, tokenizer = self.base.open(weights=weights)
         blind = self.blind or (self.vision is None and not needs_encoder)
-        conditioning, file = open_image_conditioning(self.adapter, self.vision, blind), None
-        if self.adapter is not None:
+        file = None if self.adapter is None else read_adapter(cached_path(self.adapter))
+        trained_with = file.vision if file else None
+        conditioning = open_image_conditioning(self.adapter, trained_with, self.vision, blind)
+        if file is not None:
             try:
-                file = read_adapter(cached_path(self.adapter))
                 check_adapter_fits(
                     file,
                     checkpoint.config,
                     fingerprint=checkpoint.fingerprint() if checkpoint.has_weights else None,
-                    tokenizer_sha256=load_tokenizer(cached_path(tokenizer, weights=False)).sha256,
+                    tokenizer_sha256=open_tokenizer(tokenizer).sha256,
                     encoder=_identity(conditioning),
                 )
             except CheckpointError as error:

@@ -10,7 +10,6 @@ from adapter.adapter_formats import read_adapter
 from adapter.model import AdaptedModel
 from adapter.templates import Template, template_fields
 from adapter.tokenizers.base import Tokenizer
-from adapter.tokenizers.load import load_tokenizer
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json
 from cafo.prompt import ANSWERS, COMMANDS, EndpointModel, LanguageModel, Sampling, describe_classes, with_spaces
@@ -20,7 +19,7 @@ from rayjobs.console import Progress
 from rayjobs.data.class_names import ClassNames
 from rayjobs.data.templates import saved_template
 from rayjobs.errors import ConfigError
-from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint
@@ -58,7 +57,7 @@ class LlamaDescriberConfig:
         Raises an error for a base, adapter or template that cannot be read.
         """
         checkpoint, tokenizer = self.base.open(weights=weights)
-        pieces = load_tokenizer(cached_path(tokenizer, weights=False))
+        pieces = open_tokenizer(tokenizer)
         return {
             "base": checkpoint.fingerprint() if checkpoint.has_weights else None,
             "tokenizer": pieces.fingerprint,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import Record
+from rayjobs.models.base_model import open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import content_fingerprint, file_fingerprints, fingerprint
@@ -15,7 +15,7 @@ def model_identity(model: AdapterSourceConfig, conditioning: ImageConditioning |
     checkpoint, tokenizer = model.base.open()
     return {
         "base": f"{checkpoint.fingerprint()[:16]} in {model.base.dtype}",
-        "tokenizer": load_tokenizer(cached_path(tokenizer, weights=False)).fingerprint[:16],
+        "tokenizer": open_tokenizer(tokenizer).fingerprint[:16],
         "adapter": content_fingerprint(cached_path(model.adapter)) if model.adapter else "none",
         "encoder": conditioning.encoder.identity if conditioning else "none",
     }

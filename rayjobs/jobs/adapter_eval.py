@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from adapter.adapter_file import AdapterFile
-from adapter.records.scienceqa import Problem, read_problems
+from adapter.records.scienceqa import PROBLEMS, Problem, read_problems
 from adapter.templates import Template, template_fields
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
@@ -42,12 +41,12 @@ from rayjobs.inference.scienceqa import (
 )
 from rayjobs.inference.training_records import describe_overlap
 from rayjobs.lifecycle import job
+from rayjobs.models.base_model import open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
@@ -83,6 +82,8 @@ class Checked(NamedTuple):
     sources: list[Source]
     templates: list[Template]
     """the template of each source"""
+    problems: list[Problem]
+    """the problems of scienceqa; none for task=loss"""
     conditioning: ImageConditioning | None
     """the image encoder; None if images are left out"""
     saved: AdapterFile | None
@@ -96,7 +97,7 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     """
     checkpoint, tokenizer, conditioning, saved = settings.open(weights=weights)
     length, window = settings.data.max_length, checkpoint.config.max_seq_len
-    sources = settings.data.sources()
+    sources, problems = settings.data.sources(), list[Problem]()
     if settings.task == "scienceqa":
         if len(sources) != 1:
             raise ConfigError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
@@ -106,15 +107,15 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
                 f"{MAX_ANSWER_TOKENS} tokens"
             )
         sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
-        read_test_problems(sources[0])
+        problems = read_test_problems(sources[0])
     elif length > window:
         raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
     elif not sources:
         raise ConfigError("data.path is empty: name at least one file of records")
     elif empty := [source.path for source in sources if next(iter(source.read()), None) is None]:
         raise DataError(f"{empty[0]}: no records")
-    templates = source_templates(sources, load_tokenizer(cached_path(tokenizer, weights=False)), saved)
-    return Checked(tokenizer, sources, templates, conditioning, saved)
+    templates = source_templates(sources, open_tokenizer(tokenizer), saved)
+    return Checked(tokenizer, sources, templates, problems, conditioning, saved)
 
 
 def read_test_problems(source: Source) -> list[Problem]:
@@ -127,13 +128,14 @@ def read_test_problems(source: Source) -> list[Problem]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    _, sources, templates, conditioning, _ = check(settings, weights=False)
+    checked = check(settings, weights=False)
+    encoder = checked.conditioning and checked.conditioning.encoder
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
-        ["data", describe_sources(sources, templates)],
-        ["images", "left out" if conditioning is None else f"read by {conditioning.encoder.identity}"],
+        ["data", describe_sources(checked.sources, checked.templates)],
+        ["images", f"read by {encoder.identity}" if encoder else "left out"],
         ["workers", str(settings.scale.workers)],
     ]
     show_table("plan", ["", ""], rows)
@@ -166,9 +168,7 @@ def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
     images = None
     if settings.vision and conditioning:
         lists = resolve_path(store.folder) / IMAGE_LISTS
-        images = prepare_image_source(
-            settings.vision, conditioning, settings.data.sources(), lists, cache, settings.scale, 0
-        )
+        images = prepare_image_source(settings.vision, conditioning, checked.sources, lists, cache, settings.scale, 0)
     losses = record_losses(settings, conditioning, store, images, settings.token_budget, settings.scale)
     write_parquet(folder / "losses.parquet", losses, LOSSES)
     left_out = {"rejected_records": store.rejected, "images_left_out": store.images_left_out}
@@ -178,9 +178,8 @@ def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
 def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     """Predict the answer of every problem; write `predictions.parquet`, tables and examples."""
     (source,), (template,), conditioning = checked.sources, checked.templates, checked.conditioning
-    problems, reads_images = read_test_problems(source), conditioning is not None
-    records = [problem_record(problem) for problem in problems]
-    task = task_identity(settings, source, template, reads_images=reads_images)
+    problems, reads_images = checked.problems, conditioning is not None
+    task = task_identity(settings, checked, reads_images=reads_images)
     identity = {**model_identity(settings, conditioning), **task}
     parts = settings.run.folder / "parts"
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
@@ -195,9 +194,9 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
         conditioning=conditioning,
         image_root=source.images,
         pool=settings.scale,
-    ).run(records)
+    ).run(map(problem_record, problems))
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
-    rejected = rejected_problems(predictions, str(resolve_path(source.path) / "problems.json"))
+    rejected = rejected_problems(predictions, str(resolve_path(source.path) / PROBLEMS))
     write_jsonl(folder / REJECTED_FILE, rejected)
     check_rejected_share(
         [f"problem {row['pid']}: {row['reason']}" for row in rejected],
@@ -213,12 +212,12 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     return result
 
 
-def task_identity(settings: Config, source: Source, template: Template, *, reads_images: bool) -> dict[str, Any]:
+def task_identity(settings: Config, checked: Checked, *, reads_images: bool) -> dict[str, Any]:
     """Identify, by content, everything besides the model that scienceqa's predictions depend on."""
-    records = [problem_record(problem) for problem in read_test_problems(source)]
+    records = [problem_record(problem) for problem in checked.problems]
     return {
-        **data_identity(records, source.images, reads_images),
-        "template": template_fields(template),
+        **data_identity(records, checked.sources[0].images, reads_images),
+        "template": template_fields(checked.templates[0]),
         "reading": settings.reading,
         "max_length": settings.data.max_length,
         "batch_size": settings.batch_size,

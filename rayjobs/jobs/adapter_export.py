@@ -68,7 +68,7 @@ def check(settings: Config) -> Checked:
     """
     checkpoint, _ = settings.base.open(weights=False)
     file = read_adapter(cached_path(settings.adapter))
-    fingerprint = None if settings.base.bytes_to_fetch() else checkpoint.fingerprint()
+    fingerprint = checkpoint.fingerprint() if checkpoint.has_weights else None
     try:
         check_identities(file, fingerprint, None)
         exported_gates(file, settings.format, checkpoint.config, gate=settings.gate)

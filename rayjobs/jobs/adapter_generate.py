@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field
 
 from adapter.records.files import check_text
 from adapter.templates import template_fields
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
@@ -39,6 +38,7 @@ from rayjobs.inference.overwriting import check_output
 from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.inference.terminal import FindError, answer_lines, converse
 from rayjobs.lifecycle import job
+from rayjobs.models.base_model import open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
@@ -132,9 +132,9 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     Raises a UserError or an AdapterError for the first problem.
     """
     _check_settings(settings)
-    one = settings.file is None
-    checkpoint, tokenizer, conditioning, saved = settings.open(needs_encoder=not one, weights=weights)
-    pieces, window = load_tokenizer(cached_path(tokenizer, weights=False)), checkpoint.config.max_seq_len
+    needs_encoder = settings.file is not None
+    checkpoint, tokenizer, conditioning, saved = settings.open(needs_encoder=needs_encoder, weights=weights)
+    pieces, window = open_tokenizer(tokenizer), checkpoint.config.max_seq_len
     own = settings.chat and saved is None and pieces.chat_template is not None
     template = saved_template(settings.template or (CHAT if own else None), pieces, saved)
     task = AnswerInstructions(template, settings.decoding)
@@ -151,7 +151,7 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     rows = list(set_aside(read_instructions(cached_path(settings.file)), template, pieces, window))
     reasons = [f"{row.location}: {row.error}" for row in rows if row.error]
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction")
-    if conditioning is not None and any(row.record["image"] for row in rows) and not settings.image_root.is_dir():
+    if conditioning is not None and any(row.record.get("image") for row in rows) and not settings.image_root.is_dir():
         raise ConfigError(f"images: {settings.image_root} is no folder; the file's image paths start from it")
     if len(reasons) == len(rows):
         raise DataError(f"{settings.file}: no record to answer" + (f"; {reasons[0]}" if reasons else ""))

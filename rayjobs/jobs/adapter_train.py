@@ -25,7 +25,6 @@ from adapter.base.quantization import PRECISIONS
 from adapter.decoder_config import DecoderConfig
 from adapter.image_projection import ImageProjectionConfig
 from adapter.templates import Template
-from adapter.tokenizers.load import load_tokenizer
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_result, show_table
@@ -36,11 +35,10 @@ from rayjobs.data.templates import describe_sources, header_templates, source_te
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.lifecycle import job
-from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
 from rayjobs.storage.hub_model import ADAPTER_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
@@ -135,7 +133,7 @@ def open_inputs(settings: Config, *, weights: bool = True) -> Inputs:
     sources = settings.data.all_sources()
     for source in sources:
         next(iter(source.read()), None)
-    templates = source_templates(sources, load_tokenizer(cached_path(tokenizer, weights=False)))
+    templates = source_templates(sources, open_tokenizer(tokenizer))
     return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None, templates)
 
 
@@ -161,7 +159,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
     values = drop_keys(to_dict(settings), FREE_TO_CHANGE)
     values["base"] |= {
         "path": inputs.checkpoint.fingerprint()[:16],
-        "tokenizer": load_tokenizer(cached_path(inputs.tokenizer, weights=False)).fingerprint[:16],
+        "tokenizer": open_tokenizer(inputs.tokenizer).fingerprint[:16],
     }
     sources = zip(settings.data.all_sources(), inputs.templates, strict=True)
     with_images, trained = inputs.conditioning is not None, len(settings.data.path)
@@ -200,10 +198,7 @@ def plan(settings: Config) -> None:
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
         ["images", images],
         ["steps", f"{steps:,} of {train.global_batch} records"],
-        [
-            "peak learning rate",
-            f"{settings.optimizer.base_lr * train.global_batch / 256:.3g}, after {warmup:,.0f} steps",
-        ],
+        ["peak learning rate", f"{settings.optimizer.peak_lr(train.global_batch):.3g}, after {warmup:,.0f} steps"],
         ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
         ["run folder", str(settings.run.folder)],
     ]
@@ -266,7 +261,7 @@ def prepare_inputs(settings: Config, inputs: Inputs, run: Path | None = None) ->
     images = prepare_image_source(
         settings.vision,
         conditioning,
-        [*data.sources(), *data.val_sources()],
+        data.all_sources(),
         resolve_path(store.folder) / IMAGE_LISTS,
         cache,
         settings.scale,
@@ -308,7 +303,7 @@ def adapter_file(settings: Config, job: TrainJob, trained: Mapping[str, Tensor],
         model,
         base_fingerprint=inputs.checkpoint.fingerprint(),
         base_dtype=job.dtype,
-        tokenizer_sha256=load_tokenizer(cached_path(inputs.tokenizer, weights=False)).sha256,
+        tokenizer_sha256=open_tokenizer(inputs.tokenizer).sha256,
         template=template,
         format_templates=format_templates,
     )

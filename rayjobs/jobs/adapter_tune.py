@@ -161,9 +161,7 @@ def evaluation_identity(settings: Config, trained: adapter_train.Config) -> str 
         return None
     evaluation = evaluation_settings(settings, trained)
     checked = adapter_eval.check(evaluation)
-    identity = adapter_eval.task_identity(
-        evaluation, checked.sources[0], checked.templates[0], reads_images=trained.vision is not None
-    )
+    identity = adapter_eval.task_identity(evaluation, checked, reads_images=trained.vision is not None)
     return fingerprint(identity)[:10]
 
 

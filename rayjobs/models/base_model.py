@@ -6,6 +6,7 @@ from typing import Literal
 from adapter.base.checkpoint import CONFIG, Checkpoint, open_checkpoint, open_config
 from adapter.base.quantization import PRECISIONS, bitsandbytes
 from adapter.model import AdaptedModel
+from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import describe_missing, load_tokenizer
 from rayjobs.config import config
 from rayjobs.errors import ConfigError
@@ -16,6 +17,11 @@ from rayjobs.storage.paths import ModelPath, resolve_path
 
 Dtype = Literal["fp32", "bf16", "int8", "nf4"]
 """The names in `adapter.base.quantization.PRECISIONS`."""
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a path, a URL or a hub id, whose weights stay on the hub. Raises TokenizerError."""
+    return load_tokenizer(cached_path(path, weights=False))
 
 
 @config
@@ -58,7 +64,7 @@ class BaseModelConfig:
             raise ConfigError(f"{describe_missing(copy)}; or set base.tokenizer")
         if path == copy:
             path = self.path  # the URL, because each machine has its own copy
-        load_tokenizer(cached_path(path, weights=False)).check_fits(checkpoint.config.vocab_size)
+        open_tokenizer(path).check_fits(checkpoint.config.vocab_size)
         if weights and not checkpoint.has_weights:
             checkpoint = open_checkpoint(cached_path(self.path))
         return checkpoint, resolve_path(path)

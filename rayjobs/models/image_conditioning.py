@@ -9,12 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapter.adapter_formats import read_adapter
 from adapter.image_projection import ImageProjectionConfig, Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
-from rayjobs.storage.download import cached_path
 
 
 @config
@@ -60,16 +58,18 @@ class VisionConfig:
         return ImageConditioning(info, projection)
 
 
-def open_image_conditioning(adapter: str | None, vision: VisionConfig | None, blind: bool) -> ImageConditioning | None:
+def open_image_conditioning(
+    adapter: str | None, trained_with: ImageProjectionConfig | None, vision: VisionConfig | None, blind: bool
+) -> ImageConditioning | None:
     """Load the encoder of an adapter that reads images, and check that the adapter was trained with it.
 
-    adapter: a file or folder; None for the base model alone. blind: leave images out, though the adapter reads them.
+    adapter: its name for messages; None for the base model alone. trained_with: the adapter's projection; None for one
+    that reads only text. blind: leave images out, though the adapter reads them.
 
-    Returns None where images are left out. Raises ValueError for an adapter that cannot be read, for an encoder other
-    than the adapter's own, for an encoder that a text adapter has no use for, and for an adapter that reads images when
-    neither `vision` nor `blind` is set.
+    Returns None where images are left out. Raises ValueError for an encoder other than the adapter's own, for an
+    encoder that a text adapter has no use for, and for an adapter that reads images when neither `vision` nor `blind`
+    is set.
     """
-    trained_with = None if adapter is None else read_adapter(cached_path(adapter)).vision
     if blind:
         return None
     if vision is None:

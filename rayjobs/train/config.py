@@ -121,7 +121,7 @@ class TrainJob:
 
     @property
     def peak_lr(self) -> float:
-        return self.optimizer.base_lr * self.train.global_batch / 256
+        return self.optimizer.peak_lr(self.train.global_batch)
 
     def validates_after(self, step: int) -> bool:
         every = self.train.validate_every_steps or self.sampler("train").steps_per_epoch

@@ -23,6 +23,7 @@ from adapter.base.checkpoint import open_checkpoint
 from adapter.base.quantization import PRECISIONS, reading_dtype, set_weight
 from adapter.decoder import Decoder
 from adapter.image_projection import Images
+from adapter.loss import IGNORE
 from rayjobs.config import config
 from rayjobs.errors import ConfigError, ProvenanceError
 from rayjobs.models.base_model import Dtype
@@ -58,6 +59,10 @@ class OptimizerConfig:
     """Decoupled weight decay of all trainable parameters, gates included."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; null does not clip, as in the paper."""
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate at the end of the warm-up, which is proportional to the global batch."""
+        return self.base_lr * global_batch / 256
 
 
 def _deepspeed() -> ModuleType:
@@ -243,7 +248,7 @@ class Engine:
     def _prime(self) -> None:
         """Make one step at learning rate 0 without labels: zero gradients create zero moments, which can be set."""
         nothing = torch.zeros(1, 1, dtype=torch.int64)
-        self.backward(self.loss(nothing, nothing - 100))
+        self.backward(self.loss(nothing, torch.full_like(nothing, IGNORE)))
         self.step(lr=0.0)
         for step in self._steps():
             step.zero_()

@@ -22,7 +22,7 @@ class MetricRows:
         self.unreported.append(row)
         self._recent.append(row)
 
-    def reported(self) -> None:
+    def forget_reported(self) -> None:
         """Forget the rows that a report has taken."""
         self.unreported = []
 

@@ -222,7 +222,7 @@ class TrainingLoop:
             ray.train.report({"rows": self.rows.unreported})
         else:
             return
-        self.rows.reported()
+        self.rows.forget_reported()
         self.reported = time.monotonic()
 
     def is_newly_preempted(self) -> bool:

@@ -26,7 +26,7 @@ def test_whatever_report_is_lost_before_a_checkpoint_its_rows_come_again() -> No
             if pending:
                 collected.append(pending)
             pending = rows.unreported
-            rows.reported()
+            rows.forget_reported()
         if checkpoints:
             at, again = checkpoints[-1]
             resumed = MetricRows()
@@ -41,6 +41,6 @@ def test_a_checkpoint_repeats_no_more_than_two_intervals() -> None:
         rows.add({"step": step})
         if step % 10 == 0:
             repeated = rows.for_checkpoint(step)
-            rows.reported()
+            rows.forget_reported()
     assert [row["step"] for row in repeated] == list(range(21, 41))
     assert rows.unreported == []

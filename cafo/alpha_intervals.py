@@ -9,7 +9,7 @@ is a half-line of α. So an image is correct on one interval (low, high) of α �
 step function of α. Sorting the ends of all intervals gives the whole function, and with it the exact best α over the
 half-line, where a grid would try a few values.
 
-Legend: B images, N classes, J independent problems (the values of β in a search).
+Legend: A values of α, B images, N classes, J independent problems (the values of β in a search).
 """
 
 from __future__ import annotations
@@ -54,6 +54,18 @@ def correct_intervals(margins: Tensor, term: Tensor, labels: Tensor) -> tuple[Te
     low = crossing.where(slope >= 0, -math.inf).amax(dim=-1)
     high = crossing.where(slope < 0, math.inf).amin(dim=-1)
     return low.clamp_min(0), high
+
+
+def count_correct_at(alphas: Tensor, base: Tensor, term: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of images that are correct at each α, as the intervals tell: (A,) int64.
+
+    Args:
+        alphas: (A,).
+        base, term: (B, N).
+        labels: (B,) int64.
+    """
+    low, high = correct_intervals(label_margins(base, labels), term, labels)
+    return ((low <= alphas[:, None]) & (alphas[:, None] < high)).sum(dim=1)
 
 
 def accuracy_steps(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,11 +91,8 @@ class Cache:
 
     def combine(self, features: Mapping[str, Tensor]) -> Combination:
         """Return eq. 3-9 at the cache's β and ensemble, before α is applied: each part (B, N)."""
-        predictions = {
-            name: class_logits(a, self.labels, len(self.class_names), self.beta)
-            for name, a in self.affinities(features).items()
-        }
-        return combine(self.zero_shot(features), predictions, self.ensemble)
+        affinities = self.affinities(features)
+        return combine_affinities(self.zero_shot(features), affinities, self.labels, self.beta, self.ensemble)
 
     @torch.no_grad()
     def combine_in_blocks(self, features: Mapping[str, Tensor]) -> Combination:
@@ -103,8 +100,12 @@ class Cache:
         rows = max(len(features[self.zero_shot_source]), 1)
         blocks = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, rows, _ROWS_AT_ONCE)]
         parts = [self.combine({n: f[block] for n, f in features.items()}) for block in blocks]
-        base, term, shares = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
-        return Combination(base, term, shares, parts[0].sources)
+        return Combination(
+            torch.cat([part.base for part in parts]),
+            torch.cat([part.term for part in parts]),
+            torch.cat([part.shares for part in parts]),
+            parts[0].sources,
+        )
 
     def logits(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of eq. 9, (B, N), at the cache's α, β and ensemble, without gradients."""
@@ -153,9 +154,30 @@ def class_logits(affinity: Tensor, labels: Tensor, num_classes: int, beta: float
     return phi.new_zeros(num_classes, affinity.shape[1]).index_add(0, labels, phi).T
 
 
+def combine_affinities(
+    zero_shot: Tensor, affinities: Mapping[str, Tensor], key_labels: Tensor, beta: float, ensemble: Ensemble
+) -> Combination:
+    """Return eq. 6-9 at one β and ensemble, before α is applied: each part (B, N).
+
+    Args:
+        zero_shot: p_ZS, (B, N).
+        affinities: {source: (M, B)}.
+        key_labels: (M,) int64.
+        beta, ensemble: the values.
+    """
+    classes = zero_shot.shape[1]
+    predictions = {name: class_logits(a, key_labels, classes, beta) for name, a in affinities.items()}
+    return combine(zero_shot, predictions, ensemble)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> int:
+    """Return the number of images whose (first) largest logit is their label's: (B, N), (B,)."""
+    return int((logits.argmax(dim=-1) == labels).sum())
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose (first) largest logit is their label's: (B, N), (B,)."""
-    return int((logits.argmax(dim=-1) == labels).sum()) / max(len(labels), 1)
+    """Return the share of images that are correct: (B, N), (B,)."""
+    return count_correct(logits, labels) / max(len(labels), 1)
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:

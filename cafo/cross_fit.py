@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cafo.cache import Cache, affinity
 from cafo.held_out import HeldOut
-from cafo.key_training import BestEpoch, Epoch, KeyTrainer, KeyTraining, SelectEpochBy, measure_epoch
+from cafo.key_training import BestEpoch, Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Views, measure_epoch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,9 +104,9 @@ def _has_others(labels: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Some rows of views, indexed like a (V, M, C) tensor, without a copy."""
+    """Some rows of views, without a copy."""
 
-    def __init__(self, views: Tensor, rows: Tensor) -> None:
+    def __init__(self, views: Views, rows: Tensor) -> None:
         self.views, self.rows = views, rows
         self.shape = torch.Size((views.shape[0], len(rows), views.shape[2]))
 
@@ -119,7 +119,7 @@ class _Fold:
     """The keys that are trained without one fold, and the images of that fold."""
 
     def __init__(
-        self, cache: Cache, views: Mapping[str, Tensor], images: TrainingImages, held: Tensor, training: KeyTraining
+        self, cache: Cache, views: Mapping[str, Views], images: TrainingImages, held: Tensor, training: KeyTraining
     ) -> None:
         groups = images.groups_of(cache)
         self.held = held
@@ -129,7 +129,7 @@ class _Fold:
         self.features = {name: f[held] for name, f in images.features.items()}
         self.trainer: KeyTrainer | None = None
         if training.epochs:
-            rows: dict[str, Tensor] = {name: _Rows(v, self.kept) for name, v in views.items()}  # type: ignore[misc]
+            rows = {name: _Rows(v, self.kept) for name, v in views.items()}
             self.trainer = KeyTrainer(self.cache, rows, self.cache.labels, training)
         self.best_keys = keys
 
@@ -143,7 +143,7 @@ class _Fold:
 
 def cross_fit(
     cache: Cache,
-    views: Mapping[str, Tensor],
+    views: Mapping[str, Views],
     images: TrainingImages,
     training: KeyTraining,
     folds: int,

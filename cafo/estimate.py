@@ -82,6 +82,5 @@ def estimate_accuracy(
         if not len(others.labels):
             others = images
         best = search(*others, grid=coarse, ensembles=ensembles, rule=rule)
-        logits = held.combine(best.beta, best.ensemble).logits(best.alpha)
-        correct += int((logits.argmax(dim=-1) == held.labels).sum())
+        correct += held.count_correct(best.alpha, best.beta, best.ensemble)
     return Estimate(correct=correct, total=len(rows))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cafo.cache import Cache, class_logits
-from cafo.ensemble import Combination, Ensemble, combine
+from cafo.cache import Cache, combine_affinities, count_correct
+from cafo.ensemble import Combination, Ensemble
 
 
 class HeldOut(NamedTuple):
@@ -31,9 +31,11 @@ class HeldOut(NamedTuple):
 
     def combine(self, beta: float, ensemble: Ensemble) -> Combination:
         """Return eq. 3-9 at one β and ensemble, before α is applied: each part (B, N)."""
-        classes = self.zero_shot.shape[1]
-        sums = {name: class_logits(a, self.key_labels, classes, beta) for name, a in self.affinities.items()}
-        return combine(self.zero_shot, sums, ensemble)
+        return combine_affinities(self.zero_shot, self.affinities, self.key_labels, beta, ensemble)
+
+    def count_correct(self, alpha: float, beta: float, ensemble: Ensemble) -> int:
+        """Return the number of images that are correct at some values, by eq. 9 itself in float32."""
+        return count_correct(self.combine(beta, ensemble).logits(alpha), self.labels)
 
     def images(self, rows: Tensor) -> HeldOut:
         """Return some of the images."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,17 @@ class Epoch:
     """share of the validation or held-out images that are correct, at the initial α and β; NaN if there are none"""
     held_out_loss: float = math.nan
     """their loss at a free temperature (`cafo.calibration`)"""
+
+
+class Views(Protocol):
+    """Features of augmented views, (V, M, C): a tensor, or what gathers rows of one when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(V, M, C)."""
+
+    def __getitem__(self, at: tuple[int, Tensor]) -> Tensor:
+        """Return some images' features of one view: (v, (b,) int64) → (b, C)."""
 
 
 SelectEpochBy = Literal["loss", "accuracy"]
@@ -87,7 +98,7 @@ class KeyTrainer:
         CafoError: there is no image or no view.
     """
 
-    def __init__(self, cache: Cache, views: Mapping[str, Tensor], labels: Tensor, training: KeyTraining) -> None:
+    def __init__(self, cache: Cache, views: Mapping[str, Views], labels: Tensor, training: KeyTraining) -> None:
         """Begin with the keys of a cache.
 
         Args:
@@ -124,7 +135,7 @@ class KeyTrainer:
             batch = {name: v[(self.epoch - 1) % self.num_views, rows] for name, v in self.views.items()}
             loss = F.cross_entropy(self.cache.combine(batch).logits(self.cache.alpha), self.labels[rows])
             lr = float(self._schedule.get_last_lr()[0])
-            _check_finite(loss, f"epoch {self.epoch}, step {step}", rows, lr)
+            check_finite(loss, f"epoch {self.epoch}, step {step}", lr, rows)
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self._optimizer.step()
@@ -139,7 +150,7 @@ class KeyTrainer:
 
 def train_keys(
     cache: Cache,
-    views: Mapping[str, Tensor],
+    views: Mapping[str, Views],
     labels: Tensor,
     val_features: Mapping[str, Tensor],
     val_labels: Tensor,
@@ -175,9 +186,18 @@ def train_keys(
     return replace(cache, keys=best_keys), best.epoch
 
 
-def _check_finite(loss: Tensor, when: str, rows: Tensor, lr: float) -> None:
+def check_finite(loss: Tensor, when: str, lr: float, rows: Tensor | None = None) -> None:
+    """Raise CafoError if a loss is NaN or infinite.
+
+    Args:
+        loss: the loss of one step.
+        when: the step, for the message.
+        lr: its learning rate.
+        rows: its images; None for all of them.
+    """
     if not torch.isfinite(loss):
+        images = "" if rows is None else f"images {rows[:5].tolist()}…, "
         raise CafoError(
-            f"the loss is {loss.item()} at {when} (images {rows[:5].tolist()}…, learning rate {lr:.3g}); "
+            f"the loss is {loss.item()} at {when} ({images}learning rate {lr:.3g}); "
             "lower the learning rate or check the features"
         )

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cafo.alpha_intervals import correct_intervals, label_margins
+from cafo.alpha_intervals import count_correct_at
 from cafo.calibration import free_temperature_loss
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.held_out import HeldOut
@@ -51,6 +51,11 @@ class _Cost(NamedTuple):
     ensemble: int
 
 
+def near_highest(highest: int, total: int) -> float:
+    """Return the number of correct images that is one standard error below the highest."""
+    return highest - math.sqrt(highest * (total - highest) / total)
+
+
 def choose_near_best(
     candidates: Sequence[Candidate], images: HeldOut, ensembles: Sequence[Ensemble], prior: Prior, floor: int
 ) -> NearBest | None:
@@ -68,15 +73,13 @@ def choose_near_best(
     """
     total = len(images.labels)
     highest = total - min(candidates).wrong
-    error = math.sqrt(highest * (total - highest) / total)
-    enough = max(math.ceil(highest - error), floor)
+    enough = max(math.ceil(near_highest(highest, total)), floor)
     near = sorted((c for c in candidates if total - c.wrong >= enough), key=lambda c: (c.ensemble, c.beta))
     step = max(1, len(near) // _PAIRS)
     pairs = dict.fromkeys([min(near), *near[step // 2 :: step]])
     costs = [one for c in pairs for one in _costs(c, images, ensembles[c.ensemble], prior, enough)]
     for cost in sorted(costs):
-        logits = images.combine(cost.beta, ensembles[cost.ensemble]).logits(cost.alpha)
-        correct = int((logits.argmax(dim=-1) == images.labels).sum())
+        correct = images.count_correct(cost.alpha, cost.beta, ensembles[cost.ensemble])
         if correct >= enough:
             return NearBest(cost.alpha, cost.beta, cost.ensemble, correct)
     return None
@@ -89,8 +92,7 @@ def _costs(candidate: Candidate, images: HeldOut, ensemble: Ensemble, prior: Pri
     has_alpha = ensemble.baseline != NOTHING
     values = [candidate.alpha, *(ratio * prior.alpha for ratio in _RATIOS if has_alpha)]
     alphas = combination.base.new_tensor(values)
-    low, high = correct_intervals(label_margins(combination.base, images.labels), combination.term, images.labels)
-    accurate = ((low <= alphas[:, None]) & (alphas[:, None] < high)).sum(dim=1) >= enough
+    accurate = count_correct_at(alphas, combination.base, combination.term, images.labels) >= enough
     accurate[0] = True  # its count is known
     step = max(1, total // max(_IMAGES_OF_LOSS, _LOGITS_OF_LOSS // classes))
     base, term, labels = combination.base[::step], combination.term[::step], images.labels[::step]

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cafo.cache import count_correct
+
 SCALE, SHOTS_POWER, ACCURACY_POWER = 0.5, 0.5, 1.0
 BETA = 6.0
 
@@ -64,8 +66,7 @@ def expect(zero_shot: Tensor, labels: Tensor, keys_per_class: float) -> Prior:
         labels: (B,) int64.
         keys_per_class: mean number of keys of a class.
     """
-    correct = int((zero_shot.argmax(dim=-1) == labels).sum())
-    share = (correct + 1) / (len(labels) + 2)
+    share = (count_correct(zero_shot, labels) + 1) / (len(labels) + 2)
     scale = max(float(zero_shot.float().std(dim=-1).mean()), 1e-12) if len(labels) else 1.0
     factor = SCALE * max(keys_per_class, 1.0) ** SHOTS_POWER / share**ACCURACY_POWER
     return Prior(alpha=factor * scale, beta=BETA, scale=scale)

@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cafo.alpha_intervals import correct_intervals, label_margins
+from cafo.alpha_intervals import count_correct_at
+from cafo.cache import count_correct
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.errors import CafoError, refuse_text
 from cafo.held_out import HeldOut
@@ -118,7 +119,7 @@ def search(
     candidates = search_grid(*images, grid or BetaGrid(), ensembles)
     landscapes = _landscapes(candidates, ensembles, len(labels))
     by_ensemble = {number: max(landscape.correct) for number, landscape in enumerate(landscapes)}
-    zero_shot_correct = int((zero_shot.argmax(dim=-1) == labels).sum())
+    zero_shot_correct = count_correct(zero_shot, labels)
     parts = measure_parts(tuple(affinities), by_ensemble, ensembles, zero_shot_correct)
     candidates += _zero_shot_alone(candidates, ensembles, len(labels) - zero_shot_correct)
     best: NearBest | _Confirmed | None = None
@@ -150,13 +151,12 @@ def surface(images: HeldOut, ensemble: Ensemble, *, alphas: Sequence[float], bet
         betas: J values.
     """
     counts = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
-    alpha_column = images.zero_shot.new_tensor(alphas)[:, None]
+    tried = images.zero_shot.new_tensor(alphas)
     for rows in torch.arange(len(images.labels), device=images.labels.device).split(_IMAGES_PER_BLOCK):
         block = images.images(rows)
         for j, beta in enumerate(betas):
             base, term, _, _ = block.combine(beta, ensemble)
-            low, high = correct_intervals(label_margins(base, block.labels), term, block.labels)
-            counts[j] += ((low <= alpha_column) & (alpha_column < high)).sum(dim=1).cpu()
+            counts[j] += count_correct_at(tried, base, term, block.labels).cpu()
     return counts
 
 
@@ -238,8 +238,7 @@ def _confirm(candidates: Sequence[Candidate], images: HeldOut, ensembles: Sequen
     for candidate in candidates[:_MAX_CONFIRMATIONS]:
         if best is not None and total - candidate.wrong <= best.correct:
             break
-        logits = images.combine(candidate.beta, ensembles[candidate.ensemble]).logits(candidate.alpha)
-        correct = int((logits.argmax(dim=-1) == images.labels).sum())
+        correct = images.count_correct(candidate.alpha, candidate.beta, ensembles[candidate.ensemble])
         if best is None or correct > best.correct:
             best = _Confirmed(candidate.alpha, candidate.beta, candidate.ensemble, correct)
     assert best is not None

@@ -25,7 +25,7 @@ from cafo.ensemble import Ensemble
 from cafo.errors import CafoError
 from cafo.estimate import Estimate, estimate_accuracy
 from cafo.held_out import HeldOut, on_validation
-from cafo.key_training import Epoch, KeyTrainer, KeyTraining, SelectEpochBy, measure_epoch, train_keys
+from cafo.key_training import Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Views, measure_epoch, train_keys
 from cafo.prior import expect
 from cafo.search import Rule, SearchResult, search
 from cafo.search_grid import BetaGrid
@@ -88,7 +88,7 @@ class Selected:
 
 def select(
     cache: Cache,
-    views: Mapping[str, Tensor],
+    views: Mapping[str, Views],
     how: Select,
     training: KeyTraining,
     choosing: Choosing,
@@ -116,7 +116,7 @@ def select(
     if how == "val":
         if val is None or not len(val[1]):
             raise CafoError("there is no validation image to choose on; give some, or choose by crossfit")
-        trained, epoch = _train_on_val(cache, views, *val, training, choosing, report)
+        trained, epoch = train_keys(cache, views, cache.labels, *val, training, report, choosing.epoch_by)
         return _choose(trained, epoch, how, on_validation(trained, *val), choosing, training.seed)
     if train is None:
         raise CafoError(f"a choice by {how} needs the training images' features")
@@ -136,20 +136,7 @@ def select(
     return _expect(cache, views, train, training, choosing.grid)
 
 
-def _train_on_val(
-    cache: Cache,
-    views: Mapping[str, Tensor],
-    features: Mapping[str, Tensor],
-    labels: Tensor,
-    training: KeyTraining,
-    choosing: Choosing,
-    report: Report,
-) -> tuple[Cache, Epoch]:
-    """Return the cache with the keys of the epoch that is best on validation images, and that epoch."""
-    return train_keys(cache, views, cache.labels, features, labels, training, report, choosing.epoch_by)
-
-
-def _train_all(cache: Cache, views: Mapping[str, Tensor], training: KeyTraining, epochs: int) -> Cache:
+def _train_all(cache: Cache, views: Mapping[str, Views], training: KeyTraining, epochs: int) -> Cache:
     """Return the cache with keys that were trained on all images for some of the planned epochs."""
     if not epochs:
         return cache
@@ -170,7 +157,7 @@ def _choose(cache: Cache, epoch: Epoch, how: Select, images: HeldOut, choosing: 
 
 
 def _expect(
-    cache: Cache, views: Mapping[str, Tensor], train: TrainingImages, training: KeyTraining, grid: BetaGrid
+    cache: Cache, views: Mapping[str, Views], train: TrainingImages, training: KeyTraining, grid: BetaGrid
 ) -> Selected:
     """Return the cache after all epochs, with the expected α and β."""
     features, labels = train.features[cache.zero_shot_source], cache.labels[train.rows]

@@ -22,25 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.cache import affinity
-from cafo.methods.base import (
-    Features,
-    FewShotImages,
-    Method,
-    Setting,
-    Stage,
-    Terms,
-    class_sums,
-    grid,
-    kernel,
-    last_call,
-    linear_steps,
-)
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums
+from cafo.methods.voting import VotingGrid, kernel, linear_steps
+
+CALTECH_GRID = VotingGrid(beta_high=7.0, alpha_high=7.0)
+"""the authors' values for Caltech-101"""
 
 _EPSILON = 1e-6
 
@@ -53,12 +46,9 @@ class Ape(Method):
     """Q as a share of the channels"""
     similarity_weight: float = 0.5
     """w"""
-    beta_high: float = 7.0
-    alpha_high: float = 7.0
+    grid: VotingGrid = CALTECH_GRID
     gamma_high: float = 1.0
-    """upper ends of the grids, which they leave out"""
-    beta_steps: int = 200
-    alpha_steps: int = 20
+    """upper end of the grid of γ, which it leaves out"""
     gamma_steps: int = 20
 
     @property
@@ -69,9 +59,7 @@ class Ape(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The authors' grid."""
-        betas = linear_steps(0.1, self.beta_high, self.beta_steps)
-        gammas = linear_steps(0.0, self.gamma_high, self.gamma_steps)
-        return [Stage(list(grid(beta=betas, gamma=gammas)), linear_steps(0.1, self.alpha_high, self.alpha_steps))]
+        return [self.grid.stage(gamma=linear_steps(0.0, self.gamma_high, self.gamma_steps))]
 
     def fit(self, images: FewShotImages, seed: int) -> ApeCache:
         """Choose the channels."""
@@ -111,10 +99,9 @@ class ApeCache:
     @torch.no_grad()
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f Tᵀ and the weighted votes; the setting has `beta` and `gamma`."""
-        unit = features.unit
         base = self.images.zero_shot(features)
-        seen = affinity(self.keys, F.normalize(unit[:, self.channels], dim=-1))
-        kernels = last_call(lambda beta: kernel(seen, beta))
+        seen = affinity(self.keys, F.normalize(features.unit[:, self.channels], dim=-1))
+        kernels = lru_cache(maxsize=1)(lambda beta: kernel(seen, beta))
 
         def at(setting: Setting) -> Terms:
             weights = torch.exp(setting["gamma"] * self.disagreement)

@@ -15,8 +15,9 @@ allocates another number, and does not run as published; here both are Q, as a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,21 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.cache import affinity
-from cafo.methods.ape import best_channels
-from cafo.methods.base import (
-    Features,
-    FewShotImages,
-    Method,
-    Setting,
-    Stage,
-    Terms,
-    class_sums,
-    grid,
-    kernel,
-    last_call,
-    linear_steps,
-)
+from cafo.methods.ape import CALTECH_GRID, best_channels
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
 from cafo.methods.training import Training, train
+from cafo.methods.voting import VotingGrid, kernel
 
 _CALTECH = Training(epochs=30, lr=1e-3, eps=1e-3, weight_decay=0.1)
 """the authors' values for Caltech-101"""
@@ -57,11 +47,7 @@ class ApeT(Method):
     beta: float = 1.0
     """β₀"""
     training: Training = _CALTECH
-    beta_high: float = 7.0
-    alpha_high: float = 7.0
-    """upper ends of the grids, which they leave out"""
-    beta_steps: int = 200
-    alpha_steps: int = 20
+    grid: VotingGrid = CALTECH_GRID
 
     @property
     def defaults(self) -> Setting:
@@ -71,18 +57,14 @@ class ApeT(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The epoch at α₀ and β₀, then α and β."""
-        betas = linear_steps(0.1, self.beta_high, self.beta_steps)
-        return [
-            Stage(list(grid(epoch=range(self.training.epochs + 1))), [self.alpha]),
-            Stage(list(grid(beta=betas)), linear_steps(0.1, self.alpha_high, self.alpha_steps)),
-        ]
+        return [Stage(combinations(epoch=range(self.training.epochs + 1)), [self.alpha]), self.grid.stage()]
 
     def fit(self, images: FewShotImages, seed: int) -> Residuals:
         """Train the residuals and weights, and keep those of every epoch."""
         channels = best_channels(images.text, images.text, self.similarity_weight, self.channels)
         residual = torch.zeros(images.num_classes, len(channels), requires_grad=True)
         weights = torch.ones(len(images.labels), requires_grad=True)
-        fitted = Residuals(images, channels, {})
+        fitted = Residuals(images, channels)
 
         def loss(features: Tensor, labels: Tensor) -> Tensor:
             epoch = Epoch(residual, weights)
@@ -106,9 +88,10 @@ class Epoch(NamedTuple):
 class Residuals:
     """The residuals and weights of each epoch."""
 
-    def __init__(self, images: FewShotImages, channels: Tensor, epochs: Mapping[int, Epoch]) -> None:
-        """Take the training images, the channels (Q,) and what each epoch trained."""
-        self.images, self.channels, self.epochs = images, channels, dict(epochs)
+    def __init__(self, images: FewShotImages, channels: Tensor) -> None:
+        """Take the training images and the channels (Q,); `fit` adds what each epoch trained."""
+        self.images, self.channels = images, channels
+        self.epochs: dict[int, Epoch] = {}
         self.untrained_keys, self.text = images.keys, images.text
 
     def keys(self, epoch: Epoch) -> Tensor:
@@ -125,7 +108,7 @@ class Residuals:
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f T̃ᵀ and the votes; the setting has `epoch` and `beta`."""
         unit = features.unit
-        affinities = last_call(lambda epoch: affinity(self.keys(self.epochs[int(epoch)]), unit))
+        affinities = lru_cache(maxsize=1)(lambda epoch: affinity(self.keys(self.epochs[int(epoch)]), unit))
 
         def at(setting: Setting) -> Terms:
             epoch = setting["epoch"]

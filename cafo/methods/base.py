@@ -14,7 +14,8 @@ the encoder's last projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -134,6 +135,12 @@ class FewShotImages:
         return mean_key(self.views.embeddings)
 
     @property
+    def samples(self) -> tuple[Tensor, Tensor]:
+        """Each view of each image as a sample of its own: unit features (V·M, C) and labels (V·M,)."""
+        views = self.views.unit
+        return views.flatten(0, 1), self.labels.repeat(len(views))
+
+    @property
     def given(self) -> Given:
         """The parts that there are, by which a method says what it lacks."""
         shots = int(torch.bincount(self.labels, minlength=self.num_classes).min())
@@ -205,41 +212,11 @@ def class_means(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return class_sums(rows, labels, num_classes).T / counts[:, None]
 
 
-def kernel(affinity: Tensor, beta: float) -> Tensor:
-    """Return φ(x) = exp(-β (1 - x)) of each affinity."""
-    return torch.exp(-beta * (1 - affinity))
-
-
-def linear_steps(low: float, high: float, steps: int) -> list[float]:
-    """Return evenly spaced values from `low`, without the upper end, as Tip-Adapter's grids are made."""
-    return [low + i * (high - low) / steps for i in range(steps)]
-
-
 def powers_of_ten(low: int, high: int) -> list[float]:
     """Return 10^low, …, 10^high."""
     return [10.0**power for power in range(low, high + 1)]
 
 
-def last_call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the function with its last result kept for calls with the same arguments."""
-    last: dict[tuple[object, ...], Tensor] = {}
-
-    def call(*arguments: object) -> Tensor:
-        if arguments not in last:
-            result = function(*arguments)
-            last.clear()
-            last[arguments] = result
-        return last[arguments]
-
-    return call
-
-
-def grid(**values: Sequence[float]) -> Iterator[Setting]:
-    """Yield every combination of hyperparameters' values; the first name varies slowest."""
-    if not values:
-        yield {}
-        return
-    (name, candidates), *others = values.items()
-    for value in candidates:
-        for rest in grid(**dict(others)):
-            yield {name: value, **rest}
+def combinations(**values: Sequence[float]) -> list[Setting]:
+    """Return every combination of hyperparameters' values; the first name varies slowest."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]

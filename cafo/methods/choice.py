@@ -7,6 +7,10 @@
 The folds are those of CaFo's own cross-fit. With one image per class nothing can be held out, and a cross-fit leaves
 the defaults.
 
+The rule is CaFo's (`cafo.search.Rule`): `highest` takes the first that has the highest, as the
+authors do; `near_best` takes, of those within one standard error of the highest, the one with the lowest loss at a free
+temperature, as CaFo does.
+
 Legend: B images, N classes, A values of α.
 """
 
@@ -20,18 +24,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cafo.alpha_intervals import correct_intervals, label_margins
+from cafo.alpha_intervals import count_correct_at
+from cafo.cache import count_correct
 from cafo.calibration import free_temperature_loss
 from cafo.cross_fit import stratified_folds
 from cafo.errors import CafoError
 from cafo.methods.base import Features, FewShotImages, Fitted, Method, Setting, Stage, Terms
+from cafo.near_best import near_highest
+from cafo.search import Rule
 
 Select = Literal["val", "crossfit", "none"]
-Rule = Literal["near_best", "highest"]
-"""The rule by which one setting is chosen by accuracies: `highest` takes the first that has the highest, as the authors
-do; `near_best` takes, of those within one standard error of the highest, the one with the lowest loss at a free
-temperature, as CaFo does."""
-
 _COMPARED = 256
 """settings whose loss is computed, evenly spread over those near the highest accuracy"""
 
@@ -152,9 +154,7 @@ def _choose_in_stage(stage: Stage, setting: Setting, judged: Sequence[Judged], r
     first = int((correct == highest).flatten().nonzero()[0])
     picked = [first]
     if rule == "near_best":
-        total = len(labels)
-        enough = highest - math.sqrt(highest * (total - highest) / total)
-        near = (correct >= enough).flatten().nonzero()[:, 0].tolist()
+        near = (correct >= near_highest(highest, len(labels))).flatten().nonzero()[:, 0].tolist()
         step = max(1, len(near) // _COMPARED)
         picked = sorted({first, *near[step // 2 :: step]})
     best, lowest = first, math.inf
@@ -169,6 +169,5 @@ def _choose_in_stage(stage: Stage, setting: Setting, judged: Sequence[Judged], r
 def _count_correct(terms: Terms, labels: Tensor, alphas: Tensor) -> Tensor:
     """Return the number of correct images at each α: (A,)."""
     if len(alphas) == 1:
-        return (terms.logits(float(alphas[0])).argmax(dim=-1) == labels).sum()[None]
-    low, high = correct_intervals(label_margins(terms.base, labels), terms.term, labels)
-    return ((low <= alphas[:, None]) & (alphas[:, None] < high)).sum(dim=1)
+        return torch.tensor([count_correct(terms.logits(float(alphas[0])), labels)])
+    return count_correct_at(alphas, terms.base, terms.term, labels)

@@ -19,17 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cafo.methods.base import (
-    Features,
-    FewShotImages,
-    Given,
-    Method,
-    Setting,
-    Stage,
-    Terms,
-    class_means,
-    powers_of_ten,
-)
+from cafo.methods.base import Features, FewShotImages, Given, Method, Setting, Stage, Terms, class_means, powers_of_ten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +47,7 @@ class Gda(Method):
 
     def fit(self, images: FewShotImages, seed: int) -> Discriminant:
         """Solve for w and b."""
-        views = images.views.unit
-        labels = images.labels.repeat(len(views))
-        return Discriminant(images, *discriminant(views.flatten(0, 1), labels, images.num_classes))
+        return Discriminant(images, *discriminant(*images.samples, images.num_classes))
 
 
 def discriminant(samples: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, grid, powers_of_ten
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, combinations, powers_of_ten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class LinearProbe(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The candidates, the largest first, as CoOp has them."""
-        return [Stage(list(grid(inverse_penalty=self.inverse_penalties[::-1])))]
+        return [Stage(combinations(inverse_penalty=self.inverse_penalties[::-1]))]
 
     def fit(self, images: FewShotImages, seed: int) -> Regressions:
         """Fit a regression for every candidate."""

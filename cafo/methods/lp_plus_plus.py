@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, grid
-from cafo.methods.training import check_finite
+from cafo.key_training import check_finite
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
 
 _MOMENTUM = 0.9
 _TEXT_SCALE = 250
@@ -41,9 +41,8 @@ class LpPlusPlus(Method):
     """LP++: nothing but the epoch is chosen, the latest on ties."""
 
     epochs: int = 300
-    every: int = 10
-    """Epochs whose weights are kept and chosen among: multiples of this."""
     running_sum: bool = True
+    """sum the gradients of `a` over all epochs, as the authors' code does"""
 
     @property
     def defaults(self) -> Setting:
@@ -53,7 +52,12 @@ class LpPlusPlus(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The epochs, the latest first."""
-        return [Stage(list(grid(epoch=range(self.epochs, 0, -self.every))))]
+        return [Stage(combinations(epoch=self._kept_epochs[::-1]))]
+
+    @property
+    def _kept_epochs(self) -> list[int]:
+        """The epochs whose weights are kept: those after which `a` moves, and the last."""
+        return [*range(_EPOCHS_PER_TEXT_STEP, self.epochs, _EPOCHS_PER_TEXT_STEP), self.epochs]
 
     @torch.no_grad()
     def fit(self, images: FewShotImages, seed: int) -> Probe:
@@ -68,7 +72,7 @@ class LpPlusPlus(Method):
         text_lr = count / (4 * float(similarity.square().sum(dim=0).max()))
         targets = F.one_hot(labels, images.num_classes).float()
         speed, bias_speed, text_gradient = torch.zeros_like(weights), torch.zeros_like(biases), torch.zeros_like(text)
-        kept = {}
+        kept, kept_epochs = {}, set(self._kept_epochs)
         for epoch in range(1, self.epochs + 1):
             log_p = (features @ weights.T + biases + text * similarity).log_softmax(dim=-1)
             check_finite(-(targets * log_p).sum() / count, f"epoch {epoch}", lr)
@@ -79,7 +83,7 @@ class LpPlusPlus(Method):
             weights, biases = weights - lr * speed, biases - lr * bias_speed
             if epoch % _EPOCHS_PER_TEXT_STEP == 0:
                 text = text - text_lr * text_gradient
-            if epoch % self.every == 0 or epoch == self.epochs:
+            if epoch in kept_epochs:
                 kept[epoch] = Weights(weights, biases, text)
         return Probe(images, kept)
 

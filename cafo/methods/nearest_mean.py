@@ -33,9 +33,7 @@ class NearestMean(Method):
 
     def fit(self, images: FewShotImages, seed: int) -> ClassMeans:
         """Compute the means."""
-        views = images.views.unit
-        labels = images.labels.repeat(len(views))
-        return ClassMeans(class_means(views.flatten(0, 1), labels, images.num_classes))
+        return ClassMeans(class_means(*images.samples, images.num_classes))
 
 
 class ClassMeans:

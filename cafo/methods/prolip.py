@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.methods.base import Features, FewShotImages, Given, Method, Projection, Setting, Stage, Terms, grid
-from cafo.methods.training import check_finite
+from cafo.key_training import check_finite
+from cafo.methods.base import Features, FewShotImages, Given, Method, Projection, Setting, Stage, Terms, combinations
 
 _ADAM_EPSILON = 1e-4
 
@@ -49,7 +49,7 @@ class ProLip(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The learning rates and penalties together."""
-        return [Stage(list(grid(learning_rate=self.learning_rates, penalty=self.penalties)))]
+        return [Stage(combinations(learning_rate=self.learning_rates, penalty=self.penalties))]
 
     def lacks(self, given: Given) -> str | None:
         """ProLIP needs what comes before the projection."""

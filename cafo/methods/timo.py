@@ -32,7 +32,7 @@ from cafo.methods.base import (
     Stage,
     Terms,
     class_means,
-    grid,
+    combinations,
     powers_of_ten,
 )
 from cafo.methods.gda import discriminant
@@ -56,15 +56,15 @@ class Timo(Method):
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """The authors' grids; `sentences` tells B from 1 (at 0) to 2 P (at 2), `images` 0 leaves T̂ alone."""
+        """The authors' grids. `sentences` is B: 1 at 0, P at 1, 2 P at 2. With `images` 0, T̂ is alone."""
         alphas = powers_of_ten(-4, 4)
         if not self.searched:
             return [Stage([{}], alphas)]
         gammas = [5.0 * i for i in range(1, 21)]
         shares = torch.linspace(0, 2, 10).tolist()
         return [
-            Stage(list(grid(gamma=gammas, images=[0.0]))),
-            Stage(list(grid(sentences=shares, images=[1.0])), alphas),
+            Stage(combinations(gamma=gammas, images=[0.0])),
+            Stage(combinations(sentences=shares, images=[1.0]), alphas),
         ]
 
     def lacks(self, given: Given) -> str | None:
@@ -101,10 +101,10 @@ class GuidedText:
             order = self.fits.argsort(dim=1, descending=True, stable=True)
             picked = order[:, torch.arange(sentences) % each]  # (N, B)
             samples = (self.fits[..., None] * self.prompts).gather(1, picked[..., None].expand(-1, -1, width))
-            views = self.images.views.unit
-            labels = [self.images.labels.repeat(len(views)), torch.arange(classes).repeat_interleave(sentences)]
-            everything = torch.cat([views.flatten(0, 1), samples.flatten(0, 1)])
-            self._discriminants[sentences] = discriminant(everything, torch.cat(labels), classes)
+            views, labels = self.images.samples
+            everything = torch.cat([views, samples.flatten(0, 1)])
+            labels = torch.cat([labels, torch.arange(classes).repeat_interleave(sentences)])
+            self._discriminants[sentences] = discriminant(everything, labels, classes)
         return self._discriminants[sentences]
 
     @torch.no_grad()
@@ -116,9 +116,8 @@ class GuidedText:
             term = unit @ self.text(setting["gamma"]).T
             if not setting["images"]:
                 return Terms(torch.zeros_like(term), term)
-            share = setting["sentences"]
-            count = each if share == 1 else int(1 + share / 2 * (2 * each - 1) + _ROUNDING)
-            weights, biases = self.discriminant(count)
+            sentences = int(1 + setting["sentences"] / 2 * (2 * each - 1) + _ROUNDING)
+            weights, biases = self.discriminant(sentences)
             return Terms(unit @ weights.T + biases, term)
 
         return at

@@ -14,29 +14,20 @@ The grids' ends are the authors' for Caltech-101.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.cache import affinity
-from cafo.methods.base import (
-    Features,
-    FewShotImages,
-    Method,
-    Setting,
-    Stage,
-    Terms,
-    class_sums,
-    grid,
-    kernel,
-    last_call,
-    linear_steps,
-)
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
 from cafo.methods.training import Training, train
+from cafo.methods.voting import VotingGrid, kernel
 
 _CALTECH = Training(epochs=20, lr=1e-3, eps=1e-4, weight_decay=0.01)
+_GRID = VotingGrid(beta_high=12.0, alpha_high=5.0)
 """the authors' values for Caltech-101"""
 
 
@@ -44,11 +35,7 @@ _CALTECH = Training(epochs=20, lr=1e-3, eps=1e-4, weight_decay=0.01)
 class TipAdapter(Method):
     """Tip-Adapter: hyperparameters α and β, nothing trained."""
 
-    beta_high: float = 12.0
-    alpha_high: float = 5.0
-    """upper ends of the grids, which they leave out; the authors set them for each data set"""
-    beta_steps: int = 200
-    alpha_steps: int = 20
+    grid: VotingGrid = _GRID
 
     @property
     def defaults(self) -> Setting:
@@ -57,9 +44,8 @@ class TipAdapter(Method):
 
     @property
     def stages(self) -> Sequence[Stage]:
-        """The authors' grid: β outside, α inside."""
-        betas = linear_steps(0.1, self.beta_high, self.beta_steps)
-        return [Stage(list(grid(beta=betas)), linear_steps(0.1, self.alpha_high, self.alpha_steps))]
+        """The authors' grid."""
+        return [self.grid.stage()]
 
     def fit(self, images: FewShotImages, seed: int) -> TipCache:
         """Make the keys."""
@@ -70,7 +56,7 @@ class TipAdapter(Method):
 class TipAdapterF(Method):
     """Tip-Adapter-F: the keys are trained; the epoch is chosen at α₀ and β₀, then α and β."""
 
-    untrained: TipAdapter = field(default_factory=TipAdapter)
+    grid: VotingGrid = _GRID
     alpha: float = 1.17
     """α₀"""
     beta: float = 1.0
@@ -85,7 +71,7 @@ class TipAdapterF(Method):
     @property
     def stages(self) -> Sequence[Stage]:
         """The epoch at α₀ and β₀, then α and β."""
-        return [Stage(list(grid(epoch=range(self.training.epochs + 1))), [self.alpha]), *self.untrained.stages]
+        return [Stage(combinations(epoch=range(self.training.epochs + 1)), [self.alpha]), self.grid.stage()]
 
     def fit(self, images: FewShotImages, seed: int) -> TipCache:
         """Train the keys, and keep those of every epoch."""
@@ -110,7 +96,7 @@ class TipCache:
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f Tᵀ and the votes; the setting has `beta` and `epoch`."""
         base, unit = self.images.zero_shot(features), features.unit
-        affinities = last_call(lambda epoch: affinity(self.keys[int(epoch)], unit))
+        affinities = lru_cache(maxsize=1)(lambda epoch: affinity(self.keys[int(epoch)], unit))
 
         def at(setting: Setting) -> Terms:
             votes = kernel(affinities(setting["epoch"]), setting["beta"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cafo.errors import CafoError
+from cafo.key_training import check_finite
 from cafo.methods.base import FewShotImages
 
 
@@ -65,12 +65,3 @@ def train(
             optimizer.step()
             schedule.step()
         yield epoch
-
-
-def check_finite(loss: Tensor, when: str, lr: float) -> None:
-    """Raise CafoError if a loss is NaN or infinite."""
-    if not torch.isfinite(loss):
-        raise CafoError(
-            f"the loss is {loss.item()} at {when} (learning rate {lr:.3g}); "
-            "lower the learning rate or check the features"
-        )

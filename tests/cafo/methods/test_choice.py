@@ -9,13 +9,15 @@ from cafo.calibration import free_temperature_loss
 from cafo.errors import CafoError
 from cafo.methods import METHODS, find_method
 from cafo.methods.ape_t import ApeT
-from cafo.methods.base import Method, Stage, Terms, grid
+from cafo.methods.base import Method, Stage, Terms, combinations
 from cafo.methods.choice import Judged, choose, fit_and_choose, held_out_fits
 from cafo.methods.gda import Gda
 from cafo.methods.tip_adapter import TipAdapter, TipAdapterF
+from cafo.methods.voting import VotingGrid
 from tests.cafo.methods import problem
 
-SMALL = TipAdapter(beta_steps=7, alpha_steps=5, alpha_high=60.0)
+GRID = VotingGrid(beta_high=12.0, beta_steps=7, alpha_high=60.0, alpha_steps=5)
+SMALL = TipAdapter(grid=GRID)
 
 
 def logits_of_all(method, images, val):
@@ -82,7 +84,7 @@ class Staged(Method):
 
     @property
     def stages(self):
-        return [Stage(list(grid(first=range(5)))), Stage(list(grid(second=range(4))))]
+        return [Stage(combinations(first=range(5))), Stage(combinations(second=range(4)))]
 
     def fit(self, images, seed):
         return self
@@ -122,9 +124,9 @@ def test_a_choice_on_no_validation_image_is_refused():
 
 SHORTER = {
     "Tip-Adapter": SMALL,
-    "Tip-Adapter-F": TipAdapterF(untrained=SMALL),
-    "APE": replace(METHODS["APE"], beta_steps=5, gamma_steps=3),
-    "APE-T": ApeT(beta_steps=5),
+    "Tip-Adapter-F": TipAdapterF(grid=GRID),
+    "APE": replace(METHODS["APE"], grid=VotingGrid(beta_high=7.0, beta_steps=5, alpha_high=7.0), gamma_steps=3),
+    "APE-T": ApeT(grid=VotingGrid(beta_high=7.0, beta_steps=5, alpha_high=7.0)),
     "LP++": replace(METHODS["LP++"], epochs=40),
     "ProLIP": replace(METHODS["ProLIP"], learning_rates=(1e-3,), penalties=(1.0,), steps=30),
     "RLA": replace(METHODS["RLA"], learning_rates=(1e-3,), penalties=(1.0,), steps=30),

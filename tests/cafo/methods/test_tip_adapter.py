@@ -31,7 +31,7 @@ def test_the_cache_votes():
 
 
 def test_the_grid_is_the_authors():
-    (stage,) = TipAdapter(beta_high=12, alpha_high=5).stages
+    (stage,) = TipAdapter().stages
     assert len(stage.settings) == 200
     assert len(stage.alphas) == 20
     assert stage.settings[199]["beta"] == pytest.approx(0.1 + 199 * 11.9 / 200)

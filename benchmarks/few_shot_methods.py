@@ -19,11 +19,10 @@ coarser than the authors' (50 and 5 values); β ends where CaFo's grid does, and
 were often chosen.
 
 Prints, in Markdown, accuracies in percent, mean ± standard deviation over seeds, then differences from CaFo's cache,
-paired by seed, each with its 95% interval (Student's t). The last column of the
-accuracies is the seconds of one fit with its choice at the largest K.
+paired by seed, each with its 95% interval (Student's t). The last column of the accuracies is the seconds of one fit
+with its choice at the largest K.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -35,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.selection import Images, draw, load, untrained_cache
+from benchmarks.selection import Images, draw, load, make_parser, untrained_cache
 from cafo.cache import accuracy
 from cafo.key_training import KeyTraining
 from cafo.methods import METHODS
@@ -45,6 +44,7 @@ from cafo.methods.base import Features, FewShotImages, Method
 from cafo.methods.choice import Chosen, Judged, choose, held_out_fits
 from cafo.methods.gda import Gda
 from cafo.methods.tip_adapter import TipAdapter, TipAdapterF
+from cafo.methods.voting import VotingGrid
 from cafo.selection import Choosing, select
 
 CAFO, ZERO_SHOT = "CaFo's cache", "zero-shot"
@@ -69,12 +69,9 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=5)
     parser.add_argument("data", type=Path, nargs="*")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "ProLIP"])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, default=Path("runs/few_shot_methods.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -126,12 +123,10 @@ def measure(images: Images, data: str, shots: int, seed: int, names: Sequence[st
         fit_seconds = time.perf_counter() - began
         for how in ("none",) if rla else WAYS:
             began = time.perf_counter() - fit_seconds
-            judged = {
-                "val": lambda fitted=fitted: [Judged(fitted, val_features, images.labels[val])],
-                "crossfit": lambda method=method: held_out_fits(method, train, 5, seed),
-                "none": list,
-            }[how]()
-            if how == "crossfit" and not judged:
+            judged: list[Judged] = []
+            if how == "val":
+                judged = [Judged(fitted, val_features, images.labels[val])]
+            elif how == "crossfit" and not (judged := held_out_fits(method, train, 5, seed)):
                 continue
             chosen = Chosen(fitted=fitted, setting=choose(method, judged), how=how)
             yield row(name, how, chosen.logits(test_features), began)
@@ -162,17 +157,14 @@ def _measure_cafo(
 
 def scaled(method: Method, images: Images) -> Method:
     """Return a method with grids that suit the size of the data set's zero-shot logits, and with CaFo's α₀."""
-    ends = {"beta_high": images.grid.high, "alpha_high": 20.0 * images.alpha, "beta_steps": 50, "alpha_steps": 80}
-    tip = TipAdapter(**ends)
+    grid = VotingGrid(beta_high=images.grid.high, alpha_high=20.0 * images.alpha, beta_steps=50, alpha_steps=80)
     match method:
         case TipAdapter():
-            return tip
-        case TipAdapterF():
-            return replace(method, untrained=tip, alpha=images.alpha)
+            return replace(method, grid=grid)
         case Ape():
-            return replace(method, **ends, gamma_steps=5)
-        case ApeT():
-            return replace(method, **ends, alpha=images.alpha)
+            return replace(method, grid=grid, gamma_steps=5)
+        case TipAdapterF() | ApeT():
+            return replace(method, grid=grid, alpha=images.alpha)
         case Gda():
             return replace(method, alpha_powers=(-4, 4))
     return method

@@ -1,6 +1,6 @@
 """Measure how well α and β are chosen from few labels: on validation images, or without any.
 
-    python -m benchmarks.selection ../shared/data/features/caltech54_efficientnet_lite0.npz [--seeds 10] [--shots 1 2 4]
+    python -m benchmarks.selection FEATURES.npz [--seeds 10] [--shots 1 2 4]
     python -m benchmarks.selection runs/demo/world                 # the demo's digits, encoded on first use
     python -m benchmarks.selection FEATURES.npz WORLD --prior      # the figures that cafo/prior.py is made of
 
@@ -70,12 +70,9 @@ class Images:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=10)
     parser.add_argument("data", type=Path, nargs="+")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prior", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/selection.json"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -98,6 +95,15 @@ def main() -> None:
             _show([row for row in rows if row["shots"] == shots], header=shots == given.shots[0])
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.with_stem(f"{given.out.stem}-{path.stem}").write_text(json.dumps(rows))
+
+
+def make_parser(description: str, *, seeds: int, shots: Sequence[int] = (1, 2, 4, 8, 16)) -> argparse.ArgumentParser:
+    """The options of every benchmark on such features, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--shots", type=int, nargs="+", default=shots)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
 
 
 def _show(rows: list[dict[str, Any]], *, header: bool) -> None:

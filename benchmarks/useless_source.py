@@ -1,9 +1,10 @@
 """Measure what a source that says nothing costs a cascade.
 
-    python -m benchmarks.useless_source ../shared/data/features/caltech54_efficientnet_lite0.npz [--seeds 5]
+    python -m benchmarks.useless_source FEATURES.npz [--seeds 5]
 
-The features of `benchmarks.selection` are the second source here. In CLIP's place is a source that says nothing: random
-features, and a random zero-shot classifier, as of an untrained CLIP. For every K it prints the mean test accuracy of
+FEATURES.npz is what `benchmarks.selection` reads; its features are the second source here. In CLIP's place is a source
+that says nothing: random features, and a random zero-shot classifier, as of an untrained CLIP. For every K it prints
+the mean test accuracy of
 
 alone         the good source's cache by itself
 whole         the cascade of both sources with p_ZS, α and β chosen on 100 validation images: nothing can be left out
@@ -11,7 +12,6 @@ val           the same, where the search may leave out sources and p_ZS
 crossfit      the same on the K shots alone
 """
 
-import argparse
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.selection import Images, draw, load, untrained_cache
+from benchmarks.selection import Images, draw, load, make_parser, untrained_cache
 from cafo.cache import accuracy
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.key_training import KeyTraining
@@ -30,12 +30,10 @@ WIDTH = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, seeds=5, shots=(2, 4, 16))
     parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--shots", type=int, nargs="+", default=[2, 4, 16])
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     images = load(given.data)
     for shots in given.shots:
         rows = [measure(images, shots, seed) for seed in range(given.seeds)]

@@ -104,9 +104,10 @@ def run(settings: Config) -> dict[str, Any]:
     """
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
     cafo_tune.settings_to_try(tune)  # a sweep that cannot be run is refused before anything is asked or generated
-    has_test = bool(settings.targets or settings.data.open().open_test())
+    dataset = settings.data.open()
+    has_test = bool(settings.targets or dataset.open_test())
     if has_test:
-        cafo_eval.open_targets(settings.data.open(), settings.targets)
+        cafo_eval.open_targets(dataset, settings.targets)
     elif tune.search.estimate is None:
         tune = replace(tune, search=replace(tune.search, estimate=True))
     if prompt:

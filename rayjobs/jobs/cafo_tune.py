@@ -99,7 +99,7 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
     check_same_classes(settings.run.folder, dataset.class_names)
     few_shot_plan(settings, dataset).choose()
     for kind in {setting.sentences for setting in tried}:
-        settings.data.sentences(dataset, kind)  # type: ignore[arg-type]
+        settings.data.sentences(dataset, kind)
     settings.data.generated_images(dataset, max(setting.generated for setting in tried))
     return dataset, tried
 
@@ -150,14 +150,15 @@ def run(settings: Config) -> dict[str, Any]:
         {"chosen_on": _describe_choices(select), "chosen": [choice.to_json() for choice in chosen]},
     )
     notices += [*edge_notices(chosen, settings.search), *hurtful_notices(results, chosen)]
+    tables = choice_tables(results, chosen)
     result = {
         **summarize(dataset, chosen, [result for _, result in results]),
-        **choice_tables(results, chosen),
+        **tables,
         **counts,
         **log_notices(notices),
     }
     write_result(folder, result)
-    for name, rows in choice_tables(results, chosen).items():
+    for name, rows in tables.items():
         show_table(f"{settings.run.name}: {name}", list(rows[0]), [list(row.values()) for row in rows])
     return result
 
@@ -205,11 +206,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
     images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=made_on != {"val"})
     classifiers = {
         (name, kind): prepare_classifier(
-            encoders[name],
-            data.sentences(dataset, kind),  # type: ignore[arg-type]
-            dataset.class_names,
-            cache,
-            resources,
+            encoders[name], data.sentences(dataset, kind), dataset.class_names, cache, resources
         )
         for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}
     }

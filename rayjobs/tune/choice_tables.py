@@ -47,7 +47,7 @@ def _estimates(chosen: Sequence[ChosenSetting]) -> Iterator[dict[str, str]]:
 def _parts(results: Sequence[tuple[Trial, TrialResult]], chosen: Sequence[ChosenSetting]) -> Iterator[dict[str, str]]:
     """A row for each part of each chosen cascade that has a choice about it."""
     for choice in chosen:
-        for name, values in _of_choice(results, choice).items():
+        for name, values in _part_counts(results, choice).items():
             if None in values["without"]:
                 continue
             mean = {key: sum(numbers) / len(numbers) for key, numbers in values.items() if None not in numbers}
@@ -63,7 +63,9 @@ def _parts(results: Sequence[tuple[Trial, TrialResult]], chosen: Sequence[Chosen
             }
 
 
-def _of_choice(results: Sequence[tuple[Trial, TrialResult]], choice: ChosenSetting) -> dict[str, dict[str, list[Any]]]:
+def _part_counts(
+    results: Sequence[tuple[Trial, TrialResult]], choice: ChosenSetting
+) -> dict[str, dict[str, list[Any]]]:
     """The counts of each part of a choice, by seed: {part: {count: values}}."""
     trials = {seed.trial for seed in choice.seeds}
     found: dict[str, dict[str, list[Any]]] = {}
@@ -81,7 +83,7 @@ def hurtful_notices(results: Sequence[tuple[Trial, TrialResult]], chosen: Sequen
     for choice in chosen:
         hurtful = [
             name
-            for name, values in _of_choice(results, choice).items()
+            for name, values in _part_counts(results, choice).items()
             if None not in values["without"] and sum(values["with_it"]) < sum(values["without"])
         ]
         if hurtful:

@@ -12,6 +12,7 @@ from cafo.items import Item
 from cafo.selection import Select
 from rayjobs.data.feature_store import RejectedImage
 from rayjobs.data.few_shot_images import PLAIN, EncodedImages
+from rayjobs.data.image_dataset import Sentences
 from rayjobs.data.text_classifier import ClassifierFile
 from rayjobs.storage.files import atomic_path
 from rayjobs.tune.images import SweepImage
@@ -27,7 +28,7 @@ class SweepInputs:
     """few-shot choices, and the training, generated and validation images with their features"""
     generated: Mapping[int, Sequence[Item]]
     """K' → the generated images"""
-    classifiers: Mapping[tuple[str, str], ClassifierFile]
+    classifiers: Mapping[tuple[str, Sentences], ClassifierFile]
     """(encoder, sentences) → zero-shot classifier"""
     identities: Mapping[str, str]
     """encoder → what identifies its weights and preprocessing"""

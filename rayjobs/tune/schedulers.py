@@ -48,7 +48,7 @@ class GroupedASHAScheduler(FIFOScheduler):
         return self.schedulers[trial.config["trials"][0].group_key(self.search.compare)]
 
     def _replay(self, trial: Trial, curve: Sequence[float]) -> None:
-        """Feed an earlier trial's validation accuracies to the scheduler."""
+        """Feed an earlier trial's accuracies to the scheduler."""
         earlier: Any = SimpleNamespace(trial_id=trial.name, config={"trials": [trial]})
         self.on_trial_add(None, earlier)
         for epoch, accuracy in enumerate(curve):

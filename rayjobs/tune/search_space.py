@@ -172,7 +172,7 @@ class Setting(NamedTuple):
     views: int
     encoders: tuple[str, ...]
     ensemble: str
-    sentences: str
+    sentences: Sentences
     lr: float
     epochs: int
     alpha: float

@@ -24,8 +24,9 @@ class ChosenTrial:
     ensemble: str
     """JSON of the ensemble"""
     estimate_correct: int | None = None
-    """of the estimate of the accuracy on new images, if one was made; and next, its images"""
+    """correct images of the estimate of the accuracy on new images; None if none was made"""
     estimate_images: int | None = None
+    """all images of that estimate"""
 
 
 @dataclass(frozen=True, kw_only=True)

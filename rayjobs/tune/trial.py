@@ -29,6 +29,7 @@ from cafo.key_training import Epoch, KeyTraining
 from cafo.search import surface
 from cafo.search_grid import BetaGrid
 from cafo.selection import Select, Selected, select
+from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
@@ -61,7 +62,7 @@ class SharedInputs:
     """(M',): equal for images of equal content"""
     select: Mapping[int, Select] = field(default_factory=dict)
     """K → what a choice is made on; `val` where it is missing"""
-    classifiers: Mapping[tuple[str, str], np.ndarray]
+    classifiers: Mapping[tuple[str, Sentences], np.ndarray]
     """(encoder, sentences) → W (C, N)"""
     class_names: tuple[str, ...]
     identities: Mapping[str, str]
@@ -106,8 +107,9 @@ class TrialResult:
     parts: str | None = None
     """JSON of the parts: what p_ZS and each source add"""
     estimate_correct: int | None = None
-    """of the estimate of the accuracy on new images, if one was made; and next, its images"""
+    """correct images of the estimate of the accuracy on new images; None if none was made"""
     estimate_images: int | None = None
+    """all images of that estimate"""
     best_epoch: int | None = None
     keys: int | None = None
     seconds: float | None = None
@@ -130,7 +132,7 @@ class TrialResult:
 
 
 class SharedRows:
-    """Some rows of shared views, indexed like a (V, M, C) tensor: gathered batch by batch, never copied as a whole."""
+    """Some rows of shared views, as `cafo.key_training.Views`: gathered batch by batch, never copied as a whole."""
 
     def __init__(self, features: Tensor, views: int, rows: Tensor) -> None:
         self.features, self.rows = features[:views], rows
@@ -189,10 +191,9 @@ def run_trial(
         curve.append(epoch.accuracy)
         report(curve)
 
-    rows_as_tensors: Any = views  # SharedRows has the tensor methods that training uses
     selected = select(
         untrained,
-        rows_as_tensors,
+        views,
         how,
         KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed),
         settings.choosing(untrained.ensemble, setting.encoders),

@@ -1,5 +1,6 @@
 """A sweep's inputs are known by class name, path and content; a difference is refused by name once trials are over."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class FakeStore:
     """A feature store without encoders: a feature is the number of an image's name, and some images are unreadable."""
 
     def __init__(self, *unreadable: str) -> None:
-        self.unreadable, self.encoded = unreadable, []  # type: ignore[var-annotated]
+        self.unreadable = unreadable
+        self.encoded: list[str] = []
 
     def load(self, lists: list[ImageList], **_: Any) -> dict[str, Features]:
         return {images.role: self._features(images) for images in lists}
@@ -61,9 +63,20 @@ def plan(data: Dataset, short: Any = "error") -> FewShotPlan:
     return FewShotPlan(dataset=data, shots=[2, 3], seeds=[0], short=short)
 
 
+def encode(
+    choices: FewShotPlan, store: Any = None, others: Sequence[ImageList] = (), plain: bool = False
+) -> EncodedImages:
+    return encode_few_shot(store or FakeStore(), choices, 1, others, plain=plain)
+
+
+def classifier_file(store: str) -> ClassifierFile:
+    weights: Any = None  # nothing here reads them
+    return ClassifierFile(store, weights, 1, 0)
+
+
 def inputs(data: Dataset, store: FakeStore | None = None) -> SweepInputs:
-    images = encode_few_shot(store or FakeStore(), plan(data), 1, [plain_list("val", Path(), data.val)])  # type: ignore[arg-type]
-    classifier = ClassifierFile("s", None, 1, 0)  # type: ignore[arg-type]
+    images = encode(plan(data), store, [plain_list("val", Path(), data.val)])
+    classifier = classifier_file("s")
     return SweepInputs(
         dataset=data,
         images=images,
@@ -79,10 +92,10 @@ def paths(choice: FewShot) -> list[str]:
 
 def test_an_unreadable_choice_gives_way_and_nothing_is_encoded_twice() -> None:
     data = dataset()
-    readable = encode_few_shot(FakeStore(), plan(data), 1)  # type: ignore[arg-type]
+    readable = encode(plan(data))
     first, second = paths(plan(data).choose()[2, 0])[:2]  # both ants of K = 2
     store = FakeStore(first)
-    found = encode_few_shot(store, plan(data), 1)  # type: ignore[arg-type]
+    found = encode(plan(data), store)
     assert len(store.encoded) == len(set(store.encoded)) == 2 * 3 + 1
     for key, choice in found.choices.items():
         before = paths(readable.choices[key])
@@ -93,8 +106,8 @@ def test_an_unreadable_choice_gives_way_and_nothing_is_encoded_twice() -> None:
 
     several = FakeStore(*(f"ant/{i}.png" for i in range(4)))
     with pytest.raises(ValueError, match=r"ant \(2\).*cannot be read: ant/\d\.png, ant/\d\.png"):
-        encode_few_shot(several, plan(data), 1)  # type: ignore[arg-type]
-    found = encode_few_shot(several, plan(data, "report"), 1)  # type: ignore[arg-type]
+        encode(plan(data), several)
+    found = encode(plan(data, "report"), several)
     assert found.choices[3, 0].short == {"ant": 2}
 
 
@@ -111,7 +124,7 @@ def test_the_rows_of_a_choice_are_its_images_features() -> None:
 
 def test_plain_features_and_groups_are_those_of_each_image() -> None:
     data = dataset()
-    images = encode_few_shot(FakeStore(), plan(data), 1, plain=True)  # type: ignore[arg-type]
+    images = encode(plan(data), plain=True)
     contents = {item.path: f"content of {item.path}" for item in images.lists["train"].items}
     first, second = list(contents)[:2]
     contents[second] = contents[first]
@@ -136,7 +149,7 @@ def test_validation_images_can_join_every_choice(tmp_path: Path) -> None:
     data = dataset()
     bad = data.val[0].path
     joined = replace(plan(data), joined=data.val)
-    images = encode_few_shot(FakeStore(bad), joined, 1, plain=True)  # type: ignore[arg-type]
+    images = encode(joined, FakeStore(bad), plain=True)
     before = plan(data).choose()
     for key, choice in images.choices.items():
         assert {*choice.items} == {*before[key].items, *(item for item in data.val if item.path != bad)}
@@ -186,7 +199,7 @@ def test_other_images_encoders_and_sentences_are_refused_by_name(tmp_path: Path)
     finish_a_trial(tmp_path)
     check_same_inputs(tmp_path, given)
     train, val = paths(plan(data).choose()[3, 0])[0], data.val[0].path
-    other = ClassifierFile("z", None, 1, 0)  # type: ignore[arg-type]
+    other = classifier_file("z")
     for changed, message in (
         (inputs(dataset(without=train)), rf"1 train images are no longer there: {train}; 1 train images are new: ant/"),
         (inputs(dataset(without=val)), rf"1 val images are no longer there: {val}"),
@@ -230,7 +243,7 @@ def test_equal_images_in_two_splits_or_classes_are_noted() -> None:
 
 def test_classes_without_a_key_are_noted() -> None:
     data = dataset()
-    images: EncodedImages = encode_few_shot(FakeStore(), plan(data), 1, [plain_list("val", Path(), data.val)])  # type: ignore[arg-type]
+    images = encode(plan(data), others=[plain_list("val", Path(), data.val)])
     few = FewShot(shots=2, seed=0, items=(data.train[0],), short={"bee": 0})
     given = replace(inputs(data), images=replace(images, choices={(2, 0): few}))
     assert list(given.notices()) == ["K=2, seed 0, K'=0: 1 classes have no key: bee"]

@@ -34,7 +34,7 @@ def encode_turns(
     if any(exchange.answer is None for exchange in exchanges):
         raise RecordError("the last question of the conversation has no answer")
     dropped, [(prompt, answer), *later] = _fit(system, exchanges, tokenizer, template, max_length)
-    answer = shorten_answer(answer, len(prompt), max_length - _count_ids(later), tokenizer)
+    answer = shorten_answer(answer, len(prompt), max_length, tokenizer)  # only the last one can be too long
     ids, spans = list[int](), []
     for (question, reply), exchange in zip([(prompt, answer), *later], exchanges[dropped:], strict=True):
         ids += question
@@ -63,13 +63,9 @@ def _fit(
     for dropped, exchange in enumerate(exchanges):
         first = _encode(exchange, system + template.render(exchange.question), tokenizer, bos=True)
         left = [first, *later[dropped + 1 :]]
-        if _count_ids(left) <= room:
+        if sum(len(prompt) + len(answer) for prompt, answer in left) <= room:
             break
     return dropped, left
-
-
-def _count_ids(encoded: Sequence[_Ids]) -> int:
-    return sum(len(prompt) + len(answer) for prompt, answer in encoded)
 
 
 def _encode(exchange: _Exchange, text: str, tokenizer: Tokenizer, *, bos: bool = False) -> _Ids:

@@ -47,7 +47,8 @@ class SourceConfig:
     columns: dict[Column, str] | None = None
     """{column: its name in the files}; null for those of all sources."""
     split: str | None = None
-    """Split of a folder or of ScienceQA; null for `train` in training data and `val` in validation data."""
+    """Split of a folder or of ScienceQA; null for `train` of a source of `data.path`, and `val` of one of
+    `data.val_path`; ScienceQA is measured on `test`."""
     images: AnyPath | None = None
     """Folder that the image paths of the records are relative to; null for the folder of the records."""
     weight: float = Field(default=1, gt=0)

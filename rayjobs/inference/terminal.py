@@ -46,7 +46,7 @@ def converse(answer: Answer, find_error: FindError) -> list[str]:
 
     def act(line: str) -> None:
         if line == EXIT:
-            raise EOFError
+            raise EOFError  # ends the reading, as the end of the input does
         if line in ("", RESET):
             history.clear()
             return

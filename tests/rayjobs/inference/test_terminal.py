@@ -1,6 +1,7 @@
 """Conversations on the terminal, and records of conversations in a file: the answers are the library's."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import adapter.generate
 from adapter import AdaptedModel, AdaptionConfig, PromptTemplate
 from adapter.records.encoding import encode_prompt
-from adapter.templates import ALPACA, Template
+from adapter.templates import ALPACA, ChatTemplate, Template
 from rayjobs.config import load
 from rayjobs.errors import ConfigError
 from rayjobs.inference.instruction_file import describe_error, read_instructions, set_aside, shown_answer
@@ -17,6 +18,7 @@ from rayjobs.inference.instructions import AnswerInstructions, DecodingConfig
 from rayjobs.inference.terminal import converse
 from rayjobs.jobs import adapter_generate
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}; {% endfor %}"
 TEMPLATE = PromptTemplate(with_input="{instruction} {input}:", without_input="{instruction}:", later="; {instruction}:")
 
 
@@ -105,6 +107,13 @@ def test_adapter_generate_converses_in_the_template_of_the_training(
     typed += ["the cat"]
     run(*base, "chat=true")
     assert prompts == [ids(ALPACA, "the cat")]
+    own = shutil.copytree(tiny_base, tmp_path / "own")
+    (own / "chat_template.jinja").write_text(CHAT)
+    typed += ["the cat"]
+    run(f"base.path={own}", *base[1:], "chat=true")
+    assert prompts == [ids(ChatTemplate(source=CHAT), "the cat")]
+    run(f"base.path={own}", *base[1:], "instruction=the cat")
+    assert prompts == [ids(ALPACA, "the cat")], "only conversations stand in the base's own"
     for wrong in ("instruction=the cat", f"file={tmp_path / 'a.jsonl'}"):
         with pytest.raises(ConfigError, match="chat is on the terminal"):
             adapter_generate.check(load(adapter_generate.Config, None, [*given, "chat=true", wrong]))

@@ -1,17 +1,13 @@
 """Read a checkpoint in Meta's, Hugging Face's or llama.cpp's format into the decoder, one tensor at a time.
 
-Meta's folders hold `params.json` and `consolidated.00.pth`, ..., the model-parallel shards of one model. Hugging Face's
-hold `config.json` and `model.safetensors` or `pytorch_model.bin`, as one file or as indexed shards.
-
 `open_checkpoint` maps the files, reads names and shapes, and checks that they are the model that the configuration
-states, before any value is read. In Meta's format, wq and wk are made for rotating adjacent pairs; their rows are
-permuted, so that the decoder can rotate halves.
+states, before any value is read.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import get_args
@@ -21,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter.atomic_file import atomic_path
-from adapter.base.binding import bind, meta_decoder
+from adapter.base.binding import meta_decoder
 from adapter.base.gguf_checkpoint import open_gguf
+from adapter.base.hf_checkpoint import CONFIG, open_hf
 from adapter.base.hf_config import hf_config, read_hf_config
-from adapter.base.json_config import JsonConfig
-from adapter.base.meta_config import MetaConfig
+from adapter.base.meta_checkpoint import PARAMS, open_meta
 from adapter.base.quantization import Precision, Quantization, precision_of, reading_dtype, set_weight
-from adapter.base.tensor_files import open_tensors
 from adapter.base.tensor_names import hf_key
 from adapter.base.tensor_source import TensorSource
 from adapter.decoder import Decoder
@@ -35,11 +30,6 @@ from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.gguf_file import find_gguf, is_gguf
 from adapter.tokenizers.load import find_tokenizer
-
-_SHARD_DIM = {"wo": 1, "w2": 1, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}  # norms are replicated
-
-CONFIG = "config.json"
-"""Name of the file with the settings of a model in Hugging Face's format."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: neither a GGUF file nor a folder; give the folder that holds params.json or config.json"
         )
     if (path / CONFIG).is_file():
-        config, sources = _open_hf(path)
-    elif (path / "params.json").is_file():
-        config, sources = _open_meta(path)
+        config, sources = open_hf(path)
+    elif (path / PARAMS).is_file():
+        config, sources = open_meta(path)
     elif len(files := find_gguf(path)) == 1:
         config, sources = open_gguf(files[0])
     elif files:
@@ -198,92 +188,3 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
         save_file(tensors, part, metadata={"format": "pt"})
     with atomic_path(folder / CONFIG) as part:
         part.write_text(json.dumps(hf_config(model.config, model.norm.weight.dtype), indent=2) + "\n")
-
-
-def _open_meta(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
-    params = MetaConfig.read(path / "params.json")
-    files = sorted(path.glob("consolidated.*.pth"))
-    if [file.name for file in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
-        names = ", ".join(file.name for file in files) or "none"
-        raise CheckpointError(f"{path}: expected consolidated.00.pth, 01, ... without a gap; found {names}")
-    shards = _open_shards(files)
-    sources: dict[str, TensorSource] = {}
-    for key, first in shards[0].items():
-        kind = key.split(".")[-2] if "." in key else ""
-        shard_dim = _SHARD_DIM.get(kind)
-        if kind == "tok_embeddings":  # by columns in LLaMA 1 and 2, by rows since 3
-            shard_dim = 0 if first.shape[-1:] == (params.dim,) else 1
-        if shard_dim is None or first.dim() != 2:
-            sources[key] = TensorSource((first,), (files[0],))
-        else:
-            sources[key] = TensorSource(tuple(shard[key] for shard in shards), tuple(files), shard_dim)
-    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
-        if key not in sources or not sources[key].shape:
-            raise CheckpointError(f"{files[0]}: {key} is missing or a mere number")
-    config = params.decoder_config(
-        hidden_dim=sources["layers.0.feed_forward.w1.weight"].shape[0],
-        vocab_rows=sources["tok_embeddings.weight"].shape[0],
-        tied_head="output.weight" not in sources,
-    )
-    bound = bind(config, sources, lambda name: name, path if len(files) > 1 else files[0])
-    for name, source in bound.items():
-        if heads := {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2]):
-            if heads % len(source.parts):
-                raise CheckpointError(f"{path}: {name}: {heads} heads are not whole in {len(source.parts)} shards")
-            bound[name] = replace(source, paired_heads=heads)
-    return config, bound
-
-
-def _open_shards(files: list[Path]) -> list[dict[str, Tensor]]:
-    """The tensors of every shard, which must have the same keys and ranks."""
-    shards = [open_tensors(file) for file in files]
-    for file, shard in zip(files, shards, strict=True):
-        shard.pop("rope.freqs", None)
-        if unshared := sorted(shard.keys() ^ shards[0].keys()):
-            raise CheckpointError(f"{file}: {unshared[0]} is not in both this shard and {files[0].name}")
-        for key, tensor in shard.items():
-            if tensor.dim() != shards[0][key].dim():
-                raise CheckpointError(f"{file}: {key} has another rank than in {files[0].name}")
-    return shards
-
-
-def _open_hf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
-    config = read_hf_config(path / CONFIG).decoder_config()
-    files, weight_map = _hf_files(path)
-    sources: dict[str, TensorSource] = {}
-    for file in files:
-        for key, tensor in open_tensors(file).items():
-            if key in sources:
-                raise CheckpointError(f"{file}: {key} is also in {sources[key].files[0].name}")
-            sources[key] = TensorSource((tensor,), (file,))
-    if absent := next((key for key in weight_map if key not in sources), None):
-        raise CheckpointError(f"{path / weight_map[absent]}: {absent} is missing, though the index lists it")
-    for key in [key for key in sources if key.endswith("rotary_emb.inv_freq")]:
-        del sources[key]
-    if config.tied_head and (head := sources.get("lm_head.weight")):
-        if (embedding := sources.get("model.embed_tokens.weight")) and head.equals(embedding):
-            del sources["lm_head.weight"]
-        else:  # as transformers does: a file's own head counts more than the flag
-            config = replace(config, tied_head=False)
-    key_of = partial(hf_key, post_norms=config.post_norms)
-    return config, bind(config, sources, key_of, path if len(files) > 1 else files[0])
-
-
-class _HFIndex(JsonConfig):
-    """Hugging Face's index of a checkpoint in several files."""
-
-    weight_map: dict[str, str]
-    """Key of each tensor → name of its file."""
-
-
-def _hf_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files with weights and, if there is an index, its map from key to file name."""
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        if (index := path / f"{weights}.index.json").is_file():
-            weight_map = _HFIndex.read(index).weight_map
-            if outside := next((name for name in weight_map.values() if Path(name).name != name), None):
-                raise CheckpointError(f"{index}: {outside!r} is not the name of a file in this folder")
-            return [path / name for name in sorted(set(weight_map.values()))], weight_map
-        if (path / weights).is_file():
-            return [path / weights], {}
-    raise CheckpointError(f"{path}: no weights: expected model.safetensors, pytorch_model.bin, or either's .index.json")

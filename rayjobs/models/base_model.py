@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from adapter.base.checkpoint import CONFIG, Checkpoint, open_checkpoint, open_config
+from adapter.base.checkpoint import Checkpoint, open_checkpoint, open_config
+from adapter.base.hf_checkpoint import CONFIG
 from adapter.base.quantization import PRECISIONS, bitsandbytes
 from adapter.model import AdaptedModel
 from adapter.tokenizers.base import Tokenizer

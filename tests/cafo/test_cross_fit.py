@@ -84,6 +84,16 @@ def test_images_of_equal_content_do_not_see_each_other():
     assert folds[first] == folds[second] >= 0
 
 
+def test_a_generated_image_of_equal_content_is_held_out_too():
+    cache, views, images = problem(2)
+    groups, twin = torch.arange(len(cache.labels)), len(cache.labels) - 1
+    groups[twin] = 0
+    held_out, _ = cross_fit(cache, views, replace(images, groups=groups), KeyTraining(epochs=0), 3, "loss")
+    unseen = held_out.affinities["clip"] == -torch.inf
+    assert unseen[0].any()
+    assert torch.equal(unseen[twin], unseen[0])
+
+
 def test_an_image_that_is_alone_in_its_class_is_not_held_out():
     cache, views, images = problem()
     label = int(cache.labels[0])

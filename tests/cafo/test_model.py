@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 from cafo import CaFo, EncoderSpec, FitConfig, load_tree
+from cafo.fewshot import FewShot
 from cafo.images import load_image
+from cafo.items import Item
 from cafo.key_training import KeyTraining
+from cafo.model import _train_images
 from tests.cafo.test_encoders import RESNET, folder
 
 COLOURS = {"red_thing": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}
@@ -125,3 +128,13 @@ def test_a_folder_without_validation_images_gives_a_classifier_and_an_estimate(p
     one = CaFo.fit(photos, specs, shots=1, config=FitConfig(views=2, training=TRAINING))
     assert one.estimate is None  # no image can be held out
     assert one.cache.alpha > 0
+
+
+def test_images_of_equal_content_are_one_group(tmp_path: Path) -> None:
+    items = [Item(f"{number}.png", 0, "red") for number in range(4)]
+    for item, red in zip(items, (10, 20, 10, 20), strict=True):
+        Image.new("RGB", (5, 3), (red, 0, 0)).save(tmp_path / item.path)
+    choice = FewShot(shots=3, seed=0, items=tuple(items[:3]), short={})  # the last one is generated
+    images = _train_images({}, [(tmp_path, item) for item in items], choice)
+    assert images.groups is not None
+    assert (images.rows.tolist(), images.groups.tolist()) == ([0, 1, 2], [0, 1, 0, 1])

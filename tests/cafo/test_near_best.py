@@ -1,6 +1,7 @@
 """The choice near the highest accuracy: eligible by count, cheapest by loss, and never below a single part."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,3 +147,17 @@ def test_the_floor_holds_where_the_loss_alone_would_go_below_it():
         assert held.correct == highest >= free.correct
         lower += free.correct < highest
     assert lower > 0
+
+
+def test_the_expected_values_count_among_equals():
+    moved = 0
+    for seed in range(4):
+        images = HeldOut(*setup(seed))
+        prior, candidates = expect(images.zero_shot, images.labels, 3), search_grid(*images, GRID, [Ensemble()])
+        low, high = (
+            choose_near_best(candidates, images, [Ensemble()], replace(prior, beta=beta), floor=0).beta
+            for beta in (0.2, 11.0)
+        )
+        assert low <= high
+        moved += low < high
+    assert moved > 0

@@ -61,7 +61,7 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": scaled("linear", **ROPE),
     "dynamic": scaled("dynamic", **ROPE),
     "yarn": scaled("yarn", **EARLY),
-    "yarn, not truncated": scaled("yarn", **EARLY, truncate=False, beta_fast=16, beta_slow=2, mscale=0.7,
+    "yarn, not truncated": scaled("yarn", **EARLY, truncate=False, beta_fast=1.5, beta_slow=0.3, mscale=0.7,
                                   mscale_all_dim=1.3),
     "longrope": scaled("longrope", **EARLY, **FACTORS),
     "longrope without a factor": scaled("longrope", **{**EARLY, "factor": None}, **FACTORS),

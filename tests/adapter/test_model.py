@@ -81,6 +81,9 @@ def test_an_adapter_answers_and_chats_in_the_template_that_it_was_trained_in(tin
     model = AdaptedModel.from_pretrained(tiny_base)
     model.load_adapter(tmp_path / "a.safetensors")
     assert model.template == template
+    model.add_adapter(AdaptionConfig(n_layers=1))
+    assert model.template is None, "a fresh adapter was trained in none"
+    model.load_adapter(tmp_path / "a.safetensors")
     assert model.answer("the cat", "sat", **greedy) == model.generate(["the cat: sat"], **greedy)[0].strip() != ""
     question, eos = {"role": "user", "content": "the cat"}, [model.tokenizer.eos_id]
     assert model.chat([question], **greedy) == model.answer("the cat", **greedy) != ""

@@ -44,6 +44,8 @@ def write_gguf(path: Path, model: PreTrainedModel, kind: Kind = Kind.F32, *, sha
     if head_dim := getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if (alignment := extra.pop("general.alignment", None)) is not None:
+        writer.add_custom_alignment(alignment)
     if (divisors := extra.pop("rope_freqs", None)) is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
     for key, value in extra.items():

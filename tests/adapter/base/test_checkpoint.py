@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
+from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder, open_checkpoint, save_decoder
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
+from adapter.image_projection import ImageProjectionConfig
 from adapter.rope import Llama3Scaling
 from adapter.tokenizers.load import load_tokenizer
 
@@ -349,7 +351,16 @@ def test_a_failed_save_leaves_the_old_file(
     with pytest.raises(OSError, match="disk full"):
         save_decoder(ours, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob(".*.part"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_base_is_saved_without_its_adapter(tmp_path: Path, model: LlamaForCausalLM) -> None:
+    ours = load_decoder(write_hf(tmp_path, model))
+    save_decoder(ours, tmp_path / "bare")
+    ours.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3, vision=ImageProjectionConfig(widths=(5,))))
+    save_decoder(ours, tmp_path / "adapted")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "adapted" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
 
 
 def text_loss(model: Decoder, ids: Tensor) -> float:

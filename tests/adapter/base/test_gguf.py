@@ -27,7 +27,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "i
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 18}, {}),
-    "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, {}),
+    "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}, {"general.alignment": 256}),
     "mistral": ("mistral", {"head_dim": 18, "sliding_window": None}, {}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {"head_dim": 18}, {}),
@@ -39,6 +39,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "final_logit_softcapping": 2.5},
         {"ARCH.attention.sliding_window": 11, "ARCH.attn_logit_softcapping": 1.5,
          "ARCH.final_logit_softcapping": 2.5},
+    ),
+    "gemma2 of its largest size, whose scores are scaled otherwise": (
+        "gemma2",
+        {"head_dim": 18, "query_pre_attn_scalar": SIZES["hidden_size"] // SIZES["num_attention_heads"],
+         "num_hidden_layers": 46, "sliding_window": 11},
+        {"ARCH.attention.sliding_window": 11, "ARCH.attn_logit_softcapping": 50.0,
+         "ARCH.final_logit_softcapping": 30.0},
     ),
     "gemma3": (
         "gemma3_text",

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from adapter.errors import TokenizerError
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
-from tests.adapter.tokenizers.samples import CHATML, KINDS, NASTY, llama2, llama3, qwen, splits
+from tests.adapter.tokenizers.samples import CHATML, KINDS, NASTY, llama2, llama2_legacy, llama3, qwen, splits
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -161,10 +161,23 @@ def test_its_own_json_counts_more_than_a_model_beside_it_and_both_agree(tmp_path
         assert by_json.encode(text, bos=True, eos=True) == by_model.encode(text, bos=True, eos=True), text
         if "<unk>" not in text:
             assert by_json.encode_rendered(text).ids == by_model.encode_rendered(text).ids, text
+    check_text_after_a_token(by_json, by_model)
     (folder / "params.json").write_text("{}")
     assert "tokenizer.model" in repr(load_tokenizer(folder)), "Meta's layout"
     (folder / "config.json").write_text("{}")
     assert "tokenizer.json" in repr(load_tokenizer(folder))
+
+
+def test_a_legacy_model_has_a_space_before_texts_after_a_token(tmp_path: Path) -> None:
+    by_json, folder = load_tokenizer(llama2_legacy(tmp_path / "json")), llama2(tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": True}))
+    check_text_after_a_token(by_json, load_tokenizer(folder / "tokenizer.model"))
+
+
+def check_text_after_a_token(by_json: Tokenizer, by_model: Tokenizer) -> None:
+    rendered = "<s>first</s>second</s>third"
+    assert by_json.encode_rendered(rendered).ids == by_model.encode_rendered(rendered).ids
 
 
 def test_tokens_of_older_configuration_files(qwen_folder: Path, tmp_path: Path) -> None:

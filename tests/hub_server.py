@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *args: object) -> None:
-        """Nothing is printed."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         self.answer()
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def logged_in(self) -> bool:
-        """Whether the request has the token. A wrong one is refused."""
+        """True if the request carries the token. Raises Refusal for a wrong one."""
         header = self.headers.get("Authorization")
         if header not in (None, f"Bearer {TOKEN}"):
             raise Refusal(401, message="Invalid credentials in Authorization header")
@@ -165,14 +165,14 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def info(self, body: bytes, kind: str, id: str, revision: str = "main") -> None:
-        """Information about a repository."""
+        """Send information about a repository."""
         repo, commit = self.repo(kind, id), self.commit(kind, id, revision)
         names = [{"rfilename": path} for path in commit.files]
         about = {"id": id, "sha": commit.sha, "private": repo.private, "gated": "auto" if repo.gated else False}
         self.send_json({**about, "siblings": names, "tags": [], "downloads": 0, "likes": 0})
 
     def tree(self, body: bytes, kind: str, id: str, revision: str) -> None:
-        """The list of a revision's files."""
+        """Send the list of a revision's files."""
         files = self.commit(kind, id, revision).files
         rows = []
         for path, content in files.items():
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json(rows)
 
     def resolve(self, body: bytes, id: str, revision: str, file: str, kind: str = "model") -> None:
-        """One file: a small one itself, a large one by a redirection."""
+        """Send one file: a small one itself, a large one by a redirection."""
         commit = self.commit("dataset" if kind == "datasets/" else "model", id, revision)
         if self.repo("dataset" if kind == "datasets/" else "model", id).gated and not self.logged_in:
             raise Refusal(401, "GatedRepo", "Access to this repository is restricted")
@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(b"", 302, {**headers, "Location": f"{self.hub.objects_url}/{sha256(content)}"})
 
     def download_object(self, body: bytes, oid: str) -> None:
-        """A large file, or the rest of it."""
+        """Send a large file, or the rest of it."""
         content = self.hub.objects[oid]
         first = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(first[1]) if first else 0
@@ -237,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, body: bytes, kind: str, id: str, revision: str) -> None:
-        """How each file of a coming commit is to be uploaded."""
+        """Tell, for each file of a commit to come, how to upload it: within the commit, or large ones apart."""
         if not self.logged_in:
             raise Refusal(401, "RepoNotFound")
         before = self.commit(kind, id, revision).files
@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_json({"files": rows})
 
     def batch(self, body: bytes, id: str) -> None:
-        """Where to upload large files."""
+        """Tell where to upload large files that are not here yet."""
         objects = []
         for given in json.loads(body)["objects"]:
             upload = {"href": f"{self.hub.objects_url}/{given['oid']}"}

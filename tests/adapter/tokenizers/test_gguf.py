@@ -51,7 +51,7 @@ def write_sentence_piece(path: Path, source: Path, **metadata: Any) -> Path:
 
 
 def sentence_piece_metadata(source: Path) -> dict[str, Any]:
-    """What a GGUF file says of a SentencePiece model."""
+    """The metadata of a GGUF file that describes a SentencePiece model."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(source))
     ids = range(model.vocab_size())
     values = {

@@ -41,6 +41,8 @@ JOBS = {
     "cafo": "run CaFo from end to end: descriptions, generated images, features, tuning, test accuracy",
     "demo": "run both methods on tiny models and data, offline, on two cores",
 }
+COMMANDS = (*JOBS, "report", "runs")
+"""The jobs, and the commands that run nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,26 +90,40 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report.html again, or compare several runs on one page")
     report.add_argument("run", nargs="+", help="folder of a run")
     report.add_argument("--out", type=Path, default=Path("comparison.html"), help="page that compares several runs")
-    report.set_defaults(command=show_report, verbose=False)
+    report.set_defaults(command=show_report, parser=report, verbose=False)
     runs = commands.add_parser("runs", help="list runs with their state and result")
     runs.add_argument("storage", nargs="?", default="runs", help="folder of all runs")
-    runs.set_defaults(command=list_runs, verbose=False)
+    runs.set_defaults(command=list_runs, parser=runs, verbose=False)
     return parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with overrides before or after the options."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)  # argparse leaves the overrides that follow an option
+    parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
+        parser.error(_describe_wrong_job(words))
+    args, rest = parser.parse_known_args(words)  # argparse leaves the overrides that follow an option
     takes_overrides = args.job in JOBS
     if unknown := [word for word in rest if word.startswith("-") or not takes_overrides]:
-        own: argparse.ArgumentParser = args.parser if takes_overrides else parser
+        own: argparse.ArgumentParser = args.parser
         close = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", own.format_help()), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
+        if takes_overrides and not close:
+            hint = "; settings are given as section.key=value, without dashes"
         own.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if takes_overrides:
         args.overrides += rest
     return args
+
+
+def _describe_wrong_job(words: Sequence[str]) -> str:
+    """Say that a command line names no job, with the closest or, if none is close, all of them."""
+    if not words:
+        return f"no job is named: give one of {', '.join(COMMANDS)}"
+    named = [name for name in COMMANDS if words[0] in name.split("-")]  # `train` for adapter-train
+    close = named or difflib.get_close_matches(words[0], COMMANDS, n=1)
+    way_out = f"did you mean {' or '.join(close)}?" if close else f"give one of {', '.join(COMMANDS)}"
+    return f"{words[0]!r} is not a job: {way_out}"
 
 
 def run_job(args: argparse.Namespace) -> int:

@@ -27,8 +27,10 @@ Values = Mapping[str, Mapping[str, str]]
 def compare(folders: Sequence[Path], out: Path) -> Path:
     """Write the page that compares the runs to `out`, without what cannot be read, which it names.
 
-    Raises UserError for a folder that holds no run.
+    Raises UserError for a folder that holds no run, or if `out` is a folder.
     """
+    if out.is_dir():
+        raise DataError(f"{out} is a folder: give the file to write, such as --out {out / 'comparison.html'}")
     rows, problems = run_rows(folders), list[str]()
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):

@@ -47,7 +47,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
 from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, write_result
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import FolderName, RunConfig, open_run
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
@@ -75,7 +75,7 @@ ABOUT = (
 class DemoRun(RunConfig):
     """The demo's run folder and cache."""
 
-    name: str = "demo"
+    name: FolderName = "demo"
     """Name of the run; its folder is `storage/name`."""
     storage: LocalPath = "runs"
     """Folder of all runs."""

@@ -1,5 +1,6 @@
 """The folder of a run: where it is, and what is written into it at the start."""
 
+import os
 import platform
 import re
 import subprocess
@@ -33,11 +34,14 @@ def _folder_name(name: str) -> str:
     return name
 
 
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
 @config
 class RunConfig:
     """The folders of a run and its cache. The same command with the same folder resumes the run."""
 
-    name: Annotated[str, AfterValidator(_folder_name)]
+    name: FolderName
     """Name of the run, of letters, digits, `_`, `-` and `.`; its folder is `storage/name`."""
     storage: AnyPath = "runs"
     """Folder of all runs: on a cluster, one that every node sees, or a URL such as s3://bucket/runs."""
@@ -48,6 +52,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.folder == self.cache_folder:
             raise ConfigError(f"run.name is {self.name}, but {self.folder} is the folder of prepared data, run.cache")
+        for name, path in (("run.storage", self.storage), ("run.cache", self.cache)):
+            if path and os.path.isfile(path):
+                raise ConfigError(f"{name} is {path}, a file: give a folder, which is made if there is none")
 
     @property
     def folder(self) -> Path:

@@ -1,6 +1,6 @@
 """The records that a job names: files in several formats, each with its images, template and weight."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ from adapter.records.reader import AUTO, read_records, recognise
 from adapter.templates import Template, template_fields
 from rayjobs.config import config
 from rayjobs.data.record_files import RecordsPath, Role, find_files, is_folder, is_pattern, local_copy, short_name
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.storage.fingerprint import file_fingerprint, file_fingerprints, fingerprint
 from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import AnyPath, FileOrName, resolve_path
@@ -241,6 +242,20 @@ class RecordsConfig:
             template=self.template,
             columns={str(column): name for column, name in columns.items()},
         )
+
+
+def check_sources(sources: Sequence[Source]) -> None:
+    """Read the first record of each source.
+
+    Raises:
+        ConfigError: no source is named.
+        DataError: a source has no record, or its first one cannot be read.
+    """
+    if not sources:
+        raise ConfigError("data.path is empty: name at least one file of records")
+    for source in sources:
+        if next(iter(source.read()), None) is None:
+            raise DataError(f"{source.path}: no records")
 
 
 def _is_scienceqa(path: str) -> bool:

@@ -29,7 +29,7 @@ def named_template(name: str, tokenizer: Tokenizer) -> Template:
     """Return a template by its name or file.
 
     Raises:
-        ConfigError: the model has no chat template.
+        ConfigError: the model has no chat template, or there is neither a template nor a file of this name.
         AdapterError: the file is not a template.
     """
     if name == CHAT:
@@ -39,7 +39,11 @@ def named_template(name: str, tokenizer: Tokenizer) -> Template:
                 "template"
             )
         return ChatTemplate(source=tokenizer.chat_template)
-    return NAMED[name] if name in NAMED else read_template(cached_path(name))
+    if name in NAMED:
+        return NAMED[name]
+    if not (path := cached_path(name)).is_file():
+        raise ConfigError(f"template is {name}, which is no file, nor one of {', '.join((CHAT, *NAMED))}")
+    return read_template(path)
 
 
 def saved_template(name: str | None, tokenizer: Tokenizer, saved: "AdapterFile | None", format: str = "") -> Template:

@@ -20,7 +20,7 @@ from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
-from rayjobs.data.records import RecordsConfig, Source
+from rayjobs.data.records import RecordsConfig, Source, check_sources
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import describe_sources, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, prepare_tokens
@@ -110,10 +110,8 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
         problems = read_test_problems(sources[0])
     elif length > window:
         raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
-    elif not sources:
-        raise ConfigError("data.path is empty: name at least one file of records")
-    elif empty := [source.path for source in sources if next(iter(source.read()), None) is None]:
-        raise DataError(f"{empty[0]}: no records")
+    else:
+        check_sources(sources)
     templates = source_templates(sources, open_tokenizer(tokenizer), saved)
     return Checked(tokenizer, sources, templates, problems, conditioning, saved)
 

@@ -30,7 +30,7 @@ from rayjobs.config import config, to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
-from rayjobs.data.records import DataConfig
+from rayjobs.data.records import DataConfig, check_sources
 from rayjobs.data.templates import describe_sources, header_templates, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
@@ -131,8 +131,7 @@ def open_inputs(settings: Config, *, weights: bool = True) -> Inputs:
     """
     checkpoint, tokenizer = settings.base.open(weights=weights)
     sources = settings.data.all_sources()
-    for source in sources:
-        next(iter(source.read()), None)
+    check_sources(sources)
     templates = source_templates(sources, open_tokenizer(tokenizer))
     return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None, templates)
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, plans, and one line for everything that is wrong."""
 
 import errno
+import gzip
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from rayjobs.__main__ import JOBS, main
 from tests.conftest import ROOT
@@ -71,9 +73,35 @@ class _Bomb:
         ({"train.epochs": "many"}, "train.epochs: must be a valid number"),
         ({"adapter.n_layers": "31"}, "adapter.n_layers is 31, but"),
         ({"base.path": "nowhere"}, "nowhere"),
-        ({"data.template": "nowhere.json"}, "nowhere.json"),
+        (
+            {"data.template": "nowhere"},
+            "template is nowhere, which is no file, nor one of chat, alpaca, scienceqa, plain",
+        ),
+        ({"data.path": "[]"}, "data.path is empty: name at least one file of records"),
+        ({"data.path": "empty.jsonl.gz"}, "empty.jsonl.gz: no records"),
+        ({"data.path": "page.json"}, "page.json: an HTML page"),
+        ({"run.storage": "page.json"}, "page.json, a file: give a folder, which is made if there is none"),
+        ({"base.path": "page.json"}, "page.json: neither a GGUF file nor a folder"),
+        ({"base.path": "cut.gguf"}, "cut.gguf: not a readable GGUF file, truncated or corrupt"),
+        ({"base.tokenizer": "plain"}, "neither tokenizer.json nor tokenizer.model is in this folder"),
+        ({"base.path": "org/none"}, "hf://org/none: "),
     ],
-    ids=["file", "key", "type", "layers", "base", "template"],
+    ids=[
+        "file",
+        "key",
+        "type",
+        "layers",
+        "base",
+        "template",
+        "no data",
+        "empty",
+        "HTML",
+        "storage",
+        "no base",
+        "cut",
+        "tokenizer",
+        "offline",
+    ],
 )
 def test_bad_input_is_one_line_that_names_the_place(
     given: dict[str, str],
@@ -84,9 +112,15 @@ def test_bad_input_is_one_line_that_names_the_place(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "adapter-train", *(f"{name}={value}" for name, value in {**given, **change}.items()))
-    assert code == 2
-    assert out == ""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "page.json").write_text("<!DOCTYPE html><html><body>404</body></html>")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0\1")
+    words = [f"{name}={value}" for name, value in {**given, **change}.items()]
+    code, out, err = run(capsys, "adapter-train", *words, "--dry-run")
+    assert (code, out) == (2, "")
+    assert run(capsys, "adapter-train", *words) == (code, out, err)
     assert err.count("\n") == 1
     assert err.startswith("rayjobs adapter-train: error: ")
     assert message in err
@@ -241,6 +275,31 @@ def test_overrides_may_stand_behind_options_and_unknown_options_are_refused(
     message = capsys.readouterr().err
     assert message.startswith("usage: rayjobs adapter-train")
     assert "unrecognized arguments: --sumbit; did you mean --submit?" in message
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "no job is named: give one of adapter-train, adapter-eval"),
+    (["trian"], "'trian' is not a job: give one of adapter-train, adapter-eval"),
+    (["adapter_train"], "'adapter_train' is not a job: did you mean adapter-train?"),
+    (["eval"], "'eval' is not a job: did you mean adapter-eval or cafo-eval?"),
+    (["--config", "a.yaml"], "'--config' is not a job"),
+    (["adapter-train", "--train.epochs", "3"], "--train.epochs; settings are given as section.key=value, without dash"),
+    (["report", "run", "--outt", "x"], "unrecognized arguments: --outt x; did you mean --out?"),
+    (["runs", "a", "b"], "unrecognized arguments: b"),
+])  # fmt: skip
+def test_a_command_line_that_names_no_job_or_option_says_what_there_is(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_comparison_is_not_written_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "report", str(tmp_path), str(tmp_path), "--out", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{tmp_path} is a folder: give the file to write" in err
 
 
 def test_the_module_runs_and_exits_with_the_code() -> None:

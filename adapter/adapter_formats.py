@@ -159,7 +159,9 @@ def _stack(path: Path, layers: dict[int, Tensor], kind: str) -> Tensor:
 def _open_peft_folder(folder: Path) -> tuple[Path, PeftConfig]:
     """The weights file of a PEFT folder, and its configuration."""
     if not (folder / PEFT_CONFIG).is_file():
-        raise CheckpointError(f"{folder}: a folder without PEFT's {PEFT_CONFIG}; name an adapter file")
+        own = folder / "adapter.safetensors"
+        way_out = f"name its file, {own}" if own.is_file() else "name an adapter file"
+        raise CheckpointError(f"{folder}: a folder without PEFT's {PEFT_CONFIG}; {way_out}")
     config = PeftConfig.read(folder / PEFT_CONFIG)
     for name in (PEFT_WEIGHTS, "adapter_model.bin"):
         if (folder / name).is_file():

@@ -68,7 +68,8 @@ def choose(
         listed = ", ".join(f"{name} ({count})" for name, count in list(lacking.items())[:10])
         raise DatasetError(
             f"{len(lacking)} of {len(class_names)} classes have fewer than {shots} training images: {listed}; "
-            f"take fewer shots, or allow short classes{_name_unreadable(items, set(lacking), unreadable)}"
+            f"take fewer shots, or allow short classes (data.short_classes=report; the argument `short`)"
+            f"{_name_unreadable(items, set(lacking), unreadable)}"
         )
     chosen = tuple(item for images in ranked for item in images[:shots])
     return FewShot(shots=shots, seed=seed, items=chosen, short=lacking)

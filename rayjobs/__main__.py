@@ -14,7 +14,8 @@ from types import ModuleType
 from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
-from rayjobs.config import describe, iter_paths, load, replace_paths
+from rayjobs.config import iter_paths, load, replace_paths
+from rayjobs.config_fields import describe
 from rayjobs.console import printable, setup_logging, show_table
 from rayjobs.errors import UserError, is_user_error
 from rayjobs.runs.record import find_runs

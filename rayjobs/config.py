@@ -3,20 +3,28 @@
 import copy
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from rayjobs.config_fields import (
+    child_type,
+    config_fields,
+    describe,
+    field_type,
+    is_text,
+    members,
+    section_type,
+    type_name,
+)
 from rayjobs.errors import ConfigError
-from rayjobs.storage.paths import ShownAs
 from rayjobs.storage.yaml_file import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -46,8 +54,7 @@ def load(
     try:
         built = TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        missing = [".".join(_keys(cls, item["loc"])) for item in error.errors() if item["type"] in _MISSING]
-        problems += dict.fromkeys(line for item in error.errors() for line in _explain(cls, item, missing))
+        problems += dict.fromkeys(_explain_all(cls, error.errors()))
     if problems:
         raise ConfigError("\n".join(problems))
     return built
@@ -85,7 +92,7 @@ def _apply(cls: Any, values: dict[str, Any], override: str) -> str | None:
     """Apply one `section.key=value` in place. Returns what is wrong with it, or None."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        return f"{override!r}: an override looks like section.key=value"
+        return f"{override!r}: an override looks like section.key=value, without spaces"
     return _set(values, key, _parse(text, field_type(cls, key.split("."))))
 
 
@@ -107,8 +114,8 @@ def _parse(text: str, kind: Any) -> Any:
     A field that holds text takes it verbatim: `#tag`, `42`, `yes`, quotes, newlines and nothing at all. Only `null` is
     None, and only where the field may be None. For any other field, the text is YAML; one item stands for a list of it.
     """
-    kinds = _members(kind)
-    if all(member is NoneType or _is_text(member) for member in kinds):
+    kinds = members(kind)
+    if all(member is NoneType or is_text(member) for member in kinds):
         return None if text == "null" and NoneType in kinds else text
     try:
         value = parse_yaml(text)
@@ -122,63 +129,8 @@ def _is_item(value: Any, kinds: Sequence[Any]) -> bool:
     lists = [kind for kind in kinds if get_origin(kind) is list]
     if not lists or any(kind not in lists and kind is not NoneType and not is_dataclass(kind) for kind in kinds):
         return False
-    holds_text = any(map(_is_text, _members(get_args(lists[0])[0])))
+    holds_text = any(map(is_text, members(get_args(lists[0])[0])))
     return isinstance(value, str) if holds_text else isinstance(value, int | float)
-
-
-def field_type(kind: Any, keys: Sequence[str | int]) -> Any:
-    """The annotation of the field that these keys lead to, a number being an item of a list; Any if there is none."""
-    for key in keys:
-        kind = next((found for member in _members(kind) if (found := _child(member, key)) is not None), Any)
-    return kind
-
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "not set"
-
-
-MISSING: Any = _Missing()
-"""Stands for a value where there is none, not even null."""
-
-
-def field_default(kind: Any, key: str) -> Any:
-    """The default, as a plain value, of the field that a config, or a config among a union's members, has under a key.
-
-    MISSING if there is no such field, or it is required.
-    """
-    for member in _members(kind):
-        field = _config_fields(member).get(key)
-        if field is not None and not field.is_required():
-            return TypeAdapter(Any).dump_python(field.get_default(call_default_factory=True), mode="json")
-    return MISSING
-
-
-def _config_fields(cls: Any) -> dict[str, Any]:
-    return getattr(cls, "__pydantic_fields__", {})
-
-
-def _child(kind: Any, key: str | int) -> Any:
-    """The type of the value that a value of this type has under a key or at a position; None if it has none there."""
-    if is_dataclass(kind):
-        return getattr(_config_fields(kind).get(str(key)), "annotation", None)
-    arguments = get_args(kind)
-    if get_origin(kind) in (dict, Mapping):
-        return arguments[1]
-    return arguments[0] if isinstance(key, int) and arguments else None
-
-
-def _members(kind: Any) -> list[Any]:
-    """The types of a union, or the one type, without their annotations."""
-    if get_origin(kind) is Annotated:
-        return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        return [member for part in get_args(kind) for member in _members(part)]
-    return [kind]
-
-
-def _is_text(kind: Any) -> bool:
-    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
 def to_dict(built: Any) -> dict[str, Any]:
@@ -200,7 +152,7 @@ def replace_paths(value: T, change: Callable[[str], str], is_path: bool = False)
     """
     changed: Any = value
     if is_dataclass(value):
-        for name, info in _config_fields(type(value)).items():
+        for name, info in config_fields(type(value)).items():
             before = getattr(value, name)
             after = replace_paths(before, change, _holds_paths(info))
             changed = changed if after is before else replace(changed, **{name: after})
@@ -214,83 +166,30 @@ def replace_paths(value: T, change: Callable[[str], str], is_path: bool = False)
 
 
 def _holds_paths(field: Any) -> bool:
-    return re.search(r"\bpath\b|\bfile or name\b", _type_name(field.annotation, field.metadata)) is not None
-
-
-class FieldHelp(NamedTuple):
-    """The help of one config field."""
-
-    name: str
-    """The dotted key."""
-    type: str
-    default: str
-    """The default as it may be typed; `required` if there is none, or "required if `section` is given"."""
-    meaning: str
-
-
-def describe(cls: Any, prefix: str = "", given: Any = None, optional: str = "") -> Iterator[FieldHelp]:
-    """The help of every field of a config and its sections.
-
-    given: a default of the field that holds this config, whose values stand in place of the class's own defaults.
-    optional: the key of the section that may be left out, with all required fields in it.
-    """
-    for name, info in _config_fields(cls).items():
-        key, default = prefix + name, MISSING
-        if given is not None:
-            default = getattr(given, name)
-        elif not info.is_required():
-            default = info.get_default(call_default_factory=True)
-        section = _section(info.annotation)
-        if section is not None:
-            inner = default if is_dataclass(default) else None
-            yield from describe(section, f"{key}.", inner, key if default is None else optional)
-            continue
-        shown = "required" + (f" if `{optional}` is given" if optional else "")
-        if default is not MISSING:
-            shown = _shown(TypeAdapter(Any).dump_python(default, mode="json"))
-        # A subclass's fields lose the docstrings that stand in its base.
-        inherited = (_config_fields(base).get(name) for base in cls.__mro__)
-        meaning = next((field.description for field in inherited if field and field.description), "")
-        yield FieldHelp(key, _type_name(info.annotation, info.metadata), shown, " ".join(meaning.split()))
-
-
-def _section(kind: Any) -> Any:
-    """The config that a field of this type holds; None for a field that may also be a plain value, such as a list."""
-    kinds = [member for member in _members(kind) if member is not NoneType]
-    return kinds[0] if kinds and all(is_dataclass(member) for member in kinds) else None
-
-
-def _type_name(kind: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type as a user would write its values: `list[path]`, `int or null`, `fp32 | bf16`."""
-    if shown := next((item.name for item in metadata if isinstance(item, ShownAs)), None):
-        return shown
-    arguments = get_args(kind)
-    match get_origin(kind):
-        case origin if origin is Annotated:
-            return _type_name(arguments[0], arguments[1:])
-        case origin if origin in (Union, UnionType):
-            return " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments))
-        case origin if origin is Literal:
-            return " | ".join(map(str, arguments))
-        case origin if origin in (dict, Mapping):
-            return "mapping" if arguments[1] is Any else f"mapping[{_type_name(arguments[1])}]"
-        case origin if origin is not None:
-            return f"list[{', '.join(_type_name(argument) for argument in arguments if argument is not ...)}]"
-    if is_dataclass(kind):
-        return f"{{{', '.join(field.name for field in fields(kind))}}}"
-    return {NoneType: "null", str: "text", bool: "true | false", Any: "any value"}.get(kind) or kind.__name__
-
-
-def _shown(value: Any) -> str:
-    """A default as it may be typed: a path in the current folder without that folder."""
-    here = os.getcwd()
-    value = "" if value == here else value
-    if isinstance(value, str) and value:
-        return value.removeprefix(f"{here}{os.sep}")
-    return json.dumps(value, ensure_ascii=False)
+    return re.search(r"\bpath\b|\bfile or name\b", type_name(field.annotation, field.metadata)) is not None
 
 
 _MISSING = ("missing", "missing_argument")
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+"""Pydantic's names of errors, of its dataclasses and of other types."""
+
+
+def _explain_all(cls: Any, items: Sequence[Any]) -> Iterator[str]:
+    """Pydantic's errors as lines of ours. Of a union, it reports why the value is none of the members.
+
+    A member that an error stands inside of is the one that was meant; where no member was, one line names them all.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for item in items:
+        by_key.setdefault(_key(cls, item), []).append(item)
+    missing = [key for key, [item, *_] in by_key.items() if item["type"] in _MISSING]
+    for key, of_key in by_key.items():
+        if key and any(other.startswith(f"{key}.") for other in by_key):
+            continue
+        if len(of_key) > 1:
+            yield f"{key}: must be {type_name(field_type(cls, key.split('.')))}, got {of_key[0]['input']!r}"
+        else:
+            yield from _explain(cls, of_key[0], missing)
 
 
 def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:
@@ -298,29 +197,51 @@ def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:
 
     missing: the required keys that are not given. An unknown key of a section with one of them is taken for that one.
     """
-    key = ".".join(_keys(cls, item["loc"]))
-    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    key = _key(cls, item)
+    if item["type"] in _UNKNOWN:
         section = ".".join(_keys(cls, item["loc"][:-1]))
-        key = ".".join(filter(None, [section, str(item["loc"][-1])]))  # not a name of a union's member
         if section and (siblings := [name for name in missing if name.rpartition(".")[0] == section]):
             return [f"{key}: unknown key; did you mean {siblings[0]}?"]
         known = [field.name for field in describe(cls)]
         known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        return [f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")]
+        return [f"{key}: unknown key{_hint(key, section, known)}"]
     if item["type"] in _MISSING:
-        section = _section(field_type(cls, item["loc"]))
+        section = section_type(field_type(cls, item["loc"]))
         inner = [field.name for field in describe(section, f"{key}.") if field.default == "required"] if section else []
         return [f"{name}: required, but not given" for name in inner or [key]]
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    if item["type"] == "value_error" and isinstance(item["input"], Mapping):  # of a section's fields, which it names
+        return [f"{key}: {message}" if key else message]
     return [f"{key}: {message}, got {item['input']!r}" if key else message]
+
+
+def _hint(key: str, section: str, known: Sequence[str]) -> str:
+    """The key that was meant by an unknown one, or else those that its section has; empty if nothing is like it."""
+    last = key.rpartition(".")[2]
+    siblings = [name.rpartition(".")[2] for name in known if section and name.rpartition(".")[0] == section]
+    if not siblings:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    elif close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.5):
+        close = [f"{section}.{close[0]}"]
+    else:
+        close = [name for name in known if name.rpartition(".")[2] == last]
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; {section} has {', '.join(dict.fromkeys(siblings))}" if siblings else ""
+
+
+def _key(cls: Any, item: Any) -> str:
+    """The dotted key that an error is about."""
+    if item["type"] in _UNKNOWN:  # its last part is not the name of a union's member
+        return ".".join([*_keys(cls, item["loc"][:-1]), str(item["loc"][-1])])
+    return ".".join(_keys(cls, item["loc"]))
 
 
 def _keys(kind: Any, location: Sequence[str | int]) -> Iterator[str]:
     """The keys of an error's location, without the names by which pydantic tells the members of a union apart."""
     for part in location:
-        kinds = _members(kind)
-        child = next((found for member in kinds if (found := _child(member, part)) is not None), None)
+        kinds = members(kind)
+        child = next((found for member in kinds if (found := child_type(member, part)) is not None), None)
         if child is None and len(kinds) > 1 and isinstance(part, str):
             kind = next((member for member in kinds if getattr(member, "__name__", None) == part), kind)
             continue

@@ -62,6 +62,7 @@ ORDER = [
     "models",
     "cluster",
     "config",
+    "config_fields",
     "console",
     "storage",
     "errors",

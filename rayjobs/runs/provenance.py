@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rayjobs.cluster.ray_workarounds import remove_upload_folder
-from rayjobs.config import MISSING, field_default, field_type
+from rayjobs.config_fields import MISSING, field_default, field_type
 from rayjobs.errors import ProvenanceError
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json

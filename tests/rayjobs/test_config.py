@@ -13,7 +13,8 @@ import pytest
 from pydantic import Field
 
 from rayjobs.__main__ import JOBS
-from rayjobs.config import config, describe, given_values, iter_paths, load, to_dict
+from rayjobs.config import config, given_values, iter_paths, load, to_dict
+from rayjobs.config_fields import describe
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
@@ -368,3 +369,29 @@ def test_an_error_in_a_list_names_the_place() -> None:
     assert "data.path.1.formatt: unknown key" in text
     assert "data.path.2: " in text
     assert "function-after" not in text
+
+
+def test_a_value_that_fits_no_member_of_a_union_is_one_line() -> None:
+    def message(**given: object) -> str:
+        with pytest.raises(ConfigError) as error:
+            load(cafo_tune.Config, {"encoders": {}, "data": {}, "run": {"name": "r"}, **given})
+        return "\n".join(line for line in str(error.value).splitlines() if not line.startswith("encoders"))
+
+    assert message(space={"lr": "fast"}) == "space.lr: must be list[float] or {low, high}, got 'fast'"
+    assert message(space={"lr": [0.1, "fast"]}).startswith("space.lr.1: must be a valid number")
+    with pytest.raises(ConfigError) as error:
+        load(Config, {"base": {"path": "b"}, "data": {"path": [{"path": "b", "format": "x"}]}, "run": {"name": "r"}})
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("data.path.0.format: must be 'auto', ")
+
+
+@pytest.mark.parametrize(("given", "hint"), [
+    ("train.epoch=3", "did you mean train.epochs?"),
+    ("train.base_lr=3", "did you mean optimizer.base_lr?"),
+    ("train.xyz=3", "train has epochs, "),
+    ("trian.epochs=3", "did you mean train?"),
+])  # fmt: skip
+def test_an_unknown_key_says_what_there_is(given: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Config, None, [*GIVEN, given])
+    assert f"unknown key; {hint}" in str(error.value)

@@ -162,6 +162,7 @@ def test_templates_come_from_files_and_headers(tmp_path: Path) -> None:
     assert PLAIN.render("a", "b") == "a\n\nb"
     for saved in (ALPACA, PLAIN, template):
         assert parse_template(template_fields(saved)) == saved
-    for fields in ({}, 5, {"kind": "chat"}, {"kind": "other", "source": "a"}, {"kind": "chat", "source": 5}):
+    other = {**template_fields(ALPACA), "later": ["{instruction}"]}
+    for fields in ({}, 5, {"kind": "chat"}, {"kind": "other", "source": "a"}, {"kind": "chat", "source": 5}, other):
         with pytest.raises(AdapterError, match="not a template"):
             parse_template(fields)

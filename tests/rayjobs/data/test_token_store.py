@@ -59,3 +59,12 @@ def test_equal_records_of_every_format_are_on_one_side(tmp_path: Path, tiny_base
     for ids in sides.values():
         assert {id ^ 1 for id in ids} == set(ids)  # a record and its duplicate differ in the last bit of their ids
         assert {id % 8 // 2 for id in ids} == {0, 1, 2, 3}  # each format is on both sides
+
+
+def test_records_of_val_path_are_for_validation(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(talk("ua")))
+    data = load(DataConfig, {"path": [], "val_path": str(tmp_path / "a.jsonl")})
+    encoding = token_store._Encoding(tokenizer=str(tiny_base), max_length=512, val_fraction=0, images=False)
+    (batch,) = token_store._read_chunks({"source": data.val_sources(), "number": [0]})
+    written = token_store._write_chunk(batch, tmp_path, [ALPACA], encoding, None)
+    assert (written["train"], written["val"]) == ([0], [1])

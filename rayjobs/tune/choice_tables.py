@@ -79,12 +79,12 @@ def _part_counts(
 
 
 def hurtful_notices(results: Sequence[tuple[Trial, TrialResult]], chosen: Sequence[ChosenSetting]) -> Iterator[str]:
-    """Sentences about parts without which more images are correct, for each choice."""
+    """A sentence for each part without which more images are correct, with the choices where this is so."""
+    choices: dict[str, dict[str, list[str]]] = {}
     for choice in chosen:
-        hurtful = [
-            name
-            for name, values in _part_counts(results, choice).items()
-            if None not in values["without"] and sum(values["with_it"]) < sum(values["without"])
-        ]
-        if hurtful:
-            yield f"{choice.method} at K={choice.shots}: {', '.join(hurtful)} hurt on the images of the choice"
+        for name, values in _part_counts(results, choice).items():
+            if None not in values["without"] and sum(values["with_it"]) < sum(values["without"]):
+                choices.setdefault(name, {}).setdefault(choice.method, []).append(str(choice.shots))
+    for name, shots in choices.items():
+        places = "; ".join(f"{method} at K={', '.join(numbers)}" for method, numbers in shots.items())
+        yield f"on the images of the choice, more are correct without {name}: {places}"

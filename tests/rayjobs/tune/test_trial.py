@@ -147,9 +147,10 @@ def test_the_parts_and_the_estimate_of_a_choice_are_told(tmp_path: Path) -> None
     for part, gain in verdicts.items():
         assert parts[part]["verdict"] == ("helps" if gain > 0 else "hurts" if gain < 0 else "adds nothing")
     hurtful = [part for part, gain in verdicts.items() if gain < 0]
-    assert [text.split(": ")[1] for text in hurtful_notices([(one, result)], chosen)] == (
-        [f"{', '.join(hurtful)} hurt on the images of the choice"] if hurtful else []
-    )
+    place = f"{chosen[0].method} at K={chosen[0].shots}"
+    assert list(hurtful_notices([(one, result)], chosen)) == [
+        f"on the images of the choice, more are correct without {part}: {place}" for part in hurtful
+    ]
 
 
 def test_a_choice_on_no_image_has_no_accuracy_and_goes_to_the_first_setting(tmp_path: Path) -> None:

@@ -75,7 +75,13 @@ class TokenizerSettings:
 def read_settings(folder: Path) -> TokenizerSettings:
     """Read the configuration files of a folder, as many as it has. Raises TokenizerError for a malformed one."""
     config = _read_json(folder / "tokenizer_config.json")
-    added = {int(id): added_token(token) for id, token in _dict(config.get("added_tokens_decoder")).items()}
+    listed = _dict(config.get("added_tokens_decoder"))
+    if wrong := [id for id in listed if not id.isdecimal()]:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has {wrong[0]!r} where a number is to be; "
+            "fetch the file again"
+        )
+    added = {int(id): added_token(token) for id, token in listed.items()}
     if not added:
         config |= _read_json(folder / "special_tokens_map.json")
     named = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}

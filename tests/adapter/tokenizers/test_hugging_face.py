@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from adapter.errors import TokenizerError
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
+from adapter.tokenizers.settings import read_settings
 from tests.adapter.tokenizers.samples import CHATML, KINDS, NASTY, llama2, llama2_legacy, llama3, qwen, splits
 
 
@@ -325,3 +326,10 @@ def test_a_real_tokenizer_that_transformers_converted(mistral_tokenizer: Path, t
         text = text.lstrip(" ▁")
         if not re.search("[ ▁]{2}|\\n ", text):
             assert ours.encode(text, bos=True, eos=False) == by_model.encode(text, bos=True, eos=False), text
+
+
+@pytest.mark.parametrize("id", ["", "x1", "-1"])
+def test_an_id_that_is_no_number_is_named(tmp_path: Path, id: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"0": "<a>", id: "<b>"}}))
+    with pytest.raises(TokenizerError, match=rf"tokenizer_config.json: added_tokens_decoder has '{id}' where a number"):
+        read_settings(tmp_path)

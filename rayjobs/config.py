@@ -172,6 +172,8 @@ def _holds_paths(field: Any) -> bool:
 _MISSING = ("missing", "missing_argument")
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 """Pydantic's names of errors, of its dataclasses and of other types."""
+_OTHER_TYPE = ("_type", "_parsing", "literal_error")
+"""Ends of pydantic's names of errors about a value that is of another type."""
 
 
 def _explain_all(cls: Any, items: Sequence[Any]) -> Iterator[str]:
@@ -186,10 +188,12 @@ def _explain_all(cls: Any, items: Sequence[Any]) -> Iterator[str]:
     for key, of_key in by_key.items():
         if key and any(other.startswith(f"{key}.") for other in by_key):
             continue
-        if len(of_key) > 1:
-            yield f"{key}: must be {type_name(field_type(cls, key.split('.')))}, got {of_key[0]['input']!r}"
+        bad = [item for item in of_key if not item["type"].endswith(_OTHER_TYPE)]  # of the type, but not allowed
+        if len(of_key) > 1 and not bad:
+            keys = [int(part) if part.isdigit() else part for part in key.split(".")]
+            yield f"{key}: must be {type_name(field_type(cls, keys))}, got {of_key[0]['input']!r}"
         else:
-            yield from _explain(cls, of_key[0], missing)
+            yield from _explain(cls, (bad or of_key)[0], missing)
 
 
 def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:

@@ -6,7 +6,11 @@ method is one file, one line below, and one test against a naive version of its 
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from cafo.errors import CafoError
 from cafo.methods.ape import Ape
@@ -39,9 +43,50 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Name → method with its authors' constants."""
 
 
-def find_method(name: str) -> Method:
-    """Return a method by its name, whatever its case. Raises CafoError for an unknown name."""
-    for known, method in METHODS.items():
+def full_name(name: str) -> str:
+    """Return a method's name as `METHODS` has it, whatever its case. Raises CafoError for an unknown name."""
+    for known in METHODS:
         if known.casefold() == name.casefold():
-            return method
+            return known
     raise CafoError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+
+
+def find_method(name: str, constants: Mapping[str, Any] | None = None) -> Method:
+    """Return a method by its name, whatever its case.
+
+    Args:
+        name: the name.
+        constants: those of the method's constants that are changed, as a config has them, such as
+            `{"grid": {"beta_steps": 50}}`.
+
+    Raises:
+        CafoError: an unknown name, or a constant that the method does not have or that cannot have this value.
+    """
+    method = METHODS[full_name(name)]
+    if not constants:
+        return method
+    values = _merge(asdict(method), constants, full_name(name))  # type: ignore[call-overload] - all are dataclasses
+    try:
+        changed: Method = TypeAdapter(type(method)).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CafoError(f"{full_name(name)}: {where}: {first['msg']}, got {first['input']!r}") from error
+    if not all(stage.settings and stage.alphas for stage in changed.stages):
+        raise CafoError(
+            f"{full_name(name)}: {dict(constants)} leaves no value to try; give each grid at least one step"
+        )
+    return changed
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return values with some changed, at any depth. Raises CafoError for a name that is not there."""
+    merged = dict(values)
+    for name, value in changes.items():
+        if name not in values:
+            raise CafoError(f"{where} has no constant {name!r}; it has {', '.join(values) or 'none'}")
+        inner = values[name]
+        merged[name] = (
+            _merge(inner, value, f"{where}: {name}") if isinstance(inner, dict) and isinstance(value, dict) else value
+        )
+    return merged

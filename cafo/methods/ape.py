@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.cache import affinity
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums
+from cafo.cache import affinity, zero_shot_logits
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Tensors, Terms, class_sums
 from cafo.methods.voting import VotingGrid, kernel, linear_steps
 
 CALTECH_GRID = VotingGrid(beta_high=7.0, alpha_high=7.0)
@@ -67,7 +67,13 @@ class Ape(Method):
         sums = images.text + class_sums(images.keys, images.labels, images.num_classes).T
         means = sums / (counts + 1)[:, None]
         kept = best_channels(means, images.text, self.similarity_weight, self.channels)
-        return ApeCache(images, kept)
+        keys, text = (F.normalize(rows[:, kept], dim=-1) for rows in (images.keys, images.text))
+        return ApeCache(images.classifier, images.labels, kept, keys, disagreement(keys, text, images.labels))
+
+    def restore(self, tensors: Tensors, setting: Setting) -> ApeCache:
+        """Return the keys on the chosen channels."""
+        names = ("classifier", "labels", "channels", "keys", "disagreement")
+        return ApeCache(*(tensors[name] for name in names))
 
 
 def best_channels(means: Tensor, text: Tensor, similarity_weight: float, share: float) -> Tensor:
@@ -85,27 +91,42 @@ def best_channels(means: Tensor, text: Tensor, similarity_weight: float, share: 
     return score.topk(max(1, int(share * width))).indices
 
 
-class ApeCache:
-    """The keys and text on the chosen channels."""
+def disagreement(keys: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+    """Return log₂((1 + ε) / (p_{i,y_i} + ε)), how far text disagrees with each key's label: (M,).
 
-    def __init__(self, images: FewShotImages, channels: Tensor) -> None:
-        """Take the training images and the channels (Q,)."""
-        self.images, self.channels = images, channels
-        self.keys = F.normalize(images.keys[:, channels], dim=-1)
-        text = F.normalize(images.text[:, channels], dim=-1)
-        share = (self.keys @ text.T).softmax(dim=-1).gather(1, images.labels[:, None])[:, 0]
-        self.disagreement = torch.log2((1 + _EPSILON) / (share + _EPSILON))  # (M,)
+    Args:
+        keys: G′, (M, Q).
+        text: T′, (N, Q).
+        labels: (M,) int64.
+    """
+    share = (keys @ text.T).softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+    return torch.log2((1 + _EPSILON) / (share + _EPSILON))
+
+
+class ApeCache:
+    """The keys on the chosen channels, with their disagreement, and the text classifier."""
+
+    def __init__(
+        self, classifier: Tensor, labels: Tensor, channels: Tensor, keys: Tensor, disagreement: Tensor
+    ) -> None:
+        """Take the classifier (C, N), the keys' labels (M,), the channels (Q,), G′ (M, Q) and the disagreement (M,)."""
+        self.classifier, self.labels, self.channels = classifier, labels, channels
+        self.keys, self.disagreement = keys, disagreement
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return all of them; no setting needs others."""
+        return dict(vars(self))
 
     @torch.no_grad()
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f Tᵀ and the weighted votes; the setting has `beta` and `gamma`."""
-        base = self.images.zero_shot(features)
+        base, classes = zero_shot_logits(features.unit, self.classifier), self.classifier.shape[1]
         seen = affinity(self.keys, F.normalize(features.unit[:, self.channels], dim=-1))
         kernels = lru_cache(maxsize=1)(lambda beta: kernel(seen, beta))
 
         def at(setting: Setting) -> Terms:
             weights = torch.exp(setting["gamma"] * self.disagreement)
             votes = kernels(setting["beta"]) * weights[:, None]
-            return Terms(base, class_sums(votes, self.images.labels, self.images.num_classes))
+            return Terms(base, class_sums(votes, self.labels, classes))
 
         return at

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cafo.cache import affinity
 from cafo.methods.ape import CALTECH_GRID, best_channels
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Tensors, Terms, class_sums, combinations
 from cafo.methods.training import Training, train
 from cafo.methods.voting import VotingGrid, kernel
 
@@ -64,7 +64,7 @@ class ApeT(Method):
         channels = best_channels(images.text, images.text, self.similarity_weight, self.channels)
         residual = torch.zeros(images.num_classes, len(channels), requires_grad=True)
         weights = torch.ones(len(images.labels), requires_grad=True)
-        fitted = Residuals(images, channels)
+        fitted = Residuals(images.text, images.keys, images.labels, channels)
 
         def loss(features: Tensor, labels: Tensor) -> Tensor:
             epoch = Epoch(residual, weights)
@@ -73,6 +73,12 @@ class ApeT(Method):
 
         for epoch in train([residual, weights], loss, images, self.training, seed):
             fitted.epochs[epoch] = Epoch(residual.detach().clone(), weights.detach().clone())
+        return fitted
+
+    def restore(self, tensors: Tensors, setting: Setting) -> Residuals:
+        """Return the residuals and weights of one epoch."""
+        fitted = Residuals(*(tensors[name] for name in ("text", "untrained_keys", "labels", "channels")))
+        fitted.epochs[int(setting["epoch"])] = Epoch(tensors["residual"], tensors["weights"])
         return fitted
 
 
@@ -88,21 +94,25 @@ class Epoch(NamedTuple):
 class Residuals:
     """The residuals and weights of each epoch."""
 
-    def __init__(self, images: FewShotImages, channels: Tensor) -> None:
-        """Take the training images and the channels (Q,); `fit` adds what each epoch trained."""
-        self.images, self.channels = images, channels
+    def __init__(self, text: Tensor, untrained_keys: Tensor, labels: Tensor, channels: Tensor) -> None:
+        """Take T (N, C), G (M, C), its labels (M,) and the channels (Q,); `fit` adds what each epoch trained."""
+        self.text, self.untrained_keys, self.labels, self.channels = text, untrained_keys, labels, channels
         self.epochs: dict[int, Epoch] = {}
-        self.untrained_keys, self.text = images.keys, images.text
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return what is not trained, and R and u after the setting's epoch."""
+        fixed = {name: value for name, value in vars(self).items() if name != "epochs"}
+        return {**fixed, **self.epochs[int(setting["epoch"])]._asdict()}
 
     def keys(self, epoch: Epoch) -> Tensor:
         """Return G̃, (M, C)."""
-        return self.untrained_keys.index_add(1, self.channels, epoch.residual[self.images.labels])
+        return self.untrained_keys.index_add(1, self.channels, epoch.residual[self.labels])
 
     def vote(self, features: Tensor, affinities: Tensor, epoch: Epoch, beta: float) -> Terms:
         """Return 100 f T̃ᵀ and the votes of keys with affinities (M, B)."""
         text = self.text.index_add(1, self.channels, epoch.residual)
         votes = kernel(affinities, beta) * epoch.weights[:, None]
-        return Terms(100 * features @ text.T, class_sums(votes, self.images.labels, self.images.num_classes))
+        return Terms(100 * features @ text.T, class_sums(votes, self.labels, len(text)))
 
     @torch.no_grad()
     def terms(self, features: Features) -> Callable[[Setting], Terms]:

@@ -30,6 +30,10 @@ Setting = Mapping[str, float]
 """Hyperparameter → value. `alpha` is the weight of the term."""
 
 
+Tensors = Mapping[str, Tensor]
+"""Name → tensor."""
+
+
 class Terms(NamedTuple):
     """The logits of images before α is applied."""
 
@@ -176,6 +180,9 @@ class Fitted(Protocol):
             features: of B images.
         """
 
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return all that `terms` reads at one setting, from which `Method.restore` makes it again."""
+
 
 class Method(Protocol):
     """A few-shot method and its grid of hyperparameters: a frozen dataclass of the author's constants."""
@@ -194,6 +201,13 @@ class Method(Protocol):
         Args:
             images: the training images.
             seed: seed of whatever is random, such as the order of the images.
+        """
+
+    def restore(self, tensors: Tensors, setting: Setting) -> Fitted:
+        """Return what has given `tensors` at a setting; it knows this setting alone.
+
+        Raises:
+            KeyError: a tensor is missing.
         """
 
     def lacks(self, given: Given) -> str | None:

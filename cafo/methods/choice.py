@@ -29,6 +29,7 @@ from cafo.cache import count_correct
 from cafo.calibration import free_temperature_loss
 from cafo.cross_fit import stratified_folds
 from cafo.errors import CafoError
+from cafo.estimate import Estimate
 from cafo.methods.base import Features, FewShotImages, Fitted, Method, Setting, Stage, Terms
 from cafo.near_best import near_highest
 from cafo.search import Rule
@@ -55,6 +56,12 @@ class Chosen:
     setting: Setting
     how: Select
     """`none` also where a cross-fit could hold no image out"""
+    correct: int | None = None
+    """images of the choice that are correct; None for `none`, like `total`"""
+    total: int | None = None
+    """all images of the choice"""
+    estimate: Estimate | None = None
+    """an estimate of the accuracy on new images"""
 
     def logits(self, features: Features) -> Tensor:
         """Return the logits of images: (B, N)."""
@@ -70,6 +77,7 @@ def fit_and_choose(
     seed: int = 0,
     folds: int = 5,
     rule: Rule = "near_best",
+    estimate: bool = False,
 ) -> Chosen:
     """Fit a method on all training images, and choose its hyperparameters.
 
@@ -81,6 +89,8 @@ def fit_and_choose(
         seed: seed of the fit and of the folds.
         folds: number of folds of a cross-fit.
         rule: how one setting is chosen.
+        estimate: estimate the accuracy on new images, where there are images to choose on; it takes `folds` times as
+            long as the choice.
 
     Raises:
         CafoError: the method lacks something, there are no validation images, or a loss is not finite.
@@ -93,7 +103,17 @@ def fit_and_choose(
         judged = [Judged(fitted, *val)]
     elif how == "crossfit":
         judged = held_out_fits(method, images, folds, seed)
-    return Chosen(fitted=fitted, setting=choose(method, judged, rule), how=how if judged else "none")
+    setting = choose(method, judged, rule)
+    if not judged:
+        return Chosen(fitted=fitted, setting=setting, how="none")
+    return Chosen(
+        fitted=fitted,
+        setting=setting,
+        how=how,
+        correct=sum(count_judged(one, setting) for one in judged),
+        total=sum(len(one.labels) for one in judged),
+        estimate=estimate_accuracy(method, _parts(judged, folds, seed), rule) if estimate else None,
+    )
 
 
 def fit(method: Method, images: FewShotImages, seed: int) -> Fitted:
@@ -122,6 +142,39 @@ def held_out_fits(method: Method, images: FewShotImages, folds: int, seed: int) 
             return []
         judged.append(Judged(method.fit(others, seed), images.plain.rows(held), images.labels[held]))
     return judged
+
+
+def estimate_accuracy(method: Method, parts: Sequence[Judged], rule: Rule = "near_best") -> Estimate | None:
+    """Return the accuracy on each part of settings that were chosen on the others; None of fewer than two parts.
+
+    The accuracy on the images of a choice is too high, since the setting was chosen for them.
+    """
+    if len(parts) < 2:
+        return None
+    correct = 0
+    for i, held in enumerate(parts):
+        setting = choose(method, [*parts[:i], *parts[i + 1 :]], rule)
+        correct += count_judged(held, setting)
+    return Estimate(correct=correct, total=sum(len(one.labels) for one in parts))
+
+
+def _parts(judged: Sequence[Judged], folds: int, seed: int) -> list[Judged]:
+    """Divide the images of a choice for an estimate: the folds of a cross-fit, or parts of the validation images."""
+    if len(judged) > 1:
+        return list(judged)
+    (one,) = judged
+    rows = torch.arange(len(one.labels))
+    fold_of = stratified_folds(one.labels, rows, folds, seed)
+    fold_of[fold_of < 0] = torch.arange(int((fold_of < 0).sum())) % folds
+    parts = [(fold_of == fold).nonzero()[:, 0] for fold in fold_of.unique()]
+    return [Judged(one.fitted, one.features.rows(part), one.labels[part]) for part in parts]
+
+
+@torch.no_grad()
+def count_judged(judged: Judged, setting: Setting) -> int:
+    """Return the number of images that a fitted method has right at a setting."""
+    terms = judged.fitted.terms(judged.features)(setting)
+    return count_correct(terms.logits(setting["alpha"]), judged.labels)
 
 
 @torch.no_grad()

@@ -19,7 +19,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cafo.methods.base import Features, FewShotImages, Given, Method, Setting, Stage, Terms, class_means, powers_of_ten
+from cafo.cache import zero_shot_logits
+from cafo.methods.base import (
+    Features,
+    FewShotImages,
+    Given,
+    Method,
+    Setting,
+    Stage,
+    Tensors,
+    Terms,
+    class_means,
+    powers_of_ten,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +59,11 @@ class Gda(Method):
 
     def fit(self, images: FewShotImages, seed: int) -> Discriminant:
         """Solve for w and b."""
-        return Discriminant(images, *discriminant(*images.samples, images.num_classes))
+        return Discriminant(images.classifier, *discriminant(*images.samples, images.num_classes))
+
+    def restore(self, tensors: Tensors, setting: Setting) -> Discriminant:
+        """Return the discriminant."""
+        return Discriminant(tensors["classifier"], tensors["weights"], tensors["biases"])
 
 
 def discriminant(samples: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -70,13 +86,17 @@ def discriminant(samples: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
 
 
 class Discriminant:
-    """The weights and biases, and the training images' text classifier."""
+    """The weights and biases, and the text classifier."""
 
-    def __init__(self, images: FewShotImages, weights: Tensor, biases: Tensor) -> None:
-        """Take weights (N, C) and biases (N,)."""
-        self.images, self.weights, self.biases = images, weights, biases
+    def __init__(self, classifier: Tensor, weights: Tensor, biases: Tensor) -> None:
+        """Take the classifier (C, N), weights (N, C) and biases (N,)."""
+        self.classifier, self.weights, self.biases = classifier, weights, biases
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the classifier, w and b."""
+        return {"classifier": self.classifier, "weights": self.weights, "biases": self.biases}
 
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f Tᵀ and f·w + b."""
-        terms = Terms(self.images.zero_shot(features), features.unit @ self.weights.T + self.biases)
+        terms = Terms(zero_shot_logits(features.unit, self.classifier), features.unit @ self.weights.T + self.biases)
         return lambda setting: terms

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, combinations, powers_of_ten
+from cafo.methods.base import (
+    Features,
+    FewShotImages,
+    Method,
+    Setting,
+    Stage,
+    Tensors,
+    Terms,
+    combinations,
+    powers_of_ten,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,10 @@ class LinearProbe(Method):
             found[inverse_penalty] = ((weights.detach() @ basis.T).float(), biases.detach().float())
         return Regressions(found)
 
+    def restore(self, tensors: Tensors, setting: Setting) -> Regressions:
+        """Return the regression of one penalty."""
+        return Regressions({setting["inverse_penalty"]: (tensors["weights"], tensors["biases"])})
+
 
 def _minimise(
     inputs: Tensor, labels: Tensor, weights: Tensor, biases: Tensor, inverse_penalty: float, probe: LinearProbe
@@ -87,6 +101,11 @@ class Regressions:
     def __init__(self, weights: Mapping[float, tuple[Tensor, Tensor]]) -> None:
         """Take {c: (W (N, C), b (N,))}."""
         self.weights = weights
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return W and b."""
+        weights, biases = self.weights[setting["inverse_penalty"]]
+        return {"weights": weights, "biases": biases}
 
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return f·W + b, and the term 0; the setting has `inverse_penalty`."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.key_training import check_finite
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Tensors, Terms, class_sums, combinations
 
 _MOMENTUM = 0.9
 _TEXT_SCALE = 250
@@ -85,7 +85,12 @@ class LpPlusPlus(Method):
                 text = text - text_lr * text_gradient
             if epoch in kept_epochs:
                 kept[epoch] = Weights(weights, biases, text)
-        return Probe(images, kept)
+        return Probe(images.text.contiguous(), kept)
+
+    def restore(self, tensors: Tensors, setting: Setting) -> Probe:
+        """Return the weights of one epoch."""
+        weights = Weights(tensors["visual"], tensors["biases"], tensors["text_weights"])
+        return Probe(tensors["text"], {int(setting["epoch"]): weights})
 
 
 class Weights(NamedTuple):
@@ -102,9 +107,14 @@ class Weights(NamedTuple):
 class Probe:
     """The weights of each kept epoch."""
 
-    def __init__(self, images: FewShotImages, epochs: Mapping[int, Weights]) -> None:
-        """Take the training images and {epoch: weights}."""
-        self.images, self.epochs = images, epochs
+    def __init__(self, text: Tensor, epochs: Mapping[int, Weights]) -> None:
+        """Take the text (N, C) and {epoch: weights}."""
+        self.text, self.epochs = text, epochs
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the text, and w, b and a after the setting's epoch."""
+        weights = self.epochs[int(setting["epoch"])]
+        return {"text": self.text, "visual": weights.visual, "biases": weights.biases, "text_weights": weights.text}
 
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return f·w + b, and the text's part as the term; the setting has `epoch`."""
@@ -112,6 +122,6 @@ class Probe:
 
         def at(setting: Setting) -> Terms:
             weights = self.epochs[int(setting["epoch"])]
-            return Terms(unit @ weights.visual.T + weights.biases, weights.text * (unit @ self.images.text.T))
+            return Terms(unit @ weights.visual.T + weights.biases, weights.text * (unit @ self.text.T))
 
         return at

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_means
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Tensors, Terms, class_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,10 @@ class NearestMean(Method):
         """Compute the means."""
         return ClassMeans(class_means(*images.samples, images.num_classes))
 
+    def restore(self, tensors: Tensors, setting: Setting) -> ClassMeans:
+        """Return the means."""
+        return ClassMeans(tensors["means"])
+
 
 class ClassMeans:
     """The mean of each class."""
@@ -42,6 +46,10 @@ class ClassMeans:
     def __init__(self, means: Tensor) -> None:
         """Take the means (N, C)."""
         self.means = means
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the means."""
+        return {"means": self.means}
 
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return half the negative squared distances, and the term 0."""

@@ -24,7 +24,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafo.key_training import check_finite
-from cafo.methods.base import Features, FewShotImages, Given, Method, Projection, Setting, Stage, Terms, combinations
+from cafo.methods.base import (
+    Features,
+    FewShotImages,
+    Given,
+    Method,
+    Projection,
+    Setting,
+    Stage,
+    Tensors,
+    Terms,
+    combinations,
+)
 
 _ADAM_EPSILON = 1e-4
 
@@ -64,18 +75,55 @@ class ProLip(Method):
         """Prepare; each setting is trained when it is first used."""
         if self.on_embeddings:
             width = len(images.classifier)
-            return Projections(self, images, images.views.unit, Projection(torch.eye(width)))
+            return Projections(self, images, Projection(torch.eye(width)))
         assert images.projection is not None
-        assert images.views.unprojected is not None
-        return Projections(self, images, images.views.unprojected.float(), images.projection)
+        return Projections(self, images, images.projection)
+
+    def restore(self, tensors: Tensors, setting: Setting) -> Projected:
+        """Return the projection of one setting."""
+        return Projected(self.on_embeddings, tensors["text"], Projection(tensors["weight"], tensors.get("bias")))
+
+
+class Projected:
+    """The projection of one setting, which is trained, and the text."""
+
+    def __init__(self, on_embeddings: bool, text: Tensor, projection: Projection) -> None:
+        """Take whether unit embeddings are projected, the text (N, C) and the projection."""
+        self.on_embeddings, self.text, self.projection = on_embeddings, text, projection
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the text, W and b."""
+        bias = {} if self.projection.bias is None else {"bias": self.projection.bias}
+        return {"text": self.text, "weight": self.projection.weight, **bias}
+
+    def terms(self, features: Features) -> Callable[[Setting], Terms]:
+        """Return 100 unit(z) Tᵀ, and the term 0."""
+        logits = project(read(features, self.on_embeddings), self.projection, self.text)
+        return lambda setting: Terms(logits, torch.zeros_like(logits))
+
+
+def read(features: Features, on_embeddings: bool) -> Tensor:
+    """Return what is projected of images: their unit embeddings (B, C), or what comes before the projection (B, E)."""
+    if on_embeddings:
+        return features.unit
+    assert features.unprojected is not None
+    return features.unprojected.float()
+
+
+def project(inputs: Tensor, projection: Projection, text: Tensor) -> Tensor:
+    """Return 100 unit(z) Tᵀ: (B, E), (N, C) → (B, N)."""
+    bias = None if projection.bias is None else projection.bias.float()
+    return 100 * F.normalize(F.linear(inputs, projection.weight, bias), dim=-1) @ text.T
 
 
 class Projections:
     """The projection trained at each setting."""
 
-    def __init__(self, method: ProLip, images: FewShotImages, inputs: Tensor, start: Projection) -> None:
-        """Take the training images, what is projected of their views, (V, M, E), and the pretrained projection."""
-        self.method, self.images, self.inputs, self.start = method, images, inputs, start
+    def __init__(self, method: ProLip, images: FewShotImages, start: Projection) -> None:
+        """Take the training images and the pretrained projection."""
+        self.method, self.images, self.start = method, images, start
+        self.inputs = read(images.views, method.on_embeddings)  # (V, M, E)
+        self.text = images.text.contiguous()
         self._trained: dict[tuple[float, float], Tensor] = {}
 
     def weight(self, learning_rate: float, penalty: float) -> Tensor:
@@ -93,7 +141,8 @@ class Projections:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.method.steps)
         for step in range(self.method.steps):
             view = self.inputs[(step + 1) % len(self.inputs)]
-            loss = F.cross_entropy(self._logits(view, weight), self.images.labels)
+            logits = project(view, self.start._replace(weight=weight), self.text)
+            loss = F.cross_entropy(logits, self.images.labels)
             loss = loss + penalty * (weight - pretrained).square().sum()
             check_finite(loss, f"step {step + 1}", lr)
             optimizer.zero_grad(set_to_none=True)
@@ -102,17 +151,15 @@ class Projections:
             schedule.step()
         return weight.detach()
 
-    def _logits(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        projected = F.linear(inputs, weight, None if self.start.bias is None else self.start.bias.float())
-        return 100 * F.normalize(projected, dim=-1) @ self.images.text.T
+    def at(self, setting: Setting) -> Projected:
+        """Return the projection of one setting, which has `learning_rate` and `penalty`."""
+        weight = self.weight(setting["learning_rate"], setting["penalty"])
+        return Projected(self.method.on_embeddings, self.text, self.start._replace(weight=weight))
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the text, and W and b of the setting."""
+        return self.at(setting).tensors(setting)
 
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
-        """Return 100 unit(z) Tᵀ, and the term 0; the setting has `learning_rate` and `penalty`."""
-        inputs = features.unit if self.method.on_embeddings else features.unprojected
-        assert inputs is not None
-
-        def at(setting: Setting) -> Terms:
-            logits = self._logits(inputs.float(), self.weight(setting["learning_rate"], setting["penalty"]))
-            return Terms(logits, torch.zeros_like(logits))
-
-        return at
+        """Return 100 unit(z) Tᵀ, and the term 0."""
+        return lambda setting: self.at(setting).terms(features)(setting)

@@ -30,6 +30,7 @@ from cafo.methods.base import (
     Method,
     Setting,
     Stage,
+    Tensors,
     Terms,
     class_means,
     combinations,
@@ -78,6 +79,28 @@ class Timo(Method):
         assert images.prompts is not None
         return GuidedText(images, images.prompts.float())
 
+    def restore(self, tensors: Tensors, setting: Setting) -> TextAndDiscriminant:
+        """Return the guided text and the discriminant of one setting."""
+        return TextAndDiscriminant(tensors["text"], tensors["weights"], tensors["biases"])
+
+
+class TextAndDiscriminant:
+    """The guided text and the discriminant of one setting."""
+
+    def __init__(self, text: Tensor, weights: Tensor, biases: Tensor) -> None:
+        """Take T̂ (N, C), weights (N, C) and biases (N,)."""
+        self.text, self.weights, self.biases = text, weights, biases
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return T̂, w and b."""
+        return dict(vars(self))
+
+    def terms(self, features: Features) -> Callable[[Setting], Terms]:
+        """Return f·w + b and f·T̂ᵀ."""
+        unit = features.unit
+        terms = Terms(unit @ self.weights.T + self.biases, unit @ self.text.T)
+        return lambda setting: terms
+
 
 class GuidedText:
     """The sentences of each class with their fit, and discriminants for several numbers of them."""
@@ -107,17 +130,19 @@ class GuidedText:
             self._discriminants[sentences] = discriminant(everything, labels, classes)
         return self._discriminants[sentences]
 
+    def at(self, setting: Setting) -> TextAndDiscriminant:
+        """Return the text and the discriminant of one setting, which has `gamma`, `sentences` and `images`."""
+        text, each = self.text(setting["gamma"]), self.prompts.shape[1]
+        if not setting["images"]:
+            return TextAndDiscriminant(text, torch.zeros_like(text), text.new_zeros(len(text)))
+        sentences = int(1 + setting["sentences"] / 2 * (2 * each - 1) + _ROUNDING)
+        return TextAndDiscriminant(text, *self.discriminant(sentences))
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return T̂, w and b of the setting."""
+        return self.at(setting).tensors(setting)
+
     @torch.no_grad()
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
-        """Return f·w + b and f·T̂ᵀ; the setting has `gamma`, `sentences` and `images`."""
-        unit, each = features.unit, self.prompts.shape[1]
-
-        def at(setting: Setting) -> Terms:
-            term = unit @ self.text(setting["gamma"]).T
-            if not setting["images"]:
-                return Terms(torch.zeros_like(term), term)
-            sentences = int(1 + setting["sentences"] / 2 * (2 * each - 1) + _ROUNDING)
-            weights, biases = self.discriminant(sentences)
-            return Terms(unit @ weights.T + biases, term)
-
-        return at
+        """Return f·w + b and f·T̂ᵀ."""
+        return lambda setting: self.at(setting).terms(features)(setting)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.cache import affinity
-from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Terms, class_sums, combinations
+from cafo.cache import affinity, zero_shot_logits
+from cafo.methods.base import Features, FewShotImages, Method, Setting, Stage, Tensors, Terms, class_sums, combinations
 from cafo.methods.training import Training, train
 from cafo.methods.voting import VotingGrid, kernel
 
@@ -49,7 +49,11 @@ class TipAdapter(Method):
 
     def fit(self, images: FewShotImages, seed: int) -> TipCache:
         """Make the keys."""
-        return TipCache(images, {0: images.keys})
+        return TipCache(images.classifier, images.labels, {0: images.keys})
+
+    def restore(self, tensors: Tensors, setting: Setting) -> TipCache:
+        """Return the keys."""
+        return TipCache.restore(tensors, setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +86,38 @@ class TipAdapterF(Method):
             return F.cross_entropy(100 * features @ images.text.T + self.alpha * votes, labels)
 
         epochs = train([keys], loss, images, self.training, seed)
-        return TipCache(images, {epoch: keys.detach().clone() for epoch in epochs})
+        return TipCache(images.classifier, images.labels, {epoch: keys.detach().clone() for epoch in epochs})
+
+    def restore(self, tensors: Tensors, setting: Setting) -> TipCache:
+        """Return the keys of one epoch."""
+        return TipCache.restore(tensors, setting)
 
 
 class TipCache:
     """The keys of each epoch, and their votes."""
 
-    def __init__(self, images: FewShotImages, keys: Mapping[int, Tensor]) -> None:
-        """Take the training images and keys {epoch: (M, C)}."""
-        self.images, self.keys = images, keys
+    def __init__(self, classifier: Tensor, labels: Tensor, keys: Mapping[int, Tensor]) -> None:
+        """Take the text classifier (C, N), the keys' labels (M,) and keys {epoch: (M, C)}."""
+        self.classifier, self.labels, self.keys = classifier, labels, keys
+
+    @classmethod
+    def restore(cls, tensors: Tensors, setting: Setting) -> TipCache:
+        """Return what has given `tensors`."""
+        return cls(tensors["classifier"], tensors["labels"], {int(setting["epoch"]): tensors["keys"]})
+
+    def tensors(self, setting: Setting) -> Tensors:
+        """Return the classifier, the labels, and the keys of the setting's epoch."""
+        return {"classifier": self.classifier, "labels": self.labels, "keys": self.keys[int(setting["epoch"])]}
 
     @torch.no_grad()
     def terms(self, features: Features) -> Callable[[Setting], Terms]:
         """Return 100 f Tᵀ and the votes; the setting has `beta` and `epoch`."""
-        base, unit = self.images.zero_shot(features), features.unit
+        unit, classes = features.unit, self.classifier.shape[1]
+        base = zero_shot_logits(unit, self.classifier)
         affinities = lru_cache(maxsize=1)(lambda epoch: affinity(self.keys[int(epoch)], unit))
 
         def at(setting: Setting) -> Terms:
             votes = kernel(affinities(setting["epoch"]), setting["beta"])
-            return Terms(base, class_sums(votes, self.images.labels, self.images.num_classes))
+            return Terms(base, class_sums(votes, self.labels, classes))
 
         return at

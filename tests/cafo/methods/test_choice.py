@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cafo.calibration import free_temperature_loss
+from cafo.cross_fit import stratified_folds
 from cafo.errors import CafoError
 from cafo.methods import METHODS, find_method
 from cafo.methods.ape_t import ApeT
@@ -167,3 +168,25 @@ def test_images_that_do_not_fit_are_refused(change, message):
     train, _, _ = problem.images()
     with pytest.raises(CafoError, match=message):
         replace(train, **change)
+
+
+@pytest.mark.parametrize("how", ["val", "crossfit"])
+def test_an_estimate_is_of_settings_that_were_chosen_without_the_images_they_are_counted_on(how):
+    train, others, labels = problem.images(seed=5, noise=1.5)
+    chosen = fit_and_choose(SMALL, train, how, val=(others, labels), seed=6, folds=3, estimate=True)
+    if how == "val":
+        fold_of = stratified_folds(labels, torch.arange(len(labels)), 3, 6)
+        parts = [Judged(chosen.fitted, others.rows(fold_of == f), labels[fold_of == f]) for f in fold_of.unique()]
+    else:
+        parts = held_out_fits(SMALL, train, 3, 6)
+    assert chosen.total == sum(len(part.labels) for part in parts) == len(labels if how == "val" else train.labels)
+
+    def right(part, setting):
+        logits = part.fitted.terms(part.features)(setting).logits(setting["alpha"])
+        return int((logits.argmax(1) == part.labels).sum())
+
+    assert chosen.correct == sum(right(part, chosen.setting) for part in parts)
+    correct = sum(right(part, choose(SMALL, [other for other in parts if other is not part])) for part in parts)
+    assert (chosen.estimate.correct, chosen.estimate.total) == (correct, chosen.total)
+    none = fit_and_choose(SMALL, train, "none", estimate=True)
+    assert (none.correct, none.total, none.estimate) == (None, None, None)

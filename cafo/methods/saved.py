@@ -1,0 +1,140 @@
+"""A fitted few-shot method as one file: safetensors with a JSON header, never pickle.
+
+The file has the tensors that the logits at the chosen setting are made of (`Fitted.tensors`), so that it needs neither
+the training images nor their features, is small, and gives the logits that were chosen, to the bit. Saving the choice
+and fitting again would need the features of all views (for ImageNet 0.7 GB), and a fit is not the same to the bit on
+another machine. One general form of all methods' logits would be smaller still, but a method that does not fit it
+would need more than a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cafo.errors import CafoError
+from cafo.files import atomic_path, is_lfs_pointer
+from cafo.methods import find_method
+from cafo.methods.base import Features, Fitted, Method, Setting
+
+FORMAT = "few-shot-method-1"
+
+_ROWS_AT_ONCE = 2048
+
+
+class TrainingFile(NamedTuple):
+    """An image that a method was fitted on."""
+
+    path: str
+    """path below the folder of the images"""
+    class_name: str
+    content: str
+    """fingerprint of the file; empty if unknown"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FewShotClassifier:
+    """A fitted method at its chosen setting: everything that a classifier needs besides the encoder."""
+
+    name: str
+    """the method's name in `METHODS`"""
+    method: Method
+    fitted: Fitted
+    setting: Setting
+    class_names: tuple[str, ...]
+    """the N classes, in the order of the logits"""
+    source: str
+    """name of the encoder whose features are read"""
+    encoders: Mapping[str, str]
+    """source → identity of the encoder"""
+    images: tuple[TrainingFile, ...] = ()
+    """the images that it was fitted on"""
+    seed: int = 0
+    """seed of the fit"""
+
+    @torch.no_grad()
+    def logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of images from {source: (B, C)}: (B, N). They are computed block by block.
+
+        Raises:
+            CafoError: the features of the source are missing.
+        """
+        if self.source not in features:
+            raise CafoError(f"{self.name} needs features of {self.source}, which were not given")
+        blocks = [
+            self.fitted.terms(Features(embeddings=block))(self.setting).logits(self.setting["alpha"])
+            for block in features[self.source].split(_ROWS_AT_ONCE)
+        ]
+        return torch.cat(blocks)
+
+
+def save_classifier(classifier: FewShotClassifier, path: str | Path) -> None:
+    """Write a fitted method atomically: its tensors at its setting, and everything else in the header."""
+    tensors = classifier.fitted.tensors(classifier.setting)
+    header = {
+        "format": FORMAT,
+        "method": classifier.name,
+        "constants": json.dumps(asdict(classifier.method)),  # type: ignore[call-overload] - all are dataclasses
+        "setting": json.dumps(dict(classifier.setting)),
+        "class_names": json.dumps(classifier.class_names),
+        "source": classifier.source,
+        "encoders": json.dumps(dict(classifier.encoders)),
+        "images": json.dumps(classifier.images),
+        "seed": str(classifier.seed),
+    }
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+
+
+def load_classifier(path: str | Path) -> FewShotClassifier:
+    """Read a fitted method that `save_classifier` wrote.
+
+    Raises:
+        CafoError: the file is missing, cut short, a Git LFS pointer, or not of this format, its method is unknown, or
+            its tensors hold NaN or infinity.
+    """
+    if not Path(path).is_file():
+        raise CafoError(f"no classifier at {path}; fit one first")
+    if is_lfs_pointer(path):
+        raise CafoError(f"{path} is a Git LFS pointer, not the classifier itself; run `git lfs pull`")
+    try:
+        return _read_classifier(path)
+    except (SafetensorError, LookupError, ValueError, TypeError) as error:
+        if isinstance(error, CafoError):
+            raise
+        raise CafoError(
+            f"{path} is no whole {FORMAT} file ({error!r}; {Path(path).stat().st_size:,} bytes); copy it again, or "
+            "delete it and fit it again"
+        ) from error
+
+
+def _read_classifier(path: str | Path) -> FewShotClassifier:
+    with safe_open(str(path), "pt") as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise CafoError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
+        # Copied, since the last bits of a product may depend on the memory alignment of its factors.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CafoError(f"{path}: {', '.join(broken)} hold NaN or infinity; delete the file and fit it again")
+    method = find_method(header["method"], json.loads(header["constants"]))
+    setting = json.loads(header["setting"])
+    return FewShotClassifier(
+        name=header["method"],
+        method=method,
+        fitted=method.restore(tensors, setting),
+        setting=setting,
+        class_names=tuple(json.loads(header["class_names"])),
+        source=header["source"],
+        encoders=json.loads(header["encoders"]),
+        images=tuple(TrainingFile(*image) for image in json.loads(header["images"])),
+        seed=int(header["seed"]),
+    )

@@ -181,6 +181,10 @@ class Classifier(NamedTuple):
     """number of sentences that were encoded"""
     truncated: tuple[str, ...]
     """sentences longer than CLIP's text window, which were cut"""
+    embeddings: Tensor
+    """(T, C) float32 of unit norm: each sentence's, class by class"""
+    counts: tuple[int, ...]
+    """number of sentences of each class"""
 
 
 def zero_shot_classifier(
@@ -207,7 +211,21 @@ def zero_shot_classifier(
     features = torch.cat([encoder.encode_text(batch).cpu() for batch in batches])  # (T, C)
     means = torch.stack([part.mean(dim=0) for part in features.split(counts)])
     truncated = tuple(text for text in texts if encoder.is_truncated(text))
-    return Classifier(F.normalize(means, dim=-1).T.contiguous(), len(texts), truncated)
+    weights = F.normalize(means, dim=-1).T.contiguous()
+    return Classifier(weights, len(texts), truncated, features.float(), tuple(counts))
+
+
+def sentences_by_class(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the sentences of each class: (T, C) → (N, P, C), P the most sentences that a class has.
+
+    A class that has fewer begins again with its first.
+
+    Args:
+        embeddings: those of all sentences, class by class.
+        counts: number of sentences of each of the N classes.
+    """
+    turn = torch.arange(max(counts))
+    return torch.stack([part[turn % len(part)] for part in embeddings.split(list(counts))])
 
 
 def _read_sentences(path: Path) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from cafo.prompt import (
     EndpointModel,
     describe_classes,
     read_prompts,
+    sentences_by_class,
     template_prompts,
     zero_shot_classifier,
 )
@@ -96,6 +97,10 @@ def test_the_classifier_is_the_normalised_mean_and_lists_truncated_sentences():
         torch.testing.assert_close(got.weights[:, column], mean / mean.norm())
     assert got.sentences == 6
     assert got.truncated == ("deaf badge faded",)
+    by_class = sentences_by_class(got.embeddings, got.counts)
+    in_turn = [prompts["a"], [*prompts["b"], *prompts["b"]]]
+    for rows, texts in zip(by_class, in_turn, strict=True):
+        torch.testing.assert_close(rows, torch.cat([Letters().encode_text([text]) for text in texts]))
     with pytest.raises(ValueError, match="1 of 2 classes: emu"):
         zero_shot_classifier(Letters(), prompts, ["a", "emu"])
 

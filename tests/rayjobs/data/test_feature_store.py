@@ -1,5 +1,6 @@
 """Damaged files of the cache are named with the way out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rayjobs.data import text_classifier
+from rayjobs.data.feature_store import open_encoders
 from rayjobs.data.image_source import read_part
 from rayjobs.data.text_classifier import prepare_classifier
+from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
 from rayjobs.storage.files import write_parquet
 from rayjobs.storage.fingerprint import fingerprint
+from tests.rayjobs.cafo_dataset import make_dataset
 
 
 @pytest.mark.parametrize("length", [0, 40, -8])
@@ -42,3 +47,39 @@ def test_a_classifier_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"safetensors is no whole classifier file .*delete it, and the next run"):
             prepare_classifier(info, prompts, ["ant"], tmp_path, {})
+
+
+def test_the_sentences_of_a_classifier_are_kept_when_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(tmp_path)
+    encoders = json.loads((tmp_path / "encoders.json").read_text())
+    (info,) = open_encoders({"clip": VisionEncoderConfig(**encoders["clip"])}).values()
+    prompts, names = {"ant": ["an ant", "an insect", "ants"], "bee": ["a bee", "a wasp"]}, ["bee", "ant"]
+    written: list[bool] = []
+
+    class Task:
+        def options(self, **_: Any) -> "Task":
+            return self
+
+        def remote(self, *given: Any) -> None:
+            written.append(given[-1])
+            text_classifier._write_classifier(*given)
+
+    monkeypatch.setattr(text_classifier.ray, "remote", lambda function: Task())
+    monkeypatch.setattr(text_classifier.ray, "get", lambda reference: reference)
+    alone = prepare_classifier(info, prompts, names, tmp_path, {"CPU": 1})
+    assert alone.embeddings is None
+    for _ in range(2):
+        both = prepare_classifier(info, prompts, names, tmp_path, {"CPU": 1}, each=True)
+    assert written == [False, True]  # each file is made once
+    encoder = load_vision_encoder(VisionEncoderConfig(**encoders["clip"]))
+    for label, texts in enumerate((["a bee", "a wasp", "a bee"], ["an ant", "an insect", "ants"])):
+        expected = torch.cat([encoder.encode_text([text]) for text in texts])  # type: ignore[attr-defined]
+        torch.testing.assert_close(both.embeddings[label], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(alone.weights, both.weights)
+    assert (alone.store, alone.sentences) == (both.store, 5)
+    (path,) = (tmp_path / "classifiers").glob("*-sentences.safetensors")
+    path.write_bytes(path.read_bytes()[:70])
+    with pytest.raises(ValueError, match=r"-sentences\.safetensors is no whole classifier file"):
+        prepare_classifier(info, prompts, names, tmp_path, {}, each=True)

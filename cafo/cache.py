@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from cafo.calibration import Calibration
 from cafo.ensemble import Combination, Ensemble, combine
 from cafo.errors import CafoError
 from cafo.files import atomic_path, is_lfs_pointer
@@ -59,6 +60,8 @@ class Cache:
     alpha: float = 1.0
     beta: float = 5.5
     ensemble: Ensemble = field(default_factory=Ensemble)
+    calibration: Calibration | None = None
+    """from held-out images at these α, β and ensemble; None if there were none"""
 
     def __post_init__(self) -> None:
         entries = len(self.labels)
@@ -193,6 +196,9 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "beta": repr(cache.beta),
         "ensemble": json.dumps(asdict(cache.ensemble)),
     }
+    if cache.calibration is not None:
+        tensors["held_out_scores"] = cache.calibration.scores.cpu().contiguous()
+        header["temperature"] = repr(cache.calibration.temperature)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, header)
 
@@ -231,6 +237,9 @@ def _read_cache(path: str | Path) -> Cache:
     ensemble = json.loads(header["ensemble"])
     if ensemble["sources"] is not None:
         ensemble["sources"] = tuple(ensemble["sources"])
+    calibration = None
+    if "temperature" in header:
+        calibration = Calibration(temperature=float(header["temperature"]), scores=tensors["held_out_scores"])
     return Cache(
         keys={name.removeprefix("keys."): t for name, t in tensors.items() if name.startswith("keys.")},
         labels=tensors["labels"],
@@ -241,4 +250,5 @@ def _read_cache(path: str | Path) -> Cache:
         alpha=float(header["alpha"]),
         beta=float(header["beta"]),
         ensemble=Ensemble(**ensemble),
+        calibration=calibration,
     )

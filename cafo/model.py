@@ -7,7 +7,8 @@
         "dino": EncoderSpec(kind="dino", weights="dino_resnet50_pretrain.pth"),
     }
     model = CaFo.fit("photos", encoders, shots=16)    # a folder per class
-    model.predict(["a.jpg", "b.jpg"])                 # [Prediction("cat", 0.97), Prediction("dog", 0.88)]
+    cat, dog = model.predict(["a.jpg", "b.jpg"], top=3)
+    cat.class_name, cat.probability, cat.top          # "cat", 0.97, (("cat", 0.97), ("lynx", 0.02), ("dog", 0.01))
     model.save("pets.safetensors")
     CaFo.load("pets.safetensors", encoders)           # a sweep's cache.safetensors loads the same way
 
@@ -27,7 +28,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -47,6 +47,7 @@ from cafo.image_trees import load_tree
 from cafo.images import ImageInput, load_image
 from cafo.items import Item
 from cafo.key_training import KeyTraining
+from cafo.prediction import Prediction, predict
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import weight_grid
 from cafo.search_grid import BetaGrid
@@ -55,14 +56,6 @@ from cafo.selection import Choosing, Select, Selected, default_select, select
 _IMAGES_PER_BATCH = 64
 
 logger = logging.getLogger(__name__)
-
-
-class Prediction(NamedTuple):
-    """The most likely class of an image."""
-
-    class_name: str
-    probability: float
-    """softmax of the logits at this class"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,16 +194,24 @@ class CaFo:
             )
         return self.cache.logits(_encode(self.encoders, images))
 
-    def predict(self, images: Sequence[ImageInput]) -> list[Prediction]:
-        """Return the most likely class of each image of a list, which may hold the same as that of `logits`.
+    def predict(self, images: Sequence[ImageInput], *, top: int = 1, coverage: float | None = None) -> list[Prediction]:
+        """Return the likeliest classes of each image of a list, which may hold the same as that of `logits`.
+
+        The probabilities are calibrated on held-out images; a classifier that was fitted without any, for example on
+        one image per class, gives the plain softmax of its logits.
+
+        Args:
+            images: as for `logits`.
+            top: number of classes to return.
+            coverage: the probability, such as 0.9, with which an image's class should be in its prediction set; None
+                for no sets.
 
         Raises:
-            CafoError: one image in place of a list.
+            CafoError: one image in place of a list, a `top` below 1, or a coverage that the held-out images are too few
+                for.
             ImageError: an image that cannot be read.
         """
-        probabilities, labels = self.logits(images).softmax(dim=-1).max(dim=-1)
-        names = [self.cache.class_names[label] for label in labels.tolist()]
-        return [Prediction(name, share) for name, share in zip(names, probabilities.tolist(), strict=True)]
+        return predict(self.cache, self.logits(images), top, coverage)
 
 
 def _open_dataset(data: Dataset | str | Path, seed: int) -> Dataset:

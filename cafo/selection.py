@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from cafo.cache import Cache, zero_shot_logits
+from cafo.calibration import calibrate
 from cafo.cross_fit import TrainingImages, cross_fit, leave_one_out
 from cafo.ensemble import Ensemble
 from cafo.errors import CafoError
@@ -32,6 +34,8 @@ from cafo.search_grid import BetaGrid
 
 Select = Literal["val", "crossfit", "leave_one_out", "prior"]
 Report = Callable[[Epoch], None]
+
+_IMAGES_PER_BLOCK = 1024
 
 
 def default_select(*, has_val: bool, shots: int, trained: bool) -> Select:
@@ -149,6 +153,9 @@ def _train_all(cache: Cache, views: Mapping[str, Views], training: KeyTraining, 
 def _choose(cache: Cache, epoch: Epoch, how: Select, images: HeldOut, choosing: Choosing, seed: int) -> Selected:
     best = search(*images, grid=choosing.grid, ensembles=choosing.ensembles, rule=choosing.rule)
     chosen = replace(cache, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble)
+    blocks = torch.arange(len(images.labels), device=images.labels.device).split(_IMAGES_PER_BLOCK)
+    logits = [images.images(rows).combine(best.beta, best.ensemble).logits(best.alpha) for rows in blocks]
+    chosen = replace(chosen, calibration=calibrate(torch.cat(logits), images.labels))
     estimate = None
     if choosing.estimate or (choosing.estimate is None and how != "val"):
         grid, ensembles, rule = choosing.grid, choosing.ensembles, choosing.rule

@@ -1,10 +1,10 @@
-"""The loss at a free temperature against scipy's minimiser, and what it must not depend on."""
+"""The best temperature and its loss against scipy's minimiser, and what they must not depend on."""
 
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from cafo.calibration import free_temperature_loss
+from cafo.calibration import best_temperature, calibrate, free_temperature_loss
 
 B, N = 13, 7
 
@@ -34,6 +34,32 @@ def test_it_is_the_lowest_loss_over_all_temperatures(seed):
             lambda log_t, one=one: smoothed_loss(one, labels, 10**log_t), bounds=(-3, 4), method="bounded"
         )
         assert float(loss) == pytest.approx(found.fun, rel=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibrated_probabilities_are_those_of_the_best_temperature(seed):
+    logits, labels = problem(seed)
+    some = logits[1:4]  # the first says nothing, the last is right everywhere: their temperatures have no bound
+    for one, temperature in zip(some, best_temperature(some, labels), strict=True):
+        found = minimize_scalar(
+            lambda log_t, one=one: smoothed_loss(one, labels, 10**log_t), bounds=(-3, 4), method="bounded"
+        )
+        assert float(temperature) == pytest.approx(10**found.x, rel=0.01)
+        made = calibrate(one, labels)
+        assert made.temperature == pytest.approx(float(temperature))
+        expected = torch.softmax(one.double() / made.temperature, dim=-1)
+        torch.testing.assert_close(made.probabilities(one).double(), expected)
+        own = sorted(1 - float(row[label]) for row, label in zip(expected, labels, strict=True))
+        assert made.scores.tolist() == pytest.approx(own, abs=1e-6)
+
+
+def test_logits_of_a_known_temperature_are_calibrated_back_to_it():
+    rng = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(25_000, N, generator=rng)  # more images than the temperature is fitted on
+    labels = torch.multinomial(logits.softmax(dim=-1), 1, generator=rng)[:, 0]
+    made = calibrate(5 * logits, labels)
+    assert made.temperature == pytest.approx(5, rel=0.03)
+    assert len(made.scores) == 25_000
 
 
 def test_the_size_of_the_logits_and_a_constant_per_image_do_not_matter():

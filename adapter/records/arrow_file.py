@@ -1,15 +1,16 @@
 """Read the rows of Parquet and Arrow files one by one, in bounded memory."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from adapter.errors import RecordError
 from adapter.records.row import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _ROWS_PER_BATCH = 256
 
@@ -28,11 +29,16 @@ def read_arrow(path: Path) -> Iterator[Row]:
 
 
 def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
     with pq.ParquetFile(path) as file:
         yield from file.iter_batches(batch_size=_ROWS_PER_BATCH)
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+    import pyarrow.ipc
+
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             file = pa.ipc.open_file(source)
@@ -43,6 +49,8 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    import pyarrow as pa
+
     number = 0
     try:
         for batch in batches:

@@ -4,8 +4,6 @@ import io
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import pyarrow as pa
-
 from adapter.errors import RecordError
 from adapter.file_kind import check_content
 
@@ -55,6 +53,8 @@ def open_bytes(path: Path) -> BinaryIO:
     ending = compression_of(path)
     if not ending:
         return path.open("rb")
+    import pyarrow as pa
+
     return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression=_CODECS[ending])), 1 << 16)
 
 

@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-
 from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, autoscaled_by_kubernetes, find_autoscaler_config
 
 Resources = Mapping[str, float]
@@ -48,6 +46,8 @@ class Capacity:
 
 def cluster_capacity() -> Capacity:
     """Return the capacity of the cluster that this process is connected to."""
+    import ray
+
     alive = [node for node in ray.nodes() if node["Alive"]]
     heads = [node for node in alive if HEAD_RESOURCE in node["Resources"]]
     present = Capacity(nodes=tuple(node["Resources"] for node in alive))

@@ -1,12 +1,10 @@
-"""The frozen base model of a config."""
+"""The frozen base model of a config. Importing this module imports no PyTorch."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from adapter.base.checkpoint import Checkpoint, open_checkpoint, open_config
-from adapter.base.hf_checkpoint import CONFIG
-from adapter.base.quantization import PRECISIONS, bitsandbytes
-from adapter.model import AdaptedModel
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import describe_missing, load_tokenizer
 from rayjobs.config import config
@@ -15,6 +13,10 @@ from rayjobs.storage.download import cached_path
 from rayjobs.storage.hub import HubPath, is_hub_path
 from rayjobs.storage.hub_model import bytes_to_fetch, format_bytes
 from rayjobs.storage.paths import ModelPath, resolve_path
+
+if TYPE_CHECKING:
+    from adapter.base.checkpoint import Checkpoint
+    from adapter.model import AdaptedModel
 
 Dtype = Literal["fp32", "bf16", "int8", "nf4"]
 """The names in `adapter.base.quantization.PRECISIONS`."""
@@ -47,6 +49,10 @@ class BaseModelConfig:
         Returns the checkpoint and the tokenizer's path. Raises CheckpointError, TokenizerError or ConfigError, naming
         the file, for what is missing, damaged, or does not fit; AdapterError if the library that quantizes is missing.
         """
+        from adapter.base.checkpoint import open_checkpoint, open_config
+        from adapter.base.hf_checkpoint import CONFIG
+        from adapter.base.quantization import PRECISIONS, bitsandbytes
+
         if PRECISIONS[self.dtype].quantization:
             bitsandbytes()
         to_fetch = self.bytes_to_fetch()
@@ -80,6 +86,9 @@ class BaseModelConfig:
         encoder: identity of the image encoder in use, if any. Raises CheckpointError if the adapter cannot be read or
         was made for another base, tokenizer or encoder.
         """
+        from adapter.base.quantization import PRECISIONS
+        from adapter.model import AdaptedModel
+
         tokenizer = cached_path(self.tokenizer, weights=False) if self.tokenizer else None
         dtype, quantization = PRECISIONS[self.dtype]
         model = AdaptedModel.from_pretrained(

@@ -1,6 +1,6 @@
 """The frozen image encoder that a config names.
 
-Importing this module imports neither open_clip nor timm, which takes seconds and which text does not need.
+Importing this module imports neither PyTorch, open_clip nor timm, which take seconds.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import torch
 from pydantic import AfterValidator
-from torch import Tensor
 
 from cafo.encoder_spec import EncoderSpec
-from cafo.images import Preprocess
 from rayjobs.config import config
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import ShownAs, is_url, resolve_path
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from cafo.encoders import ImageEncoder
+    from cafo.images import Preprocess
 
 
 def _absolute_if_path(text: str) -> str:
@@ -69,9 +70,13 @@ class EncoderInfo(NamedTuple):
 
     def features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
         """Features (B, C) float32, on the CPU, of images (B, 3, S, S). `encoder` is this encoder, loaded."""
+        import torch
+
         return torch.cat([self._batch_features(encoder, batch).cpu() for batch in images.split(self.batch)])
 
     def _batch_features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+        import torch
+
         if not self.scales:
             return encoder.encode_image(batch)
         return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)

@@ -1,18 +1,23 @@
-"""Image-conditioned adapters: the vision section of a config, and the frozen encoder that reads an adapter's images."""
+"""Image-conditioned adapters: the vision section of a config, and the frozen encoder that reads an adapter's images.
+
+Importing this module imports no PyTorch, which takes seconds.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from adapter.image_projection import ImageProjectionConfig, Images
 from rayjobs.config import config
 from rayjobs.errors import UserError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from adapter.image_projection import ImageProjectionConfig, Images
 
 
 @config
@@ -47,6 +52,10 @@ class VisionConfig:
             raise UserError(
                 "vision.augment=true needs vision.mode=streamed: stored features are computed once, from whole images"
             )
+        import torch
+
+        from adapter.image_projection import ImageProjectionConfig
+
         encoder = load_vision_encoder(self.encoder)
         side = encoder.preprocess.size
         widths = tuple(scale.shape[1] for scale in encoder.multi_scale(torch.zeros(1, 3, side, side), self.scales))
@@ -117,6 +126,9 @@ class ImageFeaturizer:
 
     def features(self, payloads: list[bytes]) -> Tensor:
         """Features (n, F) float32 of n payloads, float32 each: pixels (3, S, S) or features (F,)."""
+        import numpy as np
+        import torch
+
         numbers = torch.tensor(np.stack([np.frombuffer(payload, np.float32) for payload in payloads]))
         if self.info is None:
             return numbers
@@ -125,6 +137,8 @@ class ImageFeaturizer:
 
     def images(self, payloads: list[bytes | None]) -> Images | None:
         """Features (n, F) and their rows (n,), given one payload or None per row; None if no row has an image."""
+        import torch
+
         rows = [row for row, payload in enumerate(payloads) if payload is not None]
         if not rows:
             return None

@@ -1,5 +1,7 @@
 """Read and write JSON, JSONL and Parquet files, local or at a URL; a file is written whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -8,14 +10,14 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from adapter import atomic_file
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
 from rayjobs.storage.paths import is_url, resolve_path, upload_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @contextmanager
@@ -102,12 +104,16 @@ def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[
 
 def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = None) -> None:
     """Write a table, cast to the schema if there is one. Raises pyarrow.ArrowInvalid if it does not fit the schema."""
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
         pq.write_table(table if schema is None else table.cast(schema), temporary)
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The table of a Parquet file, or only the named columns of it."""
+    import pyarrow.parquet as pq
+
     resolved: Any = resolve_path(path)
     with _as_storage_error(path, "read"):
         if is_url(resolved):

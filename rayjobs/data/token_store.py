@@ -5,7 +5,6 @@ and `index.json`, which is written last: a folder without it is unfinished and i
 fixed positions, so a store does not depend on the machine or the parallelism that made it.
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -30,6 +29,7 @@ from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import source_templates
+from rayjobs.data.trained_records import is_held_out
 from rayjobs.errors import DataError
 from rayjobs.models.base_model import open_tokenizer
 from rayjobs.runs.run_dir import REJECTED_FILE
@@ -297,7 +297,7 @@ def _write_chunk(
         changed.update(notes)
         changed.update(_changes(examples))
         image = image_index if encoding.images else None
-        side = "val" if source.role == "val" or _is_held_out(record, encoding.val_fraction) else "train"
+        side = "val" if source.role == "val" or is_held_out(record, encoding.val_fraction) else "train"
         rows[side] += [{"id": id, "tokens": e.ids, "label_spans": e.label_spans, "image": image} for e in examples]
     for side, listed in rows.items():
         if listed:
@@ -327,17 +327,6 @@ def _changes(examples: Sequence[Example]) -> Counter[str]:
 def _check_image(root: str, path: str, preprocess: Any) -> None:
     """Decode and preprocess an image, so that a broken one is found before training."""
     preprocess(read_image(root, path))
-
-
-def _is_held_out(record: dict[str, str], fraction: float) -> bool:
-    """Return whether a record is held out for validation, by a hash of its conversation, image or content.
-
-    So a record and its duplicates, and all records about one image, are on the same side wherever they stand.
-    """
-    group = record.get("group") or record["image"]
-    content = group or "\0".join(record[name] for name in ("instruction", "input", "output"))
-    digest = hashlib.sha256(content.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from rayjobs.console import Progress
 from rayjobs.data.image_source import ImageSource, StoredFeatures
 from rayjobs.data.loader import collate_micro_batch
 from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
-from rayjobs.data.token_store import TokenStore
+from rayjobs.data.token_store import Split, TokenStore
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 
@@ -31,14 +31,15 @@ def record_losses(
     images: ImageSource | None,
     token_budget: int,
     pool: WorkerPoolConfig,
+    split: Split = "train",
 ) -> pa.Table:
-    """The losses of all records of a token store: a table of `LOSSES`, ordered by id.
+    """The losses of all records of one split of a token store: a table of `LOSSES`, ordered by id.
 
     token_budget: tokens per batch of a worker, padding included.
     """
     sampler = ElasticBatchSampler(
         store=store,
-        split="train",
+        split=split,
         global_batch=512,
         token_budget=token_budget,
         shuffle_records=4096,
@@ -48,7 +49,7 @@ def record_losses(
     windows = [{"epoch": 0, "window": window} for window in range(sampler.windows_per_epoch)]
     resources = pool.resources()
     stored, device = isinstance(images, StoredFeatures), worker_device(resources)
-    progress = Progress("eval", unit="records", total=store.rows("train"))
+    progress = Progress("eval", unit="records", total=store.rows(split))
     with ray_data_context(preserve_order=True), reraise_user_errors(), progress as bar:
         batches = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             window_micro_batches,

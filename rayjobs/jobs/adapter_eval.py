@@ -3,9 +3,13 @@
 task=loss: cross-entropy and perplexity of the records' outputs. task=scienceqa: accuracy in the paper's eight classes;
 the same command resumes an interrupted run and keeps the predictions that are there. Records that cannot be used are
 set aside one by one.
+
+Records that the adapter was trained on are refused unless `allow_training_records` is set; the result then says how
+many they are. They are known by content, from the run that the adapter lies in.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,10 +24,12 @@ from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
-from rayjobs.data.records import RecordsConfig, Source, check_sources
+from rayjobs.data.record_files import Role
+from rayjobs.data.records import DataConfig, RecordsConfig, Source, check_sources
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import describe_sources, source_templates
-from rayjobs.data.token_store import IMAGE_LISTS, prepare_tokens
+from rayjobs.data.token_store import IMAGE_LISTS, Split, prepare_tokens
+from rayjobs.data.trained_records import held_out_records, is_held_out
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator
@@ -39,7 +45,7 @@ from rayjobs.inference.scienceqa import (
     rejected_problems,
     summarize,
 )
-from rayjobs.inference.training_records import describe_overlap
+from rayjobs.inference.training_records import Overlap, find_overlap, run_data
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
@@ -67,11 +73,33 @@ class Config(AdapterSourceConfig):
     `likelihood`."""
     batch_size: int = Field(default=16, ge=1)
     """Problems of scienceqa per batch of a worker."""
-    data: RecordsConfig
+    data: RecordsConfig | None = None
+    """Records to score; null with `split`."""
+    split: Literal["val"] | None = None
+    """`val` scores the records that the adapter's own run held out for validation, or its `data.val_path`, in place of
+    `data`."""
+    allow_training_records: bool = False
+    """Score records that the adapter was trained on; the result is labelled. False refuses them."""
     token_budget: int = Field(default=8192, ge=1)
     """Tokens per batch of a worker for task=loss, padding included."""
     scale: WorkerPoolConfig = WorkerPoolConfig()
     run: RunConfig
+
+    def __post_init__(self) -> None:
+        if self.split and self.data:
+            raise ConfigError("split=val takes the records of the adapter's run: leave out data, or split")
+        if self.split and not self.adapter:
+            raise ConfigError("split=val takes the records of the run of an adapter: give adapter, or name data.path")
+        if not self.split and not self.data:
+            raise ConfigError(
+                "data.path: required, but not given; name the records to score, or give split=val for those that the "
+                "adapter's run held out"
+            )
+
+    @property
+    def records(self) -> RecordsConfig:
+        """The records to score, or those of the adapter's run, of which `split` is scored."""
+        return self.data or run_data(str(self.adapter))
 
 
 class Checked(NamedTuple):
@@ -79,6 +107,7 @@ class Checked(NamedTuple):
 
     tokenizer: Path
     """path or URL of the tokenizer"""
+    records: RecordsConfig
     sources: list[Source]
     templates: list[Template]
     """the template of each source"""
@@ -88,6 +117,8 @@ class Checked(NamedTuple):
     """the image encoder; None if images are left out"""
     saved: AdapterFile | None
     """the adapter; None for the base alone"""
+    overlap: Overlap
+    """the records among those to be scored that the adapter was trained on"""
 
 
 def check(settings: Config, *, weights: bool = True) -> Checked:
@@ -96,24 +127,66 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     weights: False to leave the weights of a base on the hub there.
     """
     checkpoint, tokenizer, conditioning, saved = settings.open(weights=weights)
-    length, window = settings.data.max_length, checkpoint.config.max_seq_len
-    sources, problems = settings.data.sources(), list[Problem]()
+    records = settings.records
+    length, window = records.max_length, checkpoint.config.max_seq_len
+    sources, problems = records.all_sources(), list[Problem]()
     if settings.task == "scienceqa":
-        if len(sources) != 1:
-            raise ConfigError(f"task scienceqa measures one folder at a time, data.path names {len(sources)}")
         if settings.reading == "generate" and min(length, window) <= MAX_ANSWER_TOKENS:
             raise ConfigError(
                 f"data.max_length={length} with a window of {window} leaves no prompt: an answer has up to "
                 f"{MAX_ANSWER_TOKENS} tokens"
             )
-        sources = [replace(settings.data, format="scienceqa").source(settings.data.path[0], "test")]
+        sources = [scienceqa_source(settings, records)]
         problems = read_test_problems(sources[0])
+        if settings.split and sources[0].role == "train":
+            problems = [each for each in problems if is_held_out(each.record(), records.held_out_fraction)]
     elif length > window:
         raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
     else:
         check_sources(sources)
     templates = source_templates(sources, open_tokenizer(tokenizer), saved)
-    return Checked(tokenizer, sources, templates, problems, conditioning, saved)
+    overlap = check_overlap(settings, records, problems)
+    return Checked(tokenizer, records, sources, templates, problems, conditioning, saved, overlap)
+
+
+def scienceqa_source(settings: Config, records: RecordsConfig) -> Source:
+    """The folder of ScienceQA to measure: its test split, or with `split` what the adapter's run validates on.
+
+    Raises ConfigError if there are several.
+    """
+    given = records.path
+    if settings.split and isinstance(records, DataConfig) and records.val_path:
+        given = records.val_path
+    if len(given) != 1:
+        raise ConfigError(f"task scienceqa measures one folder at a time, data.path names {len(given)}")
+    role: Role = "test" if not settings.split else "train" if given is records.path else "val"
+    return replace(records, format="scienceqa").source(given[0], role)
+
+
+def check_overlap(settings: Config, records: RecordsConfig, problems: Sequence[Problem]) -> Overlap:
+    """Compare the records to be scored with those that the adapter was trained on.
+
+    Raises:
+        DataError: the adapter was trained on some, and `allow_training_records` is not set; or none is to be scored.
+    """
+    if settings.adapter is None:
+        return Overlap(0, 0, "")
+    if settings.task == "scienceqa":
+        scored: Iterable[dict[str, Any]] = (problem.record() for problem in problems)
+    elif settings.split:
+        scored = held_out_records(records)
+    else:
+        scored = (record for source in records.all_sources() for record in source.read())
+    overlap = find_overlap(settings.adapter, scored)
+    if settings.split and not overlap.records:
+        raise DataError(f"{settings.adapter}: its run held out no records; name others in data.path")
+    if overlap.trained_on and not settings.allow_training_records:
+        others = "" if settings.split else "name other records; or give split=val for what its run held out; or "
+        raise DataError(
+            f"{settings.adapter} was trained on {overlap.trained_on:,} of the {overlap.records:,} records, such as "
+            f"{overlap.example!r}: {others}allow_training_records=true to score them too, which the result then says"
+        )
+    return overlap
 
 
 def read_test_problems(source: Source) -> list[Problem]:
@@ -133,6 +206,11 @@ def plan(settings: Config) -> None:
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
         ["data", describe_sources(checked.sources, checked.templates)],
+        *(
+            [["scored", f"what the run of the adapter held out, {checked.overlap.records:,} records"]]
+            * bool(settings.split)
+        ),
+        ["trained on", describe_overlap(settings, checked.overlap)],
         ["images", f"read by {encoder.identity}" if encoder else "left out"],
         ["workers", str(settings.scale.workers)],
     ]
@@ -143,16 +221,33 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Measure; return and write `result.json`, with every record's loss or prediction beside it as Parquet."""
     checked = check(settings)
-    overlap = describe_overlap(settings.adapter, checked.sources)
-    if overlap:
-        logger.warning("%s", overlap)
+    overlap = checked.overlap
     result = measure_scienceqa(settings, checked) if settings.task == "scienceqa" else measure_loss(settings, checked)
-    if overlap:
-        result["headline"] += ", on records that the adapter was trained on"
-        result["warning"] = overlap
+    result["headline"] += overlap.label
+    result["records_trained_on"] = "unknown" if overlap.trained_on is None else overlap.trained_on
+    if overlap.trained_on != 0:
+        result["warning"] = describe_overlap(settings, overlap)
+        logger.warning("%s", result["warning"])
     write_result(settings.run.folder, result)
     show_result(settings.run.name, result)
     return result
+
+
+def describe_overlap(settings: Config, overlap: Overlap) -> str:
+    """Say how many of the records the adapter was trained on, and what that means for the figures."""
+    if settings.adapter is None:
+        return "none: the base alone is measured"
+    if overlap.trained_on is None:
+        return (
+            "which records the adapter was trained on is not known, as no run is beside it: the figures may be of "
+            "records that it knows"
+        )
+    if not overlap.trained_on:
+        return "none of the records"
+    return (
+        f"the adapter was trained on {overlap.trained_on:,} of the {overlap.records:,} records: the figures say how "
+        "well it knows these, not how well it does on others"
+    )
 
 
 def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
@@ -162,12 +257,13 @@ def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
     connect(folder, cache)
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
     preprocess = conditioning and conditioning.encoder.preprocess
-    store = prepare_tokens(settings.data, tokenizer, cache, saved=checked.saved, preprocess=preprocess, run=folder)
+    store = prepare_tokens(checked.records, tokenizer, cache, saved=checked.saved, preprocess=preprocess, run=folder)
     images = None
     if settings.vision and conditioning:
         lists = resolve_path(store.folder) / IMAGE_LISTS
         images = prepare_image_source(settings.vision, conditioning, checked.sources, lists, cache, settings.scale, 0)
-    losses = record_losses(settings, conditioning, store, images, settings.token_budget, settings.scale)
+    split: Split = settings.split or "train"
+    losses = record_losses(settings, conditioning, store, images, settings.token_budget, settings.scale, split)
     write_parquet(folder / "losses.parquet", losses, LOSSES)
     left_out = {"rejected_records": store.rejected, "images_left_out": store.images_left_out}
     return {**summarize_losses(losses), **left_out}
@@ -183,7 +279,7 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     check_provenance(parts / IDENTITY, identity)  # before anything of a finished run is overwritten
     folder = open_run(settings.run, settings)
     predictions = BatchGenerator(
-        task=AnswerProblems(template, settings.reading, settings.data.max_length),
+        task=AnswerProblems(template, settings.reading, checked.records.max_length),
         schema=PREDICTIONS,
         parts=parts,
         identity=identity,
@@ -199,7 +295,7 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     check_rejected_share(
         [f"problem {row['pid']}: {row['reason']}" for row in rejected],
         len(problems),
-        settings.data.max_rejected_fraction,
+        checked.records.max_rejected_fraction,
         "data.max_rejected_fraction",
         listed=str(folder / REJECTED_FILE),
     )
@@ -217,7 +313,7 @@ def task_identity(settings: Config, checked: Checked, *, reads_images: bool) -> 
         **data_identity(records, checked.sources[0].images, reads_images),
         "template": template_fields(checked.templates[0]),
         "reading": settings.reading,
-        "max_length": settings.data.max_length,
+        "max_length": checked.records.max_length,
         "batch_size": settings.batch_size,
     }
 

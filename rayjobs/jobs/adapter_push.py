@@ -1,7 +1,9 @@
 """Upload a trained adapter to the Hugging Face hub: its file, its model card, and its run's settings and result.
 
 The repository is made if there is none, for you alone unless `public` is set. A second push is a new commit. Settings
-and result are uploaded without credentials, and with the names of files in place of their paths.
+and result are uploaded without credentials, and with the names of files in place of their paths. Of the training
+records, only digests are uploaded, by which adapter-eval knows them again: whoever has a record can find out whether it
+was trained on.
 
 The token is that of `hf auth login` or HF_TOKEN; it needs the right to write.
 """
@@ -22,7 +24,7 @@ from rayjobs.runs.run_dir import CONFIG_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json
 from rayjobs.storage.hub import HubPath, hub_errors, is_hub_id
-from rayjobs.storage.hub_model import ADAPTER_FILE, format_bytes
+from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.yaml_file import dump_yaml, read_yaml
 
@@ -89,8 +91,10 @@ def _collect_run(folder: Path, repo: str) -> list[Upload]:
     own = folder / CARD_FILE
     card = own.read_text(encoding="utf-8") if own.is_file() else run_card(folder)
     result = json.dumps(publishable(read_json(folder / RESULT_FILE)), indent=2, ensure_ascii=False) + "\n"
+    digests = folder / TRAINED_RECORDS_FILE
     return [
         Upload(ADAPTER_FILE, cached_path(folder / ADAPTER_FILE)),
+        *([Upload(TRAINED_RECORDS_FILE, cached_path(digests))] if digests.is_file() else []),
         Upload(CARD_FILE, _adapted(card, repo)),
         Upload(CONFIG_FILE, dump_yaml(publishable(read_yaml(folder / CONFIG_FILE))).encode()),
         Upload(RESULT_FILE, result.encode()),

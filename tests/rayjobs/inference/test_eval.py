@@ -1,4 +1,4 @@
-"""adapter-eval: what cannot be measured is refused before a worker starts, and training records are named."""
+"""adapter-eval: what cannot be measured is refused before a worker starts, and so are training records."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,14 @@ from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
 from adapter.records.scienceqa import read_problems
 from rayjobs.config import load
-from rayjobs.data.records import RecordsConfig
+from rayjobs.data.records import DataConfig, RecordsConfig
+from rayjobs.data.trained_records import held_out_records, trained_digests, write_digests
+from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.scienceqa import rejected_problems
-from rayjobs.inference.training_records import describe_overlap
+from rayjobs.inference.training_records import find_overlap
 from rayjobs.jobs import adapter_eval
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_jsonl
+from rayjobs.storage.hub_model import TRAINED_RECORDS_FILE
 from rayjobs.storage.yaml_file import write_yaml
 from tests.rayjobs.colour_questions import write_base, write_questions
 
@@ -35,28 +38,111 @@ def train(folder: Path, base: Path, data: dict[str, Any]) -> str:
     return str(folder / "adapter.safetensors")
 
 
-def test_records_that_the_adapter_was_trained_on_are_known_by_content(
+def overlap(adapter: str | None, *paths: Any, **more: Any) -> tuple[int, int | None]:
+    """The records to be scored, and those among them that the adapter was trained on."""
+    sources = load(RecordsConfig, {"path": list(paths), **more}).sources()
+    found = find_overlap(adapter, (record for source in sources for record in source.read()))
+    return found.records, found.trained_on
+
+
+def leave_digests(folder: Path, data: dict[str, Any]) -> None:
+    """What a run of adapter-train leaves of its records."""
+    write_digests(folder / TRAINED_RECORDS_FILE, trained_digests(load(DataConfig, data)))
+
+
+def test_records_that_the_adapter_was_trained_on_are_known_one_by_one(
     tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:
-    adapter = train(tmp_path / "run", tiny_base, {"path": [str(records)], "val_fraction": 0.1})
-    moved = shutil.copy(records, tmp_path / "moved.jsonl")
-    write_jsonl(tmp_path / "other.jsonl", read_jsonl(records)[1:])
+    rows = read_jsonl(records)
+    data = {"path": [str(records)], "val_fraction": 0.2}
+    adapter = train(tmp_path / "run", tiny_base, data)
+    held_out = list(held_out_records(load(DataConfig, data)))
+    trained = len(rows) - len(held_out)
+    assert 5 < len(held_out) < 40
+    write_jsonl(tmp_path / "moved.jsonl", [{**row, "id": i} for i, row in enumerate(reversed(rows))])
+    write_jsonl(tmp_path / "held_out.jsonl", [{k: record[k] for k in rows[0]} for record in held_out])
+    write_jsonl(tmp_path / "other.jsonl", [{**row, "output": f"{row['output']}!"} for row in rows])
+    moved, kept, other = (str(tmp_path / f"{name}.jsonl") for name in ("moved", "held_out", "other"))
+    for digests in (False, True):  # by the settings beside the adapter, then by what the run left, without its files
+        if digests:
+            leave_digests(tmp_path / "run", data)
+            (tmp_path / "run" / "config.yaml").unlink()
+        assert overlap(adapter, moved) == (len(rows), trained), "in another file, in another order"
+        assert overlap(adapter, kept) == (len(held_out), 0), "the held-out share is not trained on"
+        assert overlap(adapter, other) == (len(rows), 0)
+        assert overlap(adapter, other, moved) == (2 * len(rows), trained)
+        assert overlap(None, moved) == (len(rows), 0)
+    (tmp_path / "run" / TRAINED_RECORDS_FILE).write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="a damaged list"):
+        overlap(adapter, moved)
 
-    def overlap(*paths: Any, adapter: str | None = adapter, **more: Any) -> str:
-        return describe_overlap(adapter, load(RecordsConfig, {"path": list(paths), **more}).sources())
 
-    assert f"trained on {moved}, by the settings beside it" in overlap(str(tmp_path / "other.jsonl"), str(moved))
-    assert overlap(str(tmp_path / "other.jsonl")) == ""
-    assert overlap(str(moved), adapter=None) == ""
-    questions = write_questions(tmp_path / "questions", {"train": 3, "test": 3})
-    adapter = train(tmp_path / "run", tiny_base, {"path": [str(questions)], "format": "scienceqa"})
-    assert f"{questions} (train)" in overlap(str(questions), adapter=adapter, format="scienceqa")
-    assert overlap({"path": str(questions), "split": "test"}, adapter=adapter, format="scienceqa") == ""
+def test_what_an_adapter_was_trained_on_is_unknown_without_its_run(
+    tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    adapter = train(tmp_path / "run", tiny_base, {})
     for damaged in ("a: [", "data: 3", "data: {path: [gone.jsonl]}", "{}"):
         (tmp_path / "run" / "config.yaml").write_text(damaged)
-        assert overlap(str(moved), adapter=adapter) == ""
+        assert overlap(adapter, str(records)) == (101, None)
     (tmp_path / "run" / "config.yaml").unlink()
-    assert overlap(str(moved), adapter=adapter) == ""
+    assert overlap(adapter, str(records)) == (101, None)
+    with pytest.raises(ConfigError, match=r"split=val needs the run .* no .*config\.yaml: name the records"):
+        settings(tiny_base, None, tmp_path, adapter=adapter, split="val").records  # noqa: B018
+
+
+def test_training_records_are_refused_unless_they_are_allowed(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    data = {"path": [str(records)], "val_fraction": 0.2, "max_length": 200}
+    adapter = train(tmp_path / "run", tiny_base, data)
+    given = {"adapter": adapter}
+    with pytest.raises(
+        DataError, match=r"trained on \d+ of the 101 records, such as .*: name other .*split=val"
+    ) as error:
+        adapter_eval.plan(settings(tiny_base, {"path": [str(records)]}, tmp_path, **given))
+    assert "allow_training_records=true" in str(error.value)
+    adapter_eval.plan(settings(tiny_base, {"path": [str(records)]}, tmp_path, **given, allow_training_records=True))
+    adapter_eval.plan(settings(tiny_base, {"path": [str(records)]}, tmp_path))  # the base was trained on none
+    checked = adapter_eval.check(settings(tiny_base, None, tmp_path, **given, split="val"))
+    assert (checked.overlap.trained_on, checked.overlap.records) == (
+        0,
+        len(list(held_out_records(load(DataConfig, data)))),
+    )
+    assert checked.records.max_length == 200, "records become tokens as they did in training"
+    train(tmp_path / "run", tiny_base, data | {"val_path": [str(records)]})
+    with pytest.raises(DataError, match=r"trained on 101 of the 101 records, such as .*: allow_training_records=true"):
+        adapter_eval.plan(settings(tiny_base, None, tmp_path, **given, split="val"))  # validation on training records
+    train(tmp_path / "run", tiny_base, data | {"val_fraction": 0.0})
+    with pytest.raises(DataError, match="its run held out no records"):
+        adapter_eval.plan(settings(tiny_base, None, tmp_path, **given, split="val"))
+
+
+def test_a_split_and_records_exclude_each_other(tiny_base: Path, records: Path, tmp_path: Path) -> None:
+    for data, more, message in [
+        ({"path": [str(records)]}, {"split": "val", "adapter": "a.safetensors"}, "leave out data, or split"),
+        (None, {"split": "val"}, "give adapter, or name data.path"),
+        (None, {}, "data.path: required, but not given; .* split=val"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            settings(tiny_base, data, tmp_path, **more)
+
+
+def test_scienceqa_of_a_run_is_measured_on_what_it_held_out(tiny_base: Path, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "questions", {"train": 30, "val": 7, "test": 3})
+    problems = read_json(questions / "problems.json").items()  # of which some would be equal
+    write_json(questions / "problems.json", {pid: {**problem, "question": pid} for pid, problem in problems})
+    asked = {"task": "scienceqa", "adapter": str(tmp_path / "run" / "adapter.safetensors")}
+    data = {"path": [str(questions)], "format": "scienceqa", "val_fraction": 0.3}
+    train(tmp_path / "run", tiny_base, data)
+    with pytest.raises(DataError, match="was trained on"):
+        adapter_eval.check(
+            settings(tiny_base, {"path": [{"path": str(questions), "split": "train"}]}, tmp_path, **asked)
+        )
+    checked = adapter_eval.check(settings(tiny_base, None, tmp_path, **asked, split="val"))
+    assert 0 < len(checked.problems) == checked.overlap.records < 30
+    assert all(problem.pid.startswith("train") for problem in checked.problems)
+    train(tmp_path / "run", tiny_base, data | {"val_path": [str(questions)]})
+    checked = adapter_eval.check(settings(tiny_base, None, tmp_path, **asked, split="val"))
+    assert [problem.pid for problem in checked.problems] == [f"val{i}" for i in range(7)]
+    assert adapter_eval.check(settings(tiny_base, {"path": [str(questions)]}, tmp_path, **asked)).overlap.records == 3
 
 
 @pytest.mark.ray
@@ -64,11 +150,14 @@ def test_figures_on_training_records_are_called_that(
     cluster: None, tiny_base: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_jsonl(tmp_path / "few.jsonl", [*read_jsonl(records)[:30], {"instruction": "cat " * 2000, "output": "sat"}])
-    data = {"path": [str(tmp_path / "few.jsonl")]}
-    config = settings(tiny_base, data, tmp_path, adapter=train(tmp_path / "run", tiny_base, data))
+    data = {"path": [str(tmp_path / "few.jsonl")], "val_fraction": 0.0}
+    adapter = train(tmp_path / "run", tiny_base, data)
+    given = {"path": data["path"]}
+    config = settings(tiny_base, given, tmp_path, adapter=adapter, allow_training_records=True)
     result = adapter_eval.run(config)
     assert result["headline"].endswith(", on records that the adapter was trained on")
     assert result["warning"] in caplog.text
+    assert result["records_trained_on"] == 31
     assert (result["records"], result["rejected_records"]) == (30, 1), "one record that is too long costs one record"
     (rejected,) = read_jsonl(config.run.folder / "rejected.jsonl")
     assert "leaves no label" in rejected["reason"]

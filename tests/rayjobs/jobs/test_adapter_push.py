@@ -14,10 +14,13 @@ from huggingface_hub import ModelCard
 from adapter import read_adapter
 from rayjobs.__main__ import main
 from rayjobs.config import load
+from rayjobs.data.trained_records import record_digest, write_digests
 from rayjobs.errors import ConfigError, DataError, StorageError, UserError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
+from rayjobs.inference.training_records import find_overlap
 from rayjobs.jobs import adapter_push
 from rayjobs.storage.hub import pin
+from rayjobs.storage.hub_model import TRAINED_RECORDS_FILE
 from tests.hub_server import TOKEN, Hub, serve_hub, use_hub
 from tests.rayjobs.reporting.test_model_card import make_run
 
@@ -173,3 +176,13 @@ def test_the_command_reads_the_environment_that_huggingface_hub_reads(hub: Hub, 
     sha = hub.repos["model", "me/mine"].commits[-1].sha
     assert f"me/mine has 4 files from {run}: {hub.url}/me/mine/commit/{sha}" in pushed.stderr + pushed.stdout
     assert TOKEN not in pushed.stderr + pushed.stdout
+
+
+def test_the_records_that_a_pushed_adapter_was_trained_on_are_known_there(hub: Hub, run: Path) -> None:
+    record = {"instruction": "Name a bird.", "input": "", "output": "A rook.", "image": ""}
+    write_digests(run / TRAINED_RECORDS_FILE, {record_digest(record)})
+    push(run)
+    assert sorted(hub.repos["model", "me/mine"].commits[-1].files) == [".gitattributes", *FILES, TRAINED_RECORDS_FILE]
+    overlap = find_overlap("hf://me/mine", [record, {**record, "output": "A crow."}])
+    assert (overlap.records, overlap.trained_on) == (2, 1)
+    assert overlap.label == ", 1 of 2 records trained on"

@@ -29,7 +29,7 @@ from rayjobs.data.token_store import prepare_tokens
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
-from rayjobs.storage.files import read_jsonl, read_parquet
+from rayjobs.storage.files import read_json, read_jsonl, read_parquet
 from tests.rayjobs.conftest import BAD
 
 pytestmark = pytest.mark.ray
@@ -213,6 +213,7 @@ def test_eval_agrees_with_training_and_with_the_model(
         [
             f"base.path={tiny_base}",
             f"adapter={trained.run.folder / 'adapter.safetensors'}",
+            "allow_training_records=true",
             *vision,
             f"data.path=[{pictured}]",
             "data.max_length=200",
@@ -221,7 +222,10 @@ def test_eval_agrees_with_training_and_with_the_model(
         ],
     )
     result = adapter_eval.run(config)
-    assert result["records"] == 101
+    assert (result["records"], 0 < result["records_trained_on"] < 101) == (101, True)
+    held_out = replace(config, data=None, split="val", run=replace(config.run, name="eval-val"))
+    learned = read_json(trained.run.folder / "result.json")
+    assert adapter_eval.run(held_out)["loss"] == pytest.approx(learned["val_loss"], abs=1e-4)
     base = AdaptedModel.from_pretrained(tiny_base)
     base.load_adapter(trained.run.folder / "adapter.safetensors")
     total = labels = 0.0

@@ -58,11 +58,12 @@ def test_an_adapter_trained_on_nf4_is_evaluated_on_another_precision(
     losses = {}
     for dtype in ("nf4", "fp32"):
         source = [f"base.path={tiny_base}", f"base.dtype={dtype}", f"adapter={results[0]['adapter']}"]
+        source_of_run = [*source, "split=val", f"run.storage={tmp_path}", f"run.name=eval-{dtype}"]
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             load(AdapterSourceConfig, None, source).open()
         assert ("trained on a base in nf4, run on one in fp32" in caplog.text) == (dtype == "fp32")
-        data = [f"data.path=[{records}]", "data.max_length=200", f"run.storage={tmp_path}", f"run.name=eval-{dtype}"]
-        losses[dtype] = adapter_eval.run(load(adapter_eval.Config, None, [*source, *data]))["loss"]
+        losses[dtype] = adapter_eval.run(load(adapter_eval.Config, None, source_of_run))["loss"]
+    assert losses["nf4"] == pytest.approx(results[0]["val_loss"], rel=1e-4)
     assert losses["nf4"] != losses["fp32"]
     assert losses["nf4"] == pytest.approx(losses["fp32"], rel=0.1)

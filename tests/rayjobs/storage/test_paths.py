@@ -268,8 +268,10 @@ def test_trains_from_and_to_a_bucket_and_goes_on_from_a_checkpoint_there(
             "base": {"path": f"{s3}/train/base"},
             "adapter": result["adapter"],
             "data": {"path": [f"{s3}/train/data/records.jsonl"], "max_length": 200},
+            "allow_training_records": True,
             "run": {"name": "eval", "storage": f"{s3}/runs"},
         },
     )
-    assert adapter_eval.run(measured)["records"] == 101
+    result_of_eval = adapter_eval.run(measured)
+    assert (result_of_eval["records"], 0 < result_of_eval["records_trained_on"] < 101) == (101, True)
     assert read_json(f"{s3}/runs/eval/result.json")["loss"] < result["base_val_loss"]

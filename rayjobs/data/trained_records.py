@@ -1,0 +1,65 @@
+"""Tell records that were trained on from all others: the held-out share of a source, and a digest of each record."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from rayjobs.data.records import RecordsConfig
+from rayjobs.storage.files import read_parquet, write_parquet
+
+SCHEMA = pa.schema([("digest", pa.int64())])
+_NOT_CONTENT = ("place", "notes", "group")
+"""Keys of a record that say where it stands, or follow from its other keys."""
+
+
+def is_held_out(record: Mapping[str, Any], fraction: float) -> bool:
+    """Return whether a record is held out for validation, by a hash of its conversation, image or content.
+
+    So a record and its duplicates, and all records about one image, are on the same side wherever they stand.
+    """
+    group = record.get("group") or record["image"]
+    content = group or "\0".join(record[name] for name in ("instruction", "input", "output"))
+    digest = hashlib.sha256(content.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def record_digest(record: Mapping[str, Any]) -> int:
+    """Return 64 bits of a hash of all that a record says, its image by path; equal records have equal digests."""
+    content = {key: value for key, value in record.items() if key not in _NOT_CONTENT}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big", signed=True)
+
+
+def trained_digests(records: RecordsConfig) -> set[int]:
+    """Return the digests of the records that a run with these settings trains on.
+
+    Raises what `Source.read` raises if the files are not there.
+    """
+    return {
+        record_digest(record)
+        for source in records.sources()
+        for record in source.read()
+        if "rejected" not in record and not is_held_out(record, records.held_out_fraction)
+    }
+
+
+def held_out_records(records: RecordsConfig) -> Iterator[dict[str, Any]]:
+    """Yield the usable records that a run with these settings keeps for validation, in order."""
+    for source in records.all_sources():
+        for record in source.read():
+            if "rejected" not in record and (source.role == "val" or is_held_out(record, records.held_out_fraction)):
+                yield record
+
+
+def write_digests(path: str | Path, digests: set[int]) -> None:
+    """Write digests, sorted, so that equal records give equal files."""
+    write_parquet(path, pa.table({"digest": sorted(digests)}, SCHEMA), SCHEMA)
+
+
+def read_digests(path: str | Path) -> set[int]:
+    """Read what `write_digests` wrote. Raises DataError for a damaged file."""
+    return set(read_parquet(path)["digest"].to_pylist())

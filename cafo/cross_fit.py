@@ -60,7 +60,7 @@ def leave_one_out(cache: Cache, images: TrainingImages) -> HeldOut:
         images: its training images.
     """
     groups = images.groups_of(cache)
-    others = _has_others(cache.labels, groups, images.rows)
+    others = has_others(cache.labels, groups, images.rows)
     rows = images.rows[others]
     own = groups[:, None] == groups[rows][None]  # (M, B')
     features = {name: f[others] for name, f in images.features.items()}
@@ -97,7 +97,7 @@ def stratified_folds(labels: Tensor, groups: Tensor, folds: int, seed: int) -> T
     return fold.to(labels.device)
 
 
-def _has_others(labels: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
+def has_others(labels: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
     """Return, for each training image, whether its class has a key of another group: (B,) bool."""
     pairs = torch.unique(torch.stack([labels, groups]), dim=1)
     return torch.bincount(pairs[0])[labels[rows]] > 1

@@ -91,11 +91,21 @@ def standardise(p: Tensor) -> Tensor:
 
     A prediction that is equal for all classes up to rounding becomes zeros, not rounding errors of unit variance.
     """
+    centred, inverse = _centre(p)
+    return centred * inverse
+
+
+def inverse_spread(p: Tensor) -> Tensor:
+    """Return 1 / std(p) of eq. 8, and 0 where `standardise` gives zeros: (…, N) → (…, 1)."""
+    return _centre(p)[1]
+
+
+def _centre(p: Tensor) -> tuple[Tensor, Tensor]:
     mean = p.mean(dim=-1, keepdim=True)
     centred = p - mean
     spread = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (p.shape[-1] - 1) ** 0.5
     floor = (_ROUNDING * mean.detach().abs()).clamp_min(torch.finfo(p.dtype).tiny)
-    return centred * torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
+    return centred, torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
 
 
 def combine(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from adapter.decoder import Decoder
     from adapter.decoder_config import DecoderConfig
     from adapter.errors import AdapterError, CheckpointError, RecordError, TokenizerError
-    from adapter.generate import GenerationConfig
+    from adapter.generation_config import GenerationConfig
     from adapter.image_projection import ImageProjectionConfig
     from adapter.model import AdaptedModel
     from adapter.templates import ChatTemplate, PromptTemplate
@@ -40,7 +40,7 @@ _MODULE_OF = {
     "AdapterFile": "adapter_file",
     "AdaptionConfig": "adaption",
     "CheckpointError": "errors",
-    "GenerationConfig": "generate",
+    "GenerationConfig": "generation_config",
     "ImageProjectionConfig": "image_projection",
     "Decoder": "decoder",
     "DecoderConfig": "decoder_config",

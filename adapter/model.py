@@ -23,7 +23,8 @@ from adapter.base.quantization import Quantization
 from adapter.batching import collate, pad
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError
-from adapter.generate import GenerationConfig, check_image_count, generate
+from adapter.generate import check_image_count, generate
+from adapter.generation_config import GenerationConfig
 from adapter.image_projection import Images
 from adapter.records.chat_encoding import stop_ids
 from adapter.records.encoding import encode_prompt

@@ -49,7 +49,8 @@ from adapter.records.encoding import encode_record
 from adapter.records.reader import read_records
 from adapter.tokenizers.load import load_tokenizer
 from rayjobs.data.sampler import assign_micro_batches
-from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.train.config import OptimizerConfig, ZeroConfig
+from rayjobs.train.engine import Engine, adapted_model
 
 LLAMA_7B = DecoderConfig(
     dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, hidden_dim=11008, vocab_size=32000, max_seq_len=512, norm_eps=1e-6

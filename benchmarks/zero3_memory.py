@@ -29,7 +29,8 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import save_decoder
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
-from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.train.config import OptimizerConfig, ZeroConfig
+from rayjobs.train.engine import Engine, adapted_model
 
 MB = 1e6
 TOKENS = 128

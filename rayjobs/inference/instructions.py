@@ -1,35 +1,19 @@
-"""Answer instruction records: the decoding settings, and the task of a worker."""
+"""Answer instruction records: the task of a worker."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 
 import pyarrow as pa
-from pydantic import Field
 from torch import Tensor
 
-from adapter.generate import GenerationConfig
 from adapter.model import AdaptedModel
 from adapter.templates import Template
-from rayjobs.config import config
 from rayjobs.inference.batch import Record
+from rayjobs.inference.decoding import DecodingConfig
 
 ANSWERS = pa.schema([(name, pa.string()) for name in ("instruction", "input", "image", "image_error", "answer")])
 """A record's answer, null if its image cannot be read; the other texts are empty if there are none."""
-
-
-@config
-class DecodingConfig(GenerationConfig):
-    """Decoding settings; the defaults are those of LLaMA-Adapter."""
-
-    max_new_tokens: int = Field(default=256, ge=1)
-    """Maximum number of tokens of an answer."""
-    temperature: float = Field(default=0.1, ge=0)
-    """Sampling temperature; 0 is greedy decoding."""
-    top_p: float = Field(default=0.75, gt=0, le=1)
-    """Sample from the most likely tokens whose probabilities add up to this."""
-    seed: int = Field(default=0, ge=0)
-    """Sampling seed."""
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,23 @@ Decoding is greedy. An answer is read out of the generated text; a text that nam
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
 
 from adapter.errors import RecordError
-from adapter.generate import GenerationConfig
+from adapter.generation_config import GenerationConfig
 from adapter.model import AdaptedModel
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
 from adapter.records.scienceqa import AVERAGE, CLASSES, LETTERS, Problem, Row, read_answer, tabulate
 from adapter.templates import Template
 from rayjobs.inference.batch import Record
+from rayjobs.inference.decoding import Reading
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
 from rayjobs.reporting.tables import markdown_table, write_csv
 from rayjobs.storage.files import write_text
-
-Reading = Literal["generate", "likelihood"]
 
 MAX_ANSWER_TOKENS = 32
 """Maximum number of generated tokens; `The answer is (A).` has about eight."""

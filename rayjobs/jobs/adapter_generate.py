@@ -23,6 +23,7 @@ from rayjobs.data.templates import CHAT, saved_template
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record, read_pixels
+from rayjobs.inference.decoding import DecodingConfig
 from rayjobs.inference.instruction_file import (
     InstructionRow,
     describe_error,
@@ -33,7 +34,7 @@ from rayjobs.inference.instruction_file import (
     shown_answer,
     write_answers,
 )
-from rayjobs.inference.instructions import ANSWERS, AnswerInstructions, DecodingConfig, evenly_spaced
+from rayjobs.inference.instructions import ANSWERS, AnswerInstructions, evenly_spaced
 from rayjobs.inference.overwriting import check_output
 from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.inference.terminal import FindError, answer_lines, converse

@@ -1,19 +1,12 @@
-"""Training settings: the recipe, the workers, and everything that a worker is given."""
+"""Training settings: the recipe, the optimizer, ZeRO and the workers."""
 
 import math
-from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import Field
 
-from adapter.adaption import AdaptionConfig
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
-from rayjobs.data.image_source import ImageSource
-from rayjobs.data.sampler import ElasticBatchSampler
-from rayjobs.data.token_store import TokenStore
-from rayjobs.models.base_model import Dtype
-from rayjobs.models.encoder import EncoderInfo
-from rayjobs.train.engine import OptimizerConfig, ZeroConfig
 
 SHORT_WARMUP = 0.4
 """Share of warm-up in a training shorter than its warm-up: that of the default recipe, 2 of 5 epochs."""
@@ -70,6 +63,38 @@ class TrainConfig:
 
 
 @config
+class ZeroConfig:
+    """DeepSpeed's ZeRO: which tensors are partitioned over the workers."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 partitions nothing, 1 the optimizer state, 2 also gradients, 3 also the frozen base."""
+    offload_optimizer: dict[str, Any] | None = None
+    """DeepSpeed's `offload_optimizer` section, such as {device: cpu}."""
+    offload_param: dict[str, Any] | None = None
+    """DeepSpeed's `offload_param` section, for stage 3, such as {device: cpu}."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of DeepSpeed's `zero_optimization` section, passed on as they are."""
+
+
+@config
+class OptimizerConfig:
+    """AdamW. The defaults are those of LLaMA-Adapter."""
+
+    base_lr: float = Field(default=9e-3, gt=0)
+    """Learning rate at a global batch of 256 records. The rate used is base_lr × global_batch / 256."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    weight_decay: float = Field(default=0.02, ge=0)
+    """Decoupled weight decay of all trainable parameters, gates included."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient; null does not clip, as in the paper."""
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The learning rate at the end of the warm-up, which is proportional to the global batch."""
+        return self.base_lr * global_batch / 256
+
+
+@config
 class ScaleConfig(WorkerPoolConfig):
     """Number of Ray Train workers, each one DeepSpeed rank, and the resources of each."""
 
@@ -83,46 +108,3 @@ class ScaleConfig(WorkerPoolConfig):
     threads_per_worker: int | None = Field(default=None, ge=1)
     """Threads of a worker without a GPU; null shares the node's cores among its workers. A tiny model is fastest with
     one thread. The last bits of sums depend on the number of threads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainJob:
-    """Everything that a worker is given."""
-
-    base: str
-    dtype: Dtype
-    adaption: AdaptionConfig
-    store: TokenStore
-    weights: tuple[float, ...]
-    """Passes over each source in one epoch."""
-    images: ImageSource | None
-    """Source of the records' images; None for text alone."""
-    encoder: EncoderInfo | None
-    """Encoder that workers run on images that come as pixels; None if features are stored."""
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    zero: ZeroConfig
-
-    def sampler(self, split: str) -> ElasticBatchSampler:
-        return ElasticBatchSampler(
-            store=self.store,
-            split="train" if split == "train" else "val",
-            global_batch=self.train.global_batch,
-            token_budget=self.train.token_budget,
-            shuffle_records=self.train.shuffle_records,
-            seed=self.train.seed if split == "train" else None,
-            weights=self.weights if split == "train" else (),
-            images=self.images,
-        )
-
-    @property
-    def total_steps(self) -> int:
-        return self.train.total_steps(self.sampler("train").steps_per_epoch)
-
-    @property
-    def peak_lr(self) -> float:
-        return self.optimizer.peak_lr(self.train.global_batch)
-
-    def validates_after(self, step: int) -> bool:
-        every = self.train.validate_every_steps or self.sampler("train").steps_per_epoch
-        return bool(self.store.rows("val")) and (step % every == 0 or step == self.total_steps)

@@ -11,10 +11,9 @@ import collections
 import logging
 from functools import partial
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.adaption import AdaptionConfig
@@ -24,45 +23,13 @@ from adapter.base.quantization import PRECISIONS, reading_dtype, set_weight
 from adapter.decoder import Decoder
 from adapter.image_projection import Images
 from adapter.loss import IGNORE
-from rayjobs.config import config
 from rayjobs.errors import ConfigError, ProvenanceError
 from rayjobs.models.base_model import Dtype
 from rayjobs.storage.download import cached_path
+from rayjobs.train.config import OptimizerConfig, ZeroConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 OPTIMIZER_STEP_KEY = "optimizer.step"
-
-
-@config
-class ZeroConfig:
-    """DeepSpeed's ZeRO: which tensors are partitioned over the workers."""
-
-    stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO stage: 0 partitions nothing, 1 the optimizer state, 2 also gradients, 3 also the frozen base."""
-    offload_optimizer: dict[str, Any] | None = None
-    """DeepSpeed's `offload_optimizer` section, such as {device: cpu}."""
-    offload_param: dict[str, Any] | None = None
-    """DeepSpeed's `offload_param` section, for stage 3, such as {device: cpu}."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further keys of DeepSpeed's `zero_optimization` section, passed on as they are."""
-
-
-@config
-class OptimizerConfig:
-    """AdamW. The defaults are those of LLaMA-Adapter."""
-
-    base_lr: float = Field(default=9e-3, gt=0)
-    """Learning rate at a global batch of 256 records. The rate used is base_lr × global_batch / 256."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments."""
-    weight_decay: float = Field(default=0.02, ge=0)
-    """Decoupled weight decay of all trainable parameters, gates included."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the whole gradient; null does not clip, as in the paper."""
-
-    def peak_lr(self, global_batch: int) -> float:
-        """The learning rate at the end of the warm-up, which is proportional to the global batch."""
-        return self.base_lr * global_batch / 256
 
 
 def _deepspeed() -> ModuleType:

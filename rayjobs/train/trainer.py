@@ -27,8 +27,9 @@ from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train.callbacks import STARTING, TRAINING, EventLog, MetricsLog, read_events
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
-from rayjobs.train.config import ScaleConfig, TrainJob
+from rayjobs.train.config import ScaleConfig
 from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+from rayjobs.train.train_job import TrainJob
 from rayjobs.train.worker import WorkerResult, train_worker
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
 from rayjobs.train.callbacks import TRAINING
 from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
-from rayjobs.train.config import TrainJob
 from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.train.metric_rows import MetricRows
+from rayjobs.train.train_job import TrainJob
 
 REPORT_EVERY_S = 1.0
 

@@ -18,7 +18,8 @@ from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError, CheckpointError
-from adapter.generate import GenerationConfig, generate
+from adapter.generate import generate
+from adapter.generation_config import GenerationConfig
 from adapter.hf import attach
 from adapter.image_projection import ImageProjectionConfig
 from adapter.loss import IGNORE

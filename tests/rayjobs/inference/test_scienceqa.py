@@ -15,7 +15,8 @@ from adapter.adaption import AdaptionConfig
 from adapter.records.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.config import load, to_dict
 from rayjobs.inference.batch import GenerationWorker, read_pixels
-from rayjobs.inference.scienceqa import AnswerProblems, Reading, problem_record
+from rayjobs.inference.decoding import Reading
+from rayjobs.inference.scienceqa import AnswerProblems, problem_record
 from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import write_json, write_jsonl

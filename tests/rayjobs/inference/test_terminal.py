@@ -13,8 +13,9 @@ from adapter.records.encoding import encode_prompt
 from adapter.templates import ALPACA, ChatTemplate, Template
 from rayjobs.config import load
 from rayjobs.errors import ConfigError
+from rayjobs.inference.decoding import DecodingConfig
 from rayjobs.inference.instruction_file import describe_error, read_instructions, set_aside, shown_answer
-from rayjobs.inference.instructions import AnswerInstructions, DecodingConfig
+from rayjobs.inference.instructions import AnswerInstructions
 from rayjobs.inference.terminal import converse
 from rayjobs.jobs import adapter_generate
 

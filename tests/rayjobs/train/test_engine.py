@@ -17,7 +17,8 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import PRECISIONS
 from rayjobs.config import load
-from rayjobs.train.engine import Engine, OptimizerConfig, ZeroConfig, adapted_model
+from rayjobs.train.config import OptimizerConfig, ZeroConfig
+from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 
 base, out, dtype, offload = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload"

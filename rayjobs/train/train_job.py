@@ -1,0 +1,54 @@
+"""Everything that a training worker is given."""
+
+from dataclasses import dataclass
+
+from adapter.adaption import AdaptionConfig
+from rayjobs.data.image_source import ImageSource
+from rayjobs.data.sampler import ElasticBatchSampler
+from rayjobs.data.token_store import TokenStore
+from rayjobs.models.base_model import Dtype
+from rayjobs.models.encoder import EncoderInfo
+from rayjobs.train.config import OptimizerConfig, TrainConfig, ZeroConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything that a worker is given."""
+
+    base: str
+    dtype: Dtype
+    adaption: AdaptionConfig
+    store: TokenStore
+    weights: tuple[float, ...]
+    """Passes over each source in one epoch."""
+    images: ImageSource | None
+    """Source of the records' images; None for text alone."""
+    encoder: EncoderInfo | None
+    """Encoder that workers run on images that come as pixels; None if features are stored."""
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    zero: ZeroConfig
+
+    def sampler(self, split: str) -> ElasticBatchSampler:
+        return ElasticBatchSampler(
+            store=self.store,
+            split="train" if split == "train" else "val",
+            global_batch=self.train.global_batch,
+            token_budget=self.train.token_budget,
+            shuffle_records=self.train.shuffle_records,
+            seed=self.train.seed if split == "train" else None,
+            weights=self.weights if split == "train" else (),
+            images=self.images,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.total_steps(self.sampler("train").steps_per_epoch)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optimizer.peak_lr(self.train.global_batch)
+
+    def validates_after(self, step: int) -> bool:
+        every = self.train.validate_every_steps or self.sampler("train").steps_per_epoch
+        return bool(self.store.rows("val")) and (step % every == 0 or step == self.total_steps)

@@ -47,11 +47,13 @@ from cafo.image_trees import load_tree
 from cafo.images import ImageInput, load_image
 from cafo.items import Item
 from cafo.key_training import KeyTraining
+from cafo.onnx_export import export_onnx
 from cafo.prediction import Prediction, predict
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import weight_grid
 from cafo.search_grid import BetaGrid
-from cafo.selection import Choosing, Select, Selected, default_select, select
+from cafo.choice_names import Select
+from cafo.selection import Choosing, Selected, default_select, select
 
 _IMAGES_PER_BATCH = 64
 
@@ -176,6 +178,18 @@ class CaFo:
     def save(self, path: str | Path) -> None:
         """Write the cache, without the encoders."""
         save_cache(self.cache, path)
+
+    def export_onnx(self, path: str | Path) -> float:
+        """Write encoders and cache as one ONNX graph, from preprocessed images to probabilities (`cafo.onnx_export`).
+
+        Returns:
+            The largest difference between a probability of the graph, in onnxruntime, and of this object.
+
+        Raises:
+            CafoError: the extra `onnx` is not installed, or the graph is too large for one file.
+            EncoderError: an encoder in bf16, or one with an operator that ONNX lacks, which the message names.
+        """
+        return export_onnx(self.cache, self.encoders, path)
 
     def logits(self, images: Sequence[ImageInput]) -> Tensor:
         """Return the logits of eq. 9, (B, N), for a list of B images.

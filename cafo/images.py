@@ -216,9 +216,13 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the view for evaluation: (3, S, S) float32."""
+        return self._tensor(self.crop(image))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """Return the view for evaluation before its normalisation: an RGB image of side S."""
         image = load_image(image, max_pixels=image.width * image.height)
         if self.mode == "squash":
-            return self._tensor(image.resize((self.size, self.size), _FILTERS[self.interpolation]))
+            return image.resize((self.size, self.size), _FILTERS[self.interpolation])
         short = min(image.size)
         # Only the middle of a thin image is resized: the rest would be cropped away, and could take all memory.
         width, height = (min(side, THIN * short) for side in image.size)
@@ -229,7 +233,7 @@ class Preprocess:
             box=(left, top, left + width, top + height),
         )
         left, top = (round((side - self.size) / 2) for side in image.size)
-        return self._tensor(image.crop((left, top, left + self.size, top + self.size)))
+        return image.crop((left, top, left + self.size, top + self.size))
 
     def view(
         self, image: Image.Image, key: str, index: int, seed: int, *, min_area: float = 0.5, flips: bool = True
@@ -252,8 +256,12 @@ class Preprocess:
         return self._tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and flips else crop)
 
     def _tensor(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        return self.normalise(torch.from_numpy(np.array(image)))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return pixels as an encoder reads them: (…, S, S, 3) uint8 → (…, 3, S, S) float32."""
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return (pixels.movedim(-1, -3).float() / 255 - mean) / std
 
 
 def random_view(

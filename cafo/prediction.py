@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cafo.cache import Cache
+from cafo.calibration import Calibration
 from cafo.ensemble import NOTHING, ZERO_SHOT
 from cafo.errors import CafoError
 from cafo.prediction_sets import in_set, score_threshold
@@ -52,17 +53,12 @@ class Ranked(NamedTuple):
     """the classes of each image's prediction set, the likeliest first; None if no coverage was asked for"""
 
 
-def class_probabilities(cache: Cache, logits: Tensor) -> Tensor:
-    """Return the softmax of logits (B, N), calibrated if the classifier was chosen on held-out images."""
-    return logits.softmax(dim=-1) if cache.calibration is None else cache.calibration.probabilities(logits)
-
-
-def rank(cache: Cache, logits: Tensor, top: int, coverage: float | None = None) -> Ranked:
+def rank(logits: Tensor, calibration: Calibration | None, top: int, coverage: float | None = None) -> Ranked:
     """Return the likeliest classes.
 
     Args:
-        cache: the classifier.
-        logits: (B, N), its logits.
+        logits: (B, N), of a classifier.
+        calibration: the classifier's; None gives the plain softmax of the logits.
         top: K; all classes if it is more.
         coverage: of the prediction sets; None for none.
 
@@ -71,33 +67,33 @@ def rank(cache: Cache, logits: Tensor, top: int, coverage: float | None = None) 
     """
     if top < 1:
         raise CafoError(f"top is the number of classes to keep of each image, 1 or more, got {top}")
-    probabilities = class_probabilities(cache, logits)
+    probabilities = logits.softmax(dim=-1) if calibration is None else calibration.probabilities(logits)
     values, order = probabilities.sort(dim=-1, descending=True, stable=True)
     sets = None
     if coverage is not None:
-        members = in_set(probabilities, set_threshold(cache, coverage))
+        members = in_set(probabilities, set_threshold(calibration, coverage))
         sizes = members.sum(dim=-1).tolist()  # a set is the likeliest classes, as its scores are below a threshold
         sets = tuple(tuple(row[:size].tolist()) for row, size in zip(order, sizes, strict=True))
     return Ranked(order[:, :top], values[:, :top], values[:, 0] - values[:, 1], sets)
 
 
-def set_threshold(cache: Cache, coverage: float) -> float:
-    """Return the threshold of a classifier's prediction sets.
+def set_threshold(calibration: Calibration | None, coverage: float) -> float:
+    """Return the threshold of the prediction sets of a classifier with this calibration.
 
     Raises:
         CafoError: the classifier knows no held-out images, or too few for this coverage.
     """
-    if cache.calibration is None:
+    if calibration is None:
         raise CafoError(
             "prediction sets need held-out images, and this classifier was chosen without any, or was saved by an "
             "earlier version: fit it again, with two or more labelled images per class"
         )
-    return score_threshold(cache.calibration.scores, coverage)
+    return score_threshold(calibration.scores, coverage)
 
 
 def predict(cache: Cache, logits: Tensor, top: int, coverage: float | None) -> list[Prediction]:
-    """Return `rank` as a prediction for each image, with the names of the classes."""
-    ranked, names = rank(cache, logits, top, coverage), cache.class_names
+    """Return `rank` of a classifier's logits (B, N) as a prediction for each image, with the names of the classes."""
+    ranked, names = rank(logits, cache.calibration, top, coverage), cache.class_names
     sets = ranked.sets or [None] * len(logits)
     predictions = []
     for labels, values, margin, members in zip(

@@ -86,9 +86,9 @@ def test_what_a_classifier_cannot_give_is_an_error() -> None:
     with pytest.raises(CafoError, match="between 0 and 1"):
         score_threshold(scores, 90)
     with pytest.raises(CafoError, match="chosen without any"):
-        rank(make_cache(calibration=None), torch.zeros(2, N), 1, 0.9)
+        rank(torch.zeros(2, N), None, 1, 0.9)
     with pytest.raises(CafoError, match="1 or more, got 0"):
-        rank(make_cache(), torch.zeros(2, N), 0)
+        rank(torch.zeros(2, N), None, 0)
 
 
 def test_a_saved_cache_keeps_its_calibration(tmp_path) -> None:

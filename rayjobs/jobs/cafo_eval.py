@@ -25,8 +25,16 @@ from rayjobs.errors import ConfigError, DataError
 from rayjobs.jobs import cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
-from rayjobs.reporting.accuracy_tables import accuracy_table, by_method, published_rows, summary, write_tables
+from rayjobs.reporting.accuracy_tables import (
+    ColumnsAndLines,
+    accuracy_table,
+    by_method,
+    published_rows,
+    summary,
+    write_tables,
+)
 from rayjobs.reporting.figures import save_plot
+from rayjobs.reporting.paired_differences import differences_table
 from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_jsonl
@@ -37,7 +45,7 @@ from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, 
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
-from rayjobs.tune.selection import ChosenSetting, best_choice
+from rayjobs.tune.selection import ChosenSetting, best_choice, reference_method
 
 
 @config
@@ -103,13 +111,13 @@ def plan(settings: Config) -> None:
 
 
 def run(settings: Config) -> dict[str, Any]:
-    """Score the chosen caches; return and write `test/result.json`, with Parquet files, tables and plots beside it."""
+    """Score the chosen caches and rivals; return and write `test/result.json`, with tables beside it."""
     return score(check(replace_paths(settings, pin)))
 
 
 @job
 def score(evaluation: Evaluation) -> dict[str, Any]:
-    """Score the chosen caches on the test images of all targets; see `run`."""
+    """Score the chosen classifiers on the test images of all targets; see `run`."""
     settings, swept, chosen = evaluation.settings, evaluation.swept, evaluation.chosen
     run_folder = swept.run.folder
     folder, trials = run_folder / "test", run_folder / "trials"
@@ -140,10 +148,11 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)
 
-    chosen_settings = [choice.setting._asdict() for choice in chosen]
+    chosen_settings = [choice.setting._asdict() for choice in chosen if not choice.setting.rival]
     paper = {name: published_rows(own, name, swept.encoders, chosen_settings) for name in targets}
     tables = {name: accuracy_table([s.row() for s in scores[name]], paper[name]) for name in targets}
-    write_tables(folder, tables)
+    differences = _differences(scores, chosen)
+    write_tables(folder, tables, differences)
     if settings.plots:
         _plot_shots(folder, scores, paper)
         plot_chosen(folder, trials, chosen, scores[own], own_dataset.class_names)
@@ -152,16 +161,40 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
         **_headline(own, scores[own], chosen),
         "test_images": {name: len(of_target.rows) for name, of_target in features.items()},
         "rejected_images": len(rejected),
-        "tables": {
-            name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
-            for name, (columns, lines) in tables.items()
-        },
+        "tables": _by_line(tables),
+        "differences": _by_line(differences),
         **log_notices([*own_dataset.notices, *find_leaks(run_folder, lists, features)]),
     }
     write_result(folder, result)
     for name, (columns, lines) in tables.items():
         show_table(f"{name}: test accuracy, %", columns, lines)
+    for title, (columns, lines) in differences.items():
+        show_table(title, columns, lines)
     return result
+
+
+def _differences(
+    scores: Mapping[str, Sequence[TargetScore]], chosen: Sequence[ChosenSetting]
+) -> dict[str, ColumnsAndLines]:
+    """The differences of all methods from CaFo on each target, by title; none where there is nothing to compare."""
+    reference = reference_method(chosen)
+    if reference is None:
+        return {}
+    rows = {name: [score.row() for score in of_target] for name, of_target in scores.items()}
+    tables = {
+        f"{name}: difference from {reference}, in points with 95% intervals": differences_table(of_target, reference)
+        for name, of_target in rows.items()
+        if any(row["method"] != reference and row["shots"] is not None for row in of_target)
+    }
+    return {title: (columns, lines) for title, (columns, lines) in tables.items() if lines}
+
+
+def _by_line(tables: Mapping[str, ColumnsAndLines]) -> dict[str, dict[str, dict[str, str]]]:
+    """Tables as `result.json` has them: {title: {first cell of a line: {column: cell}}}."""
+    return {
+        name: {line[0]: dict(zip(columns[1:], line[1:], strict=True)) for line in lines}
+        for name, (columns, lines) in tables.items()
+    }
 
 
 def open_targets(own: Dataset, others: Mapping[str, ImageDatasetConfig]) -> dict[str, Dataset]:
@@ -181,7 +214,7 @@ def open_targets(own: Dataset, others: Mapping[str, ImageDatasetConfig]) -> dict
 
 
 def used_encoders(chosen: Sequence[ChosenSetting]) -> list[str]:
-    """The encoders that the chosen caches use, each once."""
+    """The encoders that the chosen caches and rivals use, each once."""
     return list(dict.fromkeys(name for choice in chosen for name in choice.setting.encoders))
 
 

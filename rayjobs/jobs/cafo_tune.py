@@ -13,12 +13,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from cafo.datasets import Dataset
-from cafo.selection import Select
+from cafo.choice_names import Select
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
 from rayjobs.config import config, to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
+from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
 from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list
@@ -35,6 +35,7 @@ from rayjobs.tune.figures import write_search_surfaces
 from rayjobs.tune.identity import check_same_classes, check_same_inputs
 from rayjobs.tune.images import duplicate_notices
 from rayjobs.tune.inputs import SweepInputs, share_inputs, write_few_shot
+from rayjobs.tune.rivals import check_rivals, enumerate_rivals, open_rivals, reads_sentences
 from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
 from rayjobs.tune.selection import ChosenSetting, best_choice, choose_settings, edge_notices, remove_other_caches
 from rayjobs.tune.sweep import TrialPool, run_sweep
@@ -65,13 +66,10 @@ class Config:
 
 def settings_to_try(settings: Config) -> list[Setting]:
     """The settings of the search space. Raises ConfigError if there is nothing to search."""
-    tried = enumerate_settings(
-        settings.space,
-        settings.search,
-        list(settings.encoders),
-        settings.features.views,
-        file=settings.data.prompts is not None,
-    )
+    space, encoders, views = settings.space, list(settings.encoders), settings.features.views
+    file = settings.data.prompts is not None
+    tried = enumerate_settings(space, settings.search, encoders, views, file)
+    tried += enumerate_rivals(space, encoders, views, file)
     settings.search.grid()
     if settings.search.select == "leave_one_out" and any(setting.epochs for setting in tried):
         raise ConfigError(
@@ -97,7 +95,9 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
             f"{setting} needs validation images, and {dataset.name} has none; leave it out, or add a val list"
         )
     check_same_classes(settings.run.folder, dataset.class_names)
-    few_shot_plan(settings, dataset).choose()
+    choices = few_shot_plan(settings, dataset).choose()
+    trials = enumerate_trials(settings.space, tried)
+    check_rivals(open_rivals(settings.space), trials, choices, dataset.class_names)
     for kind in {setting.sentences for setting in tried}:
         settings.data.sentences(dataset, kind)
     settings.data.generated_images(dataset, max(setting.generated for setting in tried))
@@ -112,6 +112,7 @@ def plan(settings: Config) -> None:
         ["chosen on", _describe_choices(select_by_shots(settings, dataset, tried))],
         ["encoders", ", ".join(f"{name} ({e.kind} {e.name})" for name, e in settings.encoders.items())],
         ["search", _describe_search(settings, tried)],
+        *([["rivals", ", ".join(open_rivals(settings.space))]] if settings.space.rivals else []),
         ["shots", ", ".join(map(str, settings.space.shots))],
         ["seeds", ", ".join(map(str, settings.space.seeds))],
     ]
@@ -203,10 +204,22 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=made_on != {"val"})
+    rivals = open_rivals(settings.space)
+    plain = bool(rivals) or made_on != {"val"}
+    images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=plain)
+    read_each = {
+        (setting.encoders[0], setting.sentences)
+        for setting in tried
+        if setting.rival and reads_sentences(rivals[setting.rival])
+    }
     classifiers = {
         (name, kind): prepare_classifier(
-            encoders[name], data.sentences(dataset, kind), dataset.class_names, cache, resources
+            encoders[name],
+            data.sentences(dataset, kind),
+            dataset.class_names,
+            cache,
+            resources,
+            each=(name, kind) in read_each,
         )
         for name, kind in {(setting.encoders[0], setting.sentences) for setting in tried}
     }
@@ -216,6 +229,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
         generated={count: items for count, (_, items) in sorted(generated.items())},
         classifiers=classifiers,
         identities={name: encoder.identity for name, encoder in encoders.items()},
+        rivals=rivals,
     )
 
 
@@ -256,5 +270,6 @@ def _describe_choices(select: Mapping[int, Select]) -> str:
 def _describe_search(settings: Config, tried: list[Setting]) -> str:
     search, trials = settings.search, len(enumerate_trials(settings.space, tried))
     if search.method == "optuna":
-        return f"optuna: {search.samples} suggestions for every K, of {len(tried)} settings, each over all seeds"
+        own = sum(not setting.rival for setting in tried)
+        return f"optuna: {search.samples} suggestions for every K, of {own} settings, each over all seeds"
     return f"{search.method}: {trials} trials" + (", fewer where stopped" if search.method == "asha" else "")

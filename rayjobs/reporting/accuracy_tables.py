@@ -15,6 +15,9 @@ from rayjobs.storage.files import write_text
 ZERO_SHOT = "CLIP zero-shot"
 PUBLISHED = "CaFo, published"
 
+ColumnsAndLines = tuple[list[str], list[list[str]]]
+"""The columns of a table, and its lines."""
+
 
 def summary(accuracies: Sequence[float]) -> str:
     """Mean ± sample standard deviation, in percent; the mean alone if all values are equal, as without shots."""
@@ -119,9 +122,7 @@ def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, li
     return few_shot, zero_shot
 
 
-def accuracy_table(
-    rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]
-) -> tuple[list[str], list[list[str]]]:
+def accuracy_table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]) -> ColumnsAndLines:
     """Columns and lines of a table, shots across and methods down, from rows {method, shots, accuracy} of one target.
 
     A method without shots has its accuracy in every column. The paper's rows follow, where they have one of our shots.
@@ -144,10 +145,17 @@ def _most_shots_first(row: Mapping[str, Any]) -> float:
     return -math.inf if row["shots"] is None else -row["shots"]
 
 
-def write_tables(folder: Path, tables: Mapping[str, tuple[list[str], list[list[str]]]]) -> None:
-    """Write `table.md`, which has the (columns, lines) of every target, and a `table-TARGET.csv` for each."""
+def write_tables(folder: Path, tables: Mapping[str, ColumnsAndLines], others: Mapping[str, ColumnsAndLines]) -> None:
+    """Write `table.md` with all tables, and a `table-TARGET.csv` for each target.
+
+    Args:
+        folder: where to write.
+        tables: target → its accuracies.
+        others: title → table that follows them in `table.md`.
+    """
     sections = []
     for target, (columns, lines) in tables.items():
         sections.append(f"### {target}: test accuracy, %\n\n{markdown_table(columns, lines)}")
         write_csv(folder / f"table-{target}.csv", columns, lines)
+    sections += [f"### {title}\n\n{markdown_table(columns, lines)}" for title, (columns, lines) in others.items()]
     write_text(folder / "table.md", "\n".join(sections))

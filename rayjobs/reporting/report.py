@@ -32,7 +32,7 @@ MAX_ROWS = 50
 """Rows that the page shows of a long table."""
 MAX_CELL_CHARS = 300
 RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
-HEADER_VALUES = ("headline", "about", "tables")
+HEADER_VALUES = ("headline", "about", "tables", "differences")
 """Values of a result that the page shows elsewhere than in its table of values."""
 
 
@@ -92,11 +92,13 @@ def read_values(path: Path) -> dict[str, str]:
 
 
 def read_tables(folder: Path) -> Iterator[Table]:
-    """The tables of a run: its test accuracies, and each list of rows in its `result.json`."""
-    for target, lines in _json(folder / "test" / RESULT_FILE).get("tables", {}).items():
+    """The tables of a run: its test accuracies, their differences, and each list of rows in its `result.json`."""
+    test = _json(folder / "test" / RESULT_FILE)
+    accuracies = {f"{target}: test accuracy, %": lines for target, lines in test.get("tables", {}).items()}
+    for title, lines in {**accuracies, **test.get("differences", {})}.items():
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
-        yield Table(f"{target}: test accuracy, %", ["method", *columns], rows)
+        yield Table(title, ["method", *columns], rows)
     for name, value in _json(folder / RESULT_FILE).items():
         if _is_table(value):
             columns = list(dict.fromkeys(column for row in value for column in row))

@@ -1,4 +1,4 @@
-"""Score the chosen caches of a sweep on test images."""
+"""Score the chosen classifiers of a sweep, caches and rivals, on test images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cafo.cache import Cache
 from cafo.datasets import Dataset
+from cafo.methods.saved import FewShotClassifier
 from rayjobs.data.feature_store import Features
 from rayjobs.data.image_list import ImageList
 from rayjobs.errors import ProvenanceError
@@ -20,12 +21,12 @@ from rayjobs.reporting.accuracy_tables import ZERO_SHOT
 from rayjobs.storage.files import read_json, write_json, write_parquet
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.selection import ChosenSetting
-from rayjobs.tune.trial import open_cache
+from rayjobs.tune.trial import open_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScore:
-    """The accuracy of one cache, or of a zero-shot classifier, on one target."""
+    """The accuracy of one cache, rival or zero-shot classifier on one target."""
 
     target: str
     """the name of the test set"""
@@ -36,7 +37,7 @@ class TargetScore:
     confusion: np.ndarray
     """(N, N) counts, true classes down, predicted classes across"""
     winning_sources: dict[str, list[int]]
-    """source → for each class, the images on which this source weighs most; empty for a zero-shot classifier"""
+    """source → for each class, the images on which this source weighs most; empty for all but a cache"""
 
     @property
     def images(self) -> int:
@@ -93,14 +94,17 @@ def _choice_digest(chosen: Sequence[ChosenSetting]) -> str:
 def score_target(
     chosen: Sequence[ChosenSetting], trials: Path, images: ImageList, features: Features
 ) -> list[TargetScore]:
-    """Score every zero-shot classifier and every chosen cache on the images of one target."""
+    """Score every zero-shot classifier, every chosen cache and every chosen rival on the images of one target."""
     labels = torch.tensor([images.items[row].label for row in features.rows])
     values = {name: torch.tensor(views[0]) for name, views in features.values.items()}
     scores: list[TargetScore] = []
     classifiers: dict[bytes, tuple[ChosenSetting, Cache]] = {}
     for choice in chosen:
         for trial in choice.seeds:
-            cache = open_cache(trials, trial.trial)
+            cache = open_classifier(trials, trial.trial)
+            if isinstance(cache, FewShotClassifier):
+                scores.append(_score_rival(images.role, choice, trial.seed, cache, values, labels))
+                continue
             classifiers.setdefault(cache.classifier.numpy().tobytes(), (choice, cache))
             scores.append(_score_cache(images.role, choice, trial.seed, cache, _of_cache(values, cache), labels))
     zero_shot = [
@@ -124,6 +128,24 @@ def _of_cache(values: dict[str, Tensor], cache: Cache) -> dict[str, Tensor]:
 
 def _zero_shot_name(choice: ChosenSetting) -> str:
     return f"{ZERO_SHOT} ({choice.setting.encoders[0]}, {choice.setting.sentences})"
+
+
+def _score_rival(
+    target: str,
+    choice: ChosenSetting,
+    seed: int,
+    rival: FewShotClassifier,
+    features: dict[str, Tensor],
+    labels: Tensor,
+) -> TargetScore:
+    return TargetScore(
+        target=target,
+        shots=choice.shots,
+        method=choice.method,
+        seed=seed,
+        confusion=_confusion(rival.logits(features), labels),
+        winning_sources={},
+    )
 
 
 def _score_cache(

@@ -16,7 +16,7 @@ from rayjobs.storage.files import read_json
 from rayjobs.tune.evaluation import TargetScore
 from rayjobs.tune.search_space import SearchConfig
 from rayjobs.tune.selection import ChosenSetting, best_choice, settings_to_plot
-from rayjobs.tune.trial import SURFACE, SharedInputs, open_cache, write_surface
+from rayjobs.tune.trial import SURFACE, SharedInputs, open_cache, open_classifier, write_surface
 
 
 def write_search_surfaces(
@@ -25,13 +25,13 @@ def write_search_surfaces(
     """Write `surface.json`, the accuracy over α and β, into the folder of each trial that is plotted.
 
     It is made here where the choice was made on validation images; trials write their own on held-out images, and a
-    choice on no image has none.
+    choice on no image has none, and neither has a rival.
     """
     labels = torch.tensor(shared.val_labels)
     for choice in settings_to_plot(chosen):
         trial = choice.seeds[0].trial
         path = folder / "trials" / trial / SURFACE
-        if path.exists() or choice.select != "val":
+        if path.exists() or choice.select != "val" or choice.setting.rival:
             continue
         cache = open_cache(folder / "trials", trial)
         features = {name: torch.tensor(shared.val[name]) for name in {*cache.keys, cache.zero_shot_source}}
@@ -43,7 +43,7 @@ def write_prediction_examples(
 ) -> None:
     """Write small copies of some test images with the predictions of the best choice."""
     best = best_choice(chosen)
-    cache = open_cache(trials, best.seeds[0].trial)
+    cache = open_classifier(trials, best.seeds[0].trial)
     logits = cache.logits({name: torch.tensor(features.values[name][0]) for name in cache.encoders})
     probabilities = logits.softmax(dim=1)
     predicted = probabilities.argmax(dim=1).tolist()
@@ -74,7 +74,8 @@ def plot_chosen(
         trial = choice.seeds[0]
         title = f"{choice.method}, {choice.shots} shots, seed {trial.seed}"
         (score,) = (s for s in scores if (s.method, s.shots, s.seed) == (choice.method, choice.shots, trial.seed))
-        if (path := trials / trial.trial / SURFACE).exists():
+        path = trials / trial.trial / SURFACE
+        if trial.alpha is not None and trial.beta is not None and path.exists():
             _plot_landscape(folder, number, title, read_json(path), (trial.alpha, trial.beta))
         _plot_score(folder, number, title, score, class_names)
 

@@ -11,7 +11,7 @@ from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.images import image_changes, read_images, write_images
 from rayjobs.tune.inputs import SweepInputs
-from rayjobs.tune.trial import TRIAL_FILE, open_cache
+from rayjobs.tune.trial import TRIAL_FILE, open_classifier
 
 INPUTS = "inputs.json"
 
@@ -44,7 +44,7 @@ def check_same_inputs(folder: Path, inputs: SweepInputs) -> None:
 
 
 def check_same_caches(trials: Path, names: Iterable[str], class_names: Sequence[str], identities: Any) -> None:
-    """Check that caches are of these classes and encoders.
+    """Check that caches and rivals' classifiers are of these classes and encoders.
 
     Args:
         trials: folder of the trials.
@@ -57,7 +57,7 @@ def check_same_caches(trials: Path, names: Iterable[str], class_names: Sequence[
         CafoError: a cache cannot be read.
     """
     for name in sorted(set(names)):
-        cache = open_cache(trials, name)
+        cache = open_classifier(trials, name)
         if change := class_changes(cache.class_names, class_names):
             raise ProvenanceError(
                 f"the sweep's caches are of other classes than the data set has now ({change}); restore the classes, "

@@ -1,15 +1,17 @@
 """The images, features and classifiers of a sweep, and the arrays of them that all its trials share."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from cafo import fewshot
+from cafo.choice_names import Select
 from cafo.datasets import Dataset
 from cafo.items import Item
-from cafo.selection import Select
+from cafo.methods.base import Method
+from cafo.methods.saved import TrainingFile
 from rayjobs.data.feature_store import RejectedImage
 from rayjobs.data.few_shot_images import PLAIN, EncodedImages
 from rayjobs.data.image_dataset import Sentences
@@ -32,6 +34,8 @@ class SweepInputs:
     """(encoder, sentences) → zero-shot classifier"""
     identities: Mapping[str, str]
     """encoder → what identifies its weights and preprocessing"""
+    rivals: Mapping[str, Method] = field(default_factory=dict)
+    """the rivals by name"""
 
     @property
     def rejected(self) -> list[RejectedImage]:
@@ -97,12 +101,14 @@ def share_inputs(inputs: SweepInputs, select: Mapping[int, Select]) -> SharedInp
     row_of: dict[tuple[str, Item], int] = {}
     labels: list[int] = []
     contents: list[str] = []
+    files: list[TrainingFile] = []
     for role in key_roles:
         for position in features[role].rows:
             item = lists[role].items[position]
             row_of["train" if lists[role].training else role, item] = len(labels)
             labels.append(item.label)
             contents.append(features[role].contents[position] or item.path)
+            files.append(TrainingFile(item.path, item.class_name, features[role].contents[position] or ""))
     groups = {content: group for group, content in enumerate(dict.fromkeys(contents))}
 
     def rows(role: str, items: Iterable[Item]) -> np.ndarray:
@@ -127,4 +133,11 @@ def share_inputs(inputs: SweepInputs, select: Mapping[int, Select]) -> SharedInp
         classifiers={key: classifier.weights.numpy() for key, classifier in inputs.classifiers.items()},
         class_names=inputs.dataset.class_names,
         identities=inputs.identities,
+        rivals=inputs.rivals,
+        prompts={
+            key: classifier.embeddings.numpy()
+            for key, classifier in inputs.classifiers.items()
+            if classifier.embeddings is not None
+        },
+        files=tuple(files) if inputs.rivals else (),
     )

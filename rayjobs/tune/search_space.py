@@ -1,22 +1,29 @@
-"""The search space of a CaFo sweep: hyperparameter settings, and the trials that they make over shots and seeds."""
+"""The search space of a CaFo sweep: hyperparameter settings, and the trials that they make over shots and seeds.
+
+Importing this module imports no PyTorch, since a config's sections stand here.
+"""
+
+from __future__ import annotations
 
 import itertools
 import math
 import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from cafo.ensemble import Ensemble, table5
-from cafo.search import Rule, weight_grid
-from cafo.search_grid import BetaGrid
-from cafo.selection import Choosing, Select, default_select
+from cafo.choice_names import Rule, Select
 from rayjobs.config import config
 from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import ConfigError
 from rayjobs.storage.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from cafo.ensemble import Ensemble
+    from cafo.search_grid import BetaGrid
+    from cafo.selection import Choosing
 
 Hyperparameter = Literal["generated", "views", "encoders", "ensemble", "sentences", "lr", "epochs", "alpha", "beta"]
 
@@ -75,6 +82,10 @@ class SpaceConfig:
     methods: dict[str, dict[Hyperparameter, list[Any]]] = Field(default_factory=dict)
     """Methods to compare, by the name of their table row, each with the hyperparameters that it restricts, such as
     `CLIP cache: {encoders: [[clip]]}`. The best setting of each method is chosen separately."""
+    rivals: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Other few-shot methods to compare, by their names in `cafo.methods`, each with those of its authors' constants
+    that it changes, such as `{GDA: {}, APE: {gamma_steps: 5}}`. They read the features of the first encoder of a set
+    and no generated images; their own hyperparameters are chosen on the same images by the same rule."""
 
 
 @config
@@ -139,6 +150,8 @@ class SearchConfig:
             has_val: whether there are validation images.
             trained: whether keys are trained in any setting: the settings of a sweep are compared with each other.
         """
+        from cafo.selection import default_select
+
         if self.select in ("crossfit", "leave_one_out") and shots < 2 and not self.join_val:
             return "prior"
         has_val = has_val and not self.join_val
@@ -146,6 +159,9 @@ class SearchConfig:
 
     def choosing(self, ensemble: Ensemble, encoders: Sequence[str]) -> Choosing:
         """The settings of a choice, for one ensemble of some encoders. Raises ConfigError as `grid` does."""
+        from cafo.search import weight_grid
+        from cafo.selection import Choosing
+
         sources = ensemble.sources or tuple(encoders)
         candidates = weight_grid(ensemble, sources, self.temperatures, self.scales, drop_zero_shot=self.drop_zero_shot)
         return Choosing(
@@ -158,6 +174,8 @@ class SearchConfig:
 
     def grid(self) -> BetaGrid:
         """The grid of β. Raises ConfigError if its bounds are in the wrong order, or all scales are 0."""
+        from cafo.search_grid import BetaGrid
+
         if not any(self.scales):
             raise ConfigError("search.scales: at least one scale must be above 0, or every source is left out")
         if self.beta_low > self.beta_high:
@@ -178,10 +196,17 @@ class Setting(NamedTuple):
     alpha: float
     beta: float
     method: str = ""
+    rival: str = ""
+    """name of a method of `cafo.methods` that is fitted in place of CaFo; it has only views, encoders and sentences"""
 
     def compared_values(self, compare: Sequence[Hyperparameter]) -> dict[str, Any]:
         """The method and the values of the compared hyperparameters: a setting is chosen for each combination."""
-        return {"method": self.method, **{name: getattr(self, name) for name in compare}}
+        names = [name for name in compare if not self.rival or name in ("views", "encoders", "sentences")]
+        return {"method": self.method, **{name: getattr(self, name) for name in names}}
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as plain data, without an empty `rival`, so that a choice keeps its digest."""
+        return {name: value for name, value in self._asdict().items() if name != "rival" or value}
 
     def group_key(self, compare: Sequence[Hyperparameter]) -> tuple[Hashable, ...]:
         """The compared values alone, the same for all settings among which one is chosen."""
@@ -198,7 +223,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        digest = fingerprint([self.shots, self.seed, self.setting])
+        digest = fingerprint([self.shots, self.seed, list(self.setting.to_json().values())])
         return f"shots{self.shots}-seed{self.seed}-{digest[:10]}"
 
     def group_key(self, compare: Sequence[Hyperparameter]) -> tuple[Hashable, ...]:
@@ -225,6 +250,8 @@ def enumerate_settings(
             for name in space.methods
             for setting in enumerate_settings(method_space(space, name), search, encoders, views, file)
         ]
+    from cafo.ensemble import table5
+
     encoder_sets = [tuple(names) for names in space.encoders or [list(encoders)]]
     _check_space(space, search, encoder_sets, encoders, views)
     values: list[Sequence[Any]] = [
@@ -254,6 +281,8 @@ def _check_space(
     encoders: Sequence[str],
     views: int,
 ) -> None:
+    from cafo.ensemble import table5
+
     if unknown := {name for names in encoder_sets for name in names} - set(encoders):
         raise ConfigError(f"space.encoders: {', '.join(sorted(unknown))} not among encoders {', '.join(encoders)}")
     rules = {rule for names in encoder_sets for rule in table5(names)}

@@ -3,12 +3,12 @@
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from cafo.choice_names import Select
 from cafo.estimate import Estimate
-from cafo.selection import Select
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
-from rayjobs.tune.trial import CACHE, TrialResult
+from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +19,21 @@ class ChosenTrial:
     trial: str
     accuracy: float | None
     """on the images of the choice; None if it was made on none"""
-    alpha: float
-    beta: float
-    ensemble: str
+    alpha: float | None
+    """None for a rival, like the next two"""
+    beta: float | None
+    ensemble: str | None
     """JSON of the ensemble"""
+    hyperparameters: str | None = None
+    """JSON of a rival's hyperparameters; None for CaFo"""
     estimate_correct: int | None = None
     """correct images of the estimate of the accuracy on new images; None if none was made"""
     estimate_images: int | None = None
     """all images of that estimate"""
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as plain data; `hyperparameters` of rivals alone."""
+        return {n: v for n, v in asdict(self).items() if n != "hyperparameters" or v is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +46,7 @@ class ChosenSetting:
     group: dict[str, Any]
     """the compared values"""
     setting: Setting
-    select: Select
+    select: Select | Literal["none"]
     """what the choice was made on"""
     accuracy: float | None
     """mean over seeds, on the images of the choice; None if it was made on none"""
@@ -62,7 +69,7 @@ class ChosenSetting:
         return Estimate(correct=correct, total=total)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "setting": self.setting._asdict(), "seeds": [asdict(trial) for trial in self.seeds]}
+        return {**asdict(self), "setting": self.setting.to_json(), "seeds": [trial.to_json() for trial in self.seeds]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ChosenSetting":
@@ -111,9 +118,6 @@ def _choose(group: dict[Setting, list[TrialResult]], compare: Sequence[Hyperpara
 
 
 def _chosen_trial(result: TrialResult) -> ChosenTrial:
-    assert result.chosen_alpha is not None
-    assert result.chosen_beta is not None
-    assert result.chosen_ensemble is not None
     return ChosenTrial(
         seed=result.seed,
         trial=result.trial,
@@ -121,6 +125,7 @@ def _chosen_trial(result: TrialResult) -> ChosenTrial:
         alpha=result.chosen_alpha,
         beta=result.chosen_beta,
         ensemble=result.chosen_ensemble,
+        hyperparameters=result.hyperparameters,
         estimate_correct=result.estimate_correct,
         estimate_images=result.estimate_images,
     )
@@ -151,6 +156,8 @@ def edge_notices(chosen: Sequence[ChosenSetting], search: SearchConfig) -> Itera
     for choice in chosen:
         seeds: dict[str, list[int]] = {}
         for trial in choice.seeds:
+            if trial.alpha is None or trial.beta is None:
+                continue  # a rival's, whose grids are its authors'
             notice = grid.edge_notice(
                 trial.alpha, trial.beta, low_setting="search.beta_low", high_setting="search.beta_high"
             )
@@ -165,6 +172,20 @@ def best_choice(chosen: Sequence[ChosenSetting]) -> ChosenSetting:
     return max(chosen, key=lambda choice: -1.0 if choice.accuracy is None else choice.accuracy)
 
 
+def reference_method(chosen: Sequence[ChosenSetting]) -> str | None:
+    """The row that others are compared with: `CaFo`, or else the best of CaFo's rows at the most shots.
+
+    The best one is that of the choices' images, so that no test image has a say. None without a row of CaFo.
+    """
+    own = [choice for choice in chosen if not choice.setting.rival]
+    if not own:
+        return None
+    if any(choice.method == "CaFo" for choice in own):
+        return "CaFo"
+    most = max(choice.shots for choice in own)
+    return best_choice([choice for choice in own if choice.shots == most]).method
+
+
 def settings_to_plot(chosen: Sequence[ChosenSetting]) -> list[ChosenSetting]:
     """The best chosen setting, then each other method's at its largest K."""
     best = best_choice(chosen)
@@ -175,8 +196,9 @@ def settings_to_plot(chosen: Sequence[ChosenSetting]) -> list[ChosenSetting]:
 
 
 def remove_other_caches(folder: Path, chosen: Sequence[ChosenSetting]) -> None:
-    """Remove the caches of all trials but the chosen ones: a thousand trials of ImageNet would take 200 GB."""
+    """Remove the classifiers of all trials but the chosen ones: a thousand trials of ImageNet would take 200 GB."""
     chosen_trials = {trial.trial for choice in chosen for trial in choice.seeds}
-    for cache in (folder / "trials").rglob(CACHE):
-        if cache.parent.name not in chosen_trials:
-            cache.unlink(missing_ok=True)
+    for name in (CACHE, RIVAL):
+        for file in (folder / "trials").rglob(name):
+            if file.parent.name not in chosen_trials:
+                file.unlink(missing_ok=True)

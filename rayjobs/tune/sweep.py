@@ -21,6 +21,7 @@ from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress
 from rayjobs.tune.optuna_study import Study
+from rayjobs.tune.rival_trial import run_rival
 from rayjobs.tune.schedulers import GroupedASHAScheduler
 from rayjobs.tune.search_space import (
     SearchConfig,
@@ -64,23 +65,29 @@ def run_sweep(
         folder: holds a folder for each trial.
     """
     trials = enumerate_trials(space, settings)
+    rivals = [trial for trial in trials if trial.setting.rival]  # neither stopped early nor suggested: all are run
+    own = [setting for setting in settings if not setting.rival]
     earlier = sum(read_trial_result(trial, folder) is not None for trial in trials)
     total = _planned_trials(space, search, trials)
     with Progress("tune", unit="trials", total=total, done=earlier) as bar, reraise_user_errors():
         sweep = _Sweep(shared, search, folder, pool, bar)
         if search.method == "optuna":
-            return sweep.progress.results(_run_studies(sweep, space, settings))
-        if search.method == "asha":
-            return _run_asha(sweep, space, trials)
-        sweep.run(trials)
-        return sweep.progress.results(trials)
+            results = sweep.progress.results(_run_studies(sweep, space, own))
+        elif search.method == "asha":
+            results = _run_asha(sweep, space, enumerate_trials(space, own))
+        else:
+            sweep.run(trials)
+            return sweep.progress.results(trials)
+        sweep.run(rivals)
+        return results + sweep.progress.results(rivals)
 
 
 def _planned_trials(space: SpaceConfig, search: SearchConfig, trials: Sequence[Trial]) -> int:
     if search.method != "optuna":
         return len(trials)
-    studies = {trial.group_key(search.compare) for trial in trials}
-    return search.samples * len(studies) * len(space.seeds)
+    studies = {trial.group_key(search.compare) for trial in trials if not trial.setting.rival}
+    rivals = sum(bool(trial.setting.rival) for trial in trials)
+    return search.samples * len(studies) * len(space.seeds) + rivals
 
 
 def _run_asha(sweep: "_Sweep", space: SpaceConfig, trials: Sequence[Trial]) -> Results:
@@ -204,16 +211,19 @@ def train_point(point: dict[str, Any], *, shared: SharedInputs, task: TrialTask)
         if task.halving:
             tune.report({"epoch": len(curve) - 1, "epoch_accuracy": curve[-1], "curve": list(curve)})
 
-    results = [
-        read_trial_result(trial, task.folder) or run_trial(trial, shared, task.search, task.folder, task.device, report)
-        for trial in point["trials"]
-    ]
+    def run(trial: Trial) -> TrialResult:
+        if trial.setting.rival:
+            return run_rival(trial, shared, task.search, task.folder)
+        return run_trial(trial, shared, task.search, task.folder, task.device, report)
+
+    results = [read_trial_result(trial, task.folder) or run(trial) for trial in point["trials"]]
     tune.report({"objective": sum(result.accuracy or 0.0 for result in results) / len(results)})
 
 
 LEADER_COLUMNS = {
     "K": "shots",
     "best accuracy": "accuracy",
+    "method": "method",
     "encoders": "encoders",
     "sentences": "sentences",
     "K'": "generated",
@@ -228,6 +238,8 @@ LEADER_COLUMNS = {
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 
 from cafo.cache import Cache, accuracy, load_cache, mean_key, save_cache
+from cafo.choice_names import Select
 from cafo.cross_fit import TrainingImages
 from cafo.ensemble import table5
 from cafo.held_out import HeldOut
 from cafo.key_training import Epoch, KeyTraining
+from cafo.methods.base import Method
+from cafo.methods.saved import FewShotClassifier, TrainingFile, load_classifier
 from cafo.search import surface
 from cafo.search_grid import BetaGrid
-from cafo.selection import Select, Selected, select
+from cafo.selection import Selected, select
 from rayjobs.data.image_dataset import Sentences
 from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
@@ -36,6 +39,7 @@ from rayjobs.storage.files import atomic_path, read_json, write_json
 from rayjobs.tune.search_space import SearchConfig, Trial
 
 CACHE, TRIAL_FILE, SURFACE = "cache.safetensors", "result.json", "surface.json"
+RIVAL = "method.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,12 @@ class SharedInputs:
     class_names: tuple[str, ...]
     identities: Mapping[str, str]
     """encoder → what identifies its weights and preprocessing"""
+    rivals: Mapping[str, Method] = field(default_factory=dict)
+    """the sweep's rivals by name"""
+    prompts: Mapping[tuple[str, Sentences], np.ndarray] = field(default_factory=dict)
+    """(encoder, sentences) → each class's sentences, (N, P, C), where a rival reads them"""
+    files: tuple[TrainingFile, ...] = ()
+    """(M'): the image of each row of `views`; empty without rivals"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +101,13 @@ class TrialResult:
     alpha: float
     beta: float
     method: str
+    rival: str = ""
+    """name of the method that was fitted in place of CaFo"""
     curve: list[float]
     """accuracy on the images of the choice, before training and after every epoch, at the initial α and β; empty if it
     is made on no image"""
-    select: Select | None = None
-    """what the choice was made on; the next four are None for `prior`"""
+    select: Select | Literal["none"] | None = None
+    """what the choice was made on; the next four are None for `prior` and `none`"""
     correct: int | None = None
     images: int | None = None
     accuracy: float | None = None
@@ -104,6 +116,8 @@ class TrialResult:
     chosen_beta: float | None = None
     chosen_ensemble: str | None = None
     """JSON of the ensemble"""
+    hyperparameters: str | None = None
+    """JSON of a rival's chosen hyperparameters; it has no α, β and ensemble of CaFo's"""
     parts: str | None = None
     """JSON of the parts: what p_ZS and each source add"""
     estimate_correct: int | None = None
@@ -315,3 +329,9 @@ def read_trial_result(trial: Trial, folder: Path) -> TrialResult | None:
 def open_cache(folder: Path, trial: str) -> Cache:
     """The cache that a trial has written below `folder`."""
     return load_cache(cached_path(folder / trial / CACHE))
+
+
+def open_classifier(folder: Path, trial: str) -> Cache | FewShotClassifier:
+    """What a trial has written below `folder`: a cache, or a rival's classifier."""
+    path = folder / trial / RIVAL
+    return load_classifier(cached_path(path)) if path.exists() else open_cache(folder, trial)

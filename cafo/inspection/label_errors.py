@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cafo.cache import Cache
 from cafo.cross_fit import TrainingImages, has_others, leave_one_out
-from cafo.held_out import HeldOut
+from cafo.held_out import HeldOutImages
 
 _FLOATS_AT_ONCE = 1 << 24
 
@@ -57,7 +57,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> LabelCheck:
     return LabelCheck(own[:, 0] - largest, suggested, logits)
 
 
-def held_out_training_images(cache: Cache, images: TrainingImages, rows: Tensor) -> HeldOut:
+def held_out_training_images(cache: Cache, images: TrainingImages, rows: Tensor) -> HeldOutImages:
     """Return some of the training images, each of which sees all keys but its own; M · len(rows) floats per source.
 
     Args:

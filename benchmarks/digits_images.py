@@ -25,7 +25,8 @@ from rayjobs.demo.adapter_settings import (
     question_train_settings,
     write_scan_questions,
 )
-from rayjobs.demo.world import WorldConfig, make_world, world_paths
+from rayjobs.demo.config import WorldConfig
+from rayjobs.demo.world import make_world, world_paths
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.storage.files import atomic_folder, read_json, write_json
 

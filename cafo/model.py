@@ -35,6 +35,7 @@ from torch import Tensor
 
 from cafo import fewshot
 from cafo.cache import Cache, load_cache, mean_key, save_cache
+from cafo.choice_names import Select
 from cafo.cross_fit import TrainingImages
 from cafo.datasets import Dataset
 from cafo.encoder_spec import EncoderSpec
@@ -52,7 +53,6 @@ from cafo.prediction import Prediction, predict
 from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
 from cafo.search import weight_grid
 from cafo.search_grid import BetaGrid
-from cafo.choice_names import Select
 from cafo.selection import Choosing, Selected, default_select, select
 
 _IMAGES_PER_BATCH = 64

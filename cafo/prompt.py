@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from cafo.dataset_layouts import check_templates
 from cafo.errors import CafoError, refuse_text
 from cafo.files import as_path, read_json, write_json
 from cafo.openai_client import Endpoint, RateLimitedClient
 
-if TYPE_CHECKING:  # for a protocol only; importing it would import open_clip and timm
+if TYPE_CHECKING:  # for annotations only: a config's sections read this module's commands, and spare PyTorch
+    from torch import Tensor
+
     from cafo.encoders import TextEncoder
 
 COMMANDS = (
@@ -200,6 +198,9 @@ def zero_shot_classifier(
     Raises:
         CafoError: classes without a sentence, or with something else than a list of sentences; they are named.
     """
+    import torch
+    from torch.nn import functional as F
+
     refuse_text(class_names, "class_names")
     for name in class_names:
         _check_sentences(name, prompts.get(name, []), "prompts")
@@ -224,6 +225,8 @@ def sentences_by_class(embeddings: Tensor, counts: Sequence[int]) -> Tensor:
         embeddings: those of all sentences, class by class.
         counts: number of sentences of each of the N classes.
     """
+    import torch
+
     turn = torch.arange(max(counts))
     return torch.stack([part[turn % len(part)] for part in embeddings.split(list(counts))])
 

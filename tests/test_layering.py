@@ -51,6 +51,7 @@ def test_no_file_imports_upwards_or_sideways(room):
 ORDER = [
     "__main__",
     "jobs",
+    "job_configs",
     "demo",
     "tune",
     "inference",

@@ -27,12 +27,12 @@ from torch import Tensor
 from cafo.alpha_intervals import count_correct_at
 from cafo.cache import count_correct
 from cafo.calibration import free_temperature_loss
+from cafo.choice_names import Rule
 from cafo.cross_fit import stratified_folds
 from cafo.errors import CafoError
 from cafo.estimate import Estimate
 from cafo.methods.base import Features, FewShotImages, Fitted, Method, Setting, Stage, Terms
 from cafo.near_best import near_highest
-from cafo.search import Rule
 
 Select = Literal["val", "crossfit", "none"]
 _COMPARED = 256

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from cafo.dataset_layouts import LAYOUTS
 from cafo.datasets import Dataset, Item, load_generated_list, load_split
-from cafo.generate import best_per_class
 from cafo.image_trees import load_tree
 from cafo.paper_datasets import load_dataset, load_generated
 from cafo.prompt import read_prompts, template_prompts
@@ -88,6 +87,8 @@ class ImageDatasetConfig:
         """
         if not keep:
             return dataset.image_root, ()
+        from cafo.generate import best_per_class  # imports PyTorch
+
         if not self.generated:
             raise ConfigError("generated images are used, but data.generated is not set; set it to their list")
         if self.generated in ("dalle", "sd"):

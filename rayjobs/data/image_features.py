@@ -40,7 +40,8 @@ def prepare_image_source(
             flips=vision.flips,
         )
     from cafo.datasets import Item
-    from rayjobs.data.feature_store import FeaturesConfig, FeatureStore
+    from rayjobs.data.config import FeaturesConfig
+    from rayjobs.data.feature_store import FeatureStore
     from rayjobs.data.image_list import plain_list
 
     store = FeatureStore(

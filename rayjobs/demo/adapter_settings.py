@@ -3,31 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from rayjobs.config import config
 from rayjobs.demo import notes
+from rayjobs.demo.config import AdaptersConfig
 from rayjobs.demo.questions import write_questions
 from rayjobs.demo.world import World, worker_count
 from rayjobs.storage.files import atomic_folder, read_json, write_json, write_jsonl
-
-
-@config
-class AdaptersConfig:
-    """Training data and epochs of the adapters."""
-
-    records: int = Field(default=900, ge=10)
-    """Training records of the new instruction; half as many of the old one are added."""
-    held_out: int = Field(default=200, ge=1)
-    """Test records of each instruction; their notes are in no training text."""
-    epochs: float = Field(default=16, gt=0)
-    """Epochs over the records."""
-    question_epochs: float = Field(default=3.4, gt=0)
-    """Epochs over the questions about images."""
-    workers: int = Field(default=2, ge=1)
-    """Ray Train workers for the instruction, under ZeRO-2; with GPUs, at most one for each GPU."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for records, questions, prompts and their order."""
 
 
 def write_records(settings: AdaptersConfig, folder: Path) -> None:

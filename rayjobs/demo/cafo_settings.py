@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from pydantic import Field
-
-from rayjobs.config import config, to_dict
+from rayjobs.config import to_dict
 from rayjobs.demo.captions import TEMPLATE
+from rayjobs.demo.config import CascadeConfig
 from rayjobs.demo.world import World, gpu_share
 from rayjobs.runs.run_dir import RunConfig
 
@@ -24,20 +23,6 @@ CASCADE: dict[str, dict[str, Any]] = {
     "all of CaFo": {"encoders": [["clip", "dino"]], "generated": True, "sentences": True},
 }
 """The rows of the paper's table 4."""
-
-
-@config
-class CascadeConfig:
-    """The search space of the demo's sweep."""
-
-    shots: list[int] = Field(default=[0, 1, 4, 16], min_length=1)
-    """K: numbers of labelled scans per digit."""
-    seeds: list[int] = Field(default=[1, 2, 3], min_length=1)
-    """Seeds for the few-shot choice; accuracies are means over them."""
-    generated: list[int] = Field(default=[1, 8], min_length=1)
-    """K': numbers of generated images per digit, the best by CLIP; the number is chosen on validation scans."""
-    epochs: list[int] = Field(default=[20], min_length=1)
-    """Numbers of epochs that the keys are trained."""
 
 
 def cafo_job_settings(settings: CascadeConfig, world: World, run: RunConfig, gpus: int) -> dict[str, Any]:

@@ -7,42 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cafo.images import CLIP_MEAN, CLIP_STD
-from rayjobs.config import config
 from rayjobs.demo.captions import sample_caption
+from rayjobs.demo.config import TinyClipConfig
 from rayjobs.demo.font_digits import SIDE, printed_digits, render_fonts
 from rayjobs.demo.optim import train_steps
 from rayjobs.storage.files import atomic_path
 
 
-@config
-class TinyClipConfig:
-    """The tiny CLIP and its training on printed digits with captions."""
-
-    width: int = Field(default=16, ge=8)
-    """Channels of the ResNet's first stage."""
-    embed_dim: int = Field(default=64, ge=8)
-    """Width of the features."""
-    steps: int = Field(default=300, ge=1)
-    """Number of optimizer steps."""
-    batch: int = Field(default=64, ge=2)
-    """Images per step."""
-    lr: float = Field(default=2e-3, gt=0)
-    """Peak learning rate."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for the images, the captions and the initial weights."""
-
-    def model_config(self) -> dict[str, Any]:
-        """open_clip's model JSON."""
-        return {
-            "embed_dim": self.embed_dim,
-            "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": self.width},
-            "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
-        }
+def model_config(settings: TinyClipConfig) -> dict[str, Any]:
+    """open_clip's model JSON."""
+    return {
+        "embed_dim": settings.embed_dim,
+        "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": settings.width},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 1},
+    }
 
 
 def train_clip(settings: TinyClipConfig, folder: Path, device: str) -> Iterator[float]:
@@ -52,8 +34,8 @@ def train_clip(settings: TinyClipConfig, folder: Path, device: str) -> Iterator[
     image_rng, caption_rng = torch.Generator().manual_seed(settings.seed), random.Random(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = open_clip.CLIP(**settings.model_config()).to(device)
-    tokenize = open_clip.SimpleTokenizer(context_length=settings.model_config()["text_cfg"]["context_length"])
+        model = open_clip.CLIP(**model_config(settings)).to(device)
+    tokenize = open_clip.SimpleTokenizer(context_length=model_config(settings)["text_cfg"]["context_length"])
     contrastive_loss = open_clip.ClipLoss()
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     fonts = render_fonts()
@@ -70,4 +52,4 @@ def train_clip(settings: TinyClipConfig, folder: Path, device: str) -> Iterator[
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / "open_clip_model.safetensors") as temporary:
         save_file(state, temporary)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings.model_config()}, indent=2))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config(settings)}, indent=2))

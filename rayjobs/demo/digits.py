@@ -4,30 +4,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from cafo.datasets import stable_uniform
-from rayjobs.config import config
 from rayjobs.demo.captions import descriptions
+from rayjobs.demo.config import DigitsConfig
 from rayjobs.demo.font_digits import enlarge
 from rayjobs.demo.notes import NAMES
 from rayjobs.errors import ConfigError
 from rayjobs.storage.files import write_json
-
-
-@config
-class DigitsConfig:
-    """The split of the scans."""
-
-    train: int = Field(default=900, ge=10)
-    """Training scans, from which the few-shot images are chosen; DINO is trained on all of them, without labels."""
-    val: int = Field(default=300, ge=10)
-    """Validation scans, on which settings are chosen."""
-    test: int = Field(default=597, ge=10)
-    """Test scans, which are scored once, at the end."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the split."""
 
 
 def split_scans(settings: DigitsConfig) -> dict[str, list[tuple[str, Tensor, int]]]:

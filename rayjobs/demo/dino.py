@@ -18,41 +18,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD
-from rayjobs.config import config
-from rayjobs.demo.digits import DigitsConfig, split_scans
+from rayjobs.demo.config import DigitsConfig, TinyDinoConfig
+from rayjobs.demo.digits import split_scans
 from rayjobs.demo.font_digits import SIDE, distort
 from rayjobs.demo.optim import train_steps
 from rayjobs.storage.files import atomic_path
 
 ARCHITECTURE = "resnet10t"
 SHAPE: dict[str, Any] = {"channels": [16, 32, 32, 32], "stem_width": 8, "output_stride": 8, "global_pool": ""}
-
-
-@config
-class TinyDinoConfig:
-    """The tiny DINO and its training on scans without labels."""
-
-    steps: int = Field(default=100, ge=1)
-    """Number of optimizer steps."""
-    batch: int = Field(default=128, ge=2)
-    """Scans per step, each in two views."""
-    prototypes: int = Field(default=256, ge=2)
-    """P: number of prototypes."""
-    lr: float = Field(default=4e-3, gt=0)
-    """Peak learning rate."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Share of the teacher's weights that is kept at each step."""
-    teacher_temperature: float = Field(default=0.04, gt=0)
-    """Temperature of the teacher's distribution; low, so that it is sharp."""
-    student_temperature: float = Field(default=0.1, gt=0)
-    """Temperature of the student's distribution; higher, so that the student has to learn to be sharp."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for the views and the initial weights."""
 
 
 class _Net(nn.Module):

@@ -6,11 +6,9 @@ tokenizer. The demo's jobs read it as they read any other base.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from adapter.base.checkpoint import save_decoder
@@ -18,41 +16,9 @@ from adapter.decoder import Decoder, RMSNorm
 from adapter.decoder_config import DecoderConfig
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
-from rayjobs.config import config
 from rayjobs.demo import notes, questions
+from rayjobs.demo.config import TinyLlamaConfig
 from rayjobs.demo.optim import train_steps
-
-
-@config
-class TinyLlamaConfig:
-    """A tiny LLaMA and its training text."""
-
-    reads: Literal["notes", "questions"] = "notes"
-    """Training text: `notes`, in digits and in words, with the instruction to copy one; `questions`, multiple choice
-    with lettered options."""
-    dim: int = Field(default=64, ge=8)
-    """Width of the model."""
-    n_layers: int = Field(default=4, ge=1)
-    """Number of decoder layers."""
-    n_heads: int = Field(default=4, ge=1)
-    """Number of attention heads."""
-    vocab_size: int = Field(default=300, ge=200)
-    """Maximum number of SentencePiece pieces."""
-    steps: int = Field(default=400, ge=1)
-    """Number of optimizer steps."""
-    batch: int = Field(default=32, ge=1)
-    """Documents per step."""
-    lr: float = Field(default=3e-3, gt=0)
-    """Peak learning rate."""
-    answer_weight: float = Field(default=10, ge=1)
-    """Loss weight of tokens that are determined by the text before them, such as an answer; the other tokens have
-    weight 1."""
-    init_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of all initial matrices, in units of d^-0.5; null keeps PyTorch's initialisation except for
-    the embedding."""
-    seed: int = Field(default=0, ge=0)
-    """Seed for the text and the initial weights."""
-
 
 TEXTS: dict[str, tuple[Callable[[int, int], list[notes.Document]], tuple[str, ...]]] = {
     "notes": (notes.documents, ()),

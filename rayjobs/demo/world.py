@@ -9,37 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field
-
 from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
-from rayjobs.config import config, to_dict
+from rayjobs.config import to_dict
 from rayjobs.console import Progress
 from rayjobs.demo.cache_dir import cache_folder, torch_threads
 from rayjobs.demo.captions import descriptions
-from rayjobs.demo.clip import TinyClipConfig, train_clip
-from rayjobs.demo.digits import DigitsConfig, write_digits
-from rayjobs.demo.dino import TinyDinoConfig, train_dino
-from rayjobs.demo.llama import TinyLlamaConfig, train_llama, training_documents
+from rayjobs.demo.clip import train_clip
+from rayjobs.demo.config import WorldConfig
+from rayjobs.demo.digits import write_digits
+from rayjobs.demo.dino import train_dino
+from rayjobs.demo.llama import train_llama, training_documents
 from rayjobs.demo.stroke_digits import write_drawings
 from rayjobs.storage.files import atomic_folder
-
-
-@config
-class WorldConfig:
-    """The images and the tiny models."""
-
-    digits: DigitsConfig = DigitsConfig()
-    clip: TinyClipConfig = TinyClipConfig()
-    dino: TinyDinoConfig = TinyDinoConfig()
-    notes: TinyLlamaConfig = TinyLlamaConfig()
-    questions: TinyLlamaConfig = TinyLlamaConfig(
-        reads="questions", vocab_size=384, steps=1000, answer_weight=100, init_std=1.5
-    )
-    drawings: int = Field(default=16, ge=1)
-    """Images of each digit that the image generator draws."""
 
 
 class World(NamedTuple):

@@ -1,19 +1,22 @@
 """The model that a config names for inference: a frozen base, with or without an adapter, that may read images."""
 
+from __future__ import annotations
+
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from adapter.adapter_file import AdapterFile, check_adapter_fits
-from adapter.adapter_formats import read_adapter
-from adapter.base.checkpoint import Checkpoint
 from adapter.errors import CheckpointError
-from adapter.model import AdaptedModel
 from rayjobs.config import config
 from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig, open_image_conditioning
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.paths import ModelPath
+
+if TYPE_CHECKING:
+    from adapter.adapter_file import AdapterFile
+    from adapter.base.checkpoint import Checkpoint
+    from adapter.model import AdaptedModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,9 @@ class AdapterSourceConfig:
 
         Raises a UserError or an AdapterError if they do not fit, or if an encoder is missing and `blind` is not set.
         """
+        from adapter.adapter_file import check_adapter_fits
+        from adapter.adapter_formats import read_adapter
+
         checkpoint, tokenizer = self.base.open(weights=weights)
         blind = self.blind or (self.vision is None and not needs_encoder)
         file = None if self.adapter is None else read_adapter(cached_path(self.adapter))

@@ -1,13 +1,13 @@
 """Describe classes with a language model: an endpoint, or a LLaMA on this machine, with or without an adapter."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from adapter.adapter_formats import read_adapter
-from adapter.model import AdaptedModel
 from adapter.templates import Template, template_fields
 from adapter.tokenizers.base import Tokenizer
 from cafo.dataset_layouts import check_templates
@@ -25,6 +25,9 @@ from rayjobs.storage.download import cached_path
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import AnyPath, FileOrName, ModelPath
 from rayjobs.storage.sync import SyncedFolder
+
+if TYPE_CHECKING:
+    from adapter.model import AdaptedModel
 
 
 @config
@@ -46,6 +49,8 @@ class LlamaDescriberConfig:
 
     def open_template(self, tokenizer: Tokenizer) -> Template:
         """The template of the commands. Raises an error for an adapter or template that cannot be read."""
+        from adapter.adapter_formats import read_adapter
+
         saved = read_adapter(cached_path(self.adapter)) if self.adapter is not None else None
         return saved_template(self.template, tokenizer, saved)
 

@@ -1,21 +1,20 @@
 """Generate images of classes, and keep those that CLIP ranks best: where they come from, and their list."""
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from cafo.files import read_json
-from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator, GenerationJob, ImageGenerator
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import config
 from rayjobs.console import Progress
 from rayjobs.data.class_names import ClassNames
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.models.endpoint import EndpointConfig, endpoint_errors
-from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_jsonl, write_jsonl
@@ -23,7 +22,10 @@ from rayjobs.storage.paths import AnyPath, resolve_path
 from rayjobs.storage.sync import SyncedFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cafo.encoders import ClipEncoder
+    from cafo.generate import FolderGenerator, ImageGenerator
 
 EXAMPLES = 24
 """Images that the report shows."""
@@ -70,6 +72,8 @@ class ImageGenerationConfig:
 
         Raises ConfigError or DataError for a section, a package or a class's folder that is missing.
         """
+        from cafo.generate import FolderGenerator
+
         if getattr(self, self.source) is None:
             needed = {"folder": "folder", "endpoint": "endpoint.model", "diffusers": "diffusers.model"}[self.source]
             raise ConfigError(f"source is {self.source}, so {needed} is required, but not given")
@@ -92,6 +96,8 @@ class ImageGenerationConfig:
 
     def generator(self) -> ImageGenerator:
         """The source of images, with its model loaded."""
+        from cafo.generate import DiffusersGenerator, EndpointGenerator, FolderGenerator
+
         if self.source == "folder":
             return FolderGenerator(resolve_path(str(self.folder)))
         if self.source == "endpoint":
@@ -124,7 +130,7 @@ def generate_images(
     settings: ImageGenerationConfig,
     classes: ClassNames,
     template: str,
-    encoder: "ClipEncoder",
+    encoder: ClipEncoder,
     classifier: Tensor,
     list_path: Path,
 ) -> None:
@@ -136,6 +142,8 @@ def generate_images(
         template: the generator's prompt.
         classifier: W (C, N), the class texts that images are scored against.
     """
+    from cafo.generate import GenerationJob
+
     log = list_path.parent.parent / REJECTED_FILE
     finished = len(labels_in_list(list_path))
     with (
@@ -172,6 +180,8 @@ def _log_rejected(log: Path, class_name: str, reasons: list[str]) -> None:
 
 def write_image_examples(folder: Path, list_path: Path, content: dict[str, Any]) -> None:
     """Write small copies of kept images with their CLIP score: some of every class's best, second best, and so on."""
+    from rayjobs.reporting.example_gallery import write_examples
+
     ranked = sorted(content["train"], key=lambda entry: (Path(entry[0]).name, entry[1]))
     some = sorted(ranked[:: max(1, len(ranked) // EXAMPLES)][:EXAMPLES])
     examples = [(list_path.parent / path, f"{name} ({content['scores'][path]:.3f})") for path, _, name in some]

@@ -12,16 +12,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
-
-from pydantic import Field
+from typing import Any, NamedTuple
 
 from adapter.adapter_file import AdapterFile
 from adapter.records.scienceqa import PROBLEMS, Problem, read_problems
 from adapter.templates import Template, template_fields
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
-from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.record_files import Role
@@ -31,7 +27,6 @@ from rayjobs.data.templates import describe_sources, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, Split, prepare_tokens
 from rayjobs.data.trained_records import held_out_records, is_held_out
 from rayjobs.errors import ConfigError, DataError
-from rayjobs.inference.adapter_source import AdapterSourceConfig
 from rayjobs.inference.batch import IDENTITY, BatchGenerator
 from rayjobs.inference.loss import LOSSES, record_losses, summarize_losses
 from rayjobs.inference.result_identity import data_identity, model_identity
@@ -39,67 +34,24 @@ from rayjobs.inference.scienceqa import (
     MAX_ANSWER_TOKENS,
     PREDICTIONS,
     AnswerProblems,
-    Reading,
     prediction_examples,
     problem_record,
     rejected_problems,
     summarize,
 )
-from rayjobs.inference.training_records import Overlap, find_overlap, run_data
+from rayjobs.inference.training_records import Overlap, find_overlap
+from rayjobs.job_configs.adapter_eval import Config
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, open_run
 from rayjobs.storage.files import write_jsonl, write_parquet
 from rayjobs.storage.paths import resolve_path
 
 logger = logging.getLogger(__name__)
-
-
-@config
-class Config(AdapterSourceConfig):
-    """Settings of adapter-eval."""
-
-    JOB: ClassVar = "adapter-eval"
-
-    task: Literal["loss", "scienceqa"] = "loss"
-    """Measure: held-out `loss`, or accuracy on `scienceqa`, which reads one ScienceQA folder, its test split unless
-    data.path names another."""
-    reading: Reading = "generate"
-    """Prediction of scienceqa: `generate` a text and read the answer out of it, or take the option with the highest
-    `likelihood`."""
-    batch_size: int = Field(default=16, ge=1)
-    """Problems of scienceqa per batch of a worker."""
-    data: RecordsConfig | None = None
-    """Records to score; null with `split`."""
-    split: Literal["val"] | None = None
-    """`val` scores the records that the adapter's own run held out for validation, or its `data.val_path`, in place of
-    `data`."""
-    allow_training_records: bool = False
-    """Score records that the adapter was trained on; the result is labelled. False refuses them."""
-    token_budget: int = Field(default=8192, ge=1)
-    """Tokens per batch of a worker for task=loss, padding included."""
-    scale: WorkerPoolConfig = WorkerPoolConfig()
-    run: RunConfig
-
-    def __post_init__(self) -> None:
-        if self.split and self.data:
-            raise ConfigError("split=val takes the records of the adapter's run: leave out data, or split")
-        if self.split and not self.adapter:
-            raise ConfigError("split=val takes the records of the run of an adapter: give adapter, or name data.path")
-        if not self.split and not self.data:
-            raise ConfigError(
-                "data.path: required, but not given; name the records to score, or give split=val for those that the "
-                "adapter's run held out"
-            )
-
-    @property
-    def records(self) -> RecordsConfig:
-        """The records to score, or those of the adapter's run, of which `split` is scored."""
-        return self.data or run_data(str(self.adapter))
 
 
 class Checked(NamedTuple):

@@ -7,24 +7,22 @@ and of the base its settings alone. `docs/formats.md` says what each format hold
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from adapter.adapter_export import Format, export_adapter, exported_gates
 from adapter.adapter_file import AdapterFile, check_identities
 from adapter.adapter_formats import read_adapter
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
-from rayjobs.config import config
 from rayjobs.console import show_result, show_table
+from rayjobs.job_configs.adapter_export import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path
 from rayjobs.storage.fingerprint import content_fingerprint
-from rayjobs.storage.paths import ModelPath
 
 OUT: dict[Format, str] = {"v1": "adapter.pth", "litgpt": "lit_model.pth.adapter", "peft": "peft"}
 """Name of each format's file, or of PEFT's folder, in the run folder; litgpt looks for its own by this name."""
@@ -33,23 +31,6 @@ LOADED_BY: dict[Format, str] = {
     "litgpt": "litgpt up to 0.5.4; later ones read the prompts' keys from wrong rows, unless the base has one kv head",
     "peft": "peft.PeftModel.from_pretrained(base, folder)",
 }
-
-
-@config
-class Config:
-    """Settings of adapter-export."""
-
-    JOB: ClassVar = "adapter-export"
-
-    base: BaseModelConfig
-    adapter: ModelPath
-    """Adapter file, of this project's own format or of any that it reads."""
-    format: Format
-    """Format to write: `v1`, the official v1 file; `litgpt`, litgpt's adapter file; `peft`, a folder for PEFT."""
-    gate: Literal["tanh", "identity"] = "identity"
-    """For v1: the function that the reading code applies to gates, `identity` as the official inference code, or `tanh`
-    as the official training code."""
-    run: RunConfig
 
 
 class Checked(NamedTuple):

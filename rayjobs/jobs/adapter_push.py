@@ -11,48 +11,22 @@ The token is that of `hf auth login` or HF_TOKEN; it needs the right to write.
 import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import AfterValidator
-
-from rayjobs.config import config
 from rayjobs.console import show_table
-from rayjobs.errors import ConfigError, DataError, UserError
+from rayjobs.errors import DataError, UserError
+from rayjobs.job_configs.adapter_push import Config
 from rayjobs.reporting.model_card import CARD_FILE, adapter_card, publishable, run_card
 from rayjobs.runs.record import RECORD_FILE, RESULT_FILE, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import read_json
-from rayjobs.storage.hub import HubPath, hub_errors, is_hub_id
+from rayjobs.storage.hub import HubPath, hub_errors
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
-from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import dump_yaml, read_yaml
 
 logger = logging.getLogger(__name__)
-
-
-def _repo_id(text: str) -> str:
-    if not is_hub_id(text) or "@" in text:
-        raise ConfigError("must be the id of a repository on the hub, org/name, where org may be your own name")
-    return text
-
-
-@config
-class Config:
-    """Settings of adapter-push."""
-
-    JOB: ClassVar = "adapter-push"
-
-    adapter: AnyPath
-    """Folder of a finished run of adapter-train, or an adapter file."""
-    repo: Annotated[str, AfterValidator(_repo_id)]
-    """Id of the repository on the Hugging Face hub, org/name."""
-    public: bool = False
-    """Let everyone read the repository; false makes it private, and refuses one that is public already."""
-    branch: str = "main"
-    """Branch that the commit is added to; it must exist."""
-    message: str = "Upload an adapter"
-    """First line of the commit's message."""
 
 
 class Upload(NamedTuple):

@@ -10,83 +10,43 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, extract_adapter
-from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.binding import meta_decoder
 from adapter.base.checkpoint import Checkpoint
 from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
 from adapter.decoder_config import DecoderConfig
-from adapter.image_projection import ImageProjectionConfig
 from adapter.templates import Template
 from rayjobs.cluster.ray_init import connect
-from rayjobs.config import config, to_dict
+from rayjobs.config import to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
-from rayjobs.data.records import DataConfig, check_sources
+from rayjobs.data.records import check_sources
 from rayjobs.data.templates import describe_sources, header_templates, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.data.trained_records import trained_digests, write_digests
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
+from rayjobs.job_configs.adapter_train import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
-from rayjobs.models.image_conditioning import ImageConditioning, VisionConfig
+from rayjobs.models.base_model import open_tokenizer
+from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.runs.record import RESULT_FILE, write_result
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import atomic_path, read_json, read_jsonl
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
-from rayjobs.train.config import OptimizerConfig, ScaleConfig, TrainConfig, ZeroConfig
 from rayjobs.train.engine import check_zero
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.trainer import fit
 
 logger = logging.getLogger(__name__)
-
-
-@config
-class AdapterConfig:
-    """The adapter's shape."""
-
-    n_layers: int = Field(default=30, ge=1)
-    """L: number of adapted layers, counted from the top."""
-    prompt_length: int = Field(default=10, ge=1)
-    """K: number of prompt tokens in each adapted layer."""
-    attention: Literal["zero-init", "rand-init", "prefix"] = "zero-init"
-    """Attention to the prompts: `zero-init` is the paper's method; its ablations are `rand-init`, whose gate is fixed
-    at 1, and `prefix`, an ordinary prefix that shares one softmax with the words."""
-
-    def adaption(self, vision: ImageProjectionConfig | None) -> AdaptionConfig:
-        gates: dict[str, Gate] = {"zero-init": "tanh", "rand-init": "one", "prefix": "prefix"}
-        return AdaptionConfig(
-            n_layers=self.n_layers, prompt_length=self.prompt_length, gate=gates[self.attention], vision=vision
-        )
-
-
-@config
-class Config:
-    """Settings of adapter-train."""
-
-    JOB: ClassVar = "adapter-train"
-
-    base: BaseModelConfig
-    data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
-    vision: VisionConfig | None = None
-    """Image encoder and projection; null leaves the records' images out."""
-    train: TrainConfig = TrainConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    zero: ZeroConfig = ZeroConfig()
-    scale: ScaleConfig = ScaleConfig()
-    run: RunConfig
 
 
 FREE_TO_CHANGE = (

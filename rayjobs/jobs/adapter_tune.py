@@ -12,16 +12,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
 from ray import tune
 
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerRange
-from rayjobs.config import config, load, to_dict
+from rayjobs.config import load, to_dict
 from rayjobs.console import show_table
 from rayjobs.errors import ConfigError
+from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.lifecycle import job
 from rayjobs.runs.record import write_result
@@ -31,7 +32,6 @@ from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.adapter_sweep import (
     AdapterTrial,
     AdapterTrialResult,
-    SweepConfig,
     describe_overrides,
     enumerate_overrides,
     plot_first_steps,
@@ -40,15 +40,6 @@ from rayjobs.tune.adapter_sweep import (
     summarize,
     write_table,
 )
-
-
-@config
-class Config(adapter_train.Config):
-    """Settings of adapter-tune."""
-
-    JOB: ClassVar = "adapter-tune"
-
-    sweep: SweepConfig
 
 
 def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:

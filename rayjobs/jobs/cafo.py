@@ -5,43 +5,13 @@ The same command resumes an interrupted run: no class is described or drawn twic
 """
 
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import Field
-
-from rayjobs.config import config
-from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import ConfigError
-from rayjobs.inference.class_descriptions import DescriptionConfig
-from rayjobs.inference.class_images import ImageGenerationConfig
+from rayjobs.job_configs.cafo import Config
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.lifecycle import job
-from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.run_dir import RunConfig, open_run
-
-
-@config
-class GenerateStep(ImageGenerationConfig):
-    """Images of the classes, generated and ranked by CLIP."""
-
-    clip: VisionEncoderConfig | None = None
-    """CLIP that ranks the generated images; null uses the first of `encoders`."""
-
-
-@config
-class Config(cafo_tune.Config):
-    """Settings of cafo."""
-
-    JOB: ClassVar = "cafo"
-
-    prompt: DescriptionConfig | None = None
-    """Describe the classes first, in the run's subfolder `prompt`; null uses data.prompts as it is."""
-    generate: GenerateStep | None = None
-    """Generate images next, in the run's subfolder `generate`; null uses data.generated as it is."""
-    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
-    """Other test sets with the same classes, by name, to measure distribution shift."""
-    plots: bool = True
-    """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
 
 
 def prompt_settings(settings: Config) -> cafo_prompt.Config | None:

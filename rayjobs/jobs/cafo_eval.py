@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from cafo.dataset_checks import class_changes
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
-from rayjobs.config import config, load, replace_paths, to_dict
+from rayjobs.config import load, replace_paths, to_dict
 from rayjobs.console import show_table
 from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list
 from rayjobs.errors import ConfigError, DataError
+from rayjobs.job_configs.cafo_eval import Config
 from rayjobs.jobs import cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
@@ -39,29 +37,13 @@ from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_jsonl
 from rayjobs.storage.hub import pin
-from rayjobs.storage.paths import AnyPath, resolve_path
+from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, score_target, write_scores
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
 from rayjobs.tune.selection import ChosenSetting, best_choice, reference_method
-
-
-@config
-class Config:
-    """Settings of cafo-eval."""
-
-    JOB: ClassVar = "cafo-eval"
-
-    sweep: AnyPath
-    """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
-    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
-    """Other test sets with the same classes, by name, to measure distribution shift."""
-    plots: bool = True
-    """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
-    scale: WorkerPoolConfig = WorkerPoolConfig()
-    """Workers that encode the test images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,49 +4,20 @@ cafo-tune and cafo-eval encode what they need themselves; this job does it befor
 """
 
 from pathlib import Path
-from typing import Any, ClassVar
-
-from pydantic import Field
+from typing import Any
 
 from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
-from rayjobs.config import config
 from rayjobs.console import show_result, show_table
-from rayjobs.data.feature_store import FeaturesConfig, FeatureStore, open_encoders
+from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
-from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
+from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list, training_list
+from rayjobs.job_configs.cafo_features import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, open_run
 from rayjobs.storage.files import write_jsonl
-from rayjobs.tune.search_space import Distinct
-
-
-@config
-class Config:
-    """Settings of cafo-features."""
-
-    JOB: ClassVar = "cafo-features"
-
-    data: ImageDatasetConfig
-    encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
-    """Image encoders by name."""
-    features: FeaturesConfig = FeaturesConfig()
-    shots: int = Field(default=16, ge=0)
-    """K: number of training images per class to encode, for every seed."""
-    seeds: Distinct = Field(default=[1, 2, 3], min_length=1)
-    """Seeds of the few-shot choices to encode."""
-    generated: int = Field(default=0, ge=0)
-    """K': number of generated images per class to encode."""
-    plain: bool = False
-    """Encode the training images without augmentation too. A choice without validation images needs them."""
-    test: bool = False
-    """Encode the test images too; without it they are not read."""
-    scale: WorkerPoolConfig = WorkerPoolConfig()
-    run: RunConfig
 
 
 def check(settings: Config) -> tuple[Dataset, list[ImageList]]:

@@ -5,65 +5,29 @@ The images come from a folder, an OpenAI-compatible endpoint, or `diffusers` on 
 the classes that the list lacks.
 """
 
-from pathlib import Path
-from typing import Any, ClassVar
-
-from pydantic import Field
+from typing import Any
 
 from cafo.dataset_checks import class_changes
 from cafo.dataset_layouts import check_templates
 from cafo.files import read_json as read_list
-from cafo.prompt import read_prompts, template_prompts, zero_shot_classifier
+from cafo.prompt import zero_shot_classifier
 from rayjobs.cluster.device import default_device
-from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.class_names import ClassNames, open_class_names
-from rayjobs.data.image_dataset import ImageDatasetConfig
 from rayjobs.errors import ConfigError, DataError, ProvenanceError
 from rayjobs.inference.class_images import (
-    ImageGenerationConfig,
     generate_images,
     labels_in_list,
     write_image_examples,
 )
+from rayjobs.job_configs.cafo_generate import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
+from rayjobs.models.encoder import load_vision_encoder
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, open_run
 from rayjobs.storage.files import read_json, read_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint
-from rayjobs.storage.paths import resolve_path
-
-
-@config
-class Config(ImageGenerationConfig):
-    """Settings of cafo-generate."""
-
-    JOB: ClassVar = "cafo-generate"
-
-    data: ImageDatasetConfig | None = None
-    class_names: list[str] | None = Field(default=None, min_length=1)
-    """Class names as a plain list, instead of a data set."""
-    clip: VisionEncoderConfig
-    run: RunConfig
-
-    @property
-    def list_path(self) -> Path:
-        return self.run.folder / "generated" / self.list_name
-
-    @property
-    def description_file(self) -> str | None:
-        return self.prompts or (self.data.prompts if self.data is not None else None)
-
-    def descriptions(self, classes: ClassNames) -> dict[str, list[str]]:
-        """The descriptions of each class, which its images are scored against.
-
-        Raises an error that names the classes without one.
-        """
-        if self.description_file is not None:
-            return read_prompts(resolve_path(self.description_file), classes.names)
-        return template_prompts(classes.templates, classes.names)
 
 
 def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:

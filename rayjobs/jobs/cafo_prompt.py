@@ -5,36 +5,21 @@ without an adapter, or from the templates alone. The same command resumes an int
 twice.
 """
 
-from typing import Any, ClassVar
-
-from pydantic import Field
+from typing import Any
 
 from cafo.prompt import read_prompts, template_prompts
-from rayjobs.config import config
 from rayjobs.console import show_result, show_table
 from rayjobs.data.class_names import ClassNames, open_class_names
-from rayjobs.data.image_dataset import ImageDatasetConfig
-from rayjobs.inference.class_descriptions import DescriptionConfig, read_descriptions, write_descriptions
+from rayjobs.inference.class_descriptions import read_descriptions, write_descriptions
+from rayjobs.job_configs.cafo_prompt import Config
 from rayjobs.lifecycle import job
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import write_json
 from rayjobs.storage.paths import resolve_path
 
 PROMPTS = "prompts.json"
-
-
-@config
-class Config(DescriptionConfig):
-    """Settings of cafo-prompt."""
-
-    JOB: ClassVar = "cafo-prompt"
-
-    data: ImageDatasetConfig | None = None
-    class_names: list[str] | None = Field(default=None, min_length=1)
-    """Class names as a plain list, instead of a data set."""
-    run: RunConfig
 
 
 def check(settings: Config, *, weights: bool = True) -> tuple[ClassNames, dict[str, Any]]:

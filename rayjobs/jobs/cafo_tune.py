@@ -7,28 +7,26 @@ not run again. Test images are opened by cafo-eval, not here.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow as pa
-from pydantic import Field
 
-from cafo.datasets import Dataset
 from cafo.choice_names import Select
+from cafo.datasets import Dataset
 from rayjobs.cluster.ray_init import connect
-from rayjobs.cluster.worker_pool import WorkerPoolConfig, WorkerRange
-from rayjobs.config import config, to_dict
+from rayjobs.config import to_dict
 from rayjobs.console import show_table
 from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
-from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
+from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list
 from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.errors import ConfigError, DataError
+from rayjobs.job_configs.cafo_tune import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
+from rayjobs.runs.run_dir import REJECTED_FILE, open_run
 from rayjobs.storage.files import write_json, write_jsonl, write_parquet
 from rayjobs.tune.choice_tables import choice_tables, hurtful_notices
 from rayjobs.tune.figures import write_search_surfaces
@@ -36,32 +34,13 @@ from rayjobs.tune.identity import check_same_classes, check_same_inputs
 from rayjobs.tune.images import duplicate_notices
 from rayjobs.tune.inputs import SweepInputs, share_inputs, write_few_shot
 from rayjobs.tune.rivals import check_rivals, enumerate_rivals, open_rivals, reads_sentences
-from rayjobs.tune.search_space import SearchConfig, Setting, SpaceConfig, enumerate_settings, enumerate_trials
+from rayjobs.tune.search_space import Setting, enumerate_settings, enumerate_trials
 from rayjobs.tune.selection import ChosenSetting, best_choice, choose_settings, edge_notices, remove_other_caches
 from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import TrialResult
 
 SWEEP = "sweep.json"
 """The settings that a sweep's results depend on; config.yaml has those of the job that was started, perhaps cafo's."""
-
-
-@config
-class Config:
-    """Settings of cafo-tune."""
-
-    JOB: ClassVar = "cafo-tune"
-
-    data: ImageDatasetConfig
-    encoders: dict[str, VisionEncoderConfig] = Field(min_length=1)
-    """Image encoders by name, as `space.encoders` refers to them; the first is the CLIP that computes p_ZS."""
-    features: FeaturesConfig = FeaturesConfig()
-    space: SpaceConfig = SpaceConfig()
-    search: SearchConfig = SearchConfig()
-    trials: WorkerPoolConfig = WorkerPoolConfig(workers=WorkerRange(min=2, max=2), gpus_per_worker=0)
-    """Trials that run at the same time (`workers`), and what each reserves."""
-    scale: WorkerPoolConfig = WorkerPoolConfig()
-    """Workers that encode the images."""
-    run: RunConfig
 
 
 def settings_to_try(settings: Config) -> list[Setting]:

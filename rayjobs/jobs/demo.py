@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from adapter.records.scienceqa import read_problems
-from rayjobs.config import config, load, to_dict
+from rayjobs.config import load, to_dict
 from rayjobs.console import show_table
 from rayjobs.demo.adapter_settings import (
-    AdaptersConfig,
     instruction_train_settings,
     question_eval_settings,
     question_train_settings,
@@ -28,7 +26,7 @@ from rayjobs.demo.adapter_settings import (
     write_scan_questions,
 )
 from rayjobs.demo.cache_dir import demo_fingerprint, link_folder, torch_threads
-from rayjobs.demo.cafo_settings import BASELINES, CASCADE, CascadeConfig, cafo_job_settings
+from rayjobs.demo.cafo_settings import BASELINES, CASCADE, cafo_job_settings
 from rayjobs.demo.results import (
     Table,
     answer_records,
@@ -38,18 +36,18 @@ from rayjobs.demo.results import (
     sparkline,
 )
 from rayjobs.demo.stages import Stage, Stages
-from rayjobs.demo.world import World, WorldConfig, cluster_gpus, make_world, world_paths
+from rayjobs.demo.world import World, cluster_gpus, make_world, world_paths
 from rayjobs.errors import UserError
 from rayjobs.inference.scienceqa import prediction_examples
+from rayjobs.job_configs.demo import Config
 from rayjobs.jobs import adapter_eval, adapter_train, cafo
 from rayjobs.lifecycle import job
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
 from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, write_result
-from rayjobs.runs.run_dir import FolderName, RunConfig, open_run
+from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_jsonl
-from rayjobs.storage.paths import LocalPath
 from rayjobs.storage.yaml_file import write_yaml
 
 logger = logging.getLogger(__name__)
@@ -69,30 +67,6 @@ ABOUT = (
     "task, not what they reach with real models."
 )
 """The introduction of the report."""
-
-
-@config
-class DemoRun(RunConfig):
-    """The demo's run folder and cache."""
-
-    name: FolderName = "demo"
-    """Name of the run; its folder is `storage/name`."""
-    storage: LocalPath = "runs"
-    """Folder of all runs."""
-    cache: LocalPath | None = None
-    """Folder of prepared data, which runs share; null for `storage/cache`."""
-
-
-@config
-class Config:
-    """Settings of demo."""
-
-    JOB: ClassVar = "demo"
-
-    world: WorldConfig = WorldConfig()
-    cafo: CascadeConfig = CascadeConfig()
-    adapters: AdaptersConfig = AdaptersConfig()
-    run: DemoRun = Field(default_factory=DemoRun)  # the default folder is relative to where the demo is run
 
 
 def check() -> None:

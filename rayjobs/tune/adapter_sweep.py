@@ -5,47 +5,25 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from ray import tune
 
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
-from rayjobs.config import config
 from rayjobs.console import Progress
-from rayjobs.data.records import SourceConfig
 from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.tables import markdown_table, mean_and_deviation
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
-from rayjobs.tune.search_space import Distinct, Some
+from rayjobs.tune.sweep_config import SweepConfig
 from rayjobs.tune.tuner import run_tuner
 
 ADAPTER_TRIAL_FILE = "trial.json"
 FIRST_STEPS = 50
 """Steps of the loss plot: an unstable start shows in them."""
-
-
-@config
-class SweepConfig:
-    """The search space, and how its trials are run and compared."""
-
-    axes: dict[str, Annotated[list[Any], Some]] = Field(min_length=1)
-    """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init,
-    rand-init]}. Settings with equal values are trained once."""
-    method: Literal["grid", "each"] = "grid"
-    """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
-    others."""
-    seeds: Distinct = Field(default=[0], min_length=1)
-    """Training seeds; every setting is trained with each, and results are means over them."""
-    at_once: int = Field(default=1, ge=1)
-    """Trials that run at the same time, each with scale.workers workers. They share a GPU if scale.gpus_per_worker is a
-    fraction."""
-    scienceqa: SourceConfig | None = None
-    """ScienceQA folder to measure every trial's accuracy on: its val split by default. The test split is refused,
-    because a sweep chooses."""
 
 
 class AdapterTrial(NamedTuple):

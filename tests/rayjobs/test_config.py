@@ -21,8 +21,8 @@ from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
 from rayjobs.jobs.adapter_train import Config
 from rayjobs.storage.paths import AnyPath, FileOrName
 from rayjobs.storage.yaml_file import write_yaml
-from rayjobs.tune.adapter_sweep import SweepConfig
 from rayjobs.tune.search_space import Range, SpaceConfig
+from rayjobs.tune.sweep_config import SweepConfig
 from tests.conftest import ROOT
 
 GIVEN = ["base.path=b", "data.path=[d.json]", "run.name=r"]

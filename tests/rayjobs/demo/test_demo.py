@@ -15,7 +15,8 @@ from rayjobs.config import flatten, load
 from rayjobs.console import setup_logging
 from rayjobs.demo import notes
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE
-from rayjobs.demo.llama import TinyLlamaConfig, train_llama
+from rayjobs.demo.config import TinyLlamaConfig
+from rayjobs.demo.llama import train_llama
 from rayjobs.demo.world import Training, train_model
 from rayjobs.jobs import demo
 from rayjobs.storage.files import read_json

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from rayjobs.config import load
-from rayjobs.demo.adapter_settings import AdaptersConfig, instruction_train_settings
-from rayjobs.demo.cafo_settings import CascadeConfig, cafo_job_settings
-from rayjobs.demo.world import WorldConfig, gpu_share, worker_count, world_paths
+from rayjobs.demo.adapter_settings import instruction_train_settings
+from rayjobs.demo.cafo_settings import cafo_job_settings
+from rayjobs.demo.config import AdaptersConfig, CascadeConfig, WorldConfig
+from rayjobs.demo.world import gpu_share, worker_count, world_paths
 from rayjobs.jobs import adapter_train, cafo
 from rayjobs.runs.run_dir import RunConfig
 

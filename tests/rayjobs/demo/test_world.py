@@ -17,9 +17,10 @@ from cafo.prompt import read_prompts
 from rayjobs.demo import font_digits
 from rayjobs.demo.cache_dir import cache_folder
 from rayjobs.demo.captions import PHRASES, descriptions
-from rayjobs.demo.clip import TinyClipConfig, train_clip
-from rayjobs.demo.digits import DigitsConfig, write_digits
-from rayjobs.demo.dino import TinyDinoConfig, sinkhorn_knopp, train_dino
+from rayjobs.demo.clip import train_clip
+from rayjobs.demo.config import DigitsConfig, TinyClipConfig, TinyDinoConfig
+from rayjobs.demo.digits import write_digits
+from rayjobs.demo.dino import sinkhorn_knopp, train_dino
 from rayjobs.demo.notes import NAMES
 from rayjobs.demo.world import Training, train_model
 

@@ -27,6 +27,8 @@ from rayjobs.data.records import DataConfig, RecordsConfig
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import prepare_tokens
 from rayjobs.errors import ConfigError, DataError
+from rayjobs.inference.decoding import DecodingConfig
+from rayjobs.job_configs.adapter_train import AdapterConfig
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet
@@ -291,7 +293,7 @@ def test_generate_answers_a_file_as_the_library_does(
     assert [row["output"] for row in rows] == [row["output"] for row in read_jsonl(pictured)]
     assert {path: path.stat().st_mtime_ns for path in parts} == parts, "nothing is answered twice"
     with pytest.raises(ValueError, match=r"parts holds results of other settings \(decoding\.max_new_tokens was"):
-        adapter_generate.run(replace(config, decoding=adapter_generate.DecodingConfig(max_new_tokens=8)))
+        adapter_generate.run(replace(config, decoding=DecodingConfig(max_new_tokens=8)))
     assert read_record(folder).state == "done", "what is refused leaves no trace"
     with pytest.raises(ValueError, match=r"run\.name: required"):
         adapter_generate.run(replace(config, run=None))
@@ -450,6 +452,4 @@ def test_sequences_longer_than_the_window_are_refused(tiny_base: Path, records: 
 
 
 def test_adaption_shape() -> None:
-    assert adapter_train.AdapterConfig(n_layers=2, prompt_length=5).adaption(None) == AdaptionConfig(
-        n_layers=2, prompt_length=5
-    )
+    assert AdapterConfig(n_layers=2, prompt_length=5).adaption(None) == AdaptionConfig(n_layers=2, prompt_length=5)

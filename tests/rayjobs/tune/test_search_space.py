@@ -9,9 +9,9 @@ import pytest
 from cafo.ensemble import Ensemble, table5
 from rayjobs.config import load
 from rayjobs.jobs import adapter_tune, cafo, cafo_features, cafo_tune
-from rayjobs.tune.adapter_sweep import SweepConfig
 from rayjobs.tune.search_space import SearchConfig
 from rayjobs.tune.selection import ChosenSetting, ChosenTrial, edge_notices
+from rayjobs.tune.sweep_config import SweepConfig
 from tests.rayjobs.cafo_dataset import CLASSES, make_dataset
 
 

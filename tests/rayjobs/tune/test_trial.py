@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from cafo.cache import Cache, load_cache, mean_key
+from cafo.choice_names import Select
 from cafo.cross_fit import TrainingImages
 from cafo.ensemble import Ensemble
 from cafo.estimate import Estimate
 from cafo.key_training import KeyTraining
-from cafo.selection import Select, select
+from cafo.selection import select
 from rayjobs.storage.files import read_json
 from rayjobs.tune.choice_tables import choice_tables, hurtful_notices
 from rayjobs.tune.search_space import SearchConfig, Setting, Trial

@@ -1,0 +1,26 @@
+"""Settings of the job cafo-eval."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from rayjobs.cluster.worker_pool import WorkerPoolConfig
+from rayjobs.config import config
+from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.storage.paths import AnyPath
+
+
+@config
+class Config:
+    """Settings of cafo-eval."""
+
+    JOB: ClassVar = "cafo-eval"
+
+    sweep: AnyPath
+    """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
+    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
+    """Other test sets with the same classes, by name, to measure distribution shift."""
+    plots: bool = True
+    """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
+    scale: WorkerPoolConfig = WorkerPoolConfig()
+    """Workers that encode the test images."""

@@ -10,6 +10,7 @@ import torch
 
 from cafo import fewshot, paper_results
 from cafo.cache import load_cache
+from cafo.methods.saved import load_classifier
 from rayjobs.config import load
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
 from rayjobs.models.encoder import VisionEncoderConfig
@@ -108,13 +109,14 @@ def test_a_sweep_that_has_not_chosen_is_refused(tmp_path: Path) -> None:
 
 
 def chain(folder: Path, *more: str) -> cafo.Config:
-    """All steps: sentences asked for, images taken from a folder, a sweep, and a second test set."""
+    """All steps: sentences asked for, images taken from a folder, a sweep with rivals, and a second test set."""
     given = [one for one in make_dataset(folder) if not one.startswith(("data.prompts", "data.generated"))]
     shifted = make_images(folder / "shifted", {"train": 1, "val": 1, "test": 4}, seed=5)
     steps = ["prompt.source=endpoint", "prompt.endpoint.model=gpt", "prompt.endpoint.key_variable="]
     steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
     steps += ["generate.source=folder", f"generate.folder={folder / 'generated' / 'train'}"]
     steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]
+    steps += ["space.rivals={GDA: {}, TIMO: {}}"]
     return load(cafo.Config, None, [*given, *FEW, *steps, "data.name=colours", "run.name=chain", *more])
 
 
@@ -151,15 +153,16 @@ def test_the_chain_opens_test_once_for_its_choice(
         cafo.run(config)  # as a whole again: nothing is asked, drawn, encoded or trained twice
         assert len(requests) == 4 * 2
         assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    cache = load_cache(next(iter(kept)))
+    cache = load_cache(next(path for path in kept if path.name == "cache.safetensors"))
     assert len(cache.labels) in (4 * (1 + 2), 4 * (3 + 2))
     assert result["test_images"] == {"colours": 28, "shift": 16}
     test = config.run.folder / "test"
     rows = pq.read_table(test / "accuracy.parquet").to_pylist()
-    assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(rows) == 2 * (1 + 2 * 2 * 3)
+    check_rivals(config, rows, result)
     assert len(list(test.glob("landscape-*.png"))) == len(list(test.glob("sources-*.png"))) == 1
     sources = pq.read_table(test / "sources.parquet").to_pylist()
-    assert sum(row["images"] for row in sources) == sum(row["images"] for row in rows if row["shots"] is not None)
+    assert sum(row["images"] for row in sources) == sum(row["images"] for row in rows if row["method"] == "CaFo")
     for name in ("per_class", "confusion"):
         whole = pq.read_table(test / f"{name}.parquet").to_pylist()
         assert sum(row["images"] for row in whole) == sum(row["images"] for row in rows)
@@ -200,6 +203,33 @@ def test_the_chain_opens_test_once_for_its_choice(
     write_json(config.run.folder / "chosen.json", chosen)
     with pytest.raises(ValueError, match=r"opened on .* for another choice"):
         cafo_eval.run(evaluation)
+
+
+def check_rivals(config: cafo.Config, rows: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Rivals are scored on the same images, from their own files, and compared with CaFo seed by seed."""
+    folder = config.run.folder
+    saved = [load_classifier(path) for path in sorted(folder.glob("trials/*/method.safetensors"))]
+    assert sorted({one.name for one in saved}) == ["GDA", "TIMO"]
+    dataset = config.data.open()
+    for one in saved:
+        known = {(item.path, item.class_name) for item in dataset.train}
+        assert {(image.path, image.class_name) for image in one.images} <= known
+        assert len(one.images) in (4 * 1, 4 * 3)
+        assert one.class_names == dataset.class_names
+    for title, lines in result["differences"].items():
+        target = title.partition(":")[0]
+        assert title == f"{target}: difference from CaFo, in points with 95% intervals"
+        assert list(lines) == ["CLIP zero-shot", "GDA", "TIMO"]
+        accuracy = {
+            (row["method"], row["seed"]): row["accuracy"]
+            for row in rows
+            if (row["target"], row["shots"]) == (target, 3)
+        }
+        mean = sum(100 * (accuracy["GDA", seed] - accuracy["CaFo", seed]) for seed in (0, 1)) / 2
+        assert lines["GDA"]["3 shots"].startswith(f"{mean:+.2f} [")
+    report = (folder / "report.html").read_text()
+    assert "colours: difference from CaFo, in points with 95% intervals" in report
+    assert "difference from CaFo" in (folder / "test" / "table.md").read_text()
 
 
 def make_tree(folder: Path) -> list[str]:

@@ -40,10 +40,11 @@ JOBS = {
     "cafo-tune": "train caches over a search space, and choose hyperparameters on the validation split",
     "cafo-eval": "measure the chosen caches on the test split, which is read once",
     "cafo": "run CaFo from end to end: descriptions, generated images, features, tuning, test accuracy",
+    "cafo-predict": "label any number of images with a chosen classifier",
     "demo": "run both methods on tiny models and data, offline, on two cores",
 }
-COMMANDS = (*JOBS, "report", "runs")
-"""The jobs, and the commands that run nothing."""
+COMMANDS = (*JOBS, "report", "runs", "example-data")
+"""The jobs, and the commands that run none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list runs with their state and result")
     runs.add_argument("storage", nargs="?", default="runs", help="folder of all runs")
     runs.set_defaults(command=list_runs, parser=runs, verbose=False)
+    examples = commands.add_parser(
+        "example-data", help="write what the documents' examples need: records, photos, a tiny base and CLIP; a minute"
+    )
+    examples.add_argument("folder", nargs="?", type=Path, default=Path("examples"), help="folder to write them into")
+    examples.set_defaults(command=write_examples, parser=examples, verbose=False)
     return parser
 
 
@@ -178,6 +184,15 @@ def list_runs(args: argparse.Namespace) -> int:
         show_table(args.storage, RUN_COLUMNS, rows)
     else:
         print("\n".join("\t".join(row) for row in rows))
+    return DONE
+
+
+def write_examples(args: argparse.Namespace) -> int:
+    """Write the examples' files, and print what there is."""
+    from rayjobs.demo.example_data import write_example_data
+
+    parts = write_example_data(args.folder)
+    show_table(str(args.folder), ["", ""], [list(part) for part in parts])
     return DONE
 
 

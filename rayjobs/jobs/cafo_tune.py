@@ -164,8 +164,11 @@ def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
     )
 
 
-def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> SweepInputs:
-    """Choose the few-shot images, encode all images and descriptions that the settings need; reuse what is cached."""
+def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, plain: bool = False) -> SweepInputs:
+    """Choose the few-shot images, encode all images and descriptions that the settings need; reuse what is cached.
+
+    With `plain`, the training images are encoded as they are too, whether the choices need it or not.
+    """
     data, cache, resources = settings.data, settings.run.cache_folder, settings.scale.resources()
     generated = {count: data.generated_images(dataset, count) for count in {setting.generated for setting in tried}}
     used = dict.fromkeys(name for setting in tried for name in setting.encoders)
@@ -184,7 +187,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting]) -> 
         resources=resources,
     )
     rivals = open_rivals(settings.space)
-    plain = bool(rivals) or made_on != {"val"}
+    plain = plain or bool(rivals) or made_on != {"val"}
     images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=plain)
     read_each = {
         (setting.encoders[0], setting.sentences)

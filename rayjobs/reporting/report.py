@@ -19,6 +19,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
 from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
 from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
+from rayjobs.reporting.picture_sections import read_picture_sections
 from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, RunRecord, headline, read_record
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
@@ -195,6 +196,7 @@ def _settings(folder: Path) -> Iterator[Section]:
 
 
 READERS: list[Callable[[Path], Iterator[Section]]] = [
+    read_picture_sections,
     read_tables,
     _figures,
     _values,

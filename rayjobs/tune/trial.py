@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cafo.cache import Cache, accuracy, load_cache, mean_key, save_cache
+from cafo.cache import Cache, load_cache, mean_key, save_cache
 from cafo.choice_names import Select
 from cafo.cross_fit import TrainingImages
 from cafo.ensemble import table5
-from cafo.held_out import HeldOut
+from cafo.held_out import HeldOutImages
 from cafo.key_training import Epoch, KeyTraining
 from cafo.methods.base import Method
 from cafo.methods.saved import FewShotClassifier, TrainingFile, load_classifier
@@ -211,7 +211,7 @@ def run_trial(
         how,
         KeyTraining(epochs=setting.epochs, batch=settings.batch, lr=setting.lr, seed=trial.seed),
         settings.choosing(untrained.ensemble, setting.encoders),
-        train=None if how == "val" else _training_images(shared, few_shot, rows, setting.encoders).to(device),
+        train=None if how == "val" else training_images(shared, few_shot, rows, setting.encoders).to(device),
         val=_validation_images(shared, setting.encoders, device) if how == "val" else None,
         report=after_epoch,
     )
@@ -238,7 +238,7 @@ def _chosen_values(selected: Selected) -> dict[str, Any]:
             "correct": best.correct,
             "images": best.total,
             "accuracy": best.accuracy,
-            "zero_shot_accuracy": accuracy(images.zero_shot, images.labels),
+            "zero_shot_accuracy": best.zero_shot_correct / best.total,
             "parts": json.dumps([part._asdict() for part in best.parts]),
         }
     if estimate is not None:
@@ -251,7 +251,7 @@ def _validation_images(shared: SharedInputs, encoders: Sequence[str], device: st
     return features, shared_tensor(shared.val_labels).to(device)
 
 
-def _training_images(
+def training_images(
     shared: SharedInputs, few_shot: np.ndarray, rows: np.ndarray, encoders: Sequence[str]
 ) -> TrainingImages:
     """The labelled images, whose keys come first, as a choice sees them."""
@@ -300,7 +300,7 @@ def _write_chosen(folder: Path, selected: Selected, grid: BetaGrid) -> None:
         write_surface(folder / SURFACE, selected.cache, images, grid)
 
 
-def write_surface(path: Path, cache: Cache, images: HeldOut, grid: BetaGrid) -> None:
+def write_surface(path: Path, cache: Cache, images: HeldOutImages, grid: BetaGrid) -> None:
     """Write the accuracy over α and β on the images of a choice."""
     alphas = np.linspace(0, 2.5 * max(cache.alpha, 0.4), 61).tolist()
     betas = np.linspace(grid.low, grid.high, 30).tolist()

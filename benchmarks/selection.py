@@ -237,7 +237,7 @@ def measure(images: Images, shots: int, seed: int) -> dict[str, float | None]:
     by_default = replace(found["prior"].cache, alpha=cache.alpha, beta=cache.beta)
     coarse = replace(images.grid, steps=60, refinements=1)
     ceilings = [
-        search(*on_validation(keys, test_features, test_labels), grid=coarse).accuracy
+        search(on_validation(keys, test_features, test_labels), grid=coarse).accuracy
         for keys in (cache, *(found[name].cache for name in ("val, near", "crossfit", "prior") if name in found))
     ]
     return {

@@ -84,9 +84,13 @@ class Cache:
         Raises:
             CafoError: features of a source are missing.
         """
+        self.require(features)
+        return {name: affinity(keys, features[name]) for name, keys in self.keys.items()}
+
+    def require(self, features: Mapping[str, Tensor]) -> None:
+        """Raise CafoError if features of a source are missing."""
         if missing := set(self.keys) - set(features):
             raise CafoError(f"the cache needs features of {', '.join(sorted(missing))}, which were not given")
-        return {name: affinity(keys, features[name]) for name, keys in self.keys.items()}
 
     def zero_shot(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return p_ZS = 100 f W: (B, N)."""

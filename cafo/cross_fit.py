@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cafo.cache import Cache, affinity
-from cafo.held_out import HeldOut
+from cafo.cache import Cache
+from cafo.held_out import HeldOutFeatures, KeySet
 from cafo.key_training import BestEpoch, Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Views, measure_epoch
 
 
@@ -50,7 +50,7 @@ class TrainingImages:
         return torch.arange(len(cache.labels), device=cache.labels.device) if self.groups is None else self.groups
 
 
-def leave_one_out(cache: Cache, images: TrainingImages) -> HeldOut:
+def leave_one_out(cache: Cache, images: TrainingImages) -> HeldOutFeatures:
     """Return the training images, each of which sees all keys but its own.
 
     It is exact for untrained keys only: a trained key has learned from all images.
@@ -60,12 +60,9 @@ def leave_one_out(cache: Cache, images: TrainingImages) -> HeldOut:
         images: its training images.
     """
     groups = images.groups_of(cache)
-    others = has_others(cache.labels, groups, images.rows)
-    rows = images.rows[others]
-    own = groups[:, None] == groups[rows][None]  # (M, B')
-    features = {name: f[others] for name, f in images.features.items()}
-    affinities = {name: a.masked_fill(own, -math.inf) for name, a in cache.affinities(features).items()}
-    return HeldOut(cache.zero_shot(features), affinities, cache.labels, cache.labels[rows])
+    others = has_others(cache.labels, groups, images.rows).nonzero()[:, 0]
+    held_out = _held_out(cache, images, others, [KeySet(cache.keys)])
+    return replace(held_out, groups=(groups, groups[images.rows[others]]))
 
 
 def stratified_folds(labels: Tensor, groups: Tensor, folds: int, seed: int) -> Tensor:
@@ -119,26 +116,27 @@ class _Fold:
     """The keys that are trained without one fold, and the images of that fold."""
 
     def __init__(
-        self, cache: Cache, views: Mapping[str, Views], images: TrainingImages, held: Tensor, training: KeyTraining
+        self, cache: Cache, views: Mapping[str, Views], images: HeldOutFeatures, kept: Tensor, training: KeyTraining
     ) -> None:
-        groups = images.groups_of(cache)
-        self.held = held
-        self.kept = (~torch.isin(groups, groups[images.rows[held]])).nonzero()[:, 0]
-        keys = {name: k[self.kept] for name, k in cache.keys.items()}
-        self.cache = replace(cache, keys=keys, labels=cache.labels[self.kept])
-        self.features = {name: f[held] for name, f in images.features.items()}
-        self.trainer: KeyTrainer | None = None
-        if training.epochs:
-            rows = {name: _Rows(v, self.kept) for name, v in views.items()}
-            self.trainer = KeyTrainer(self.cache, rows, self.cache.labels, training)
-        self.best_keys = keys
+        self.kept = kept
+        smaller = replace(cache, keys={n: k[kept] for n, k in cache.keys.items()}, labels=cache.labels[kept])
+        rows = {name: _Rows(v, kept) for name, v in views.items()}
+        self.trainer = KeyTrainer(smaller, rows, smaller.labels, training)
+        self.features = {name: f[images.rows] for name, f in images.features.items()}
+        self.best_keys = smaller.keys
 
     def logits(self) -> Tensor:
-        return (self.trainer.cache if self.trainer else self.cache).logits(self.features)
+        return self.trainer.cache.logits(self.features)
 
     def keep_best(self) -> None:
-        if self.trainer:
-            self.best_keys = self.trainer.copy_keys()
+        self.best_keys = self.trainer.copy_keys()
+
+    def all_keys(self, cache: Cache) -> dict[str, Tensor]:
+        """Return the best keys; those of the fold's own images, which none of them sees, are zero."""
+        keys = {name: torch.zeros_like(k) for name, k in cache.keys.items()}
+        for name, key in keys.items():
+            key[self.kept] = self.best_keys[name]
+        return keys
 
 
 def cross_fit(
@@ -149,7 +147,7 @@ def cross_fit(
     folds: int,
     select_by: SelectEpochBy,
     report: Callable[[Epoch], None] = lambda epoch: None,
-) -> tuple[HeldOut, Epoch]:
+) -> tuple[HeldOutFeatures, Epoch]:
     """Train keys without each fold, and return the held-out images at the epoch that is best on all of them together.
 
     Args:
@@ -167,33 +165,51 @@ def cross_fit(
     Raises:
         CafoError: a loss is not finite.
     """
-    groups = images.groups_of(cache)[images.rows]
-    labels = cache.labels[images.rows]
-    fold_of = stratified_folds(labels, groups, folds, training.seed)
-    held = [(fold_of == fold).nonzero()[:, 0] for fold in range(folds)]
-    parts = [_Fold(cache, views, images, rows, training) for rows in held if len(rows)]
-    order = torch.cat([part.held for part in parts]) if parts else fold_of[:0]
+    groups, labels = images.groups_of(cache), cache.labels[images.rows]
+    fold_of = stratified_folds(labels, groups[images.rows], folds, training.seed)
+    held = [(fold_of == fold).nonzero()[:, 0] for fold in range(int(fold_of.max()) + 1 if len(fold_of) else 0)]
+    order = torch.cat(held) if held else fold_of[:0]
+    seen = [~torch.isin(groups, groups[images.rows[rows]]) for rows in held]
+    held_out = _held_out(cache, images, order, [KeySet(cache.keys, of_fold) for of_fold in seen], fold_of[order])
     best = BestEpoch(select_by)
-    for number in range(training.epochs + 1 if parts else 0):
-        losses = [part.trainer.run_epoch() for part in parts if number and part.trainer]
-        logits = torch.cat([part.logits() for part in parts])
-        epoch = measure_epoch(number, sum(losses) / len(losses) if losses else math.nan, logits, labels[order])
-        if best.take(epoch):
+    if not len(order):
+        return held_out, best.epoch
+    parts = []
+    for fold, of_fold in enumerate(seen if training.epochs else ()):
+        own = held_out.images((fold_of[order] == fold).nonzero()[:, 0])
+        parts.append(_Fold(cache, views, own, of_fold.nonzero()[:, 0], training))
+    for number in range(training.epochs + 1):
+        if number:
+            loss = sum(part.trainer.run_epoch() for part in parts) / len(parts)
+            logits = torch.cat([part.logits() for part in parts])
+        else:
+            loss = math.nan
+            logits = held_out.combine(cache.beta, cache.ensemble).logits(cache.alpha)
+        epoch = measure_epoch(number, loss, logits, held_out.labels)
+        if best.take(epoch) and number:
             for part in parts:
                 part.keep_best()
         report(epoch)
-    return _join(cache, parts, images, order), best.epoch
+    if best.epoch.epoch:
+        key_sets = [KeySet(part.all_keys(cache), of_fold) for part, of_fold in zip(parts, seen, strict=True)]
+        held_out = replace(held_out, key_sets=key_sets)
+    return held_out, best.epoch
 
 
-def _join(cache: Cache, parts: Sequence[_Fold], images: TrainingImages, order: Tensor) -> HeldOut:
-    """Return the images of all folds, each with its affinities to the keys that were trained without it."""
-    features = {name: f[order] for name, f in images.features.items()}
-    affinities = {}
-    for name, key in cache.keys.items():
-        affinities[name] = key.new_full((len(key), len(order)), -math.inf)
-        start = 0
-        for part in parts:
-            columns = slice(start, start + len(part.held))
-            affinities[name][part.kept, columns] = affinity(part.best_keys[name], part.features[name])
-            start = columns.stop
-    return HeldOut(cache.zero_shot(features), affinities, cache.labels, cache.labels[images.rows[order]])
+def _held_out(
+    cache: Cache,
+    images: TrainingImages,
+    order: Tensor,
+    key_sets: Sequence[KeySet],
+    sets: Tensor | None = None,
+) -> HeldOutFeatures:
+    return HeldOutFeatures(
+        features=images.features,
+        rows=order,
+        labels=cache.labels[images.rows[order]],
+        key_sets=key_sets or [KeySet(cache.keys)],
+        key_labels=cache.labels,
+        classifier=cache.classifier,
+        zero_shot_source=cache.zero_shot_source,
+        sets=sets,
+    )

@@ -14,7 +14,7 @@ Legend: B images, N classes, S sources that are combined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
@@ -103,9 +103,20 @@ def inverse_spread(p: Tensor) -> Tensor:
 def _centre(p: Tensor) -> tuple[Tensor, Tensor]:
     mean = p.mean(dim=-1, keepdim=True)
     centred = p - mean
-    spread = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (p.shape[-1] - 1) ** 0.5
-    floor = (_ROUNDING * mean.detach().abs()).clamp_min(torch.finfo(p.dtype).tiny)
-    return centred, torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
+    return centred, inverse_deviation(torch.linalg.vector_norm(centred, dim=-1, keepdim=True), mean, p.shape[-1])
+
+
+def inverse_deviation(norm: Tensor, mean: Tensor, classes: int) -> Tensor:
+    """Return 1 / std(p) of eq. 8, and 0 where `standardise` gives zeros.
+
+    Args:
+        norm: the Euclidean norm of p - mean(p) over the classes, of any shape.
+        mean: mean(p), of the same shape.
+        classes: N.
+    """
+    spread = norm / (classes - 1) ** 0.5
+    floor = (_ROUNDING * mean.detach().abs()).clamp_min(torch.finfo(mean.dtype).tiny)
+    return torch.where(spread > floor, 1 / spread.clamp_min(floor), 0.0)
 
 
 def combine(
@@ -113,6 +124,7 @@ def combine(
     caches: Mapping[str, Tensor],
     ensemble: Ensemble,
     standardised: Mapping[str, Tensor] = MappingProxyType({}),
+    agreement: Callable[[str, str], Tensor] | None = None,
 ) -> Combination:
     """Combine predictions by eq. 8-9 or by one of the alternatives of table 5.
 
@@ -122,6 +134,8 @@ def combine(
             result. A positive factor per image does not change the result.
         ensemble: the rule.
         standardised: z(p_i) by source name, and z(p_ZS) by `zero_shot`, as far as they are known already.
+        agreement: returns w of eq. 8 of two of them by name, (…, B), where the given predictions are of some classes
+            only and the sum over all is known.
 
     Raises:
         CafoError: fewer than two classes, an unknown source, or no source to combine.
@@ -138,17 +152,23 @@ def combine(
     elif ensemble.baseline != ZERO_SHOT:
         # Table 5's other baselines: p_i and p_ZS change places. The size of a sum of φ depends on β, so the new base is
         # standardised, which keeps α comparable across β.
-        base = standardise(caches[ensemble.baseline])
+        known = standardised.get(ensemble.baseline)
+        base = standardise(caches[ensemble.baseline]) if known is None else known
         predictions = {ZERO_SHOT: zero_shot} | {n: p for n, p in predictions.items() if n != ensemble.baseline}
     if not predictions:
         raise CafoError("an ensemble needs at least one source")
     z = [standardised[name] if name in standardised else standardise(p) for name, p in predictions.items()]
     scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
     if ensemble.rule == "adaptive":
-        known = base is zero_shot and ZERO_SHOT in standardised
-        z_base = standardised[ZERO_SHOT] if known else standardise(base)
-        agreement = torch.stack([(zi * z_base).sum(dim=-1) for zi in z])  # (S, …, B)
-        shares = torch.softmax(agreement / ensemble.temperature, dim=0)
+        if ensemble.baseline == NOTHING:
+            weights = [torch.zeros_like(zi[..., 0]) for zi in z]
+        elif agreement is not None:
+            weights = [agreement(name, ensemble.baseline) for name in predictions]
+        else:
+            known = standardised.get(ZERO_SHOT) if base is zero_shot else None
+            z_base = standardise(base) if known is None else known
+            weights = [(zi * z_base).sum(dim=-1) for zi in z]
+        shares = torch.softmax(torch.stack(weights) / ensemble.temperature, dim=0)  # (S, …, B)
         term = torch.stack([share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)]).sum(dim=0)
     elif ensemble.rule == "average":
         shares = torch.stack([torch.full_like(zi[..., 0], 1 / len(z)) for zi in z])

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cafo.choice_names import Rule
 from cafo.cross_fit import stratified_folds
 from cafo.ensemble import Ensemble
-from cafo.held_out import HeldOut
-from cafo.search import Rule, search
+from cafo.reduced import ReducedImages
+from cafo.search import search_reduced
 from cafo.search_grid import BetaGrid
 
 _BETAS = 40
@@ -62,25 +63,25 @@ def wilson_interval(share: float, total: float) -> tuple[float, float]:
 
 @torch.no_grad()
 def estimate_accuracy(
-    images: HeldOut, grid: BetaGrid, ensembles: Sequence[Ensemble], rule: Rule, folds: int, seed: int
+    images: ReducedImages, grid: BetaGrid, ensembles: Sequence[Ensemble], rule: Rule, folds: int, seed: int
 ) -> Estimate:
     """Return the accuracy on held-out images of values that were chosen without them.
 
     Args:
-        images: at least two held-out images.
+        images: at least two held-out images, reduced for the range of the grid.
         grid, ensembles, rule: as for `search`, with fewer values of β.
         folds: F.
         seed: seed of the division.
     """
     coarse = replace(grid, steps=min(grid.steps, _BETAS), refinements=0)
-    rows = torch.arange(len(images.labels), device=images.labels.device)
+    rows = torch.arange(len(images.rows), device=images.rows.device)
     fold_of = stratified_folds(images.labels, rows, folds, seed)
     fold_of[fold_of < 0] = torch.arange(int((fold_of < 0).sum()), device=rows.device) % folds
     correct = 0
     for fold in fold_of.unique():
-        others, held = images.images(rows[fold_of != fold]), images.images(rows[fold_of == fold])
-        if not len(others.labels):
+        others, held = images.subset(rows[fold_of != fold]), images.subset(rows[fold_of == fold])
+        if not len(others.rows):
             others = images
-        best = search(*others, grid=coarse, ensembles=ensembles, rule=rule)
+        best = search_reduced(others, grid=coarse, ensembles=ensembles, rule=rule)
         correct += held.count_correct(best.alpha, best.beta, best.ensemble)
     return Estimate(correct=correct, total=len(rows))

@@ -16,11 +16,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cafo.alpha_intervals import count_correct_at
+import torch
+
 from cafo.calibration import free_temperature_loss
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.held_out import HeldOut
 from cafo.prior import Prior
+from cafo.reduced import ReducedImages
 from cafo.search_grid import Candidate
 
 _RATIOS = tuple(1.7**i for i in range(-6, 7))
@@ -34,7 +36,7 @@ _IMAGES_OF_LOSS = 256
 
 
 class NearBest(NamedTuple):
-    """The choice, whose correct images were counted by a direct evaluation in float32."""
+    """The choice, whose correct images were counted again."""
 
     alpha: float
     beta: float
@@ -57,7 +59,7 @@ def near_highest(highest: int, total: int) -> float:
 
 
 def choose_near_best(
-    candidates: Sequence[Candidate], images: HeldOut, ensembles: Sequence[Ensemble], prior: Prior, floor: int
+    candidates: Sequence[Candidate], images: ReducedImages, ensembles: Sequence[Ensemble], prior: Prior, floor: int
 ) -> NearBest | None:
     """Return the candidate with the lowest cost among those near the highest accuracy.
 
@@ -69,15 +71,17 @@ def choose_near_best(
         floor: images that must be correct.
 
     Returns:
-        None if no candidate has its accuracy when it is counted in float32.
+        None if no candidate has its accuracy when it is counted again.
     """
-    total = len(images.labels)
+    total = len(images.rows)
     highest = total - min(candidates).wrong
     enough = max(math.ceil(near_highest(highest, total)), floor)
     near = sorted((c for c in candidates if total - c.wrong >= enough), key=lambda c: (c.ensemble, c.beta))
     step = max(1, len(near) // _PAIRS)
     pairs = dict.fromkeys([min(near), *near[step // 2 :: step]])
-    costs = [one for c in pairs for one in _costs(c, images, ensembles[c.ensemble], prior, enough)]
+    step = max(1, total // max(_IMAGES_OF_LOSS, _LOGITS_OF_LOSS // images.images.classes))
+    judged = images.originals(torch.arange(0, total, step, device=images.rows.device)).load()
+    costs = [one for c in pairs for one in _costs(c, images, judged, ensembles[c.ensemble], prior, enough)]
     for cost in sorted(costs):
         correct = images.count_correct(cost.alpha, cost.beta, ensembles[cost.ensemble])
         if correct >= enough:
@@ -85,20 +89,22 @@ def choose_near_best(
     return None
 
 
-def _costs(candidate: Candidate, images: HeldOut, ensemble: Ensemble, prior: Prior, enough: int) -> list[_Cost]:
-    """Return those values of α, at the candidate's β and ensemble, that are accurate enough, with their costs."""
-    total, classes = images.zero_shot.shape
-    combination = images.combine(candidate.beta, ensemble)
+def _costs(
+    candidate: Candidate, images: ReducedImages, judged: HeldOut, ensemble: Ensemble, prior: Prior, enough: int
+) -> list[_Cost]:
+    """Return those values of α, at the candidate's β and ensemble, that are accurate enough, with their costs.
+
+    The loss is that of the images of `judged`.
+    """
+    total = len(images.rows)
+    base, term, _, _ = judged.combine(candidate.beta, ensemble)
     has_alpha = ensemble.baseline != NOTHING
-    values = [candidate.alpha, *(ratio * prior.alpha for ratio in _RATIOS if has_alpha)]
-    alphas = combination.base.new_tensor(values)
-    accurate = count_correct_at(alphas, combination.base, combination.term, images.labels) >= enough
+    alphas = base.new_tensor([candidate.alpha, *(ratio * prior.alpha for ratio in _RATIOS if has_alpha)])
+    accurate = images.count_correct_at(alphas.tolist(), candidate.beta, ensemble) >= enough
     accurate[0] = True  # its count is known
-    step = max(1, total // max(_IMAGES_OF_LOSS, _LOGITS_OF_LOSS // classes))
-    base, term, labels = combination.base[::step], combination.term[::step], images.labels[::step]
     found = []
     for some in alphas[accurate].split(max(1, _LOGITS_AT_ONCE // base.numel())):
-        losses = free_temperature_loss(base + some[:, None, None] * term, labels)
+        losses = free_temperature_loss(base + some[:, None, None] * term, judged.labels)
         for alpha, loss in zip(some.tolist(), losses.tolist(), strict=True):
             penalty = prior.penalty(alpha, candidate.beta, zero_shot=has_alpha)
             found.append(_Cost(total * loss + penalty, alpha, candidate.beta, candidate.ensemble))

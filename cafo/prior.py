@@ -66,7 +66,19 @@ def expect(zero_shot: Tensor, labels: Tensor, keys_per_class: float) -> Prior:
         labels: (B,) int64.
         keys_per_class: mean number of keys of a class.
     """
-    share = (count_correct(zero_shot, labels) + 1) / (len(labels) + 2)
-    scale = max(float(zero_shot.float().std(dim=-1).mean()), 1e-12) if len(labels) else 1.0
+    return expect_from(count_correct(zero_shot, labels), zero_shot.float().std(dim=-1), keys_per_class)
+
+
+def expect_from(correct: int, deviation: Tensor, keys_per_class: float) -> Prior:
+    """Return the expected α and β of a cache, where p_ZS has been read before.
+
+    Args:
+        correct: labelled images that p_ZS alone gets right.
+        deviation: the standard deviation of p_ZS over the classes, of each labelled image: (B,).
+        keys_per_class: as for `expect`.
+    """
+    images = len(deviation)
+    share = (correct + 1) / (images + 2)
+    scale = max(float(deviation.mean()), 1e-12) if images else 1.0
     factor = SCALE * max(keys_per_class, 1.0) ** SHOTS_POWER / share**ACCURACY_POWER
     return Prior(alpha=factor * scale, beta=BETA, scale=scale)

@@ -1,39 +1,33 @@
 """The search for α, β and the ensemble's weights, on validation or held-out features only.
 
 CaFo (arXiv 2303.02151), section 3.4. α is exact, β lies on a grid that is refined around its best value
-(`cafo.search_grid`), and all candidate ensembles are tried.
+(`cafo.search_grid`), and all candidate ensembles are tried. The images are read once, in blocks (`cafo.reduced`).
 
-Legend: M keys, B images, N classes, J values of β.
+Legend: M keys, B images, N classes, J values of β, A values of α.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cafo.alpha_intervals import count_correct_at
-from cafo.cache import count_correct
+from cafo.choice_names import Rule
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.errors import CafoError, refuse_text
-from cafo.held_out import HeldOut
+from cafo.held_out import HeldOut, HeldOutImages
 from cafo.near_best import NearBest, choose_near_best
 from cafo.parts import Part, measure_parts
-from cafo.prior import expect
+from cafo.prior import expect_from
+from cafo.reduced import ReducedImages, reduce_images
 from cafo.search_grid import BetaGrid, Candidate, search_grid
 
 # Candidates that are evaluated directly before the best of those evaluated is taken.
 _MAX_CONFIRMATIONS = 16
-_IMAGES_PER_BLOCK = 1024
-
-Rule = Literal["near_best", "highest"]
-"""The rule by which α, β and the ensemble are chosen by their accuracies: `highest` takes the highest accuracy, and
-the smallest α on ties; `near_best` takes, of those within one standard error of the highest, the one with the lowest
-loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +49,10 @@ class SearchResult:
     beta: float
     ensemble: Ensemble
     correct: int
-    """images correct at these values, by a direct evaluation of eq. 9 in float32"""
+    """images correct at these values; those near an end of their interval of α by eq. 9 itself, in float32"""
     total: int
+    zero_shot_correct: int
+    """images that p_ZS alone gets right"""
     landscapes: tuple[Landscape, ...]
     """one for each candidate ensemble, in their order"""
     parts: tuple[Part, ...] = ()
@@ -88,25 +84,20 @@ class _Confirmed(NamedTuple):
 
 @torch.no_grad()
 def search(
-    zero_shot: Tensor,
-    affinities: Mapping[str, Tensor],
-    key_labels: Tensor,
-    labels: Tensor,
+    images: HeldOutImages,
     *,
     grid: BetaGrid | None = None,
     ensembles: Sequence[Ensemble] = (Ensemble(),),
     rule: Rule = "highest",
 ) -> SearchResult:
-    """Find the best α ≥ 0, β and ensemble on the given images; the first four arguments are a `HeldOut`.
+    """Find the best α ≥ 0, β and ensemble on the given images.
 
     With the rule `highest`, ties go to the smaller α, then the smaller β, then the earlier ensemble. The result is
-    confirmed by a direct evaluation in float32; a candidate that is not confirmed gives way to the next.
+    confirmed: its images near an end of their interval of α are evaluated directly, in float32. A candidate that is not
+    confirmed gives way to the next.
 
     Args:
-        zero_shot: p_ZS, (B, N).
-        affinities: {source: (M, B)}, from `Cache.affinities`, with the trained keys.
-        key_labels: (M,) int64.
-        labels: (B,) int64, of images that the keys were not trained on.
+        images: images that the keys were not trained on.
         grid: values of β; the default has the range and the 200 steps of the reference's Caltech101 search.
         ensembles: candidates; see `weight_grid`.
         rule: how one of them is chosen.
@@ -114,17 +105,35 @@ def search(
     Raises:
         CafoError: no images, labels outside the classes, or shapes that do not fit.
     """
-    _check_inputs(zero_shot, affinities, key_labels, labels)
-    images = HeldOut(zero_shot, affinities, key_labels, labels)
-    candidates = search_grid(*images, grid or BetaGrid(), ensembles)
-    landscapes = _landscapes(candidates, ensembles, len(labels))
+    grid = grid or BetaGrid()
+    return search_reduced(reduce_for_search(images, grid), grid=grid, ensembles=ensembles, rule=rule)
+
+
+@torch.no_grad()
+def reduce_for_search(images: HeldOutImages, grid: BetaGrid) -> ReducedImages:
+    """Read the images once, for any number of searches in the range of a grid.
+
+    Raises:
+        CafoError: as for `search`.
+    """
+    _check_inputs(images)
+    return reduce_images(images, grid.low, grid.high)
+
+
+@torch.no_grad()
+def search_reduced(images: ReducedImages, *, grid: BetaGrid, ensembles: Sequence[Ensemble], rule: Rule) -> SearchResult:
+    """Search on images that were reduced for the range of the grid; otherwise as `search`."""
+    total = len(images.rows)
+    candidates = search_grid(images, grid, ensembles)
+    landscapes = _landscapes(candidates, ensembles, total)
     by_ensemble = {number: max(landscape.correct) for number, landscape in enumerate(landscapes)}
-    zero_shot_correct = count_correct(zero_shot, labels)
-    parts = measure_parts(tuple(affinities), by_ensemble, ensembles, zero_shot_correct)
-    candidates += _zero_shot_alone(candidates, ensembles, len(labels) - zero_shot_correct)
+    zero_shot_correct = int(images.zero_shot_correct[images.rows].sum())
+    parts = measure_parts(images.images.sources, by_ensemble, ensembles, zero_shot_correct)
+    candidates += _zero_shot_alone(candidates, ensembles, total - zero_shot_correct)
     best: NearBest | _Confirmed | None = None
     if rule == "near_best":
-        prior = expect(zero_shot, labels, len(key_labels) / zero_shot.shape[1])
+        keys_per_class = len(images.images.key_labels) / images.images.classes
+        prior = expect_from(zero_shot_correct, images.zero_shot_deviation[images.rows], keys_per_class)
         floor = max((part.alone for part in parts if part.alone is not None), default=0)
         best = choose_near_best(candidates, images, ensembles, prior, floor)
     if best is None:
@@ -134,14 +143,15 @@ def search(
         beta=best.beta,
         ensemble=ensembles[best.ensemble],
         correct=best.correct,
-        total=len(labels),
+        total=total,
+        zero_shot_correct=zero_shot_correct,
         landscapes=landscapes,
         parts=parts,
     )
 
 
 @torch.no_grad()
-def surface(images: HeldOut, ensemble: Ensemble, *, alphas: Sequence[float], betas: Sequence[float]) -> Tensor:
+def surface(images: HeldOutImages, ensemble: Ensemble, *, alphas: Sequence[float], betas: Sequence[float]) -> Tensor:
     """Return the number of correct images at every (β, α): (J, A) int64.
 
     Args:
@@ -150,14 +160,8 @@ def surface(images: HeldOut, ensemble: Ensemble, *, alphas: Sequence[float], bet
         alphas: A values.
         betas: J values.
     """
-    counts = torch.zeros(len(betas), len(alphas), dtype=torch.int64)
-    tried = images.zero_shot.new_tensor(alphas)
-    for rows in torch.arange(len(images.labels), device=images.labels.device).split(_IMAGES_PER_BLOCK):
-        block = images.images(rows)
-        for j, beta in enumerate(betas):
-            base, term, _, _ = block.combine(beta, ensemble)
-            counts[j] += count_correct_at(tried, base, term, block.labels).cpu()
-    return counts
+    reduced = reduce_images(images, min(betas), max(betas))
+    return torch.stack([reduced.count_correct_at(alphas, beta, ensemble).cpu() for beta in betas])
 
 
 def weight_grid(
@@ -211,15 +215,18 @@ def weight_grid(
     return list(candidates.values())
 
 
-def _check_inputs(zero_shot: Tensor, affinities: Mapping[str, Tensor], key_labels: Tensor, labels: Tensor) -> None:
-    images, classes = zero_shot.shape
-    if not images or len(labels) != images:
-        raise CafoError(f"the search needs one label per image and at least one image, got {len(labels)} and {images}")
+def _check_inputs(images: HeldOutImages) -> None:
+    total, classes, labels = images.total, images.classes, images.labels
+    if not total or len(labels) != total:
+        raise CafoError(f"the search needs one label per image and at least one image, got {len(labels)} and {total}")
+    if classes < 2:
+        raise CafoError("an ensemble over classes needs at least two classes")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise CafoError(f"labels run from {int(labels.min())} to {int(labels.max())} with {classes} classes")
-    expected = (len(key_labels), images)
-    if wrong := {name: tuple(a.shape) for name, a in affinities.items() if tuple(a.shape) != expected}:
-        raise CafoError(f"{expected[0]} keys and {images} images need affinities of shape {expected}, got {wrong}")
+    expected = (len(images.key_labels), total)
+    given = images.affinities if isinstance(images, HeldOut) else {}
+    if wrong := {name: tuple(a.shape) for name, a in given.items() if tuple(a.shape) != expected}:
+        raise CafoError(f"{expected[0]} keys and {total} images need affinities of shape {expected}, got {wrong}")
 
 
 def _zero_shot_alone(candidates: Sequence[Candidate], ensembles: Sequence[Ensemble], wrong: int) -> list[Candidate]:
@@ -228,12 +235,12 @@ def _zero_shot_alone(candidates: Sequence[Candidate], ensembles: Sequence[Ensemb
     return [] if first is None else [Candidate(wrong, 0.0, min(c.beta for c in candidates), first)]
 
 
-def _confirm(candidates: Sequence[Candidate], images: HeldOut, ensembles: Sequence[Ensemble]) -> _Confirmed:
-    """Evaluate the best candidates directly, and return the best of them.
+def _confirm(candidates: Sequence[Candidate], images: ReducedImages, ensembles: Sequence[Ensemble]) -> _Confirmed:
+    """Count the best candidates' correct images again, and return the best of them.
 
     It stops at the first candidate that claims no more than what is already confirmed.
     """
-    total = len(images.labels)
+    total = len(images.rows)
     best: _Confirmed | None = None
     for candidate in candidates[:_MAX_CONFIRMATIONS]:
         if best is not None and total - candidate.wrong <= best.correct:

@@ -15,27 +15,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cafo.cache import Cache, zero_shot_logits
 from cafo.calibration import calibrate
+from cafo.choice_names import Rule, Select
 from cafo.cross_fit import TrainingImages, cross_fit, leave_one_out
 from cafo.ensemble import Ensemble
 from cafo.errors import CafoError
 from cafo.estimate import Estimate, estimate_accuracy
-from cafo.held_out import HeldOut, on_validation
+from cafo.held_out import HeldOutImages, blocks_of, on_validation
 from cafo.key_training import Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Views, measure_epoch, train_keys
 from cafo.prior import expect
-from cafo.search import Rule, SearchResult, search
+from cafo.search import SearchResult, reduce_for_search, search_reduced
 from cafo.search_grid import BetaGrid
 
-Select = Literal["val", "crossfit", "leave_one_out", "prior"]
 Report = Callable[[Epoch], None]
 
-_IMAGES_PER_BLOCK = 1024
+_IMAGES_OF_CALIBRATION = 10_000
+"""images that the probabilities are calibrated on, evenly spread if there are more"""
 
 
 def default_select(*, has_val: bool, shots: int, trained: bool) -> Select:
@@ -82,7 +82,7 @@ class Selected:
     """what the choice was made on: `prior` also where no image could be held out"""
     epoch: Epoch
     """the epoch that the keys come from"""
-    images: HeldOut | None = None
+    images: HeldOutImages | None = None
     """the images of the choice"""
     search: SearchResult | None = None
     """None for `prior`, like `images`"""
@@ -150,16 +150,18 @@ def _train_all(cache: Cache, views: Mapping[str, Views], training: KeyTraining, 
     return replace(cache, keys=trainer.copy_keys())
 
 
-def _choose(cache: Cache, epoch: Epoch, how: Select, images: HeldOut, choosing: Choosing, seed: int) -> Selected:
-    best = search(*images, grid=choosing.grid, ensembles=choosing.ensembles, rule=choosing.rule)
+def _choose(cache: Cache, epoch: Epoch, how: Select, images: HeldOutImages, choosing: Choosing, seed: int) -> Selected:
+    grid, ensembles, rule = choosing.grid, choosing.ensembles, choosing.rule
+    reduced = reduce_for_search(images, grid)
+    best = search_reduced(reduced, grid=grid, ensembles=ensembles, rule=rule)
     chosen = replace(cache, alpha=best.alpha, beta=best.beta, ensemble=best.ensemble)
-    blocks = torch.arange(len(images.labels), device=images.labels.device).split(_IMAGES_PER_BLOCK)
-    logits = [images.images(rows).combine(best.beta, best.ensemble).logits(best.alpha) for rows in blocks]
-    chosen = replace(chosen, calibration=calibrate(torch.cat(logits), images.labels))
+    step = -(-images.total // _IMAGES_OF_CALIBRATION)
+    some = images.images(torch.arange(0, images.total, step, device=images.labels.device))
+    logits = [block.combine(best.beta, best.ensemble).logits(best.alpha) for block in blocks_of(some)]
+    chosen = replace(chosen, calibration=calibrate(torch.cat(logits), some.labels))
     estimate = None
     if choosing.estimate or (choosing.estimate is None and how != "val"):
-        grid, ensembles, rule = choosing.grid, choosing.ensembles, choosing.rule
-        estimate = estimate_accuracy(images, grid, ensembles, rule, choosing.folds, seed)
+        estimate = estimate_accuracy(reduced, grid, ensembles, rule, choosing.folds, seed)
     return Selected(cache=chosen, how=how, epoch=epoch, images=images, search=best, estimate=estimate)
 
 

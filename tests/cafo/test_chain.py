@@ -8,6 +8,7 @@ import torch
 from cafo import fewshot
 from cafo.cache import Cache, load_cache, mean_key, save_cache
 from cafo.encoders import EncoderSpec, load_encoder
+from cafo.held_out import on_validation
 from cafo.images import load_image
 from cafo.key_training import KeyTraining, train_keys
 from cafo.paper_datasets import load_dataset
@@ -55,13 +56,7 @@ def test_from_images_to_a_test_accuracy(tmp_path, caltech):
     )
     val_features = features(val)
     trained, best = train_keys(cache, views, cache.labels, val_features, labels(val), KeyTraining(epochs=3, batch=16))
-    result = search(
-        trained.zero_shot(val_features),
-        trained.affinities(val_features),
-        trained.labels,
-        labels(val),
-        grid=BetaGrid(steps=20),
-    )
+    result = search(on_validation(trained, val_features, labels(val)), grid=BetaGrid(steps=20))
     chosen = replace(trained, alpha=result.alpha, beta=result.beta, ensemble=result.ensemble)
     right = int((chosen.logits(val_features).argmax(1) == labels(val)).sum())
     assert right == result.correct  # search and prediction are one formula

@@ -89,7 +89,7 @@ def test_a_generated_image_of_equal_content_is_held_out_too():
     groups, twin = torch.arange(len(cache.labels)), len(cache.labels) - 1
     groups[twin] = 0
     held_out, _ = cross_fit(cache, views, replace(images, groups=groups), KeyTraining(epochs=0), 3, "loss")
-    unseen = held_out.affinities["clip"] == -torch.inf
+    unseen = held_out.load().affinities["clip"] == -torch.inf
     assert unseen[0].any()
     assert torch.equal(unseen[twin], unseen[0])
 
@@ -162,7 +162,7 @@ def test_the_search_on_held_out_images_is_exact():
     """An affinity of -inf passes through the grid's multiplications: every count is that of the naive formula."""
     cache, _, images = problem(4)
     held_out = leave_one_out(cache, images)
-    (landscape,) = search(*held_out, grid=BetaGrid(low=0.2, high=9.0, steps=31, refinements=1)).landscapes
+    (landscape,) = search(held_out, grid=BetaGrid(low=0.2, high=9.0, steps=31, refinements=1)).landscapes
     for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
         logits = held_out.combine(beta, Ensemble()).logits(alpha)
         assert int((logits.argmax(1) == held_out.labels).sum()) == correct

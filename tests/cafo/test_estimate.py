@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from cafo.cross_fit import leave_one_out, stratified_folds
 from cafo.ensemble import Ensemble
 from cafo.estimate import Estimate, estimate_accuracy, wilson_interval
-from cafo.search import search
+from cafo.search import reduce_for_search, search
 from cafo.search_grid import BetaGrid
 from tests.cafo.test_cross_fit import problem
 
@@ -25,13 +25,13 @@ def test_every_image_is_counted_by_a_choice_that_was_made_without_it(rule):
     held_out = leave_one_out(cache, images)
     grid = BetaGrid(low=0.5, high=9.0, steps=20, refinements=0)
     ensembles = [Ensemble(), Ensemble(sources=("dino",))]
-    found = estimate_accuracy(held_out, grid, ensembles, rule, folds=3, seed=4)
+    found = estimate_accuracy(reduce_for_search(held_out, grid), grid, ensembles, rule, folds=3, seed=4)
     total = len(held_out.labels)
     folds = stratified_folds(held_out.labels, torch.arange(total), 3, 4)
     folds[folds < 0] = 0  # one image is alone in its class
     right = 0
     for row in range(total):
-        best = search(*held_out.images(folds != folds[row]), grid=grid, ensembles=ensembles, rule=rule)
+        best = search(held_out.images((folds != folds[row]).nonzero()[:, 0]), grid=grid, ensembles=ensembles, rule=rule)
         logits = held_out.combine(best.beta, best.ensemble).logits(best.alpha)[row]
         right += int(logits.argmax() == held_out.labels[row])
     assert (found.correct, found.total) == (right, total)

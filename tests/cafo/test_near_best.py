@@ -11,6 +11,7 @@ from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.held_out import HeldOut
 from cafo.near_best import choose_near_best
 from cafo.prior import BETA, expect
+from cafo.reduced import reduce_images
 from cafo.search import search, weight_grid
 from cafo.search_grid import BetaGrid, search_grid
 from tests.cafo.test_search import N, right, setup
@@ -19,11 +20,15 @@ GRID = BetaGrid(low=0.1, high=12.0, steps=24, refinements=0)
 EVERY = weight_grid(Ensemble(), ("clip", "dino"), scales=(1.0, 0.0), drop_zero_shot=True)
 
 
+def reduced(data):
+    return reduce_images(HeldOut(*data), GRID.low, GRID.high)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_it_is_the_cheapest_of_those_within_one_standard_error(seed):
     data = setup(seed)
-    result = search(*data, grid=GRID, ensembles=EVERY, rule="near_best")
-    highest = search(*data, grid=GRID, ensembles=EVERY)
+    result = search(HeldOut(*data), grid=GRID, ensembles=EVERY, rule="near_best")
+    highest = search(HeldOut(*data), grid=GRID, ensembles=EVERY)
     total = len(data[3])
     share = highest.correct / total
     enough = highest.correct - math.sqrt(total * share * (1 - share))
@@ -59,9 +64,9 @@ def useless_source(seed):
 def test_no_cascade_is_below_its_best_part(rule, seed):
     for data in (setup(seed), useless_source(seed)):
         ensembles = weight_grid(Ensemble(), ("clip", "dino"), scales=(1.0, 0.0), drop_zero_shot=True)
-        result = search(*data, grid=GRID, ensembles=ensembles, rule=rule)
+        result = search(HeldOut(*data), grid=GRID, ensembles=ensembles, rule=rule)
         alone = [
-            search(*data, grid=GRID, ensembles=[Ensemble(baseline=NOTHING, sources=(name,))]).correct
+            search(HeldOut(*data), grid=GRID, ensembles=[Ensemble(baseline=NOTHING, sources=(name,))]).correct
             for name in ("clip", "dino")
         ]
         zero_shot = int((data[0].argmax(1) == data[3]).sum())
@@ -71,9 +76,9 @@ def test_no_cascade_is_below_its_best_part(rule, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_useless_source_is_left_out_and_told(seed):
     data = useless_source(seed)
-    whole = search(*data, grid=GRID)
+    whole = search(HeldOut(*data), grid=GRID)
     ensembles = weight_grid(Ensemble(), ("clip", "dino"), scales=(1.0, 0.0), drop_zero_shot=True)
-    result = search(*data, grid=GRID, ensembles=ensembles, rule="near_best")
+    result = search(HeldOut(*data), grid=GRID, ensembles=ensembles, rule="near_best")
     assert result.correct > whole.correct
     assert result.ensemble.sources == ("dino",)
     parts = {part.name: part for part in result.parts}
@@ -83,9 +88,9 @@ def test_a_useless_source_is_left_out_and_told(seed):
     for name, part in parts.items():
         having = [e for e in ensembles if (e.baseline == ZERO_SHOT if name == ZERO_SHOT else _uses(e, name))]
         lacking = [e for e in ensembles if e not in having]
-        assert part.with_it == search(*data, grid=GRID, ensembles=having).correct
+        assert part.with_it == search(HeldOut(*data), grid=GRID, ensembles=having).correct
         zero_shot = int((data[0].argmax(1) == data[3]).sum()) if name != ZERO_SHOT else 0
-        assert part.without == max(search(*data, grid=GRID, ensembles=lacking).correct, zero_shot)
+        assert part.without == max(search(HeldOut(*data), grid=GRID, ensembles=lacking).correct, zero_shot)
 
 
 def _uses(ensemble, name):
@@ -93,15 +98,15 @@ def _uses(ensemble, name):
 
 
 def test_old_choices_know_no_part_without_another():
-    result = search(*setup(0), grid=GRID)
+    result = search(HeldOut(*setup(0)), grid=GRID)
     assert all(part.gain is None for part in result.parts if part.name == ZERO_SHOT)
     assert result.hurtful_parts() == []
 
 
 def test_a_candidate_that_is_not_confirmed_is_not_chosen():
     data = setup(0)
-    images, prior = HeldOut(*data), expect(data[0], data[3], 3)
-    candidates = search_grid(*images, GRID, [Ensemble()])
+    images, prior = reduced(data), expect(data[0], data[3], 3)
+    candidates = search_grid(images, GRID, [Ensemble()])
     impossible = [candidate._replace(wrong=0) for candidate in candidates]
     assert choose_near_best(impossible, images, [Ensemble()], prior, floor=0) is None
 
@@ -138,9 +143,9 @@ def test_the_prior_is_its_formula():
 def test_the_floor_holds_where_the_loss_alone_would_go_below_it():
     lower = 0
     for seed in range(8):
-        images = HeldOut(*setup(seed))
-        prior = expect(images.zero_shot, images.labels, 3)
-        candidates = search_grid(*images, GRID, [Ensemble()])
+        data = setup(seed)
+        images, prior = reduced(data), expect(data[0], data[3], 3)
+        candidates = search_grid(images, GRID, [Ensemble()])
         highest = len(images.labels) - min(candidates).wrong
         free = choose_near_best(candidates, images, [Ensemble()], prior, floor=0)
         held = choose_near_best(candidates, images, [Ensemble()], prior, floor=highest)
@@ -152,8 +157,9 @@ def test_the_floor_holds_where_the_loss_alone_would_go_below_it():
 def test_the_expected_values_count_among_equals():
     moved = 0
     for seed in range(4):
-        images = HeldOut(*setup(seed))
-        prior, candidates = expect(images.zero_shot, images.labels, 3), search_grid(*images, GRID, [Ensemble()])
+        data = setup(seed)
+        images = reduced(data)
+        prior, candidates = expect(data[0], data[3], 3), search_grid(images, GRID, [Ensemble()])
         low, high = (
             choose_near_best(candidates, images, [Ensemble()], replace(prior, beta=beta), floor=0).beta
             for beta in (0.2, 11.0)

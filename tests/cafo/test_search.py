@@ -4,6 +4,7 @@ import torch
 import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import Ensemble, combine, table5
+from cafo.held_out import HeldOut
 from cafo.search import search, weight_grid
 from cafo.search_grid import BetaGrid
 from tests.cafo import reference
@@ -42,7 +43,7 @@ def test_the_steps_are_the_accuracy_at_every_alpha():
 @pytest.mark.parametrize("ragged", [False, True])
 def test_never_below_a_dense_grid_and_the_count_is_exact(seed, ragged):
     data = setup(seed, ragged=ragged)
-    result = search(*data, grid=GRID)
+    result = search(HeldOut(*data), grid=GRID)
     alphas = [0.25 * i for i in range(41)]
     grid = reference.grid_loop(*data, alphas, GRID.values())
     assert result.correct >= max(grid.values())
@@ -54,7 +55,7 @@ def test_never_below_a_dense_grid_and_the_count_is_exact(seed, ragged):
 
 def test_the_landscape_is_the_best_alpha_of_every_beta():
     data = setup(3)
-    result = search(*data, grid=BetaGrid(low=0.5, high=9.0, steps=60, refinements=0))
+    result = search(HeldOut(*data), grid=BetaGrid(low=0.5, high=9.0, steps=60, refinements=0))
     (landscape,) = result.landscapes
     assert landscape.betas == pytest.approx(BetaGrid(low=0.5, high=9.0, steps=60, refinements=0).values())
     for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
@@ -68,14 +69,14 @@ def test_the_landscape_is_the_best_alpha_of_every_beta():
 def test_ties_go_to_the_smaller_alpha():
     zero_shot = torch.tensor([[2.0, 0.0, 1.0]])
     affinities = {"clip": torch.tensor([[0.9], [0.1], [0.2]])}
-    result = search(zero_shot, affinities, torch.arange(3), torch.tensor([0]), grid=GRID)
+    result = search(HeldOut(zero_shot, affinities, torch.arange(3), torch.tensor([0])), grid=GRID)
     assert result.alpha == 0
     assert result.correct == 1
     assert result.beta == GRID.low
     # class 2 overtakes class 0 at one α and stays ahead: the answer sits beyond it, and as near as the path's step
     # allows
     affinities = {"clip": torch.tensor([[0.1], [0.2], [0.9]])}
-    result = search(zero_shot, affinities, torch.arange(3), torch.tensor([2]), grid=GRID)
+    result = search(HeldOut(zero_shot, affinities, torch.arange(3), torch.tensor([2])), grid=GRID)
     assert result.correct == 1
     assert 0 < result.alpha < 3
 
@@ -94,8 +95,8 @@ def test_equal_logits_are_decided_as_argmax_decides_them():
 def test_all_ensembles_can_be_searched_together():
     data = setup(1)
     ensembles = [*table5(("clip", "dino")).values()]
-    result = search(*data, grid=GRID, ensembles=ensembles)
-    singles = [search(*data, grid=GRID, ensembles=[e]).correct for e in ensembles]
+    result = search(HeldOut(*data), grid=GRID, ensembles=ensembles)
+    singles = [search(HeldOut(*data), grid=GRID, ensembles=[e]).correct for e in ensembles]
     assert result.correct >= max(singles)
     assert result.correct == right(*data, result.alpha, result.beta, result.ensemble)
     assert len(result.landscapes) == len(ensembles)
@@ -107,23 +108,24 @@ def test_weight_grid_leaves_out_multiples():
     assert len(grid) == len(ratios) == 2 * 5
     assert all(e.sources == ("clip", "dino") for e in grid)
     data = setup(2)
-    assert search(*data, grid=GRID, ensembles=grid).correct >= search(*data, grid=GRID).correct
+    assert search(HeldOut(*data), grid=GRID, ensembles=grid).correct >= search(HeldOut(*data), grid=GRID).correct
 
 
 def test_no_key_at_all_and_three_sources():
     zero_shot, affinities, key_labels, labels = setup(0, widths=(11, 13, 17))
-    result = search(zero_shot, affinities, key_labels, labels, grid=GRID)
+    result = search(HeldOut(zero_shot, affinities, key_labels, labels), grid=GRID)
     assert result.correct == right(zero_shot, affinities, key_labels, labels, result.alpha, result.beta)
-    result = search(zero_shot, {n: a[:0] for n, a in affinities.items()}, key_labels[:0], labels, grid=GRID)
+    result = search(HeldOut(zero_shot, {n: a[:0] for n, a in affinities.items()}, key_labels[:0], labels), grid=GRID)
     assert result.alpha == 0
     assert result.correct == int((zero_shot.argmax(1) == labels).sum())
 
 
 def test_small_blocks_give_the_same_answer(monkeypatch):
     data = setup(0)
-    whole = search(*data, grid=GRID)
-    monkeypatch.setattr("cafo.search_grid._BLOCK_FLOATS", 200)
-    blocks = search(*data, grid=GRID)
+    whole = search(HeldOut(*data), grid=GRID)
+    monkeypatch.setattr("cafo.reduced.IMAGES_PER_BLOCK", 5)
+    monkeypatch.setattr("cafo.reduced._INTERVALS", 200)
+    blocks = search(HeldOut(*data), grid=GRID)
     assert (blocks.correct, blocks.beta) == (whole.correct, whole.beta)
     assert blocks.alpha == pytest.approx(whole.alpha, rel=1e-5)
     assert blocks.landscapes[0].correct == whole.landscapes[0].correct
@@ -132,25 +134,25 @@ def test_small_blocks_give_the_same_answer(monkeypatch):
 def test_wrong_input_is_an_error():
     zero_shot, affinities, key_labels, labels = setup(0)
     with pytest.raises(ValueError, match="at least one image"):
-        search(zero_shot[:0], affinities, key_labels, labels[:0])
+        search(HeldOut(zero_shot[:0], affinities, key_labels, labels[:0]))
     with pytest.raises(ValueError, match="shape"):
-        search(zero_shot, {n: a.T for n, a in affinities.items()}, key_labels, labels)
+        search(HeldOut(zero_shot, {n: a.T for n, a in affinities.items()}, key_labels, labels))
     with pytest.raises(ValueError, match="7 classes"):
-        search(zero_shot, affinities, key_labels, labels + 1)
+        search(HeldOut(zero_shot, affinities, key_labels, labels + 1))
     with pytest.raises(ValueError, match="low"):
         BetaGrid(low=0.0)
 
 
 def test_a_candidate_that_float32_does_not_confirm_gives_way(monkeypatch):
     data = setup(0)
-    honest = search(*data, grid=GRID)
+    honest = search(HeldOut(*data), grid=GRID)
     candidates = cafo.search.search_grid
 
     def with_a_false_one(*args):
         return [*candidates(*args), cafo.search.Candidate(0, 1e6, 0.1, 0)]
 
     monkeypatch.setattr(cafo.search, "search_grid", with_a_false_one)
-    assert search(*data, grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)
+    assert search(HeldOut(*data), grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)
 
 
 def test_a_choice_at_the_edge_of_its_range_names_the_setting_to_widen():
@@ -166,7 +168,7 @@ def test_a_choice_at_the_edge_of_its_range_names_the_setting_to_widen():
 @pytest.mark.parametrize("seed", range(3))
 def test_every_value_of_beta_on_the_finer_grids_has_its_own_accuracy(seed):
     data = setup(seed)
-    (landscape,) = search(*data, grid=BetaGrid(low=0.1, high=12.0, steps=20, refinements=3)).landscapes
+    (landscape,) = search(HeldOut(*data), grid=BetaGrid(low=0.1, high=12.0, steps=20, refinements=3)).landscapes
     assert len(landscape.betas) == len(set(landscape.betas)) > 20 + 2 * 3
     for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
         assert correct == right(*data, alpha, beta)

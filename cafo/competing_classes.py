@@ -1,0 +1,211 @@
+"""The classes that can beat an image's label: all that is left of a search once the affinities have been read.
+
+CaFo (arXiv 2303.02151), section 3.4: whatever the ensemble, an image's logits rise with p_ZS and with the class sums of
+every source. So a class j never decides whether the label wins, at no α, β or ensemble, if some other class k (or the
+label itself) is above it in p_ZS and, at every β of the range, in the sums of every source: where j beats the label, k
+does. The classes that remain, a few in a hundred, compete with the label.
+
+The sums are compared at all β by comparing them at the nodes they are interpolated from (`cafo.beta_nodes`). They are
+convex in β, so that between two nodes a sum of j is below its chord, and one of k is above its own chord less what
+twice the chord's height at the middle is: of k's value at a node, that much is taken away.
+
+An image is thus reduced to p_ZS and the sums of its competing classes, and to products of all classes' sums, from which
+the means and the deviations of eq. 8 follow at every β. The search, its refinements and the estimate read no affinity
+again.
+
+Legend: b images of a block, R their competing classes and label, S sources, n nodes, J values of β, N classes, D
+dominators, E ensembles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cafo.alpha_intervals import correct_intervals, label_margins
+from cafo.beta_nodes import beta_nodes, class_sums, farthest_key, interpolation
+from cafo.ensemble import ZERO_SHOT, Ensemble, combine, inverse_deviation, standardise
+from cafo.held_out import HeldOut
+
+_FLOATS = 1 << 17
+"""sums that are compared at once: they stay in a core's cache"""
+_SLACK = 4e-6
+"""Relative error of sums in float32, a few times over; a class that is below another by less is kept."""
+_IMAGES_PER_GROUP = 32
+"""images that are kept together, each with as many columns as the most of them have; their numbers are much alike"""
+
+
+class ReducedGroup(NamedTuple):
+    """Some images and the classes that compete, in the order of the classes. Columns past the last are padding."""
+
+    rows: Tensor
+    """(b,) int64: which of the search's images these are"""
+    zero_shot: Tensor
+    """(b, R): p_ZS"""
+    standard_zero_shot: Tensor
+    """(b, R): z(p_ZS)"""
+    sums: Tensor
+    """(b, S, n, R): class sums at each node, less their mean over all classes"""
+    labels: Tensor
+    """(b,) int64: the column of the label"""
+    padding: Tensor
+    """(b, R) bool"""
+    means: Tensor
+    """(b, S, n): mean of the class sums over all classes"""
+    products: Tensor
+    """(b, 1 + S n, 1 + S n): products over all classes of z(p_ZS) and the centred sums with one another"""
+    nodes: Tensor
+    """(n,) float64"""
+    classes: int
+    """N"""
+
+    def intervals(self, sources: Sequence[str], betas: Sequence[float], ensembles: Sequence[Ensemble]) -> Tensor:
+        """Return the open interval of α on which each image is correct: low and high, (2, E, J, b)."""
+        weights = interpolation(self.nodes, betas).to(self.sums)  # (J, n)
+        z, coefficients = {ZERO_SHOT: self.standard_zero_shot[:, None]}, []
+        nodes = len(self.nodes)
+        for s, name in enumerate(sources):
+            own = slice(1 + s * nodes, 1 + (s + 1) * nodes)
+            squares = ((weights @ self.products[:, own, own]) * weights).sum(dim=-1)  # (b, J)
+            inverse = inverse_deviation(squares.clamp_min(0).sqrt(), self.means[:, s] @ weights.T, self.classes)
+            coefficients.append(inverse[:, :, None] * weights)  # (b, J, n)
+            z[name] = coefficients[-1] @ self.sums[:, s]  # (b, J, R)
+        agreements = _Agreements(self.products, dict(zip(sources, coefficients, strict=True)))
+        zero_shot = self.zero_shot[:, None]
+        margins = self._margins(zero_shot)
+        found = self.sums.new_empty(2, len(ensembles), len(betas), len(self.rows))
+        for e, ensemble in enumerate(ensembles):
+            base, term, _, _ = combine(zero_shot, {name: z[name] for name in sources}, ensemble, z, agreements)
+            low, high = correct_intervals(
+                margins if base is zero_shot else self._margins(base), term.movedim(1, 0), self.labels
+            )
+            found[0, e], found[1, e] = low, high
+        return found
+
+    def _margins(self, base: Tensor) -> Tensor:
+        """Return base_y - base_j, and infinity for padding: (b, J, R) → (J, b, R)."""
+        margins = label_margins(base.movedim(1, 0), self.labels)
+        return margins.masked_fill(self.padding, torch.inf)
+
+
+class _Agreements:
+    """The agreement w of eq. 8 of two predictions, over all classes."""
+
+    def __init__(self, products: Tensor, coefficients: Mapping[str, Tensor]) -> None:
+        self.products, self.coefficients = products, coefficients
+
+    def __call__(self, one: str, other: str) -> Tensor:
+        """Return Σ_n z(p_one)_n z(p_other)_n: (b, J)."""
+        at, rows = self._of(one)
+        at_other, rows_other = self._of(other)
+        return ((rows @ self.products[:, at, at_other]) * rows_other).sum(dim=-1)
+
+    def _of(self, name: str) -> tuple[slice, Tensor]:
+        if name == ZERO_SHOT:
+            return slice(0, 1), self.products.new_ones(1, 1, 1)
+        nodes = next(iter(self.coefficients.values())).shape[2]
+        first = 1 + list(self.coefficients).index(name) * nodes
+        return slice(first, first + nodes), self.coefficients[name]
+
+
+def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: float) -> list[ReducedGroup]:
+    """Return a block of images, reduced to the classes that compete.
+
+    Args:
+        block: the images.
+        rows: (b,) which of the search's images they are.
+        slots: (K, N), from `class_slots`.
+        low, high: the range of β.
+    """
+    affinities = [a.T for a in block.affinities.values()]  # (b, M)
+    nodes = beta_nodes(low, high, max((farthest_key(a) for a in affinities), default=0.0))
+    images, classes = block.zero_shot.shape
+    sums = block.zero_shot.new_empty(images, len(affinities), len(nodes), classes)
+    for s, a in enumerate(affinities):
+        sums[:, s] = class_sums(a.contiguous(), slots, nodes)
+    z = standardise(block.zero_shot)
+    means = sums.mean(dim=-1)
+    kept = torch.cat(
+        [
+            _undominated(sums[at], block.zero_shot[at], z[at], block.labels[at], nodes)
+            for at in torch.arange(images, device=rows.device).split(max(1, _FLOATS // max(sums[0].numel(), 1)))
+        ]
+    )
+    sums -= means[..., None]
+    rank = torch.cat([z[:, None], sums.flatten(1, 2)], dim=1)  # (b, 1 + S n, N)
+    products = rank @ rank.transpose(1, 2)
+    groups = []
+    for at in kept.sum(dim=1).argsort().split(_IMAGES_PER_GROUP):
+        columns, labels, padding = _columns(kept[at], block.labels[at])
+        groups.append(
+            ReducedGroup(
+                rows=rows[at],
+                zero_shot=block.zero_shot[at].gather(1, columns),
+                standard_zero_shot=z[at].gather(1, columns),
+                sums=sums[at].gather(3, columns[:, None, None].expand(-1, *sums.shape[1:3], -1)),
+                labels=labels,
+                padding=padding,
+                means=means[at],
+                products=products[at],
+                nodes=nodes,
+                classes=classes,
+            )
+        )
+    return groups
+
+
+def _columns(kept: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the kept classes (b, R), the position of the label among them (b,), and what is padding (b, R)."""
+    counts = kept.sum(dim=1)
+    image, of_class = kept.nonzero(as_tuple=True)
+    position = torch.arange(len(image), device=kept.device) - (counts.cumsum(0) - counts)[image]
+    columns = labels[:, None].repeat(1, max(2, int(counts.max())))  # `combine` refuses one class
+    columns[image, position] = of_class
+    padding = torch.arange(columns.shape[1], device=kept.device) >= counts[:, None]
+    return columns, (kept & (torch.arange(kept.shape[1], device=kept.device) < labels[:, None])).sum(dim=1), padding
+
+
+def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nodes: Tensor) -> Tensor:
+    """Return which classes no dominator is above everywhere: (b, N) bool; the label is kept.
+
+    Args:
+        sums: (b, S, n, N), not centred.
+        zero_shot, z: p_ZS and z(p_ZS), (b, N).
+        labels: (b,).
+        nodes: (n,).
+    """
+    images, classes = zero_shot.shape
+    flat = sums.flatten(1, 2)  # (b, S n, N)
+    dominators = _dominators(sums, z, labels)  # (b, D)
+    values = flat.gather(2, dominators[:, None].expand(-1, flat.shape[1], -1)).view(*sums.shape[:3], -1)
+    limits = _below_everywhere(values, nodes).flatten(1, 2)  # (b, S n, D)
+    top = zero_shot.gather(1, dominators)
+    kept = torch.ones(images, classes, dtype=torch.bool, device=sums.device)
+    for d in range(dominators.shape[1]):
+        above = (flat - limits[:, :, d, None]).amax(dim=1) > 0 if flat.shape[1] else kept.new_ones(images, classes)
+        kept &= above | (zero_shot >= top[:, d, None])
+    return kept.scatter(1, labels[:, None], True)
+
+
+def _below_everywhere(values: Tensor, nodes: Tensor) -> Tensor:
+    """Return what another class's sums must be below at every node, to be below these at every β between: (…, n, D)."""
+    gaps = torch.zeros_like(values)
+    if len(nodes) > 1:
+        middles = interpolation(nodes, ((nodes[1:] + nodes[:-1]) / 2).tolist()).to(values)
+        sag = 2 * ((values[..., 1:, :] + values[..., :-1, :]) / 2 - middles @ values).clamp_min(0)
+        gaps[..., 1:, :] = sag
+        gaps[..., :-1, :] = torch.maximum(gaps[..., :-1, :], sag)
+    return values - gaps - _SLACK * values
+
+
+def _dominators(sums: Tensor, z: Tensor, labels: Tensor) -> Tensor:
+    """Return classes that are likely above many others: (b, D)."""
+    middle = sums[:, :, sums.shape[2] // 2]
+    joined = z + standardise(middle).sum(dim=1)
+    found = [labels, z.argmax(dim=1), joined.argmax(dim=1)]
+    for s in range(sums.shape[1]):
+        found += [sums[:, s, 0].argmax(dim=1), sums[:, s, -1].argmax(dim=1)]
+    return torch.stack(found, dim=1)

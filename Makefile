@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install test test-slow test-models coverage lab check bench clean
+.PHONY: demo install test test-slow test-models coverage lab docs check bench clean
 
 demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
 	$(BIN)/python -m rayjobs demo
@@ -24,11 +24,14 @@ coverage: .venv/installed-test ## All tests, and which lines they do not reach
 lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
 	$(BIN)/python -m pytest tests/cluster_lab
 
-check: .venv/installed-test ## What CI runs: lint, format, types, tests
+docs: .venv/installed-test ## The documentation site, build/site/index.html; a broken link or anchor is an error
+	$(BIN)/python docs/build_site.py
+
+check: .venv/installed-test ## What CI runs: lint, format, types, documentation, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) test
+	$(MAKE) docs test
 
 bench: .venv/installed-test ## The benchmarks; DATA=records.json TOKENIZER=tokenizer.model adds the training step
 	$(BIN)/python benchmarks/cafo_search.py --json

@@ -5,19 +5,20 @@ and pages that mkdocstrings fills from docstrings. Then Zensical builds the site
 an anchor that does not exist.
 """
 
-import importlib
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
 import adapter
 import cafo
 from rayjobs.__main__ import JOBS, build_parser
-from rayjobs.config_fields import FieldHelp, describe
+from rayjobs.config_fields import FieldHelp, describe_sections
+from rayjobs.job_help import config_class, description
+from rayjobs.shipped_configs import list_configs
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -29,20 +30,28 @@ def write_reference(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "jobs").mkdir(parents=True)
     for name, summary in JOBS.items():
-        module = importlib.import_module(f"rayjobs.jobs.{name.replace('-', '_')}")
-        (folder / "jobs" / f"{name}.md").write_text(job_page(name, summary, module), encoding="utf-8")
+        (folder / "jobs" / f"{name}.md").write_text(job_page(name, summary), encoding="utf-8")
     (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
-    (folder / "configs.md").write_text(configs_page(sorted((ROOT / "configs").rglob("*.yaml"))), encoding="utf-8")
+    (folder / "configs.md").write_text(configs_page(), encoding="utf-8")
     for package in (adapter, cafo):
         (folder / f"{package.__name__}.md").write_text(api_page(package), encoding="utf-8")
 
 
-def job_page(name: str, summary: str, module: ModuleType) -> str:
+def check_navigation() -> None:
+    """Raise ValueError unless the navigation leads to every page."""
+    listed = set(re.findall(r'"([\w./-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    if listed != pages:
+        raise ValueError(f"zensical.toml: not pages: {sorted(listed - pages)}; not listed: {sorted(pages - listed)}")
+
+
+def job_page(name: str, summary: str) -> str:
     """A job's page: what it does, and a table of its settings for each section."""
-    lines = [f"# {name}", "", f"`rayjobs {name}`: {summary}.", "", (module.__doc__ or "").strip(), ""]
-    fields = list(describe(module.Config))
-    for section, of_section in groupby(fields, key=lambda field: field.name.rpartition(".")[0]):
-        lines += [f"## {section or 'Without a section'}", "", *settings_table(of_section), ""]
+    lines = [f"# {name}", "", f"`rayjobs {name}`: {summary}.", "", description(name), ""]
+    for section in describe_sections(config_class(name)):
+        title = f"`{section.name}`" if section.name else "Settings"
+        lines += [f"## {title}", "", *([_cell(section.meaning), ""] if section.name and section.meaning else [])]
+        lines += [*settings_table(section.fields), ""]
     return "\n".join(lines)
 
 
@@ -72,12 +81,17 @@ def commands_page() -> str:
     return "\n".join([*lines, ""])
 
 
-def configs_page(files: Iterable[Path]) -> str:
-    """The shipped configs: the comments that each opens with, and its settings."""
-    lines = ["# Shipped configs", "", "Each opens with its command, and says what it was measured to do."]
-    for file in files:
-        name = file.relative_to(ROOT).as_posix()
-        lines += ["", f"## {name}", "", "```yaml", file.read_text(encoding="utf-8").rstrip(), "```"]
+def configs_page() -> str:
+    """The configs that `--config NAME` finds, each with the comment that it opens with."""
+    lines = [
+        "# Shipped configs",
+        "",
+        "`--config NAME` takes each, and `rayjobs configs` lists and copies them. Each opens",
+    ]
+    lines += ["with its command, and says what it was measured to do."]
+    for config in list_configs():
+        text = config.path.read_text(encoding="utf-8").rstrip()
+        lines += ["", f"## {config.name}", "", f"For `{config.job}`.", "", "```yaml", text, "```"]
     return "\n".join([*lines, ""])
 
 
@@ -92,6 +106,7 @@ def api_page(package: ModuleType) -> str:
 def main(site: Path = SITE) -> int:
     """Write the reference and build the site; return Zensical's exit code."""
     write_reference(REFERENCE)
+    check_navigation()
     shutil.rmtree(SITE, ignore_errors=True)
     built = subprocess.run([str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"], cwd=ROOT)
     if built.returncode == 0 and site != SITE:

@@ -197,15 +197,19 @@ def test_a_job_submitted_again_is_the_same_sweep(
 def test_halving_stops_the_weak_and_says_so(given: list[str], cluster: None) -> None:
     more = ["search.method=asha", "search.reduction=2", "trials.workers=1", "space.generated=[2]", "space.shots=[3]"]
     more += ["space.epochs=[8]", "space.alpha=[50]", "space.lr=[1e-3, 1e-2, 3, 10, 30, 100]"]
+    more.append("space.rivals={GDA: {}}")
     config = sweep(given, *more, name="halving")
     result = cafo_tune.run(config)
     rows = pq.read_table(config.run.folder / "results.parquet").to_pylist()
+    assert [row["status"] for row in rows if row["rival"]] == ["finished"] * 2  # once for each seed, as in a grid
+    rows = [row for row in rows if not row["rival"]]
     stopped = [row for row in rows if row["status"] == "stopped"]
     finished = {row["lr"] for row in rows if row["seed"] == 0} - {row["lr"] for row in stopped}
     assert result["stopped_early"] == len(stopped) > 0
     assert all(row["seed"] == 0 and len(row["curve"]) < 9 and row["accuracy"] is None for row in stopped)
     assert {row["lr"] for row in rows if row["seed"] == 1} == finished
-    (cell,) = read_json(config.run.folder / "chosen.json")["chosen"]
+    cell, rival = read_json(config.run.folder / "chosen.json")["chosen"]
+    assert (rival["method"], rival["finished"], rival["stopped"]) == ("GDA", 1, 0)
     assert (cell["finished"], cell["stopped"]) == (len(finished), len(stopped))
     assert cell["setting"]["lr"] in finished
 
@@ -219,12 +223,12 @@ def test_halving_stops_the_weak_and_says_so(given: list[str], cluster: None) -> 
 @pytest.mark.ray
 def test_optuna_asks_the_same_again(given: list[str], cluster: None) -> None:
     more = ["search.method=optuna", "search.samples=4", "search.suggested_at_once=2", "space.lr={low: 1e-4, high: 1}"]
-    more += ["space.shots=[3]", "space.epochs=[1]"]
+    more += ["space.shots=[3]", "space.epochs=[1]", "space.rivals={nearest class mean: {}}"]
     config = sweep(given, *more, name="optuna")
     cafo_tune.run(config)
     before = pq.read_table(config.run.folder / "results.parquet").to_pylist()
-    assert len(before) == 4 * 2
-    assert len({row["lr"] for row in before}) == 4
+    assert [row["rival"] for row in before] == [""] * 4 * 2 + ["nearest class mean"] * 2
+    assert len({row["lr"] for row in before if not row["rival"]}) == 4
     stamps = {path: path.stat().st_mtime_ns for path in config.run.folder.glob("trials/*/result.json")}
     lost = config.run.folder / "trials" / before[3]["trial"]
     shutil.rmtree(lost)

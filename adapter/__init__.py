@@ -63,6 +63,8 @@ __all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of the package that this library is installed with
+        return import_module("importlib.metadata").version("rayjobs")
     if name in _MODULE_OF:
         return getattr(import_module(f"adapter.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'adapter' has no attribute {name!r}")

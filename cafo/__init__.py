@@ -35,6 +35,8 @@ _MODULES |= {"load_split": "datasets", "load_tree": "image_trees"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of the package that this library is installed with
+        return import_module("importlib.metadata").version("rayjobs")
     if name in __all__:
         return getattr(import_module(f"cafo.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'cafo' has no attribute {name!r}")

@@ -9,16 +9,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
+import rayjobs
 from rayjobs.cluster.environment import set_auth_mode, set_environment
 from rayjobs.cluster.job_submission import cluster_environment, job_command, ray_submit_command, submit
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
 from rayjobs.config import iter_paths, load, replace_paths
-from rayjobs.config_fields import describe
 from rayjobs.console import printable, setup_logging, show_table
 from rayjobs.errors import UserError, is_user_error
+from rayjobs.job_help import config_class, description, settings_help
 from rayjobs.runs.record import find_runs
+from rayjobs.shipped_configs import copy_config, list_configs
 from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import check_reachable, resolve_path
 
@@ -40,10 +41,11 @@ JOBS = {
     "cafo-tune": "train caches over a search space, and choose hyperparameters on the validation split",
     "cafo-eval": "measure the chosen caches on the test split, which is read once",
     "cafo": "run CaFo from end to end: descriptions, generated images, features, tuning, test accuracy",
+    "cafo-inspect": "explain a chosen classifier, find wrong labels and duplicates, say what to label next",
     "cafo-predict": "label any number of images with a chosen classifier",
     "demo": "run both methods on tiny models and data, offline, on two cores",
 }
-COMMANDS = (*JOBS, "report", "runs", "example-data")
+COMMANDS = (*JOBS, "report", "runs", "configs", "example-data")
 """The jobs, and the commands that run none."""
 
 
@@ -72,14 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all jobs and of the commands that run nothing."""
     parser = argparse.ArgumentParser(prog="rayjobs", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"rayjobs {rayjobs.__version__}")
     commands = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     for name, summary in JOBS.items():
         job = commands.add_parser(name, help=summary, add_help=False)
         job.add_argument("-h", "--help", action="store_true", help="show this help with every setting, and exit")
-        job.add_argument("--config", metavar="FILE", help="YAML file of settings")
+        job.add_argument(
+            "--config", metavar="FILE", help="YAML file of settings, or a name that `rayjobs configs` lists"
+        )
         job.add_argument("--dry-run", action="store_true", help="check everything and show the plan, without running")
         job.add_argument(
-            "--submit", action="store_true", help="run on a cluster, as `ray job submit` does, and wait for the end"
+            "--submit",
+            action="store_true",
+            help="run on a cluster, as `ray job submit` does, and wait for the end; with --dry-run, show the command",
         )
         job.add_argument("--verbose", action="store_true", help="show the output of Ray and DeepSpeed, and tracebacks")
         job.add_argument(
@@ -96,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list runs with their state and result")
     runs.add_argument("storage", nargs="?", default="runs", help="folder of all runs")
     runs.set_defaults(command=list_runs, parser=runs, verbose=False)
+    configs = commands.add_parser("configs", help="list the configs of this package, or copy one")
+    configs.add_argument("action", nargs="?", choices=("list", "copy"), default="list", help="what to do")
+    configs.add_argument("name", nargs="?", help="config to copy")
+    configs.add_argument("to", nargs="?", type=Path, default=Path(), help="file or folder of the copy; by default here")
+    configs.set_defaults(command=show_configs, parser=configs, verbose=False)
     examples = commands.add_parser(
         "example-data", help="write what the documents' examples need: records, photos, a tiny base and CLIP; a minute"
     )
@@ -107,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with overrides before or after the options."""
     parser, words = build_parser(), list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] not in (*COMMANDS, "-h", "--help"):
+    if not words or words[0] not in (*COMMANDS, "-h", "--help", "--version"):
         parser.error(_describe_wrong_job(words))
     args, rest = parser.parse_known_args(words)  # argparse leaves the overrides that follow an option
     takes_overrides = args.job in JOBS
@@ -137,25 +149,25 @@ def run_job(args: argparse.Namespace) -> int:
     """Run a job here or on a cluster, or show its plan or its help."""
     if args.submit:
         set_auth_mode(cluster_environment()["RAY_AUTH_MODE"])
-    job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")
     if args.help:
-        _print_help(args.parser, job)
+        args.parser.print_help()
+        print(f"\n{description(args.job)}\n{settings_help(args.job)}")
         return DONE
-    settings = load(job.Config, args.config, args.overrides)
-    if args.submit:
-        return submit(job_command(args.job, job.Config, args.config, args.overrides, verbose=args.verbose))
+    config = config_class(args.job)
+    settings = load(config, args.config, args.overrides)
+    command = job_command(args.job, config, args.config, args.overrides, verbose=args.verbose) if args.submit else []
+    if args.submit and not args.dry_run:
+        return submit(command)
     for path in iter_paths(settings):
         check_reachable(path)
     settings = replace_paths(settings, pin)
+    job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")  # late: it imports PyTorch and Ray
     if not args.dry_run:
         job.run(settings)
         return DONE
     job.plan(settings)
-    try:
-        command = job_command(args.job, job.Config, args.config, args.overrides, verbose=args.verbose)
+    if args.submit:
         print(f"on a cluster: {printable(ray_submit_command(command))}")
-    except UserError as error:  # it keeps the job from a cluster, not from running here
-        print(f"on a cluster: {error}")
     return DONE
 
 
@@ -168,6 +180,21 @@ def show_report(args: argparse.Namespace) -> int:
         check_reachable(run)
     folders = [resolve_path(run) for run in args.run]
     print(write_report(*folders) if len(folders) == 1 else compare(folders, args.out))
+    return DONE
+
+
+def show_configs(args: argparse.Namespace) -> int:
+    """Print the configs of this package by job, a line each, or copy one and print the path of the copy."""
+    if args.action == "copy":
+        if args.name is None:
+            raise UserError("name the config to copy; `rayjobs configs` lists them")
+        print(copy_config(args.name, args.to))
+        return DONE
+    rows = [[config.name, config.job, config.summary] for config in list_configs()]
+    if sys.stdout.isatty():
+        show_table("rayjobs JOB --config NAME", ("name", "job", "what it does"), rows)
+    else:
+        print("\n".join("\t".join(row) for row in rows))
     return DONE
 
 
@@ -194,14 +221,6 @@ def write_examples(args: argparse.Namespace) -> int:
     parts = write_example_data(args.folder)
     show_table(str(args.folder), ["", ""], [list(part) for part in parts])
     return DONE
-
-
-def _print_help(parser: argparse.ArgumentParser, job: ModuleType) -> None:
-    parser.print_help()
-    print(f"\n{(job.__doc__ or '').strip()}\n\nsettings:")
-    for field in describe(job.Config):
-        default = field.default if field.default.startswith("required") else f"default {field.default}"
-        print(f"  {field.name}  ({field.type}, {default})\n      {field.meaning}")
 
 
 if __name__ == "__main__":

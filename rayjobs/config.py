@@ -25,6 +25,7 @@ from rayjobs.config_fields import (
     type_name,
 )
 from rayjobs.errors import ConfigError
+from rayjobs.shipped_configs import find_config
 from rayjobs.storage.yaml_file import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def load(
 ) -> T:
     """Build `cls` from its defaults, then a YAML file or plain values, then overrides.
 
-    Args:
+    One text or number stands for a list of it. Args:
+        given: the file, or the name of a config of this package, or the values.
         overrides: `section.key=value` texts, as typed on a command line; or values by their dotted key.
 
     Raises ConfigError, which lists every unknown key, wrong type and bad value by its dotted key.
@@ -74,12 +76,12 @@ def given_values(
         problems = [_set(values, key, copy.deepcopy(value)) for key, value in overrides.items()]
     else:
         problems = [_apply(cls, values, override) for override in overrides]
-    return values, [problem for problem in problems if problem]
+    return _with_lists(values, cls), [problem for problem in problems if problem]
 
 
 def _read_config_file(path: str | Path) -> dict[str, Any]:
     try:
-        values = read_yaml(path) or {}
+        values = read_yaml(find_config(path)) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot read the config file: {reason}") from error
@@ -112,25 +114,36 @@ def _parse(text: str, kind: Any) -> Any:
     """The value of an override for a field of this type.
 
     A field that holds text takes it verbatim: `#tag`, `42`, `yes`, quotes, newlines and nothing at all. Only `null` is
-    None, and only where the field may be None. For any other field, the text is YAML; one item stands for a list of it.
+    None, and only where the field may be None. For any other field, the text is YAML.
     """
     kinds = members(kind)
     if all(member is NoneType or is_text(member) for member in kinds):
         return None if text == "null" and NoneType in kinds else text
     try:
-        value = parse_yaml(text)
+        return parse_yaml(text)
     except ConfigError:
         return text  # the field's own error then shows it
-    return [value] if _is_item(value, kinds) else value
 
 
-def _is_item(value: Any, kinds: Sequence[Any]) -> bool:
-    """True for a text or number where only a list of such is allowed: `data.path=x.json`."""
+def _with_lists(value: Any, kind: Any) -> Any:
+    """The value with a text or number, where only a list of such is allowed, replaced by a list of it: `path: x.json`.
+
+    kind: the type of the field that holds it.
+    """
+    if isinstance(value, Mapping):
+        return {key: _with_lists(inner, field_type(kind, [key])) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_lists(item, field_type(kind, [0])) if isinstance(item, Mapping) else item for item in value]
+    kinds = members(kind)
     lists = [kind for kind in kinds if get_origin(kind) is list]
     if not lists or any(kind not in lists and kind is not NoneType and not is_dataclass(kind) for kind in kinds):
-        return False
-    holds_text = any(map(is_text, members(get_args(lists[0])[0])))
-    return isinstance(value, str) if holds_text else isinstance(value, int | float)
+        return value
+    items = members(get_args(lists[0])[0])
+    if any(get_origin(item) is list for item in items):
+        inner = _with_lists(value, get_args(lists[0])[0])
+        return [inner] if isinstance(inner, list) else value
+    allowed: Any = str if any(map(is_text, items)) else str | int | float if Any in items else int | float
+    return [value] if isinstance(value, allowed) else value
 
 
 def to_dict(built: Any) -> dict[str, Any]:
@@ -190,8 +203,7 @@ def _explain_all(cls: Any, items: Sequence[Any]) -> Iterator[str]:
             continue
         bad = [item for item in of_key if not item["type"].endswith(_OTHER_TYPE)]  # of the type, but not allowed
         if len(of_key) > 1 and not bad:
-            keys = [int(part) if part.isdigit() else part for part in key.split(".")]
-            yield f"{key}: must be {type_name(field_type(cls, keys))}, got {of_key[0]['input']!r}"
+            yield f"{key}: must be {type_name(field_type(cls, _split(key)))}, got {of_key[0]['input']!r}"
         else:
             yield from _explain(cls, (bad or of_key)[0], missing)
 
@@ -204,11 +216,11 @@ def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:
     key = _key(cls, item)
     if item["type"] in _UNKNOWN:
         section = ".".join(_keys(cls, item["loc"][:-1]))
-        if section and (siblings := [name for name in missing if name.rpartition(".")[0] == section]):
-            return [f"{key}: unknown key; did you mean {siblings[0]}?"]
-        known = [field.name for field in describe(cls)]
-        known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
-        return [f"{key}: unknown key{_hint(key, section, known)}"]
+        siblings = [name for name in missing if section and name.rpartition(".")[0] == section]
+        meant = siblings or _close_keys(cls, key, section)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        keys = f"{section or 'this job'} has {', '.join(_keys_of(cls, section))}"
+        return [f"{key}: unknown key{hint} ({keys})" if hint else f"{key}: unknown key; {keys}"]
     if item["type"] in _MISSING:
         section = section_type(field_type(cls, item["loc"]))
         inner = [field.name for field in describe(section, f"{key}.") if field.default == "required"] if section else []
@@ -219,19 +231,28 @@ def _explain(cls: Any, item: Any, missing: Sequence[str]) -> list[str]:
     return [f"{key}: {message}, got {item['input']!r}" if key else message]
 
 
-def _hint(key: str, section: str, known: Sequence[str]) -> str:
-    """The key that was meant by an unknown one, or else those that its section has; empty if nothing is like it."""
+def _close_keys(cls: Any, key: str, section: str) -> list[str]:
+    """The keys that an unknown one may stand for, the likeliest first: of its section, or else of any."""
+    known = [field.name for field in describe(cls)]
+    known += [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
     last = key.rpartition(".")[2]
-    siblings = [name.rpartition(".")[2] for name in known if section and name.rpartition(".")[0] == section]
+    siblings = _keys_of(cls, section) if section else []
     if not siblings:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    elif close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.5):
-        close = [f"{section}.{close[0]}"]
-    else:
-        close = [name for name in known if name.rpartition(".")[2] == last]
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; {section} has {', '.join(dict.fromkeys(siblings))}" if siblings else ""
+        return difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)
+    close = close or [name for name in siblings if last in name.split("_")]
+    return [f"{section}.{name}" for name in close] or [name for name in known if name.rpartition(".")[2] == last]
+
+
+def _keys_of(cls: Any, section: str) -> list[str]:
+    """The keys that a section has, or, if it is empty, a whole config."""
+    kinds = members(field_type(cls, _split(section)) if section else cls)
+    return list(dict.fromkeys(key for kind in kinds for key in config_fields(kind)))
+
+
+def _split(key: str) -> list[str | int]:
+    """The parts of a dotted key, positions in a list as numbers."""
+    return [int(part) if part.isdigit() else part for part in key.split(".")]
 
 
 def _key(cls: Any, item: Any) -> str:

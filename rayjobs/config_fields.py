@@ -67,12 +67,22 @@ def is_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
+class SectionHelp(NamedTuple):
+    """The help of one section of a config."""
+
+    name: str
+    """The dotted key; empty for the fields of the config itself."""
+    meaning: str
+    fields: list["FieldHelp"]
+
+
 class FieldHelp(NamedTuple):
     """The help of one config field."""
 
     name: str
     """The dotted key."""
     type: str
+    """The values that it takes, with their bounds."""
     default: str
     """The default as it may be typed; `required` if there is none, or "required if `section` is given"."""
     meaning: str
@@ -101,7 +111,43 @@ def describe(cls: Any, prefix: str = "", given: Any = None, optional: str = "") 
         # A subclass's fields lose the docstrings that stand in its base.
         inherited = (config_fields(base).get(name) for base in cls.__mro__)
         meaning = next((field.description for field in inherited if field and field.description), "")
-        yield FieldHelp(key, type_name(info.annotation, info.metadata), shown, " ".join(meaning.split()))
+        kind, null, _ = type_name(info.annotation, info.metadata).partition(" or null")
+        kind += _bounds(info.metadata) + null
+        yield FieldHelp(key, kind, shown, " ".join(meaning.split()))
+
+
+def describe_sections(cls: Any) -> list[SectionHelp]:
+    """The help of a config by section: first the fields of the config itself, if it has any, then each section's."""
+    sections: dict[str, list[FieldHelp]] = {"": []}
+    for field in describe(cls):
+        *parents, _ = field.name.split(".")
+        for depth in range(len(parents) + 1):  # a section's own fields come before those of sections in it
+            sections.setdefault(".".join(parents[:depth]), [])
+        sections[".".join(parents)].append(field)
+    return [SectionHelp(name, _meaning(cls, name), fields) for name, fields in sections.items() if fields]
+
+
+def _meaning(cls: Any, section: str) -> str:
+    """What a section is: the docstring of the field that holds it, or else of its class."""
+    if not section:
+        return ""
+    parent, _, key = section.rpartition(".")
+    holder = section_type(field_type(cls, parent.split("."))) if parent else cls
+    field = config_fields(holder)[key]
+    doc = field.description or section_type(field.annotation).__doc__ or ""
+    return " ".join(doc.split())
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """The bounds of a number, as they are shown behind its type: ` ≥ 1`, ` > 0 and ≤ 1`."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [f"{sign} {value}" for name, sign in signs.items() for item in metadata if (value := _bound(item, name))]
+    return f" {' and '.join(bounds)}" if bounds else ""
+
+
+def _bound(item: Any, name: str) -> str:
+    value = getattr(item, name, None)
+    return "" if value is None else f"{value:g}"
 
 
 def section_type(kind: Any) -> Any:

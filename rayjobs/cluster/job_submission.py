@@ -15,6 +15,7 @@ from rayjobs.cluster.ray_init import INTERRUPTED
 from rayjobs.config import flatten, given_values
 from rayjobs.console import printable, verbose
 from rayjobs.errors import UserError
+from rayjobs.shipped_configs import is_shipped
 from rayjobs.storage.paths import is_url
 
 STOPPED_EXIT_CODE = 143
@@ -40,11 +41,12 @@ def job_command(
 ) -> list[str]:
     """Return the command that runs on the head node.
 
-    config_class: the job's `Config`. config: the settings file. overrides: settings as `section.key=value`.
+    config_class: the job's `Config`. config: the settings file, or the name of one of this package. overrides: settings as `section.key=value`.
 
     Raises UserError for files that would be missing there, and for outputs that would be lost with the job's folder.
     """
-    if config is not None and not Path(config).resolve().is_relative_to(Path.cwd()):
+    shipped = config is not None and is_shipped(config)
+    if config is not None and not shipped and not Path(config).resolve().is_relative_to(Path.cwd()):
         raise UserError(f"--config {config} is not below {Path.cwd()}, the folder that is uploaded; copy it there")
     settings = given_values(config_class, config, overrides)[0]
     values = {"run.storage": "runs", **flatten(settings)}
@@ -57,8 +59,8 @@ def job_command(
                 f"{name} is {path}, which on a cluster is in a folder that is deleted when the job ends: "
                 "give a URL, or an absolute path that every node sees"
             )
-    _check_uploaded([("--config", config), *_iterate_leaves("", settings)])
-    file = ["--config", os.path.relpath(config)] if config is not None else []
+    _check_uploaded([*_iterate_leaves("", settings), *([] if shipped else [("--config", config)])])
+    file = [] if config is None else ["--config", config if shipped else os.path.relpath(config)]
     return ["python", "-m", "rayjobs", job, *file, *overrides, *(["--verbose"] if verbose else [])]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+import rayjobs
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import config, to_dict
 from rayjobs.errors import ConfigError
@@ -92,14 +93,7 @@ def versions() -> dict[str, str]:
     commit = subprocess.run(git, capture_output=True, text=True)
     return {
         "python": platform.python_version(),
-        "rayjobs": _own_version(),
+        "rayjobs": rayjobs.__version__,
         **{name: metadata.version(name) for name in names},
         "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
     }
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("rayjobs")
-    except metadata.PackageNotFoundError:  # a folder that was uploaded to a cluster is not installed there
-        return "not installed"

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rayjobs.__main__ import JOBS
 from rayjobs.config import config, given_values, iter_paths, load, to_dict
-from rayjobs.config_fields import describe
+from rayjobs.config_fields import describe, describe_sections
 from rayjobs.data.records import SourceConfig
 from rayjobs.errors import ConfigError
 from rayjobs.jobs import adapter_generate, adapter_tune, cafo_tune, demo
@@ -56,9 +56,12 @@ def test_an_unknown_key_beside_a_missing_one_is_taken_for_it() -> None:
         load(Config, None, [*GIVEN, "vision.tower.kind=clip"])
     assert str(error.value).splitlines() == [
         "vision.encoder.kind: required, but not given",
-        "vision.tower: unknown key; did you mean vision.encoder?",
+        "vision.tower: unknown key; did you mean vision.encoder? (vision has encoder, scales, bottleneck, mode, augment, "
+        "min_area, flips, batch)",
     ]
-    with pytest.raises(ConfigError, match=r"^vision\.scale: unknown key; did you mean vision\.scales\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^vision\.scale: unknown key; did you mean vision\.scales\? \(vision has [\w, ]+\)$"
+    ):
         load(Config, None, [*GIVEN, "vision.scale=3", "vision.encoder.kind=clip"])
 
 
@@ -122,9 +125,9 @@ JOB_CONFIGS = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if pat
 @pytest.mark.parametrize("path", JOB_CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    job = first.split()[4]
-    assert first.startswith("# python -m rayjobs ")
-    assert str(path.relative_to(ROOT)) in first
+    job = first.split()[2]
+    assert first.startswith("# rayjobs ")
+    assert f"--config {path.stem}" in first
     load(importlib.import_module(f"rayjobs.jobs.{job.replace('-', '_')}").Config, path)
 
 
@@ -341,6 +344,12 @@ def test_one_item_stands_for_a_list_of_it() -> None:
     assert load(SpaceConfig, None, ["shots=4", "lr=1e-2"]).shots == [4]
     assert load(SpaceConfig, None, ["lr=1e-2"]).lr == [0.01]
     assert load(SpaceConfig, None, ["lr={low: 1e-4, high: 1e-2}"]).lr == Range(low=1e-4, high=1e-2)
+    assert load(SpaceConfig, None, ["encoders=clip"]).encoders == [["clip"]]
+    assert load(SpaceConfig, {"shots": 4, "ensemble": "average"}).ensemble == ["average"]
+    assert load(Kinds, {"named": {"a": {"texts": "b"}}}).named["a"].texts == ["b"]
+    assert load(SweepConfig, {"axes": {"adapter.attention": "prefix", "train.seed": 3}}).axes == {
+        "adapter.attention": ["prefix"], "train.seed": [3]
+    }  # fmt: skip
 
 
 def test_help_names_types_as_they_are_written() -> None:
@@ -385,11 +394,29 @@ def test_a_value_that_fits_no_member_of_a_union_is_one_line() -> None:
     assert line.startswith("data.path.0.format: must be 'auto', ")
 
 
+def test_help_names_bounds_and_the_sections() -> None:
+    sections = {section.name: section for section in describe_sections(Config)}
+    names = list(sections)
+    assert names.index("vision") + 1 == names.index("vision.encoder")
+    assert sections["train"].meaning == "Training recipe. The defaults are those of LLaMA-Adapter on Alpaca."
+    assert sections["vision"].meaning == "Image encoder and projection; null leaves the records' images out."
+    assert [field for section in sections.values() for field in section.fields if not field.name] == []
+    assert sorted(field.name for section in sections.values() for field in section.fields) == sorted(
+        field.name for field in describe(Config)
+    )
+    types = {field.name: field.type for field in describe(Config)}
+    assert types["data.val_fraction"] == "float ≥ 0 and < 1"
+    assert types["train.validate_every_steps"] == "int ≥ 1 or null"
+    assert types["base.tokenizer"] == "path or hub id or null"
+
+
 @pytest.mark.parametrize(("given", "hint"), [
-    ("train.epoch=3", "did you mean train.epochs?"),
-    ("train.base_lr=3", "did you mean optimizer.base_lr?"),
+    ("train.epoch=3", "did you mean train.epochs? (train has epochs, warmup_epochs, "),
+    ("train.base_lr=3", "did you mean optimizer.base_lr? (train has epochs, "),
+    ("optimizer.lr=3", "did you mean optimizer.base_lr? (optimizer has base_lr, betas, weight_decay, clip_norm)"),
     ("train.xyz=3", "train has epochs, "),
-    ("trian.epochs=3", "did you mean train?"),
+    ("trian.epochs=3", "did you mean train? (this job has base, data, adapter, "),
+    ("data.val_path=[{path: a, formatt: x}]", "did you mean data.val_path.0.format? (data.val_path.0 has path, format, "),
 ])  # fmt: skip
 def test_an_unknown_key_says_what_there_is(given: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:

@@ -8,11 +8,15 @@ import pickle
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
+import adapter
+import cafo
+import rayjobs
 from rayjobs.__main__ import JOBS, main
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE_S
@@ -39,14 +43,62 @@ def given(tiny_base: Path, records: Path, tmp_path: Path) -> dict[str, str]:
 def test_help_tells_every_field_with_its_default(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, job, "--help")
     assert code == 0
-    assert "settings:" in out
+    assert "run.name  (text, " in out or "sweep  (path, required)" in out or job == "adapter-push"
     assert "--dry-run" in out
 
 
-def test_help_of_adapter_train_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--version"], "rayjobs "),
+        (["--help"], "adapter-train"),
+        *([[job, "--help"], "--dry-run"] for job in JOBS),
+        (["adapter-train", "--config", "alpaca_7b", "train.epoch=3"], "did you mean train.epochs?"),
+        (["cafo", "data.rot=3"], "did you mean data.root?"),
+        (["adapter-train", "--config", "alpaca_7", "train.epoch=3"], "did you mean alpaca_7b?"),
+        (["configs"], "alpaca_7b\tadapter-train\tThe paper's recipe: 5 epochs of Alpaca-52K on LLaMA-7B"),
+    ],
+)
+def test_help_and_faults_of_settings_import_nothing_that_takes_long(words: list[str], said: str) -> None:
+    script = (
+        "import sys\nfrom rayjobs.__main__ import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('imported', *sorted({'torch', 'ray', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["imported"]
+    assert said in done.stdout + done.stderr
+
+
+def test_the_versions_are_those_of_the_installed_package() -> None:
+    assert rayjobs.__version__ == adapter.__version__ == cafo.__version__ == metadata.version("rayjobs")
+    for package in (rayjobs, adapter, cafo):
+        with pytest.raises(AttributeError, match="no attribute 'version'"):
+            package.version  # noqa: B018
+
+
+def test_a_dry_run_says_nothing_of_clusters_unless_it_is_asked_for_one(
+    given: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["adapter-train", "--dry-run", *(f"{name}={value}" for name, value in given.items())]
+    monkeypatch.setattr("rayjobs.__main__.submit", lambda _: pytest.fail("a dry run submits nothing"))
+    _, out, err = run(capsys, *words)
+    assert "cluster" not in out + err
+    code, out, err = run(capsys, *words, "--submit")
+    assert (code, err) == (0, "")
+    assert "on a cluster: " in out
+    assert "ray job submit --working-dir . -- python -m rayjobs adapter-train base.path=" in out
+
+
+def test_help_of_adapter_train_names_units_and_defaults(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     _, out, _ = run(capsys, "adapter-train", "--help")
+    assert out.count("Train an adapter on a frozen LLaMA: tokenize the records") == 1
+    assert max(map(len, out.split("\nbase: ")[1].splitlines())) <= 100
+    assert "\ntrain: Training recipe. The defaults are those of LLaMA-Adapter on Alpaca.\n  train.epochs" in out
     assert "base.path  (path or hub id, required)" in out
-    assert "train.global_batch  (int, default 64)\n      Records per optimizer step, over all workers." in out
+    assert "train.global_batch  (int ≥ 1, default 64)\n      Records per optimizer step, over all workers." in out
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(

@@ -54,7 +54,7 @@ def choose_next_labels(
     """Return the images to label next, the most useful first.
 
     Args:
-        probabilities: (n, N), best calibrated: `cafo.prediction.class_probabilities`.
+        probabilities: (n, N), best calibrated: `cafo.calibration.Calibration.probabilities`.
         features: {source: (n, C)}.
         count: the number of images to take; all if there are fewer.
         labelled: {source: (M, C)}, features of the labelled images, such as a cache's keys; None for none.

@@ -4,8 +4,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cafo.class_folders import is_image_name
 from cafo.datasets import Dataset, Item
 from cafo.fewshot import FewShot
+from rayjobs.errors import DataError
+from rayjobs.storage.paths import resolve_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +47,22 @@ def training_list(
 def plain_list(role: str, root: Path, items: Sequence[Item]) -> ImageList:
     """Return images that are encoded as they are, without augmented views."""
     return ImageList(role=role, root=root, items=tuple(items), views=0)
+
+
+def unlabelled_list(role: str, path: str | Path) -> ImageList:
+    """Return the images below a folder, at any depth, or one image file; none has a label.
+
+    Args:
+        role: the role of the list.
+        path: the folder or the file, local or a URL.
+
+    Raises:
+        DataError: there is no image at the path.
+    """
+    root = resolve_path(path)
+    names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if is_image_name(file.name))
+    if root.is_file():
+        root, names = root.parent, [root.name]
+    if not names:
+        raise DataError(f"{path} has no image; give an image file, or a folder with images at any depth")
+    return plain_list(role, root, [Item(name, 0, "") for name in names])

@@ -14,6 +14,7 @@ from cafo.errors import ImageError
 from cafo.images import load_image
 from rayjobs.errors import DataError
 from rayjobs.reporting.html import Gallery
+from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
 
 PICTURES = "pictures.json"
@@ -75,8 +76,8 @@ def _side_by_side(files: Sequence[Path]) -> Image.Image | None:
     thumbnails = []
     for file in files:
         try:
-            thumbnail = load_image(file)
-        except ImageError:
+            thumbnail = load_image(cached_path(file))
+        except (ImageError, OSError):  # the file may be gone since it was encoded
             return None
         thumbnail.thumbnail((SIDE, SIDE))
         thumbnails.append(thumbnail)

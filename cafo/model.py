@@ -192,11 +192,15 @@ class CaFo:
         return export_onnx(self.cache, self.encoders, path)
 
     def logits(self, images: Sequence[ImageInput]) -> Tensor:
-        """Return the logits of eq. 9, (B, N), for a list of B images.
+        """Return the logits of eq. 9, (B, N), for a list of B images; see `features` for what it may hold."""
+        return self.cache.logits(self.features(images))
+
+    def features(self, images: Sequence[ImageInput]) -> dict[str, Tensor]:
+        """Return the features of a list of B images by every encoder: {name: (B, C)}.
 
         Args:
             images: paths, bytes of files, PIL images, or arrays (H, W, 3) of uint8 or of floating point from 0 to 1.
-                An image gives the same logits in each of these forms; see `cafo.images.load_image`.
+                An image gives the same features in each of these forms; see `cafo.images.load_image`.
 
         Raises:
             CafoError: one image in place of a list.
@@ -206,16 +210,16 @@ class CaFo:
             raise CafoError(
                 f"images should be a list of images, got one: {_first_chars(images)}; put it in brackets: [image]"
             )
-        return self.cache.logits(_encode(self.encoders, images))
+        return _encode(self.encoders, images)
 
     def predict(self, images: Sequence[ImageInput], *, top: int = 1, coverage: float | None = None) -> list[Prediction]:
-        """Return the likeliest classes of each image of a list, which may hold the same as that of `logits`.
+        """Return the likeliest classes of each image of a list, which may hold the same as that of `features`.
 
         The probabilities are calibrated on held-out images; a classifier that was fitted without any, for example on
         one image per class, gives the plain softmax of its logits.
 
         Args:
-            images: as for `logits`.
+            images: as for `features`.
             top: number of classes to return.
             coverage: the probability, such as 0.9, with which an image's class should be in its prediction set; None
                 for no sets.

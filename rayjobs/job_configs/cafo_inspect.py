@@ -30,7 +30,7 @@ class Config:
     """Folder of images without labels, of which those worth labelling next are chosen."""
     next_labels: int = Field(default=24, ge=1)
     """Number of images to choose from `unlabelled`."""
-    duplicate_cosine: float = Field(default=0.95, gt=0, le=1)
+    duplicate_cosine: float = Field(default=0.9, gt=0, le=1)
     """Smallest cosine, under every encoder, of two images that are listed as near-duplicates."""
     most_duplicates: int = Field(default=10_000, ge=1)
     """Largest number of near-duplicates that are listed; all are counted."""

@@ -14,8 +14,11 @@ from tests.cafo.inspection.test_contributions import CLASSES, IMAGES, make_cache
 def test_confusions_and_their_reasons(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cafo.inspection.confusions._IMAGES_AT_ONCE", 2)
     cache, features = make_cache()
-    features = {name: f.repeat(5, 1) + 0.1 * torch.randn(5 * IMAGES, f.shape[1]) for name, f in features.items()}
-    labels = torch.arange(5 * IMAGES) % CLASSES
+    rng = torch.Generator().manual_seed(1)
+    features = {
+        name: f.repeat(9, 1) + 0.1 * torch.randn(9 * IMAGES, f.shape[1], generator=rng) for name, f in features.items()
+    }
+    labels = torch.arange(9 * IMAGES) % CLASSES
     held_out = on_validation(cache, features, labels)
     logits = held_out.combine(cache.beta, ensemble).logits(cache.alpha)
     predicted, skipped = logits.argmax(dim=1), 3

@@ -1,4 +1,4 @@
-# The image that configs/cluster/kuberay.yaml names: Ray's own, with this project in its working folder.
+# The image that rayjobs/configs/cluster/kuberay.yaml names: Ray's own, with this project in its working folder.
 FROM rayproject/ray:2.60.0-py311-gpu
 COPY --chown=ray:users . /home/ray/rayjobs
 WORKDIR /home/ray/rayjobs

@@ -11,7 +11,7 @@
             no photos, with one that sees them, and with the photos shuffled among the questions
 
 Both models come out of the package index (`tests.real_models`). Each part is `adapter-train` with
-`configs/adapter/smollm2.yaml`, then `adapter-generate` or `adapter-eval`, in processes of their own, as a user runs
+`--config smollm2`, then `adapter-generate` or `adapter-eval`, in processes of their own, as a user runs
 them. A command that has ended is not run again, and one that was interrupted goes on. Beside the results stand the
 minutes from command to end, CPU minutes, the peak of the process tree's memory (proportional set size), and the load of
 the machine meanwhile.

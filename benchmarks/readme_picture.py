@@ -1,0 +1,73 @@
+"""Draw the picture of README.md from the tables of docs/results.md: `python -m benchmarks.readme_picture`.
+
+Left: test accuracy of the demo's classifiers over the number of labelled images of each class. Right: what the demo's
+adapters changed.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "images" / "results.svg"
+CURVES = {"all of CaFo": ("#0b6e99", 2), "CLIP cache": ("#d9822b", 3), "raw pixels, nearest keys": ("#8a8a8a", -9)}
+"""{row of the table: (colour, height of its label above its end in points)}."""
+BASE, ADAPTED = "#b5b5b5", "#0b6e99"
+
+
+def read_curve(text: str, row: str) -> list[tuple[int, float, float]]:
+    """(shots, mean, spread over seeds) of a row of the demo's table."""
+    header = next(line for line in text.splitlines() if line.startswith("| | 0 shots"))
+    cells = next(line for line in text.splitlines() if line.startswith(f"| {row} |")).split("|")[2:-1]
+    shots = [int(re.sub(r"\D", "", cell)) for cell in header.split("|")[2:-1]]
+    numbers = [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in cells]
+    return [(k, n[0], n[1] if len(n) > 1 else 0.0) for k, n in zip(shots, numbers, strict=True) if n and k]
+
+
+def read_adapters(text: str) -> list[tuple[str, float, float]]:
+    """(task, percent without an adapter, percent with it) of the demo's adapters."""
+    instruction = re.search(r"\| ([\d.]+)% → ([\d.]+)%, the old one ([\d.]+)% → ([\d.]+)%", text)
+    scans = re.search(r"scans ([\d.]+), [\d.]+, \*\*([\d.]+)%\*\*", text)
+    if instruction is None or scans is None:
+        raise ValueError(f"{RESULTS}: the table's rows about the demo's adapters are not there")
+    pairs = [instruction.group(1, 2), instruction.group(3, 4), scans.group(1, 2)]
+    titles = ["a new instruction", "the old instruction", "questions about scans"]
+    return [(title, float(before), float(after)) for title, (before, after) in zip(titles, pairs, strict=True)]
+
+
+def main() -> None:
+    """Draw and write the picture."""
+    text = RESULTS.read_text(encoding="utf-8")
+    plt.rcParams.update({"svg.hashsalt": "results", "svg.fonttype": "none", "font.size": 9})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.1), layout="constrained", width_ratios=(1.05, 1))
+    for row, (colour, height) in CURVES.items():
+        shots, means, spreads = zip(*read_curve(text, row), strict=True)
+        left.errorbar(shots, means, spreads, color=colour, marker="o", markersize=4, capsize=3)
+        left.annotate(
+            row.partition(",")[0],
+            (shots[-1], means[-1]),
+            (6, height),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+        )
+    left.set(xscale="log", xticks=[1, 4, 16], xticklabels=["1", "4", "16"], xlim=(0.85, 40), ylim=(60, 100))
+    left.minorticks_off()
+    left.set(xlabel="labelled images of each class", title="CaFo: test accuracy on handwritten digits, %")
+    for y, (title, before, after) in enumerate(reversed(read_adapters(text))):
+        right.plot([before, after], [y, y], color="#d0d0d0", linewidth=3, zorder=1)
+        right.scatter([before], [y], color=BASE, s=45, zorder=2)
+        right.scatter([after], [y], color=ADAPTED, s=45, zorder=2)
+        right.annotate(title, (0, y), (0, 9), textcoords="offset points")
+        right.annotate(f"{before:g} → {after:g}", (100, y), (0, 9), textcoords="offset points", ha="right")
+    right.set(yticks=[], ylim=(-0.5, 2.75), xlim=(-4, 104), xlabel="base → with the adapter")
+    right.set_title("LLaMA-Adapter: right answers, held out, %")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

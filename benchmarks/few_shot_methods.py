@@ -46,13 +46,12 @@ from cafo.methods.gda import Gda
 from cafo.methods.tip_adapter import TipAdapter, TipAdapterF
 from cafo.methods.voting import VotingGrid
 from cafo.selection import Choosing, select
+from rayjobs.reporting.paired_differences import student_t975
 
 CAFO, ZERO_SHOT = "CaFo's cache", "zero-shot"
 WAYS = ("val", "crossfit", "none")
 SIZE_OF_RLA = 2e8
 """M · C² up to which RLA is trained"""
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +217,7 @@ def _mean_and_interval(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{100 * values[0]:+.1f}" if values else "–"
     mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = T975[min(len(values) - 2, len(T975) - 1)] * error
+    half = student_t975(len(values) - 1) * error
     return f"{100 * mean:+.1f} [{100 * (mean - half):+.1f}, {100 * (mean + half):+.1f}]"
 
 

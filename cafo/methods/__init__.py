@@ -6,7 +6,6 @@ method is one file, one line below, and one test against a naive version of its 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -65,7 +64,7 @@ def find_method(name: str, constants: Mapping[str, Any] | None = None) -> Method
     method = METHODS[full_name(name)]
     if not constants:
         return method
-    values = _merge(asdict(method), constants, full_name(name))  # type: ignore[call-overload] - all are dataclasses
+    values = _merge(method.constants, constants, full_name(name))
     try:
         changed: Method = TypeAdapter(type(method)).validate_python(values)
     except ValidationError as error:

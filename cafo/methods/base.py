@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -186,6 +186,12 @@ class Fitted(Protocol):
 
 class Method(Protocol):
     """A few-shot method and its grid of hyperparameters: a frozen dataclass of the author's constants."""
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants by name, as plain values."""
+        method: Any = self
+        return asdict(method)
 
     @property
     def defaults(self) -> Setting:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def save_classifier(classifier: FewShotClassifier, path: str | Path) -> None:
     header = {
         "format": FORMAT,
         "method": classifier.name,
-        "constants": json.dumps(asdict(classifier.method)),  # type: ignore[call-overload] - all are dataclasses
+        "constants": json.dumps(classifier.method.constants),
         "setting": json.dumps(dict(classifier.setting)),
         "class_names": json.dumps(classifier.class_names),
         "source": classifier.source,

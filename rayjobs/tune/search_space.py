@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -83,9 +83,8 @@ class SpaceConfig:
     """Methods to compare, by the name of their table row, each with the hyperparameters that it restricts, such as
     `CLIP cache: {encoders: [[clip]]}`. The best setting of each method is chosen separately."""
     rivals: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Other few-shot methods to compare, by their names in `cafo.methods`, each with those of its authors' constants
-    that it changes, such as `{GDA: {}, APE: {gamma_steps: 5}}`. They read the features of the first encoder of a set
-    and no generated images; their own hyperparameters are chosen on the same images by the same rule."""
+    """Other few-shot methods to compare, by their names in `cafo.methods`, each with the constants it changes, such
+    as `{GDA: {}, APE: {gamma_steps: 5}}`. They read the features of a set's first encoder, and no generated images."""
 
 
 @config
@@ -328,7 +327,7 @@ def group_settings(settings: Iterable[Setting], compare: Sequence[Hyperparameter
 def method_space(space: SpaceConfig, method: str) -> SpaceConfig:
     """The search space of one method. Raises ConfigError for values that a hyperparameter cannot take."""
     try:
-        return replace(space, methods={}, **space.methods[method])
+        return replace(space, methods={}, **cast(dict[str, Any], space.methods[method]))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(

@@ -97,7 +97,7 @@ def encode_parts(
             decode_part,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=_decoding_cpus(workers, resources),
+            num_cpus=decoding_cpus(workers, resources),
             fn_kwargs={"preprocess": {name: encoder.preprocess for name, encoder in encoders.items()}},
         )
         written = decoded.map_batches(
@@ -185,7 +185,7 @@ class PartEncoder:
         return np.concatenate(features) if features else np.empty((0, encoder.width), np.float32)
 
 
-def _decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
+def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
     """Return the CPUs of a decoding task: nearly one if the encoders leave every node so much, else less than half.
 
     It never equals what an encoder reserves, since Ray Data would then fuse decoding and encoding into one stage.

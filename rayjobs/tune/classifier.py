@@ -1,0 +1,135 @@
+"""Open the classifier that a sweep has chosen, or a saved one, with the encoders that it reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from cafo.cache import Cache, load_cache
+from cafo.calibration import Calibration
+from cafo.methods import saved
+from cafo.methods.saved import FewShotClassifier, load_classifier
+from cafo.prediction import used_encoders, used_part
+from rayjobs.data.feature_store import open_encoders
+from rayjobs.errors import ConfigError, ProvenanceError
+from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig
+from rayjobs.storage.download import cached_path
+from rayjobs.tune.selection import ChosenSetting, ChosenTrial, best_choice
+from rayjobs.tune.trial import CACHE, RIVAL, open_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedClassifier:
+    """A classifier, of which the sources that it leaves out are left out."""
+
+    classifier: Cache | FewShotClassifier
+    file: Path
+    name: str
+    """its method, K and seed, or its file"""
+    estimate: str = ""
+    """what the sweep says about its accuracy"""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration of its probabilities; None if it was chosen on no held-out images."""
+        return self.classifier.calibration if isinstance(self.classifier, Cache) else None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the encoders that it reads."""
+        return used_encoders(self.classifier) if isinstance(self.classifier, Cache) else (self.classifier.source,)
+
+    def configs(self, encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, VisionEncoderConfig]:
+        """Return the encoders that it reads, of those that a config has.
+
+        Raises:
+            ConfigError: one is not there.
+        """
+        if missing := [name for name in self.sources if name not in encoders]:
+            keys = ", ".join(f"encoders.{name}" for name in missing)
+            raise ConfigError(f"{self.file} reads encoders that are not given: set {keys}")
+        return {name: encoders[name] for name in self.sources}
+
+    def open_encoders(self, encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
+        """Open the encoders that it reads.
+
+        Raises:
+            ConfigError: one is not there.
+            EncoderError: one cannot be loaded.
+            ProvenanceError: one is not the encoder that it was fitted with.
+        """
+        infos = open_encoders(self.configs(encoders))
+        for name, info in infos.items():
+            if (before := self.classifier.encoders.get(name)) != info.identity:
+                raise ProvenanceError(
+                    f"encoders.{name}: {self.file} was fitted with {before}, the weights are now {info.identity}; put "
+                    "back the weights that it was fitted with"
+                )
+        return infos
+
+
+def open_chosen(
+    folder: Path, chosen: Sequence[ChosenSetting], *, method: str | None, shots: int | None, seed: int | None
+) -> OpenedClassifier:
+    """Open a classifier that a sweep has chosen.
+
+    Args:
+        folder: the sweep's run folder.
+        chosen: its choices, one for each K and method.
+        method, shots: the choice; None takes the one with the highest accuracy on the images of the choices.
+        seed: seed of the trial; None takes the one with the highest accuracy on those images.
+
+    Raises:
+        ConfigError: there is no such choice.
+        CafoError: its file cannot be read.
+    """
+    fitting = [choice for choice in chosen if method in (None, choice.method) and shots in (None, choice.shots)]
+    if not fitting:
+        there = ", ".join(f"{choice.method!r} at {choice.shots} shots" for choice in chosen)
+        raise ConfigError(f"{folder} has chosen no classifier of method={method} and shots={shots}; it has {there}")
+    choice = best_choice(fitting)
+    trials = [trial for trial in choice.seeds if seed in (None, trial.seed)]
+    if not trials:
+        seeds = ", ".join(str(trial.seed) for trial in choice.seeds)
+        raise ConfigError(f"seed is {seed}, and {folder} has seeds {seeds}")
+    trial = max(trials, key=_accuracy)
+    rival = folder / "trials" / trial.trial / RIVAL
+    estimate = choice.estimate()
+    told = f"estimated accuracy {estimate}" if estimate else ""
+    if not told and choice.accuracy is not None:
+        told = f"{choice.accuracy:.1%} on {choice.select}"
+    return OpenedClassifier(
+        classifier=_used(open_classifier(folder / "trials", trial.trial)),
+        file=rival if rival.exists() else folder / "trials" / trial.trial / CACHE,
+        name=f"{choice.method} at {choice.shots} shots, seed {trial.seed}",
+        estimate=told,
+    )
+
+
+def open_saved(path: Path) -> OpenedClassifier:
+    """Open a file that `CaFo.save` wrote, or a sweep's trial.
+
+    Raises:
+        CafoError: it cannot be read.
+    """
+    copy = cached_path(path)
+    loaded = load_classifier(copy) if _format(copy) == saved.FORMAT else load_cache(copy)
+    return OpenedClassifier(classifier=_used(loaded), file=path, name=path.name)
+
+
+def _used(classifier: Cache | FewShotClassifier) -> Cache | FewShotClassifier:
+    return used_part(classifier) if isinstance(classifier, Cache) else classifier
+
+
+def _accuracy(trial: ChosenTrial) -> float:
+    return -1.0 if trial.accuracy is None else trial.accuracy
+
+
+def _format(path: Path) -> str:
+    """Return the format in a file's header; empty if it has none."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return (file.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError):
+        return ""

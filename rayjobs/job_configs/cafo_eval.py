@@ -20,6 +20,9 @@ class Config:
     """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
     targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name, to measure distribution shift."""
+    reference: str | None = None
+    """Row of the table that others are compared with, seed by seed. Null compares with `CaFo` or, if no row has this
+    name, with the best of CaFo's rows on the images of the choice at the most shots."""
     plots: bool = True
     """Write plots: accuracy over shots, the search landscape of α and β, which source weighs most."""
     scale: WorkerPoolConfig = WorkerPoolConfig()

@@ -12,6 +12,7 @@ from rayjobs.job_configs.cafo import Config
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
 from rayjobs.lifecycle import job
 from rayjobs.runs.run_dir import RunConfig, open_run
+from rayjobs.tune.selection import check_reference, row_name
 
 
 def prompt_settings(settings: Config) -> cafo_prompt.Config | None:
@@ -52,10 +53,16 @@ def tune_settings(settings: Config) -> cafo_tune.Config:
     return cafo_tune.Config(**{**own, "data": data})
 
 
+def check_rows(settings: Config, tune: cafo_tune.Config) -> None:
+    """Check the search space, and that its tables will have the row of `reference`. Raises ConfigError if not."""
+    tried = cafo_tune.settings_to_try(tune)
+    check_reference(settings.reference, (row_name(setting, tune.search.compare) for setting in tried))
+
+
 def plan(settings: Config) -> None:
     """Show what `run` would do, as far as it is known before the descriptions and images are made."""
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
-    cafo_tune.settings_to_try(tune)
+    check_rows(settings, tune)
     if prompt:
         cafo_prompt.plan(prompt)
     if prompt and not (prompt.run.folder / cafo_prompt.PROMPTS).exists():
@@ -73,7 +80,7 @@ def run(settings: Config) -> dict[str, Any]:
     Without test images there is no eval, and tune estimates the accuracy.
     """
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
-    cafo_tune.settings_to_try(tune)  # a sweep that cannot be run is refused before anything is asked or generated
+    check_rows(settings, tune)  # a sweep that cannot be run is refused before anything is asked or generated
     dataset = settings.data.open()
     has_test = bool(settings.targets or dataset.open_test())
     if has_test:
@@ -97,7 +104,11 @@ def run(settings: Config) -> dict[str, Any]:
     if not has_test:
         return results
     evaluation = cafo_eval.Config(
-        sweep=str(folder), targets=settings.targets, plots=settings.plots, scale=settings.scale
+        sweep=str(folder),
+        targets=settings.targets,
+        reference=settings.reference,
+        plots=settings.plots,
+        scale=settings.scale,
     )
     return {**results, "eval": cafo_eval.run(evaluation)}
 

@@ -43,7 +43,7 @@ from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, 
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
-from rayjobs.tune.selection import ChosenSetting, best_choice, reference_method
+from rayjobs.tune.selection import ChosenSetting, best_choice, check_reference, reference_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def check(settings: Config) -> Evaluation:
-    """Read what the sweep has chosen. Raises ConfigError if it has not chosen yet."""
+    """Read what the sweep has chosen. Raises ConfigError if it has not chosen yet, or for an unknown reference."""
     folder = resolve_path(settings.sweep)
     if not (folder / cafo_tune.SWEEP).is_file():
         raise ConfigError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
@@ -74,6 +74,7 @@ def check(settings: Config) -> Evaluation:
         chosen = [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'chosen.json'} is no choice ({error}); run cafo-tune again to write it") from error
+    check_reference(settings.reference, (choice.method for choice in chosen))
     return Evaluation(settings=settings, swept=swept, chosen=chosen)
 
 
@@ -133,7 +134,7 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     chosen_settings = [choice.setting._asdict() for choice in chosen if not choice.setting.rival]
     paper = {name: published_rows(own, name, swept.encoders, chosen_settings) for name in targets}
     tables = {name: accuracy_table([s.row() for s in scores[name]], paper[name]) for name in targets}
-    differences = _differences(scores, chosen)
+    differences = _differences(scores, settings.reference or reference_method(chosen))
     write_tables(folder, tables, differences)
     if settings.plots:
         _plot_shots(folder, scores, paper)
@@ -155,11 +156,8 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     return result
 
 
-def _differences(
-    scores: Mapping[str, Sequence[TargetScore]], chosen: Sequence[ChosenSetting]
-) -> dict[str, ColumnsAndLines]:
-    """The differences of all methods from CaFo on each target, by title; none where there is nothing to compare."""
-    reference = reference_method(chosen)
+def _differences(scores: Mapping[str, Sequence[TargetScore]], reference: str | None) -> dict[str, ColumnsAndLines]:
+    """The differences of all methods from one on each target, by title; none where there is nothing to compare."""
     if reference is None:
         return {}
     rows = {name: [score.row() for score in of_target] for name, of_target in scores.items()}

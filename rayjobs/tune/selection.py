@@ -1,12 +1,13 @@
 """Choose settings among a sweep's trials: by mean accuracy over seeds, on the images that each trial chose on."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cafo.choice_names import Select
 from cafo.estimate import Estimate
+from rayjobs.errors import ConfigError
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
 
@@ -134,6 +135,18 @@ def _chosen_trial(result: TrialResult) -> ChosenTrial:
 def _mean(accuracies: Sequence[float | None]) -> float | None:
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     return sum(known) / len(known) if known else None
+
+
+def row_name(setting: Setting, compare: Sequence[Hyperparameter]) -> str:
+    """The name of the table row that a setting belongs to."""
+    return method_name(setting.compared_values(compare))
+
+
+def check_reference(reference: str | None, rows: Iterable[str]) -> None:
+    """Raise ConfigError if the tables will have no row of this name."""
+    names = list(dict.fromkeys(rows))
+    if reference is not None and reference not in names:
+        raise ConfigError(f"reference: there is no row called {reference!r}; there are {', '.join(names)}")
 
 
 def method_name(values: dict[str, Any]) -> str:

@@ -125,6 +125,7 @@ def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path
         (["data.prompts=p.json"], "data.prompts already names"),
         (["data.generated=dalle"], "data.generated already names"),
         (["space.ensemble=[median]"], "median unknown"),
+        (["reference=GDB"], "reference: there is no row called 'GDB'; there are CaFo, GDA, TIMO"),
     ):
         with pytest.raises(ValueError, match=match):
             cafo.run(chain(tmp_path / match[:6], *more))

@@ -12,10 +12,7 @@ from rayjobs.config_fields import FieldHelp, describe_sections
 
 def config_class(job: str) -> Any:
     """Return the `Config` of a job such as `adapter-train`."""
-    try:
-        return importlib.import_module(f"rayjobs.job_configs.{_module(job)}").Config
-    except ModuleNotFoundError:
-        return importlib.import_module(f"rayjobs.jobs.{_module(job)}").Config
+    return importlib.import_module(f"rayjobs.job_configs.{_module(job)}").Config
 
 
 def description(job: str) -> str:

@@ -1,9 +1,12 @@
 """The command line: rayjobs JOB --config FILE [section.key=value …] [--dry-run | --submit]."""
 
+# PYTHON_ARGCOMPLETE_OK
+
 import argparse
 import difflib
 import importlib
 import logging
+import os
 import re
 import sys
 import traceback
@@ -51,6 +54,8 @@ COMMANDS = (*JOBS, "report", "runs", "configs", "example-data")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code: 0 done, 2 an error that the user can correct, 130 interrupted."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how its line may go on
+        _answer_shell()
     handle_interrupts()
     args = parse_arguments(argv)
     set_environment(show_library_output=args.verbose)  # before Ray and DeepSpeed are imported, which read it
@@ -143,6 +148,20 @@ def _describe_wrong_job(words: Sequence[str]) -> str:
     close = named or difflib.get_close_matches(words[0], COMMANDS, n=1)
     way_out = f"did you mean {' or '.join(close)}?" if close else f"give one of {', '.join(COMMANDS)}"
     return f"{words[0]!r} is not a job: {way_out}"
+
+
+def _answer_shell() -> None:
+    """Complete the line of a shell, and exit; return if the package that does it is not installed."""
+    from rayjobs.completion import answer_shell, complete_config, complete_setting
+
+    parser = build_parser()
+    jobs = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    for job in JOBS:
+        for action in jobs[job]._actions:
+            complete = {"config": complete_config, "overrides": complete_setting}.get(action.dest)
+            if complete:
+                action.completer = complete
+    answer_shell(parser)
 
 
 def run_job(args: argparse.Namespace) -> int:

@@ -50,6 +50,7 @@ def test_no_file_imports_upwards_or_sideways(room):
 
 ORDER = [
     "__main__",
+    "completion",
     "job_help",
     "jobs",
     "job_configs",

@@ -85,8 +85,10 @@ class Vote(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What decided between the two most likely classes of an image: `text`, `sources` and nothing else add up to
-    `margin`, and so do `text`, the pulls of `votes` and `others`."""
+    """The parts of the decision between the two most likely classes of an image.
+
+    `text` and all of `sources` add up to `margin`, and so do `text`, the pulls of `votes`, and `others`.
+    """
 
     label: int
     """the predicted class"""

@@ -24,7 +24,7 @@ _FLOATS_AT_ONCE = 1 << 24
 
 
 class LabelCheck(NamedTuple):
-    """What the other images say of the label of each of B images."""
+    """The judgement of the other images on the label of each of B images."""
 
     margins: Tensor
     """(B,) float32: the logit of the image's label less that of `suggested`; NaN for an image that is not judged"""

@@ -46,12 +46,12 @@ class Sentences(NamedTuple):
 
 def label_errors(inspected: Inspected, checks: tuple[LabelCheck, LabelCheck], shown: int) -> Findings:
     """List the training and validation images whose own class is outvoted, the likeliest errors first."""
-    rows, pictures, names = [], [], inspected.cache.class_names
+    rows, pictures, names = list[Row](), list[Picture](), inspected.cache.class_names
     for images, check in zip((inspected.train_images, inspected.val_images), checks, strict=True):
         probabilities = _probabilities(inspected.cache, check.logits)
         for image in check.suspects():
             seen, suggested = images[image], int(check.suggested[image])
-            row = {
+            row: Row = {
                 "split": seen.split,
                 "path": seen.path,
                 "label": seen.class_name,
@@ -187,10 +187,10 @@ def contributions(
     linear = inspected.cache.ensemble.baseline == ZERO_SHOT
     for image, why, features in explained:
         label, rival = names[why.label], names[why.rival]
-        head = {"split": image.split, "image": image.path, "class": image.class_name}
+        head: Row = {"split": image.split, "image": image.path, "class": image.class_name}
         head |= {"predicted": label, "rival": rival, "margin": round(why.margin, 4)}
         rows.append({**head, "kind": "text", "name": "", "of_class": "", "pull": round(why.text, 4)})
-        lines = []
+        lines: list[tuple[str, str, float]] = []
         if sentences and linear:
             lines = _sentence_pulls(sentences, (label, rival), (why.label, why.rival), features)
         rows += [{**head, "kind": "sentence", "name": t, "of_class": c, "pull": round(p, 4)} for t, c, p in lines]
@@ -206,7 +206,7 @@ def contributions(
 def _sentence_pulls(
     sentences: Sentences, names: tuple[str, str], labels: tuple[int, int], features: Tensor
 ) -> list[tuple[str, str, float]]:
-    """What each sentence of the two classes adds to the difference of their logits, the largest first."""
+    """Each sentence of the two classes with what it adds to the difference of their logits, the largest first."""
     texts, lines = [sentences.features[label] for label in labels], []
     for sign, name, added in zip((1, -1), names, sentence_contributions(features[None], texts), strict=True):
         lines += [(t, name, sign * float(p)) for t, p in zip(sentences.texts[name], added[0], strict=True)]

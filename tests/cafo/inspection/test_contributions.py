@@ -1,6 +1,7 @@
 """Contributions add up to CaFo's own logits, under every rule, and each is what leaving nothing else can explain."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -132,8 +133,8 @@ def test_a_cache_without_keys_is_decided_by_text_alone() -> None:
 
 def test_sentences_add_up_to_the_zero_shot_logits() -> None:
     class Encoder:
-        def encode_text(self, texts: list[str]) -> Tensor:
-            rows = [torch.randn(11, generator=torch.Generator().manual_seed(len(text))) for text in texts]
+        def encode_text(self, sentences: Sequence[str]) -> Tensor:
+            rows = [torch.randn(11, generator=torch.Generator().manual_seed(len(text))) for text in sentences]
             return F.normalize(torch.stack(rows), dim=1)
 
         def is_truncated(self, text: str) -> bool:

@@ -70,8 +70,11 @@ def test_a_sweep_is_inspected(tmp_path: Path, cluster: None) -> None:
     cafo_inspect.plan(settings)
     result = cafo_inspect.run(settings)
     out = folder / "inspect"
-    assert (read_record(out).job, read_record(out).state) == ("cafo-inspect", "done")
-    assert read_record(folder).job == "cafo-tune", "the sweep's own record stays"
+    own, before = read_record(out), read_record(folder)
+    assert own is not None
+    assert before is not None
+    assert (own.job, own.state) == ("cafo-inspect", "done")
+    assert before.job == "cafo-tune", "the sweep's own record stays"
 
     by_image: dict[str, dict[str, float]] = {}
     for row in read_csv(out / "contributions.csv"):
@@ -96,8 +99,8 @@ def test_a_sweep_is_inspected(tmp_path: Path, cluster: None) -> None:
     confused = read_csv(out / "confusions.csv")
     assert len(confused) == result["confused_pairs"]
     for row in confused:
-        parts = [float(row[name]) for name in ("text", "clip", "dino") if row.get(name)]
-        assert sum(parts) == pytest.approx(float(row["margin"]), abs=5e-3)
+        pulls = [float(row[name]) for name in ("text", "clip", "dino") if row.get(name)]
+        assert sum(pulls) == pytest.approx(float(row["margin"]), abs=5e-3)
 
     page = (out / "report.html").read_text()
     for title in ("labels that may be wrong", "near-duplicates", "confused classes", "why ", "worth labelling next"):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafo.cache import affinity, zero_shot_logits
+from cafo.held_out import HeldOutFeatures, KeySet
 from cafo.search import search
 from cafo.search_grid import BetaGrid
 
@@ -101,8 +101,16 @@ def measure(name: str, part: int, seed: int) -> dict[str, float | str | int]:
         return one_pair(affinities, values, 100 * features["clip"] @ classifier, labels, alpha, beta)
 
     def exact() -> tuple[float, float]:
-        affinities = {n: affinity(keys[n], features[n]) for n in keys}
-        result = search(zero_shot_logits(features["clip"], classifier), affinities, key_labels, labels, grid=grid)
+        images = HeldOutFeatures(
+            features=features,
+            rows=torch.arange(len(labels)),
+            labels=labels,
+            key_sets=[KeySet(keys)],
+            key_labels=key_labels,
+            classifier=classifier,
+            zero_shot_source="clip",
+        )
+        result = search(images, grid=grid)
         return result.accuracy, result.beta
 
     reference_pair(*sample[0])  # warm caches and thread pools for all three

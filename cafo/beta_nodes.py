@@ -1,16 +1,18 @@
 """Class sums of φ at every β of a range, from their values at a few.
 
 φ(β) = exp(-β d), with d the distance of a key from the image's nearest one (eq. 6-7 up to a factor per image), is so
-smooth in β that its interpolation from a dozen Chebyshev nodes is exact to float32's last digit, and so is that of any
-sum of φ. The number of nodes follows from the largest d. Two facts save exponentials as well:
-- φ at β + Δ is φ at β times exp(-Δ d).
-- Chebyshev nodes are symmetric, so that every gap Δ occurs twice.
+smooth in β that its interpolation from a dozen nodes is exact to float32's last digit, and so is that of any sum of φ.
+The number of nodes follows from the largest d.
+
+φ at β + Δ is φ at β times exp(-Δ d). So the nodes stand like Chebyshev's, closer towards both ends, but with gaps in
+proportions of 1, 2, 4, 4, …, 4, 2 and 1: three exponentials lead from each node to the next.
 
 Legend: M keys, b images, N classes, K keys of the largest class, n nodes, J values of β.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,6 +22,8 @@ from torch import Tensor
 
 _ERROR = 1e-8
 """of an interpolated φ, which is at most 1; float32 rounds φ to 6e-8"""
+_FEWEST, _MOST_EVEN = 6, 20
+"""nodes: the fewest, and the most whose gaps are as above"""
 _CPU_FLOATS, _GPU_FLOATS = 1 << 15, 1 << 24
 """exponents that are worked on at once: with φ and its factors they stay in a core's cache"""
 
@@ -50,14 +54,11 @@ def beta_nodes(low: float, high: float, farthest: float) -> Tensor:
 
 
 def interpolation(nodes: Tensor, betas: Sequence[float]) -> Tensor:
-    """Return the weights of the nodes at some values of β: (J, n) float64.
-
-    It is Lagrange's formula in its barycentric form, whose weights at these nodes are ±1, and ±1/2 at the ends.
-    """
+    """Return the weights of the nodes at some values of β, by Lagrange's formula: (J, n) float64."""
     if len(nodes) == 1:
         return torch.ones(len(betas), 1, dtype=torch.float64)
-    signs = 1.0 - 2.0 * (torch.arange(len(nodes)) % 2).double()
-    signs[0], signs[-1] = signs[0] / 2, signs[-1] / 2
+    apart = (nodes[:, None] - nodes) * (4 / (nodes[-1] - nodes[0]))  # so that the product neither grows nor vanishes
+    signs = 1 / apart.fill_diagonal_(1.0).prod(dim=1)
     distance = torch.tensor(betas, dtype=torch.float64)[:, None] - nodes
     at_node = distance.abs() < 1e-12 * nodes[-1]
     terms = signs / distance.masked_fill(at_node, 1.0)
@@ -91,37 +92,41 @@ def class_sums(affinity: Tensor, slots: Tensor, nodes: Tensor) -> Tensor:
     nearest = nearest.where(nearest > -math.inf, 0.0)
     if bool((slots == affinity.shape[1]).any()):  # φ = 0 in the empty slots of small classes
         affinity = torch.cat([affinity, affinity.new_full((images, 1), -math.inf)], dim=1)
+    gaps = [round(gap, 9) for gap in nodes.diff().tolist()]
     floats = _CPU_FLOATS if affinity.device.type == "cpu" else _GPU_FLOATS
     for at in torch.arange(images).split(max(1, floats // slots.numel())):
         rows = slice(int(at[0]), int(at[-1]) + 1)
         distance = affinity[rows].index_select(1, slots.flatten()).view(-1, most, classes)
         distance -= nearest[rows, None, None]
-        _sum_at_nodes(distance, nodes.tolist(), sums[rows])
+        _sum_at_nodes(distance, float(nodes[0]), gaps, sums[rows])
     return sums
 
 
-def _sum_at_nodes(exponent: Tensor, nodes: Sequence[float], sums: Tensor) -> None:
+def _sum_at_nodes(exponent: Tensor, first: float, gaps: Sequence[float], sums: Tensor) -> None:
     """Write the sums of exp(β · exponent) at each node: (b, K, N) → (b, n, N)."""
-    phi = torch.exp(nodes[0] * exponent)
+    phi = torch.exp(first * exponent)
     torch.sum(phi, dim=1, out=sums[:, 0])
-    factors: dict[int, Tensor] = {}
-    for i in range(1, len(nodes)):
-        gap = min(i, len(nodes) - i)  # the gaps are symmetric
-        if gap not in factors:
-            factors[gap] = torch.exp((nodes[i] - nodes[i - 1]) * exponent)
+    factors = {gap: torch.exp(gap * exponent) for gap in set(gaps)}
+    for i, gap in enumerate(gaps, start=1):
         phi *= factors[gap]
-        sums[:, i] = phi.sum(dim=1)
+        torch.sum(phi, dim=1, out=sums[:, i])
 
 
 def _unit_nodes(count: int) -> Tensor:
-    return -torch.cos(math.pi * torch.arange(count, dtype=torch.float64) / (count - 1))
+    """Return nodes from -1 to 1. Many cannot be even in the middle, and are Chebyshev's, whose gaps are symmetric."""
+    if not _FEWEST <= count <= _MOST_EVEN:
+        return -torch.cos(math.pi * torch.arange(count, dtype=torch.float64) / (count - 1))
+    rising = [1, 2] if count < 14 else [1, 2, 4]
+    widest = [2 * rising[-1]] * (count - 1 - 2 * len(rising))
+    position = torch.tensor([0, *itertools.accumulate([*rising, *widest, *reversed(rising)])], dtype=torch.float64)
+    return 2 * position / position[-1] - 1
 
 
 @lru_cache(maxsize=256)
 def _nodes_needed(exponent: float) -> int:
     """Return the nodes that interpolate exp(-x (1 + t)) on -1 <= t <= 1 to `_ERROR`, for every x up to `exponent`."""
     x = exponent * torch.linspace(0, 1, 41, dtype=torch.float64)[1:]
-    count = 3
+    count = _FEWEST
     while True:
         nodes = _unit_nodes(count)
         between = ((nodes[1:] + nodes[:-1]) / 2).tolist()

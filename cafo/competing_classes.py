@@ -6,8 +6,8 @@ label itself) is above it in p_ZS and, at every β of the range, in the sums of 
 does. The classes that remain, a few in a hundred, compete with the label.
 
 The sums are compared at all β by comparing them at the nodes they are interpolated from (`cafo.beta_nodes`). They are
-convex in β, so that between two nodes a sum of j is below its chord, and one of k is above its own chord less what
-twice the chord's height at the middle is: of k's value at a node, that much is taken away.
+convex in β, so that between two nodes a sum of j is below its chord. A sum of k sags below its own chord, by about as
+much as at the middle between the nodes, which is taken off k's values at both.
 
 An image is thus reduced to p_ZS and the sums of its competing classes, and to products of all classes' sums, from which
 the means and the deviations of eq. 8 follow at every β. The search, its refinements and the estimate read no affinity
@@ -19,6 +19,7 @@ dominators, E ensembles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,10 @@ from cafo.held_out import HeldOut
 
 _FLOATS = 1 << 17
 """sums that are compared at once: they stay in a core's cache"""
+_DOMINATORS = 8
+"""classes that each class is compared with, besides the label"""
+_TAIL = 1.7
+"""a normal distribution's tail falls about as exp(-1.7 z) around its middle"""
 _SLACK = 4e-6
 """Relative error of sums in float32, a few times over; a class that is below another by less is kept."""
 _IMAGES_PER_GROUP = 32
@@ -121,7 +126,8 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
         low, high: the range of β.
     """
     affinities = [a.T for a in block.affinities.values()]  # (b, M)
-    nodes = beta_nodes(low, high, max((farthest_key(a) for a in affinities), default=0.0))
+    farthest = max((farthest_key(a) for a in affinities), default=0.0)
+    nodes = beta_nodes(low, high, farthest)
     images, classes = block.zero_shot.shape
     sums = block.zero_shot.new_empty(images, len(affinities), len(nodes), classes)
     for s, a in enumerate(affinities):
@@ -130,7 +136,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
     means = sums.mean(dim=-1)
     kept = torch.cat(
         [
-            _undominated(sums[at], block.zero_shot[at], z[at], block.labels[at], nodes)
+            _undominated(sums[at], block.zero_shot[at], z[at], block.labels[at], nodes, farthest)
             for at in torch.arange(images, device=rows.device).split(max(1, _FLOATS // max(sums[0].numel(), 1)))
         ]
     )
@@ -168,7 +174,7 @@ def _columns(kept: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return columns, (kept & (torch.arange(kept.shape[1], device=kept.device) < labels[:, None])).sum(dim=1), padding
 
 
-def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nodes: Tensor) -> Tensor:
+def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nodes: Tensor, farthest: float) -> Tensor:
     """Return which classes no dominator is above everywhere: (b, N) bool; the label is kept.
 
     Args:
@@ -176,12 +182,13 @@ def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nod
         zero_shot, z: p_ZS and z(p_ZS), (b, N).
         labels: (b,).
         nodes: (n,).
+        farthest: the largest distance of a key from the nearest one.
     """
     images, classes = zero_shot.shape
     flat = sums.flatten(1, 2)  # (b, S n, N)
     dominators = _dominators(sums, z, labels)  # (b, D)
     values = flat.gather(2, dominators[:, None].expand(-1, flat.shape[1], -1)).view(*sums.shape[:3], -1)
-    limits = _below_everywhere(values, nodes).flatten(1, 2)  # (b, S n, D)
+    limits = _below_everywhere(values, nodes, farthest).flatten(1, 2)  # (b, S n, D)
     top = zero_shot.gather(1, dominators)
     kept = torch.ones(images, classes, dtype=torch.bool, device=sums.device)
     for d in range(dominators.shape[1]):
@@ -190,22 +197,36 @@ def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nod
     return kept.scatter(1, labels[:, None], True)
 
 
-def _below_everywhere(values: Tensor, nodes: Tensor) -> Tensor:
+def _below_everywhere(values: Tensor, nodes: Tensor, farthest: float) -> Tensor:
     """Return what another class's sums must be below at every node, to be below these at every β between: (…, n, D)."""
-    gaps = torch.zeros_like(values)
+    limits = values.clone()
     if len(nodes) > 1:
-        middles = interpolation(nodes, ((nodes[1:] + nodes[:-1]) / 2).tolist()).to(values)
-        sag = 2 * ((values[..., 1:, :] + values[..., :-1, :]) / 2 - middles @ values).clamp_min(0)
-        gaps[..., 1:, :] = sag
-        gaps[..., :-1, :] = torch.maximum(gaps[..., :-1, :], sag)
-    return values - gaps - _SLACK * values
+        middles = interpolation(nodes, ((nodes[1:] + nodes[:-1]) / 2).tolist()).to(values) @ values
+        sag = ((values[..., 1:, :] + values[..., :-1, :]) / 2 - middles).clamp_min(0)
+        sag *= _deepest_sag(float(nodes.diff().max()) * farthest)
+        limits[..., 1:, :] -= sag
+        limits[..., :-1, :] = torch.minimum(limits[..., :-1, :], values[..., :-1, :] - sag)
+    return limits - _SLACK * values
+
+
+def _deepest_sag(exponent: float) -> float:
+    """Return how much deeper exp(-x t), x <= exponent, can sag below its chord than at the middle of 0 <= t <= 1.
+
+    It is the same for a sum of such functions. The deepest point is where the slopes are equal.
+    """
+    x = max(exponent, 1e-3)
+    drop = -math.expm1(-x)
+    t = -math.log(drop / x) / x
+    return 1e-3 + (1 - drop * t - math.exp(-x * t)) / (1 - drop / 2 - math.exp(-x / 2))
 
 
 def _dominators(sums: Tensor, z: Tensor, labels: Tensor) -> Tensor:
-    """Return classes that are likely above many others: (b, D)."""
-    middle = sums[:, :, sums.shape[2] // 2]
-    joined = z + standardise(middle).sum(dim=1)
-    found = [labels, z.argmax(dim=1), joined.argmax(dim=1)]
-    for s in range(sums.shape[1]):
-        found += [sums[:, s, 0].argmax(dim=1), sums[:, s, -1].argmax(dim=1)]
-    return torch.stack(found, dim=1)
+    """Return the label, and the classes that are likely above most others: (b, D).
+
+    A class is above most others if it is far above the mean in p_ZS and, at the smallest and the largest β, in the sums
+    of every source. The number of classes above it in each falls about as a normal distribution's tail.
+    """
+    parts = [z, *(standardise(sums[:, s, node]) for s in range(sums.shape[1]) for node in (0, -1))]
+    above = torch.stack(parts).mul_(-_TAIL).exp_().sum(dim=0)
+    likely = above.topk(min(_DOMINATORS, above.shape[1]), dim=1, largest=False).indices
+    return torch.cat([labels[:, None], likely], dim=1)

@@ -1,7 +1,9 @@
 """A set of images, reduced to what a choice of α, β and ensemble needs of them.
 
 One pass over the images, block by block, leaves of each the classes that compete (`cafo.competing_classes`). All
-accuracies follow from them: those of the search, of its refinements, of the plots and of the estimate's folds.
+accuracies follow from them: those of the search, of its refinements, of the plots and of the estimate's folds. Memory
+does not grow with the number of images, but for some bytes each: intervals are computed for some values of β and some
+ensembles at a time, and what is left of many images is in a temporary file.
 
 Legend: B images, J values of β, E ensembles, A values of α.
 """
@@ -21,10 +23,11 @@ from cafo.beta_nodes import class_slots
 from cafo.competing_classes import ReducedGroup, reduce_block
 from cafo.ensemble import Ensemble
 from cafo.held_out import IMAGES_PER_BLOCK, HeldOutImages
+from cafo.spill import Spill
 
 _INTERVALS = 1 << 22
 """intervals that are computed at once"""
-_BETAS = 32
+_BETAS = 64
 """values of β that they are computed at, or fewer"""
 _NEAR = 2e-3
 """An end of an interval of α that is nearer than this (relative) may be on the other side by rounding."""
@@ -129,6 +132,7 @@ def reduce_images(images: HeldOutImages, low: float, high: float) -> ReducedImag
     """
     rows = torch.arange(len(images.labels), device=images.labels.device)
     slots = class_slots(images.key_labels, images.classes)
+    spill = Spill()
     correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
     deviation = torch.empty(len(rows), device=rows.device)
 
@@ -136,7 +140,7 @@ def reduce_images(images: HeldOutImages, low: float, high: float) -> ReducedImag
         block = images.images(at).load()
         correct[at] = block.zero_shot.argmax(dim=1) == block.labels
         deviation[at] = block.zero_shot.float().std(dim=1)
-        return reduce_block(block, at, slots, low, high)
+        return _keep(reduce_block(block, at, slots, low, high), spill)
 
     groups = [
         group for of_block in _map_blocks(read_block, rows.split(IMAGES_PER_BLOCK), rows.device) for group in of_block
@@ -144,6 +148,13 @@ def reduce_images(images: HeldOutImages, low: float, high: float) -> ReducedImag
     return ReducedImages(
         images=images, groups=groups, zero_shot_correct=correct, zero_shot_deviation=deviation, rows=rows
     )
+
+
+def _keep(groups: Sequence[ReducedGroup], spill: Spill) -> list[ReducedGroup]:
+    """Return a block's groups, whose large tensors may be in a file."""
+    large = ("zero_shot", "standard_zero_shot", "sums", "means", "products")
+    kept = iter(spill.keep([getattr(group, name) for group in groups for name in large]))
+    return [group._replace(**{name: next(kept) for name in large}) for group in groups]
 
 
 def _map_blocks(function: Callable[[_T], _R], items: Iterable[_T], device: torch.device) -> list[_R]:

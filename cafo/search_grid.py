@@ -15,6 +15,9 @@ from cafo.ensemble import Ensemble
 from cafo.errors import CafoError
 from cafo.reduced import ReducedImages
 
+_ENDS = 1 << 19
+"""intervals whose ends are sorted at once"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BetaGrid:
@@ -93,12 +96,16 @@ def _even_grid(low: float, high: float, steps: int) -> list[float]:
 
 def _candidates(images: ReducedImages, betas: Sequence[float], ensembles: Sequence[Ensemble]) -> list[Candidate]:
     """Return the best α at each β, for each ensemble."""
-    candidates = []
+    candidates, total = [], len(images.rows)
+    some = max(1, _ENDS // total)
     for part in images.intervals(betas, ensembles):
         for e, low, high in zip(part.ensembles, part.low, part.high, strict=True):
-            correct, alphas = best_alpha(*accuracy_steps(low, high))
-            candidates += [
-                Candidate(len(images.rows) - count, alpha, betas[j], e)
-                for j, count, alpha in zip(part.betas, correct.tolist(), alphas.tolist(), strict=True)
-            ]
+            for j in range(0, len(low), some):
+                correct, alphas = best_alpha(*accuracy_steps(low[j : j + some], high[j : j + some]))
+                candidates += [
+                    Candidate(total - count, alpha, beta, e)
+                    for beta, count, alpha in zip(
+                        betas[part.betas[j] :][: len(correct)], correct.tolist(), alphas.tolist(), strict=True
+                    )
+                ]
     return candidates

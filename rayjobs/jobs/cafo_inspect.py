@@ -108,7 +108,8 @@ def inspect(found: Inspection) -> dict[str, Any]:
 
     findings, total_pairs = _find(found, dataset, inspected, lists, extra)
     for name, of_kind in findings.items():
-        write_csv(folder / f"{name}.csv", _columns(of_kind), [list(row.values()) for row in of_kind.rows])
+        cells = [[row.get(column, 0.0) for column in of_kind.columns] for row in of_kind.rows]
+        write_csv(folder / f"{name}.csv", of_kind.columns, cells)
     sections: list[PictureSection] = [section for of_kind in findings.values() for section in of_kind.sections]
     write_picture_sections(folder, sections)
     result = _summarize(found, findings, total_pairs, lists, len(rejected))
@@ -208,10 +209,6 @@ def _seen(images: ImageList, features: Features) -> list[SeenImage]:
         SeenImage(images.role, images.root, images.items[row].path, "", features.contents[row] or "")
         for row in features.rows
     ]
-
-
-def _columns(findings: Findings) -> list[str]:
-    return list(findings.rows[0]) if findings.rows else []
 
 
 def _summarize(

@@ -42,6 +42,8 @@ class Gallery:
     title: str
     images: Sequence[tuple[bytes, str]]
     note: str = ""
+    wide: bool = False
+    """The images are twice as wide as high, such as pairs."""
     kind: str = field(default="gallery", init=False)
 
     @property

@@ -51,7 +51,8 @@ def write_picture_sections(folder: Path, sections: Sequence[PictureSection]) -> 
             with atomic_path(folder / name) as temporary:
                 thumbnail.save(temporary, format="JPEG")
             images.append({"file": name, "caption": picture.caption})
-        listed.append({"title": section.title, "note": section.note, "images": images})
+        wide = bool(section.pictures) and all(len(picture.files) > 1 for picture in section.pictures)
+        listed.append({"title": section.title, "note": section.note, "wide": wide, "images": images})
     write_json(folder / PICTURES, listed)
 
 
@@ -64,11 +65,11 @@ def read_picture_sections(folder: Path) -> Iterator[Gallery]:
     for section in read_json(path) if path.is_file() else []:
         try:
             images = [((folder / image["file"]).read_bytes(), image["caption"]) for image in section["images"]]
-            title, note = section["title"], section["note"]
+            title, note, wide = section["title"], section["note"], section["wide"]
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is no list of sections of pictures: {error!r}") from error
         if images:
-            yield Gallery(title, images, note)
+            yield Gallery(title, images, note, wide)
 
 
 def _side_by_side(files: Sequence[Path]) -> Image.Image | None:

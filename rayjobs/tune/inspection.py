@@ -31,8 +31,45 @@ Row = dict[str, Any]
 class Findings(NamedTuple):
     """The rows of one table, and the sections of pictures that show the first of them."""
 
+    columns: tuple[str, ...]
     rows: list[Row]
     sections: list[PictureSection]
+
+
+ERROR_COLUMNS = (
+    "split",
+    "path",
+    "label",
+    "suggested",
+    "margin",
+    "probability_of_label",
+    "probability_of_suggested",
+)
+PAIR_COLUMNS = (
+    "first_split",
+    "first",
+    "first_class",
+    "second_split",
+    "second",
+    "second_class",
+    "cosine",
+    "same_content",
+    "across_splits",
+    "two_classes",
+)
+CONTRIBUTION_COLUMNS = (
+    "split",
+    "image",
+    "class",
+    "predicted",
+    "rival",
+    "margin",
+    "kind",
+    "name",
+    "of_class",
+    "pull",
+)
+NEXT_COLUMNS = ("path", "likeliest", "second", "probability", "uncertainty", "cosine_to_known")
 
 
 class Sentences(NamedTuple):
@@ -69,7 +106,7 @@ def label_errors(inspected: Inspected, checks: tuple[LabelCheck, LabelCheck], sh
         "likeliest errors first. Many of those further down are right, and only hard. All are in label_errors.csv."
     )
     section = PictureSection(title="labels that may be wrong", pictures=[pictures[i] for i in order[:shown]], note=note)
-    return Findings([rows[i] for i in order], [section])
+    return Findings(ERROR_COLUMNS, [rows[i] for i in order], [section])
 
 
 def near_duplicates(
@@ -109,7 +146,7 @@ def near_duplicates(
         f"first, then those of two splits. {found.total:,} pairs in all; see near_duplicates.csv."
     )
     section = PictureSection(title="near-duplicates", pictures=[pictures[i] for i in order[:shown]], note=note)
-    return Findings([rows[i] for i in order], [section]), found.total
+    return Findings(PAIR_COLUMNS, [rows[i] for i in order], [section]), found.total
 
 
 def confusions(inspected: Inspected, checks: tuple[LabelCheck, LabelCheck], most: int, shown: int) -> Findings:
@@ -144,7 +181,8 @@ def confusions(inspected: Inspected, checks: tuple[LabelCheck, LabelCheck], most
         + ("On validation images. " if on_val else "On training images without their own keys. ")
         + "The figures are mean contributions to the difference of the two logits; see confusions.csv."
     )
-    return Findings(rows, [PictureSection(title="confused classes", pictures=pictures[:shown], note=note)])
+    columns = ("label", "predicted", "images", "of", "margin", "text", *cache.keys, "pulled_by")
+    return Findings(columns, rows, [PictureSection(title="confused classes", pictures=pictures[:shown], note=note)])
 
 
 def explain_held_out(
@@ -200,7 +238,7 @@ def contributions(
         rows.append({**head, "kind": "other keys", "name": "", "of_class": "", "pull": round(why.others, 4)})
         if len(sections) < shown:
             sections.append(_explanation_section(inspected, image, why, lines))
-    return Findings(rows, sections)
+    return Findings(CONTRIBUTION_COLUMNS, rows, sections)
 
 
 def _sentence_pulls(
@@ -254,7 +292,7 @@ def next_labels(
         )
         pictures.append(Picture((seen.file,), f"{names[one.label]} or {names[one.rival]}? {seen.path}"))
     note = "Images that the classifier is unsure of and that differ from one another; see next_labels.csv."
-    return Findings(rows, [PictureSection(title="worth labelling next", pictures=pictures, note=note)])
+    return Findings(NEXT_COLUMNS, rows, [PictureSection(title="worth labelling next", pictures=pictures, note=note)])
 
 
 def _probabilities(cache: Cache, logits: Tensor) -> Tensor:

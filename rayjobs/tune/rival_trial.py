@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cafo.choice_names import Select
 from cafo.methods.base import Features, FewShotImages
@@ -44,12 +45,11 @@ def run_rival(trial: Trial, shared: SharedInputs, search: SearchConfig, folder: 
     method, (source,) = shared.rivals[setting.rival], setting.encoders
     rows = shared.few_shot[trial.shots, trial.seed]
     how = CHOSEN_ON[shared.select.get(trial.shots, "val")]
-    val = (Features(embeddings=shared_tensor(shared.val[source])), shared_tensor(shared.val_labels))
     chosen = fit_and_choose(
         method,
         few_shot_images(trial, shared, rows),
         how,
-        val=val if how == "val" else None,
+        val=validation_images(shared, source) if how == "val" else None,
         seed=trial.seed,
         folds=search.folds,
         rule=search.rule,
@@ -72,6 +72,11 @@ def run_rival(trial: Trial, shared: SharedInputs, search: SearchConfig, folder: 
     result = TrialResult.of(trial, "finished", [], **values)
     result.write(folder)
     return result
+
+
+def validation_images(shared: SharedInputs, source: str) -> tuple[Features, Tensor]:
+    """Return the features and labels of the validation images."""
+    return Features(embeddings=shared_tensor(shared.val[source])), shared_tensor(shared.val_labels)
 
 
 def few_shot_images(trial: Trial, shared: SharedInputs, rows: np.ndarray) -> FewShotImages:

@@ -56,7 +56,8 @@ def test_a_rivals_trial_is_a_plain_use_of_the_library(name: str, how: Any, tmp_p
     given = space(name)
     (one,) = trials_of(given)
     shared = with_rivals(shared_inputs({K: how}), given)
-    result = run_rival(one, shared, SEARCH, tmp_path)
+    without = {} if how == "val" else {"val": {}, "val_labels": np.array([], np.int64)}
+    result = run_rival(one, replace(shared, **without), replace(SEARCH, folds=2), tmp_path)
 
     rows = shared.few_shot[K, 0]
     assert shared.plain_rows is not None
@@ -70,7 +71,7 @@ def test_a_rivals_trial_is_a_plain_use_of_the_library(name: str, how: Any, tmp_p
     val = Features(embeddings=torch.tensor(shared.val["clip"])), torch.tensor(shared.val_labels)
     expected_how: Select = {"val": "val", "prior": "none"}.get(how, "crossfit")  # type: ignore[assignment]
     method = find_method(name, given.rivals[name])
-    expected = fit_and_choose(method, images, expected_how, val=val, seed=0, folds=3, estimate=how != "val")
+    expected = fit_and_choose(method, images, expected_how, val=val, seed=0, folds=2, estimate=how != "val")
 
     saved = load_classifier(tmp_path / one.name / "method.safetensors")
     torch.testing.assert_close(saved.logits({"clip": val[0].embeddings}), expected.logits(val[0]), rtol=0, atol=0)

@@ -230,6 +230,12 @@ class Decoder(nn.Module):
         if device.type != "meta":
             self.reset_adapter(generator, device)
 
+    def remove_adapter(self) -> None:
+        """Take the adapter off, if there is one: the decoder then computes what its base does, to the bit."""
+        self.adaption_config, self.vision = None, None
+        for block in self.blocks:
+            block.attention.adaption = None
+
     def reset_adapter(self, generator: torch.Generator | None, device: torch.device | str) -> None:
         """Move the adapter to `device`, which must be the generator's own, and give it its initial values."""
         for module in self.adapter_modules:

@@ -109,6 +109,11 @@ class AdaptedModel:
         )
         self.template = file.template
 
+    def remove_adapter(self) -> None:
+        """Take the adapter off, if there is one: the outputs are then the base's, to the bit."""
+        self.model.remove_adapter()
+        self.template = None
+
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Save the adapter alone, with its template and the identities of this base and tokenizer.
 

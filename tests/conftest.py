@@ -112,7 +112,7 @@ def pretrained(make: Callable[[], Path]) -> Path:
     """The files of a pretrained model, fetched on first use; the test is skipped where that is impossible."""
     try:
         return make()
-    except real_models.ModelUnavailable as error:
+    except real_models.ModelUnavailableError as error:
         pytest.skip(f"{error} (make test-models fetches it)")
 
 

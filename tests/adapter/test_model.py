@@ -147,6 +147,20 @@ def test_load_adapt_generate_save(folder: Path, tmp_path: Path) -> None:
     assert model.generate(TEXTS, **options) == again.generate(TEXTS, **options)
 
 
+def test_a_base_whose_adapter_is_taken_off_computes_the_same_bits_as_before(folder: Path) -> None:
+    model = AdaptedModel.from_pretrained(folder)
+    before = model.logits("some text")[0]
+    model.remove_adapter()  # there is none
+    model.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
+    for adaption in model.model.adaptions:
+        torch.nn.init.constant_(adaption.gate, 0.5)
+    assert not torch.equal(model.logits("some text")[0], before)
+    model.remove_adapter()
+    assert torch.equal(model.logits("some text")[0], before)
+    with pytest.raises(AdapterError, match="no adapter"):
+        model.save_adapter(folder / "none.safetensors")
+
+
 def test_the_seed_decides_the_prompts(folder: Path) -> None:
     model = AdaptedModel.from_pretrained(folder)
     prompts = []

@@ -71,6 +71,7 @@ FEW = [
     "adapters.workers=1",
     "adapters.epochs=1",
     "adapters.question_epochs=0.3",
+    "pretrained.use=false",
 ]
 
 

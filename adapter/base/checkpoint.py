@@ -120,6 +120,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, _find_tokenizer(path), sources)
 
 
+def has_weight_files(folder: Path) -> bool:
+    """True if a file of a folder may hold weights, by its ending."""
+    return any(file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf") for file in folder.iterdir())
+
+
 def open_config(path: str | Path) -> Checkpoint:
     """Open a folder in Hugging Face's format whose weights are not there yet: its shape and its tokenizer are known.
 

@@ -22,6 +22,7 @@ from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
 from adapter.decoder_config import DecoderConfig
 from adapter.templates import Template
+from rayjobs.cluster.device import default_device
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import to_dict
 from rayjobs.console import show_result, show_table
@@ -34,7 +35,7 @@ from rayjobs.data.trained_records import trained_digests, write_digests
 from rayjobs.errors import ConfigError, DataError, NonFiniteLossError
 from rayjobs.job_configs.adapter_train import Config
 from rayjobs.lifecycle import job
-from rayjobs.models.base_model import open_tokenizer
+from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import open_run
@@ -42,6 +43,7 @@ from rayjobs.storage.files import atomic_path, read_json, read_jsonl
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.engine import check_zero
+from rayjobs.train.estimate import TrainingPlan, describe_cost, sample_examples
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.trainer import fit
@@ -136,7 +138,7 @@ def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
 
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    checkpoint, _, conditioning, templates = check(settings, weights=False)
+    checkpoint, _, conditioning, templates = inputs = check(settings, weights=False)
     sources, train, shape = settings.data.sources(), settings.train, checkpoint.config
     usable = [Counter(bool(row["image"]) for row in source.read() if "rejected" not in row) for source in sources]
     per_epoch = sum(round(source.weight * count.total()) for source, count in zip(sources, usable, strict=True))
@@ -152,7 +154,7 @@ def plan(settings: Config) -> None:
     steps, warmup = train.total_steps(steps_per_epoch), train.warmup_steps(steps_per_epoch)
     rows = [
         ["base", base],
-        *([["to fetch from the hub", format_bytes(to_fetch)]] if (to_fetch := settings.base.bytes_to_fetch()) else []),
+        *_describe_missing_weights(settings.base, checkpoint),
         ["memory of the base", _describe_memory(shape)],
         ["trainable parameters", f"{trainable:,}"],
         ["records", describe_sources(sources, templates)],
@@ -161,6 +163,7 @@ def plan(settings: Config) -> None:
         ["steps", f"{steps:,} of {train.global_batch} records"],
         ["peak learning rate", f"{settings.optimizer.peak_lr(train.global_batch):.3g}, after {warmup:,.0f} steps"],
         ["workers", f"{settings.scale.workers} under ZeRO-{settings.zero.stage}"],
+        *_estimate_cost(settings, inputs, steps),
         ["run folder", str(settings.run.folder)],
     ]
     show_table("plan", ["", ""], rows)
@@ -293,6 +296,34 @@ def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, A
         "base_val_loss": round(val_losses[0], 5) if val_losses else None,
         "val_loss": round(val_losses[-1], 5) if val_losses else None,
     }
+
+
+def _describe_missing_weights(base: BaseModelConfig, checkpoint: Checkpoint) -> list[list[str]]:
+    if to_fetch := base.bytes_to_fetch():
+        return [["to fetch from the hub", format_bytes(to_fetch)]]
+    return [] if checkpoint.has_weights else [["weights", "missing: only the shape is known"]]
+
+
+def _estimate_cost(settings: Config, inputs: Inputs, steps: int) -> list[list[str]]:
+    """Rows of the plan about the memory of a worker and the time, by a probe on this machine."""
+    data, train, workers = settings.data, settings.train, settings.scale.workers.max
+    sources = data.sources()
+    templates, tokenizer = inputs.templates[: len(sources)], open_tokenizer(inputs.tokenizer)
+    examples = sample_examples(sources, templates, tokenizer, data.max_length)
+    if not examples:
+        return []
+    costed = TrainingPlan(
+        shape=inputs.checkpoint.config,
+        adaption=settings.adapter.adaption(inputs.conditioning and inputs.conditioning.projection),
+        dtype=settings.base.dtype,
+        token_budget=train.token_budget,
+        global_batch=train.global_batch,
+        workers=workers,
+        zero_stage=settings.zero.stage,
+        threads=settings.scale.threads_per_worker,
+        checkpoint_activations=train.checkpoint_activations,
+    )
+    return describe_cost(costed, examples, steps, default_device(), images=inputs.conditioning is not None)
 
 
 def _describe_memory(config: DecoderConfig) -> str:

@@ -44,12 +44,13 @@ class BaseModelConfig:
     def open(self, *, weights: bool = True) -> tuple[Checkpoint, Path]:
         """Open the checkpoint, without reading weights, and check that its tokenizer fits.
 
-        weights: False to leave the weights of a model on the hub there: its checkpoint has only a configuration.
+        weights: False where none are needed: those of a model on the hub stay there, and a folder may lack them. The
+        checkpoint then has only a configuration.
 
         Returns the checkpoint and the tokenizer's path. Raises CheckpointError, TokenizerError or ConfigError, naming
         the file, for what is missing, damaged, or does not fit; AdapterError if the library that quantizes is missing.
         """
-        from adapter.base.checkpoint import open_checkpoint, open_config
+        from adapter.base.checkpoint import has_weight_files, open_checkpoint, open_config
         from adapter.base.hf_checkpoint import CONFIG
         from adapter.base.quantization import PRECISIONS, bitsandbytes
 
@@ -64,6 +65,8 @@ class BaseModelConfig:
         copy = cached_path(self.path, weights=not to_fetch)
         if to_fetch and (not weights or (copy / CONFIG).is_file()):
             checkpoint = open_config(copy)  # a model that cannot be used is refused before its weights are fetched
+        elif not weights and (copy / CONFIG).is_file() and not has_weight_files(copy):
+            checkpoint = open_config(copy)
         else:
             checkpoint = open_checkpoint(cached_path(self.path))
         path = self.tokenizer or checkpoint.tokenizer_path

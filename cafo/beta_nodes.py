@@ -7,6 +7,9 @@ The number of nodes follows from the largest d.
 φ at β + Δ is φ at β times exp(-Δ d). So the nodes stand like Chebyshev's, closer towards both ends, but with gaps in
 proportions of 1, 2, 4, 4, …, 4, 2 and 1: three exponentials lead from each node to the next.
 
+At small β all φ are near 1, and their differences would be lost in float32. So φ - 1 is computed and summed, and every
+class sum is less by K, which neither the deviation from the mean nor an order of classes tells.
+
 Legend: M keys, b images, N classes, K keys of the largest class, n nodes, J values of β.
 """
 
@@ -77,7 +80,7 @@ def farthest_key(affinity: Tensor) -> float:
 
 
 def class_sums(affinity: Tensor, slots: Tensor, nodes: Tensor) -> Tensor:
-    """Return eq. 6-7 at every node: (b, n, N).
+    """Return eq. 6-7 at every node, less K: (b, n, N).
 
     Args:
         affinity: (b, M), one row per image; -inf leaves a key out.
@@ -103,13 +106,14 @@ def class_sums(affinity: Tensor, slots: Tensor, nodes: Tensor) -> Tensor:
 
 
 def _sum_at_nodes(exponent: Tensor, first: float, gaps: Sequence[float], sums: Tensor) -> None:
-    """Write the sums of exp(β · exponent) at each node: (b, K, N) → (b, n, N)."""
-    phi = torch.exp(first * exponent)
-    torch.sum(phi, dim=1, out=sums[:, 0])
-    factors = {gap: torch.exp(gap * exponent) for gap in set(gaps)}
+    """Write the sums of exp(β · exponent) - 1 at each node: (b, K, N) → (b, n, N)."""
+    less = torch.expm1(first * exponent)  # φ - 1
+    torch.sum(less, dim=1, out=sums[:, 0])
+    steps = {gap: torch.expm1(gap * exponent) for gap in set(gaps)}
+    factors = {gap: 1 + step for gap, step in steps.items()}
     for i, gap in enumerate(gaps, start=1):
-        phi *= factors[gap]
-        torch.sum(phi, dim=1, out=sums[:, i])
+        torch.addcmul(steps[gap], less, factors[gap], out=less)
+        torch.sum(less, dim=1, out=sums[:, i])
 
 
 def _unit_nodes(count: int) -> Tensor:

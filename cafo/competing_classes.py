@@ -133,7 +133,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
     for s, a in enumerate(affinities):
         sums[:, s] = class_sums(a.contiguous(), slots, nodes)
     z = standardise(block.zero_shot)
-    means = sums.mean(dim=-1)
+    means = sums.mean(dim=-1)  # of the class sums less K
     kept = torch.cat(
         [
             _undominated(sums[at], block.zero_shot[at], z[at], block.labels[at], nodes, farthest)
@@ -154,7 +154,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
                 sums=sums[at].gather(3, columns[:, None, None].expand(-1, *sums.shape[1:3], -1)),
                 labels=labels,
                 padding=padding,
-                means=means[at],
+                means=means[at] + len(slots),
                 products=products[at],
                 nodes=nodes,
                 classes=classes,
@@ -206,7 +206,7 @@ def _below_everywhere(values: Tensor, nodes: Tensor, farthest: float) -> Tensor:
         sag *= _deepest_sag(float(nodes.diff().max()) * farthest)
         limits[..., 1:, :] -= sag
         limits[..., :-1, :] = torch.minimum(limits[..., :-1, :], values[..., :-1, :] - sag)
-    return limits - _SLACK * values
+    return limits - _SLACK * values.abs()
 
 
 def _deepest_sag(exponent: float) -> float:

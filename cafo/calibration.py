@@ -24,7 +24,7 @@ _MOST_IMAGES = 10_000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """What a classifier has learned from held-out images about its own probabilities."""
+    """The temperature and the scores of a classifier, from held-out images."""
 
     temperature: float
     """the logits are divided by it before the softmax"""

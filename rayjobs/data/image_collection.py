@@ -80,7 +80,7 @@ class RejectedImage(NamedTuple):
 
 @dataclass
 class Collection:
-    """What a job is to predict."""
+    """Images that a job is to predict."""
 
     images: list[ImageFile] = field(default_factory=list)
     containers: list[Container] = field(default_factory=list)

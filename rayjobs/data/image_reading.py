@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import Self
 
 from cafo.class_folders import is_image_name
 from cafo.errors import ImageError
@@ -40,7 +41,7 @@ _DAMAGED = (tarfile.TarError, EOFError, zlib.error, pa.ArrowException)
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What one task reads."""
+    """Images that one task reads: some files, a row group of a Parquet file, or a tar."""
 
     images: tuple[ImageFile, ...] = ()
     container: Container | None = None
@@ -179,10 +180,10 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A member of a tar, whose header must be whole: `tarfile` takes a damaged header for the end of the file."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tar)
-        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error

@@ -55,7 +55,7 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Where and how predictions are written."""
+    """Folder, format and columns of the predictions."""
 
     folder: str
     """folder of the run"""

@@ -1,4 +1,4 @@
-"""What of a prediction is written already, what is left, and what it says: the run folder of cafo-predict.
+"""The run folder of cafo-predict: what is written already, what is left, and a summary of the predictions.
 
 Images in files of their own count as done by their source and path; the rows of a Parquet file and the images of a tar
 by their place in the file, which must not change.
@@ -28,7 +28,7 @@ _END_BYTES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is left to do."""
+    """Work that is left to do."""
 
     units: list[Unit]
     images: int | None

@@ -33,7 +33,7 @@ from rayjobs.storage.paths import resolve_path
 from rayjobs.tune.classifier import OpenedClassifier, open_chosen, open_saved
 
 SETTINGS = "prediction.json"
-"""What the predictions of a run depend on."""
+"""File of a run: all that its predictions depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,12 @@ def check(settings: Config) -> Checked:
 
 
 def output_of(settings: Config) -> Output:
-    """Where and how the predictions are written."""
+    """Return folder, format and columns of the predictions."""
     return Output(folder=str(settings.run.folder), format=settings.format, top=settings.top, coverage=settings.coverage)
 
 
 def identity(settings: Config, opened: OpenedClassifier) -> dict[str, Any]:
-    """What the predictions of a run depend on."""
+    """Return all that the predictions of a run depend on."""
     return {
         "classifier": file_fingerprint(opened.file),
         "encoders": {name: opened.classifier.encoders[name] for name in opened.sources},

@@ -34,6 +34,9 @@ def test_a_folder_is_checked(tmp_path: Path) -> None:
 
     found = inspect_folder(model, photos)
     assert len(found.paths) == 16
+    groups = dict(zip(found.paths, found.images.groups_of(found.cache).tolist(), strict=True))
+    assert groups[copy] == groups[photos / "green" / "1.png"], "neither votes for the other"
+    assert len(set(groups.values())) == 15
     first = found.label_errors()[0]
     assert (first.path, first.label, first.suggested) == (wrong, "red", "blue")
     assert first.margin < 0

@@ -128,7 +128,7 @@ def describe_sections(cls: Any) -> list[SectionHelp]:
 
 
 def _meaning(cls: Any, section: str) -> str:
-    """What a section is: the docstring of the field that holds it, or else of its class."""
+    """The meaning of a section: the docstring of the field that holds it, or else of its class."""
     if not section:
         return ""
     parent, _, key = section.rpartition(".")

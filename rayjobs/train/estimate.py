@@ -35,7 +35,7 @@ from rayjobs.storage.hub_model import format_bytes
 
 PROBE_S = 2.0
 """Time to spend on training steps."""
-PROBE_LAYERS = 4
+PROBE_LAYERS = 8
 PROBE_PARAMETERS = 300_000_000
 """Size of the largest probe's layers, of which there are at least two and at most `PROBE_LAYERS`."""
 MIN_ROUNDS, MAX_ROUNDS = 3, 10

@@ -10,6 +10,7 @@ from adapter.adaption import AdaptionConfig
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.records.example import Example
+from rayjobs.__main__ import main
 from rayjobs.data.sampler import assign_micro_batches
 from rayjobs.train import estimate as module
 from rayjobs.train.estimate import BYTES_PER_TRAINABLE, TrainingPlan, estimate
@@ -92,8 +93,6 @@ def test_times_grow_with_the_base_and_none_is_negative() -> None:
 def test_a_dry_run_needs_no_weights(
     tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rayjobs.__main__ import main
-
     base = tmp_path / "base"
     base.mkdir()
     for file in tiny_base.iterdir():

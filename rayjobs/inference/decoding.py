@@ -8,7 +8,7 @@ from adapter.generation_config import GenerationConfig
 from rayjobs.config import config
 
 Reading = Literal["generate", "likelihood"]
-"""How a problem of ScienceQA is answered: by a generated text, or by the option with the highest likelihood."""
+"""The way a problem of ScienceQA is answered: by a generated text, or by the option with the highest likelihood."""
 
 
 @config

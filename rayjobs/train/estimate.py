@@ -54,7 +54,7 @@ PROGRAM_BYTES = 900 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What the cost of a run depends on."""
+    """The settings and the shape that the cost of a run depends on."""
 
     shape: DecoderConfig
     adaption: AdaptionConfig
@@ -156,7 +156,7 @@ def estimate(plan: TrainingPlan, examples: Sequence[Example], device: str) -> Es
 
 
 class _Step(NamedTuple):
-    """What a worker computes in one step, on average."""
+    """The work of one worker in one step, on average."""
 
     tokens: float
     """padding included"""
@@ -183,7 +183,7 @@ def _mean_step(plan: TrainingPlan, examples: Sequence[Example], draws: int = 16)
 
 
 class _Cost(NamedTuple):
-    """Of one token."""
+    """The cost of one token."""
 
     train_s: float
     forward_s: float

@@ -18,6 +18,10 @@ from cafo.calibration import Calibration
 from cafo.encoder_spec import EncoderSpec
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.images import load_image
+from cafo.methods import METHODS
+from cafo.methods.base import Features, FewShotImages
+from cafo.methods.choice import fit_and_choose
+from cafo.methods.saved import FewShotClassifier, save_classifier
 from cafo.model import CaFo
 from rayjobs.__main__ import main
 from rayjobs.config import load
@@ -224,6 +228,37 @@ def test_the_encoders_of_sources_that_are_left_out_are_not_needed(place: Path, l
     rows = rows_of(config.run.folder)
     assert {row["path"] for row in rows} == READABLE
     check(rows, model)
+
+
+def test_a_rival_that_a_sweep_has_saved_predicts_too(place: Path, local: list[int]) -> None:
+    clip = open_model(place).encoders["clip"]
+    images = torch.stack([clip.preprocess(load_image(png(100 + number))) for number in range(M)])
+    features, labels = clip.encode_image(images), torch.arange(M) % len(CLASSES)
+    shots = FewShotImages(
+        views=Features(embeddings=features[None]),
+        plain=Features(embeddings=features),
+        labels=labels,
+        classifier=torch.randn(features.shape[1], len(CLASSES), generator=torch.Generator().manual_seed(0)),
+    )
+    method = METHODS["nearest class mean"]
+    chosen = fit_and_choose(method, shots, "crossfit", seed=0)
+    rival = FewShotClassifier(
+        name="nearest class mean",
+        method=method,
+        fitted=chosen.fitted,
+        setting=chosen.setting,
+        class_names=tuple(CLASSES),
+        source="clip",
+        encoders={"clip": clip.identity},
+    )
+    save_classifier(rival, place / "rival.safetensors")
+    config = settings(place, f"classifier={place / 'rival.safetensors'}", "run.name=rival")
+    assert "not calibrated" in cafo_predict.run(config)["notices"]
+    for row in rows_of(config.run.folder):
+        image = clip.preprocess(load_image(CONTENTS[row["path"]]()))
+        p = rival.logits({"clip": clip.encode_image(image[None])}).softmax(dim=-1)[0]
+        assert row["probability_1"] == pytest.approx(float(p.max()), abs=1e-3)
+        assert p[list(CLASSES).index(row["class_1"])] == pytest.approx(float(p.max()), abs=1e-3)
 
 
 def test_the_plan_says_what_is_left(place: Path, local: list[int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,7 +213,8 @@ def _probe(plan: TrainingPlan, step: _Step, device: str) -> _Cost:
     affordable = max(FIRST_TOKENS // 2, int(tokens.numel() * PROBE_S / MIN_ROUNDS / round_s))
     width = max(2, min(round(step.width), affordable))
     tokens, labels = micro_batch(max(1, min(round(step.rows), affordable // width)), width)
-    rounds, end = [], time.monotonic() + PROBE_S
+    rounds: list[dict[str, float]] = []
+    end = time.monotonic() + PROBE_S
     while len(rounds) < MIN_ROUNDS or (len(rounds) < MAX_ROUNDS and time.monotonic() < end):
         rounds.append(_time_probes(plan, probes, tokens, labels, device))
     times = {name: min(one[name] for one in rounds) / tokens.numel() for name in rounds[0]}

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from rayjobs.data.records import RecordsConfig
-from rayjobs.storage.files import read_parquet, write_parquet
+from rayjobs.errors import DataError
+from rayjobs.storage.files import read_json, write_json
 
-SCHEMA = pa.schema([("digest", pa.int64())])
 _NOT_CONTENT = ("place", "notes", "group")
 """Keys of a record that say where it stands, or follow from its other keys."""
 
@@ -57,9 +55,12 @@ def held_out_records(records: RecordsConfig) -> Iterator[dict[str, Any]]:
 
 def write_digests(path: str | Path, digests: set[int]) -> None:
     """Write digests, sorted, so that equal records give equal files."""
-    write_parquet(path, pa.table({"digest": sorted(digests)}, SCHEMA), SCHEMA)
+    write_json(path, sorted(digests))
 
 
 def read_digests(path: str | Path) -> set[int]:
     """Read what `write_digests` wrote. Raises DataError for a damaged file."""
-    return set(read_parquet(path)["digest"].to_pylist())
+    digests = read_json(path)
+    if not isinstance(digests, list) or not all(isinstance(digest, int) for digest in digests):
+        raise DataError(f"{path}: expected a list of numbers, got {digests!r:.60}")
+    return set(digests)

@@ -14,10 +14,10 @@ from rayjobs.storage.hub import HubPath, ask_hub, hub_copy, hub_snapshot, pin
 
 logger = logging.getLogger(__name__)
 
-TRAINED_RECORDS_FILE = "trained_records.parquet"
+TRAINED_RECORDS_FILE = "trained_records.json"
 """Digests of the records that an adapter was trained on (`rayjobs.data.trained_records`)."""
 
-SETTINGS = ("*.json", "*.jinja", "*.yaml", "tokenizer.model*", "merges.txt", TRAINED_RECORDS_FILE)
+SETTINGS = ("*.json", "*.jinja", "*.yaml", "tokenizer.model*", "merges.txt")
 """Patterns of the small files in a repository's top folder."""
 TEMPLATES = "additional_chat_templates/"
 

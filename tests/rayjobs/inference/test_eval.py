@@ -72,7 +72,7 @@ def test_records_that_the_adapter_was_trained_on_are_known_one_by_one(
         assert overlap(adapter, other) == (len(rows), 0)
         assert overlap(adapter, other, moved) == (2 * len(rows), trained)
         assert overlap(None, moved) == (len(rows), 0)
-    (tmp_path / "run" / TRAINED_RECORDS_FILE).write_bytes(b"PAR1")
+    (tmp_path / "run" / TRAINED_RECORDS_FILE).write_text("[1, ")
     with pytest.raises(DataError, match="a damaged list"):
         overlap(adapter, moved)
 

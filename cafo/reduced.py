@@ -29,7 +29,7 @@ _INTERVALS = 1 << 22
 """intervals that are computed at once"""
 _BETAS = 64
 """values of β that they are computed at, or fewer"""
-_NEAR = 2e-3
+_NEAR = 1e-2
 """An end of an interval of α that is nearer than this (relative) may be on the other side by rounding."""
 
 _T = TypeVar("_T")
@@ -132,7 +132,6 @@ def reduce_images(images: HeldOutImages, low: float, high: float) -> ReducedImag
     """
     rows = torch.arange(len(images.labels), device=images.labels.device)
     slots = class_slots(images.key_labels, images.classes)
-    spill = Spill()
     correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
     deviation = torch.empty(len(rows), device=rows.device)
 
@@ -142,9 +141,9 @@ def reduce_images(images: HeldOutImages, low: float, high: float) -> ReducedImag
         deviation[at] = block.zero_shot.float().std(dim=1)
         return _keep(reduce_block(block, at, slots, low, high), spill)
 
-    groups = [
-        group for of_block in _map_blocks(read_block, rows.split(IMAGES_PER_BLOCK), rows.device) for group in of_block
-    ]
+    with Spill() as spill:
+        blocks = _map_blocks(read_block, rows.split(IMAGES_PER_BLOCK), rows.device)
+    groups = [group for of_block in blocks for group in of_block]
     return ReducedImages(
         images=images, groups=groups, zero_shot_correct=correct, zero_shot_deviation=deviation, rows=rows
     )

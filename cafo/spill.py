@@ -21,11 +21,18 @@ _BYTES_IN_MEMORY = 256 << 20
 
 
 class Spill:
-    """Keeps float32 tensors, from several threads."""
+    """Keeps float32 tensors, from several threads. They outlive the end of its `with` block, which takes no more."""
 
     def __init__(self) -> None:
         self._bytes, self._lock = 0, Lock()
         self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()  # what is mapped stays mapped
 
     def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return equal tensors, in the file if those in memory are many already.
@@ -55,7 +62,7 @@ class Spill:
 
     def _write(self, flat: Tensor) -> Tensor:
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as anything is written
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         start = self._file.seek(0, 2)
         self._file.write(flat.numpy().data)
         self._file.flush()

@@ -153,7 +153,16 @@ def _keep(groups: Sequence[ReducedGroup], spill: Spill) -> list[ReducedGroup]:
     """Return a block's groups, whose large tensors may be in a file."""
     large = ("zero_shot", "standard_zero_shot", "sums", "means", "products")
     kept = iter(spill.keep([getattr(group, name) for group in groups for name in large]))
-    return [group._replace(**{name: next(kept) for name in large}) for group in groups]
+    return [
+        group._replace(
+            zero_shot=next(kept),
+            standard_zero_shot=next(kept),
+            sums=next(kept),
+            means=next(kept),
+            products=next(kept),
+        )
+        for group in groups
+    ]
 
 
 def _map_blocks(function: Callable[[_T], _R], items: Iterable[_T], device: torch.device) -> list[_R]:

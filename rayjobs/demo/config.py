@@ -141,7 +141,7 @@ class AdaptersConfig:
 
 @config
 class PretrainedConfig:
-    """What SmolLM2-135M-Instruct, a real LLaMA, learns."""
+    """The training of SmolLM2-135M-Instruct, a real LLaMA, and its test records."""
 
     use: bool = True
     """Adapt it too. Its weights, 92 MB, come out of the package index once; without them this part is skipped."""

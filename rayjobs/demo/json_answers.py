@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adapter.generation_config import GenerationConfig
 from adapter.model import AdaptedModel
 from adapter.templates import ChatTemplate
 from rayjobs.cluster.device import default_device
@@ -47,7 +48,7 @@ def json_answer(answer: str) -> str:
 
 
 def is_json_answer(text: str) -> bool:
-    """Whether a text is JSON with exactly the two keys, and values of their types."""
+    """Return whether a text is JSON with exactly the two keys, and values of their types."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -61,7 +62,7 @@ def is_json_answer(text: str) -> bool:
 
 
 def has_right_answer(text: str, record: Mapping[str, str]) -> bool:
-    """Whether a text, in this form or in any other, has the right answer in it."""
+    """Return whether a text, in this form or in any other, has the right answer in it."""
     return json.loads(record["output"])["answer"].lower() in text.lower()
 
 
@@ -100,8 +101,8 @@ def _share(count: int, total: int) -> str:
 def _answers(model: AdaptedModel, records: Mapping[str, Records]) -> Answers:
     own = model.tokenizer.chat_template
     assert own is not None, "SmolLM2's file has a chat template"
-    given = {"template": ChatTemplate(source=own), "max_new_tokens": 32, "temperature": 0}
-    return {new: model.answer_records(of_new, **given) for new, of_new in records.items()}
+    template, decoding = ChatTemplate(source=own), GenerationConfig(max_new_tokens=32, temperature=0)
+    return {new: model.answer_records(of_new, decoding, template=template) for new, of_new in records.items()}
 
 
 def _records(kinds: dict[str, facts.Kind], seed: int, *, test: bool | None) -> Iterator[dict[str, str]]:

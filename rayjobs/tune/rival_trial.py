@@ -31,7 +31,7 @@ CHOSEN_ON: dict[Select, SelectMethod] = {
     "leave_one_out": "crossfit",
     "prior": "none",
 }
-"""What CaFo's choice is made on → what a rival's is made on."""
+"""{the images that CaFo chooses on: those that a rival does}"""
 
 
 def run_rival(trial: Trial, shared: SharedInputs, search: SearchConfig, folder: Path) -> TrialResult:

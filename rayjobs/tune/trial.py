@@ -332,6 +332,6 @@ def open_cache(folder: Path, trial: str) -> Cache:
 
 
 def open_classifier(folder: Path, trial: str) -> Cache | FewShotClassifier:
-    """What a trial has written below `folder`: a cache, or a rival's classifier."""
+    """Return what a trial has written below `folder`: a cache, or a rival's classifier."""
     path = folder / trial / RIVAL
     return load_classifier(cached_path(path)) if path.exists() else open_cache(folder, trial)

@@ -16,6 +16,7 @@ from rayjobs.console import setup_logging
 from rayjobs.demo import notes
 from rayjobs.demo.cafo_settings import BASELINES, CASCADE
 from rayjobs.demo.config import TinyLlamaConfig
+from rayjobs.demo.json_answers import held_out_records
 from rayjobs.demo.llama import train_llama
 from rayjobs.demo.world import Training, train_model
 from rayjobs.jobs import demo
@@ -151,6 +152,20 @@ def test_the_terminal_shows_stages_time_left_answers_and_where_the_report_is(sto
     for row in result["answers about scans"]:
         assert all(row[name] in terminal for name in demo.ADAPTERS)
     assert f"report: {storage / 'demo' / 'report.html'}" in terminal
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_real_llama_learns_to_answer_in_json(cluster: None, smollm2_gguf: Path, tmp_path: Path) -> None:
+    settings = load(demo.Config, None, [f"run.storage={tmp_path}", "pretrained.held_out=60"])
+    accuracy, examples = demo.run_json_answers(settings, smollm2_gguf, {"json": "json"})
+    assert [row["frozen base"] for row in accuracy] == ["0.0 (0 of 40)", "0.0 (0 of 20)"]
+    assert all(float(row["with adapter"].split()[0]) > 80 for row in accuracy)
+    before, _, taken_off = read_json(tmp_path / "demo" / "json" / demo.JSON_ANSWERS)
+    assert taken_off == before
+    assert {row["instruction"] for row in examples} <= {
+        record["instruction"] for of_new in held_out_records(60, 0).values() for record in of_new
+    }
 
 
 def test_a_stand_in_is_a_base_like_any_other_and_the_same_in_every_run(tmp_path: Path) -> None:

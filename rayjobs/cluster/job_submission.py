@@ -41,8 +41,8 @@ def job_command(
 ) -> list[str]:
     """Return the command that runs on the head node.
 
-    config_class: the job's `Config`. config: the settings file, or the name of one of this package. overrides: settings as
-    `section.key=value`.
+    config_class: the job's `Config`. config: the settings file, or the name of one of this package. overrides: settings
+    as `section.key=value`.
 
     Raises UserError for files that would be missing there, and for outputs that would be lost with the job's folder.
     """

@@ -31,7 +31,7 @@ class AdapterConfig:
     at 1, and `prefix`, an ordinary prefix that shares one softmax with the words."""
 
     def adaption(self, vision: ImageProjectionConfig | None) -> AdaptionConfig:
-        """Return the shape that the adapter library takes; vision: the projection of image features, if there are any."""
+        """Return the shape that the adapter library takes; vision: the projection of image features, if any."""
         from adapter.adaption import AdaptionConfig, Gate
 
         gates: dict[str, Gate] = {"zero-init": "tanh", "rand-init": "one", "prefix": "prefix"}

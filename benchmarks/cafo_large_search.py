@@ -83,7 +83,7 @@ def make(folder: Path, classes: int, keys_per_class: int, images: int, seed: int
 
 @dataclass
 class Measured:
-    """What a step took."""
+    """The time and memory that a step took."""
 
     cpu_s: float = 0.0
     wall_s: float = 0.0

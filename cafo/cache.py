@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +29,8 @@ from torch.nn import functional as F
 from cafo.calibration import Calibration
 from cafo.ensemble import Combination, Ensemble, combine
 from cafo.errors import CafoError
-from cafo.files import atomic_path, is_lfs_pointer
+from cafo.files import atomic_path
+from cafo.tensor_file import read_tensor_file
 
 FORMAT = "cafo-cache-1"
 
@@ -214,30 +214,10 @@ def load_cache(path: str | Path) -> Cache:
         CafoError: the file is missing, cut short, a Git LFS pointer, or not a cache of this format, or its tensors hold
             NaN or infinity.
     """
-    if not Path(path).is_file():
-        raise CafoError(f"no cache at {path}; train one first")
-    if is_lfs_pointer(path):
-        raise CafoError(f"{path} is a Git LFS pointer, not the cache itself; run `git lfs pull`")
-    try:
-        return _read_cache(path)
-    except (SafetensorError, LookupError, ValueError, TypeError) as error:
-        if isinstance(error, CafoError):
-            raise
-        raise CafoError(
-            f"{path} is no whole {FORMAT} file ({error!r}; {Path(path).stat().st_size:,} bytes); copy it again, or "
-            "delete it and train it again"
-        ) from error
+    return read_tensor_file(path, FORMAT, _build_cache, content="cache", make="train")
 
 
-def _read_cache(path: str | Path) -> Cache:
-    with safe_open(str(path), "pt") as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise CafoError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
-        # Copied, since the last bits of a product may depend on the memory alignment of its factors.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise CafoError(f"{path}: {', '.join(broken)} hold NaN or infinity; delete the file and train it again")
+def _build_cache(header: Mapping[str, str], tensors: dict[str, Tensor]) -> Cache:
     ensemble = json.loads(header["ensemble"])
     if ensemble["sources"] is not None:
         ensemble["sources"] = tuple(ensemble["sources"])

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cafo.errors import CafoError
-from cafo.files import atomic_path, is_lfs_pointer
+from cafo.files import atomic_path
 from cafo.methods import find_method
 from cafo.methods.base import Features, Fitted, Method, Setting
+from cafo.tensor_file import read_tensor_file
 
 FORMAT = "few-shot-method-1"
 
@@ -101,30 +101,10 @@ def load_classifier(path: str | Path) -> FewShotClassifier:
         CafoError: the file is missing, cut short, a Git LFS pointer, or not of this format, its method is unknown, or
             its tensors hold NaN or infinity.
     """
-    if not Path(path).is_file():
-        raise CafoError(f"no classifier at {path}; fit one first")
-    if is_lfs_pointer(path):
-        raise CafoError(f"{path} is a Git LFS pointer, not the classifier itself; run `git lfs pull`")
-    try:
-        return _read_classifier(path)
-    except (SafetensorError, LookupError, ValueError, TypeError) as error:
-        if isinstance(error, CafoError):
-            raise
-        raise CafoError(
-            f"{path} is no whole {FORMAT} file ({error!r}; {Path(path).stat().st_size:,} bytes); copy it again, or "
-            "delete it and fit it again"
-        ) from error
+    return read_tensor_file(path, FORMAT, _build_classifier, content="classifier", make="fit")
 
 
-def _read_classifier(path: str | Path) -> FewShotClassifier:
-    with safe_open(str(path), "pt") as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise CafoError(f"{path} is not a {FORMAT} file (its header says {header.get('format')!r})")
-        # Copied, since the last bits of a product may depend on the memory alignment of its factors.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise CafoError(f"{path}: {', '.join(broken)} hold NaN or infinity; delete the file and fit it again")
+def _build_classifier(header: Mapping[str, str], tensors: dict[str, Tensor]) -> FewShotClassifier:
     method = find_method(header["method"], json.loads(header["constants"]))
     setting = json.loads(header["setting"])
     return FewShotClassifier(

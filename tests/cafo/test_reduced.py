@@ -42,7 +42,7 @@ def test_sums_at_any_beta_follow_from_those_at_the_nodes(high, width):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_intervals_are_those_of_all_classes(seed):
-    """Of an image's classes only some are kept, and at no β, for no ensemble, would another have mattered."""
+    """Only some of an image's classes are kept, and no other would have mattered at any β for any ensemble."""
     data = setup(seed, ragged=seed == 1, classes=61, images=47, noise=1.1)
     images = HeldOut(*data)
     reduced = reduce_images(images, 0.1, 12.0)

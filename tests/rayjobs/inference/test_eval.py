@@ -46,7 +46,7 @@ def overlap(adapter: str | None, *paths: Any, **more: Any) -> tuple[int, int | N
 
 
 def leave_digests(folder: Path, data: dict[str, Any]) -> None:
-    """What a run of adapter-train leaves of its records."""
+    """Write the digests that a run of adapter-train leaves of its records."""
     write_digests(folder / TRAINED_RECORDS_FILE, trained_digests(load(DataConfig, data)))
 
 

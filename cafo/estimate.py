@@ -9,7 +9,6 @@ Legend: B images, F folds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +20,10 @@ from cafo.ensemble import Ensemble
 from cafo.reduced import ReducedImages
 from cafo.search import search_reduced
 from cafo.search_grid import BetaGrid
+from cafo.wilson import wilson_interval
 
 _BETAS = 40
 """values of β that each fold's choice is made among"""
-_Z95 = 1.959963984540054
-"""the 97.5% quantile of the normal distribution"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +46,6 @@ class Estimate:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.accuracy:.1%}, 95% interval {low:.1%} to {high:.1%}, from {self.total:.0f} held-out images"
-
-
-def wilson_interval(share: float, total: float) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a share that was seen in `total` independent cases.
-
-    Unlike the normal interval it keeps its coverage with few cases and near 0 and 1, and never leaves [0, 1].
-    """
-    z2 = _Z95**2 / total
-    centre = (share + z2 / 2) / (1 + z2)
-    half = _Z95 / (1 + z2) * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_Z975 = 1.959963984540054
-"""the 97.5% quantile of the normal distribution"""
+from cafo.wilson import Z95
+
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
 
@@ -65,7 +65,7 @@ def student_t975(freedom: int) -> float:
     """
     if freedom <= len(_T975):
         return _T975[freedom - 1]
-    z, n = _Z975, freedom
+    z, n = Z95, freedom
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / n + second / n**2 + third / n**3

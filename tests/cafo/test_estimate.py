@@ -6,9 +6,10 @@ from scipy.stats import binomtest
 
 from cafo.cross_fit import leave_one_out, stratified_folds
 from cafo.ensemble import Ensemble
-from cafo.estimate import Estimate, estimate_accuracy, wilson_interval
+from cafo.estimate import Estimate, estimate_accuracy
 from cafo.search import reduce_for_search, search
 from cafo.search_grid import BetaGrid
+from cafo.wilson import wilson_interval
 from tests.cafo.test_cross_fit import problem
 
 

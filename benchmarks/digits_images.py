@@ -102,7 +102,7 @@ def _accuracy(name: str, folder: Path, run: Path | None, values: dict[str, Any],
     evals = {"name": name.replace(" ", "-"), "storage": str(out / "evals")}
     settings = question_eval_settings(values, run / "adapter.safetensors" if run else None, folder, evals)
     accuracy = adapter_eval.run(load(adapter_eval.Config, settings))["accuracy_by_class"][1]
-    return {group: float(accuracy[group]) for group in ("IMG", "TXT")}
+    return {group: float(accuracy[group].split()[0]) for group in ("IMG", "TXT")}
 
 
 def shuffle_images(questions: Path, shuffled: Path, seed: int) -> None:

@@ -19,6 +19,7 @@ from adapter.model import AdaptedModel
 from adapter.templates import ChatTemplate
 from rayjobs.cluster.device import default_device
 from rayjobs.demo import facts
+from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.storage.files import read_json, write_json
 
 TEST_SHARE = 0.25
@@ -95,7 +96,7 @@ def compare_answers(records: Mapping[str, Records], answers: list[Answers], exam
 
 
 def _share(count: int, total: int) -> str:
-    return f"{100 * count / total:.1f} ({count} of {total})"
+    return f"{accuracy_cell([count / total], total)} ({count} of {total})"
 
 
 def _answers(model: AdaptedModel, records: Mapping[str, Records]) -> Answers:

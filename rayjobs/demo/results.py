@@ -10,6 +10,7 @@ from adapter.model import AdaptedModel
 from adapter.records.scienceqa import LETTERS, Problem
 from rayjobs.cluster.device import default_device
 from rayjobs.demo import notes
+from rayjobs.reporting.tables import accuracy_cell
 
 Table = list[dict[str, Any]]
 Records = list[dict[str, str]]
@@ -40,7 +41,8 @@ def exact_answers(
     accuracy, examples = [], []
     for task, of_task in records.items():
         expected = [record["output"] for record in of_task]
-        before, after = (f"{100 * sum(map(str.__eq__, given, expected)) / len(of_task):.1f}" for given in answers[task])
+        shares = [sum(map(str.__eq__, given, expected)) / len(of_task) for given in answers[task]]
+        before, after = (accuracy_cell([share], len(of_task)) for share in shares)
         accuracy.append({"instruction": task, "frozen base": before, "with adapter": after})
         for record, of_base, adapted in list(zip(of_task, *answers[task], strict=True))[:2]:
             question = {"instruction": record["instruction"], "note": record["input"]}

@@ -21,7 +21,7 @@ from adapter.templates import Template
 from rayjobs.inference.batch import Record
 from rayjobs.inference.decoding import Reading
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first
-from rayjobs.reporting.tables import markdown_table, write_csv
+from rayjobs.reporting.tables import accuracy_cell, markdown_table, write_csv
 from rayjobs.storage.files import write_text
 
 MAX_ANSWER_TOKENS = 32
@@ -138,10 +138,11 @@ def summarize(name: str, problems: list[Problem], predictions: pa.Table, folder:
     predicted = [None if letter is None else LETTERS.index(letter) for letter in letters]
     counts, rows = tabulate(name, problems, predicted)
     columns, lines = accuracy_table(counts, rows)
+    overall = accuracy_cell([rows[0].accuracy[AVERAGE] / 100], len(problems), unit="%")
     write_text(folder / "table.md", markdown_table(columns, lines))
     write_csv(folder / "table.csv", columns, lines)
     return {
-        "headline": f"{rows[0].accuracy[AVERAGE]:.2f}% of {len(problems):,} problems",
+        "headline": f"{overall} of {len(problems):,} problems",
         "problems": len(problems),
         "with_image": sum(bool(problem.image) for problem in problems),
         "accuracy": round(rows[0].accuracy[AVERAGE], 2),
@@ -173,7 +174,15 @@ def prediction_examples(
 
 
 def accuracy_table(counts: dict[str, int], rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines: percent by class; the first line is the number of problems, then each model and baseline."""
+    """Columns and lines: percent by class; the first line is the number of problems, then each model and baseline.
+
+    The model's own accuracies, the first of `rows`, have 95% intervals; published ones stand as they are printed.
+    """
     classes = (*CLASSES, AVERAGE)
-    lines = [[row.name, *(f"{row.accuracy[c]:.2f}" if c in row.accuracy else "" for c in classes)] for row in rows]
-    return ["accuracy, %", *classes], [["problems here", *(str(counts[c]) for c in classes)], *lines]
+    own, *others = rows
+    cells = [accuracy_cell([own.accuracy[c] / 100], counts[c]) if c in own.accuracy else "" for c in classes]
+    lines = [[row.name, *(f"{row.accuracy[c]:.2f}" if c in row.accuracy else "" for c in classes)] for row in others]
+    return (
+        ["accuracy, %", *classes],
+        [["problems here", *(str(counts[c]) for c in classes)], [own.name, *cells], *lines],
+    )

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from cafo.dataset_checks import class_changes
 from cafo.datasets import Dataset
+from cafo.methods.base import reads_unprojected
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import load, replace_paths, to_dict
 from rayjobs.console import show_table
@@ -28,11 +29,11 @@ from rayjobs.reporting.accuracy_tables import (
     accuracy_table,
     by_method,
     published_rows,
-    summary,
     write_tables,
 )
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.paired_differences import differences_table
+from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
 from rayjobs.storage.files import read_json, write_jsonl
@@ -43,6 +44,7 @@ from rayjobs.tune.evaluation import TargetScore, check_opening, record_opening, 
 from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
+from rayjobs.tune.rivals import open_rivals
 from rayjobs.tune.selection import ChosenSetting, best_choice, check_reference, reference_method
 
 
@@ -108,7 +110,11 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     targets = open_targets(swept.data.open(), settings.targets)
     own, own_dataset = next(iter(targets.items()))
     lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
-    encoders = open_encoders({name: swept.encoders[name] for name in used_encoders(chosen)})
+    rivals, used = open_rivals(swept.space), used_encoders(chosen)
+    encoders = open_encoders(
+        {name: swept.encoders[name] for name in used},
+        {c.setting.encoders[0] for c in chosen if c.setting.rival and reads_unprojected(rivals[c.setting.rival])},
+    )
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     names = (trial.trial for choice in chosen for trial in choice.seeds)
     check_same_caches(trials, names, own_dataset.class_names, identities)
@@ -211,10 +217,12 @@ def find_leaks(folder: Path, lists: Mapping[str, ImageList], features: Mapping[s
 
 def _headline(target: str, scores: Sequence[TargetScore], chosen: Sequence[ChosenSetting]) -> dict[str, Any]:
     best = best_choice(chosen)
-    accuracies = [score.accuracy for score in scores if (score.method, score.shots) == (best.method, best.shots)]
+    of_best = [score for score in scores if (score.method, score.shots) == (best.method, best.shots)]
+    accuracies = [score.accuracy for score in of_best]
+    told = accuracy_cell(accuracies, of_best[0].images, unit="%")
     zero_shot = max(score.accuracy for score in scores if score.shots is None)
     return {
-        "headline": f"{summary(accuracies)}% on {target}'s test with {best.method} at {best.shots} shots",
+        "headline": f"{told} on {target}'s test with {best.method} at {best.shots} shots",
         "test_accuracy": round(100 * statistics.mean(accuracies), 2),
         "zero_shot_accuracy": round(100 * zero_shot, 2),
     }

@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from cafo.choice_names import Select
 from cafo.datasets import Dataset
+from cafo.methods.base import reads_unprojected
 from rayjobs.cluster.ray_init import connect
 from rayjobs.config import to_dict
 from rayjobs.console import show_table
-from rayjobs.data.feature_store import FeatureStore, open_encoders
+from rayjobs.data.feature_store import FeatureStore, open_encoders, open_projection
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
 from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list
@@ -24,6 +25,7 @@ from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.cafo_tune import Config
 from rayjobs.lifecycle import job
+from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, open_run
@@ -172,7 +174,10 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, 
     data, cache, resources = settings.data, settings.run.cache_folder, settings.scale.resources()
     generated = {count: data.generated_images(dataset, count) for count in {setting.generated for setting in tried}}
     used = dict.fromkeys(name for setting in tried for name in setting.encoders)
-    encoders = open_encoders({name: settings.encoders[name] for name in used})
+    rivals = open_rivals(settings.space)
+    of_rivals = [(setting, rivals[setting.rival]) for setting in tried if setting.rival]
+    unprojected = {setting.encoders[0] for setting, method in of_rivals if reads_unprojected(method)}
+    encoders = open_encoders({name: settings.encoders[name] for name in used}, unprojected)
     root, most_generated = generated[max(generated)]
     views = settings.features.views
     others = [ImageList(role="generated", root=root, items=most_generated, views=views)]
@@ -186,14 +191,9 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, 
         workers=settings.scale.workers.max,
         resources=resources,
     )
-    rivals = open_rivals(settings.space)
     plain = plain or bool(rivals) or made_on != {"val"}
     images = encode_few_shot(store, few_shot_plan(settings, dataset), views, others, plain=plain)
-    read_each = {
-        (setting.encoders[0], setting.sentences)
-        for setting in tried
-        if setting.rival and reads_sentences(rivals[setting.rival])
-    }
+    read_each = {(setting.encoders[0], setting.sentences) for setting, method in of_rivals if reads_sentences(method)}
     classifiers = {
         (name, kind): prepare_classifier(
             encoders[name],
@@ -212,6 +212,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, 
         classifiers=classifiers,
         identities={name: encoder.identity for name, encoder in encoders.items()},
         rivals=rivals,
+        projections={name: open_projection(name, encoders[name]) for name in sorted(unprojected)},
     )
 
 
@@ -222,7 +223,9 @@ def summarize(dataset: Dataset, chosen: list[ChosenSetting], results: list[Trial
     if estimate is not None:
         headline = f"estimated accuracy {estimate} {at}"
     elif best.accuracy is not None:
-        headline = f"{best.accuracy:.2%} on val {at}"
+        images = {result.trial: result.images for result in results}
+        accuracies = [seed.accuracy for seed in best.seeds if seed.accuracy is not None]
+        headline = f"{accuracy_cell(accuracies, images.get(best.seeds[0].trial), unit='%')} on val {at}"
     else:
         headline = f"{best.method} at {best.shots} shots, with the expected α and β: no image was held out"
     figures: dict[str, Any] = {"headline": headline, "data_set": dataset.name}

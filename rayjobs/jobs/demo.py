@@ -149,8 +149,8 @@ def run(settings: Config) -> dict[str, Any]:
     for title, rows in tables.items():
         show_table(title, list(rows[0]), [[str(cell) for cell in row.values()] for row in rows])
     result = {
-        "headline": f"CaFo {list(cafo_rows[-1].values())[-1]}% on scans; LLaMA-Adapter "
-        f"{question_rows[-1]['about a scan']}% on questions about them",
+        "headline": f"CaFo {_without_interval(list(cafo_rows[-1].values())[-1])}% on scans; LLaMA-Adapter "
+        f"{_without_interval(question_rows[-1]['about a scan'])}% on questions about them",
         "about": ABOUT.format(val=settings.world.digits.val, test=settings.world.digits.test),
         **tables,
         "reports of the steps": [
@@ -296,6 +296,10 @@ def run_questions(settings: Config, world: World, names: Mapping[str, str]) -> t
     problems = read_problems(questions, "test")
     write_examples(folder, *prediction_examples(problems, predictions[ADAPTERS[-1]], questions))
     return accuracy, read_jsonl(metrics), compare_answers(problems, predictions)
+
+
+def _without_interval(accuracy: str) -> str:
+    return accuracy.partition(" [")[0]
 
 
 def _plot_losses(folder: Path, metrics: Mapping[str, Table]) -> None:

@@ -9,7 +9,7 @@ from cafo import paper_results
 from cafo.ensemble import NOTHING, table5
 from cafo.ensemble import ZERO_SHOT as ON_ZERO_SHOT
 from rayjobs.models.encoder import VisionEncoderConfig
-from rayjobs.reporting.tables import markdown_table, mean_and_deviation, write_csv
+from rayjobs.reporting.tables import accuracy_cell, markdown_table, write_csv
 from rayjobs.storage.files import write_text
 
 ZERO_SHOT = "CLIP zero-shot"
@@ -17,11 +17,6 @@ PUBLISHED = "CaFo, published"
 
 ColumnsAndLines = tuple[list[str], list[list[str]]]
 """The columns of a table, and its lines."""
-
-
-def summary(accuracies: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, in percent; the mean alone if all values are equal, as without shots."""
-    return mean_and_deviation(accuracies if len(set(accuracies)) > 1 else accuracies[:1], digits=2, factor=100)
 
 
 def published_rows(
@@ -123,9 +118,13 @@ def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, li
 
 
 def accuracy_table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]) -> ColumnsAndLines:
-    """Columns and lines of a table, shots across and methods down, from rows {method, shots, accuracy} of one target.
+    """Columns and lines of a table, shots across and methods down; a cell is an `accuracy_cell` in percent.
 
     A method without shots has its accuracy in every column. The paper's rows follow, where they have one of our shots.
+
+    Args:
+        rows: {method, shots, accuracy, images} of one target, a row for each seed.
+        paper: {row: {shots: percent}}.
     """
     shots = sorted({row["shots"] for row in rows if row["shots"] is not None})
     # Every method has cells at the most shots; with K = 0 only those that use generated images do.
@@ -133,12 +132,15 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mappin
     lines = []
     for method in methods:
         of_method = [row for row in rows if row["method"] == method]
-        cells = [[row["accuracy"] for row in of_method if row["shots"] in (None, k)] for k in shots]
-        lines.append([method, *[summary(cell) if cell else "" for cell in cells]])
+        lines.append([method, *(_cell([row for row in of_method if row["shots"] in (None, k)]) for k in shots)])
     for name, published in paper.items():
         if set(published) & set(shots):
             lines.append([name, *[f"{published[k]:.2f}" if k in published else "" for k in shots]])
     return ["method", *[f"{k} shots" if k != 1 else "1 shot" for k in shots]], lines
+
+
+def _cell(rows: Sequence[Mapping[str, Any]]) -> str:
+    return accuracy_cell([row["accuracy"] for row in rows], rows[0]["images"]) if rows else ""
 
 
 def _most_shots_first(row: Mapping[str, Any]) -> float:

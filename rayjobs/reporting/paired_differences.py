@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cafo.wilson import Z95
+from rayjobs.reporting.tables import supported_decimals
 
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
@@ -47,14 +48,18 @@ def _differences(
 
 
 def mean_and_interval(differences: Sequence[float]) -> str:
-    """The mean of differences with its 95% interval, such as `+0.52 [-0.10, +1.14]`; the mean alone of one."""
+    """The mean of differences with its 95% interval, such as `+0.5 [-1.1, +2.1]`; the mean alone of one.
+
+    It has the decimals that half the interval's width supports.
+    """
     if not differences:
         return ""
     mean = statistics.mean(differences)
     if len(differences) == 1:
         return f"{mean:+.2f}"
     half = student_t975(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    decimals = supported_decimals(half, 2)
+    return f"{mean:+.{decimals}f} [{mean - half:+.{decimals}f}, {mean + half:+.{decimals}f}]"
 
 
 def student_t975(freedom: int) -> float:

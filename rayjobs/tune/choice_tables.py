@@ -15,10 +15,12 @@ def choice_tables(
 ) -> dict[str, list[dict[str, str]]]:
     """The tables by title, each a list of rows; a table without rows is left out."""
     on_val = all(choice.select == "val" for choice in chosen)
+    images = {result.trial: result.images for _, result in results}
     rows = [
-        {"method": choice.method, "shots": choice.shots, "accuracy": choice.accuracy}
+        {"method": choice.method, "shots": choice.shots, "accuracy": seed.accuracy, "images": images.get(seed.trial)}
         for choice in chosen
-        if choice.accuracy is not None
+        for seed in choice.seeds
+        if seed.accuracy is not None
     ]
     columns, lines = accuracy_table(rows, {}) if rows else ([], [])
     tables = {

@@ -14,7 +14,7 @@ from cafo.methods.saved import load_classifier
 from rayjobs.config import load
 from rayjobs.jobs import cafo, cafo_eval, cafo_tune
 from rayjobs.models.encoder import VisionEncoderConfig
-from rayjobs.reporting.accuracy_tables import accuracy_table, published_rows, summary
+from rayjobs.reporting.accuracy_tables import accuracy_table, published_rows
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.tune.search_space import Setting
@@ -26,19 +26,18 @@ FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.e
 
 
 def test_the_table_has_the_papers_shape() -> None:
+    cells = [("CLIP zero-shot", None, 0.5), *(("CaFo", k, a) for k, a in ((0, 0.55), (0, 0.55), (1, 0.6), (1, 0.62)))]
     rows = [
-        {"method": "CLIP zero-shot", "shots": None, "accuracy": 0.5},
-        *[{"method": "CaFo", "shots": k, "accuracy": a} for k, a in ((0, 0.55), (0, 0.55), (1, 0.6), (1, 0.62))],
-        {"method": "CaFo", "shots": 16, "accuracy": 0.7},
+        {"method": method, "shots": k, "accuracy": accuracy, "images": 1000}
+        for method, k, accuracy in (*cells, ("CaFo", 16, 0.7))
     ]
     columns, lines = accuracy_table(rows, {"CaFo, published": {1: 91.85, 2: 92.37}, "of no use": {8: 93.83}})
     assert columns == ["method", "0 shots", "1 shot", "16 shots"]
     assert lines == [
-        ["CLIP zero-shot", "50.00", "50.00", "50.00"],
-        ["CaFo", "55.00", "61.00 ± 1.41", "70.00"],  # without shots nothing varies
+        ["CLIP zero-shot", *["50.0 [46.9, 53.1]"] * 3],
+        ["CaFo", "55.0 [51.9, 58.1]", "61.0 ± 1.4 [57.9, 64.0]", "70.0 [67.1, 72.8]"],  # without shots nothing varies
         ["CaFo, published", "", "91.85", ""],
     ]
-    assert summary([0.25]) == "25.00"
 
 
 def test_published_figures_stand_beside_the_same_data_and_encoders_only() -> None:

@@ -35,7 +35,7 @@ def test_settings_are_compared_by_accuracy_then_validation_loss_then_training_lo
 def test_the_best_setting_has_the_best_mean_over_seeds_and_is_the_first_on_ties() -> None:
     losses = [("n_layers 1", 2.0), ("n_layers 1", 4.0), ("n_layers 2", 3.5), ("n_layers 2", 2.5), ("n_layers 3", 3.1)]
     results = [replace(RESULT, setting=setting, val_loss=loss) for setting, loss in losses]
-    assert best_setting(results) == ("n_layers 1", "n_layers 1, val loss 3.0000 ± 1.4142")
+    assert best_setting(results) == ("n_layers 1", "n_layers 1, val loss 3.0 ± 1.4")
     accurate = [replace(result, accuracy=10.0 * i) for i, result in enumerate(results)]
     assert best_setting(accurate) == ("n_layers 3", "n_layers 3, accuracy 40.00")
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cafo.clip_projection import split_projection
 from cafo.encoder_spec import EncoderSpec, Precision
 from cafo.encoder_weights import build_clip, clean_state, load_state, read_state, weight_file
 from cafo.errors import EncoderError, refuse_text
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from cafo.methods.base import Projection
 
 
 class Encoder(Protocol):
@@ -206,6 +209,32 @@ class ClipEncoder(ImageEncoder):
         refuse_text(sentences, "sentences")
         tokens = self.tokenizer(list(sentences)).to(next(self.model.parameters()).device)
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
+
+    @property
+    def projection(self) -> Projection:
+        """The last layer of the image encoder, in float32 on the CPU.
+
+        Raises:
+            EncoderError: the image encoder does not end with one linear layer.
+        """
+        _, (weight, bias) = self._split
+        return Projection(weight.float().cpu(), None if bias is None else bias.float().cpu())
+
+    @torch.no_grad()
+    def encode_unprojected(self, batch: Tensor) -> Tensor:
+        """Return what `projection` makes the embeddings of: (B, 3, S, S) → (B, E) float32, of any length.
+
+        Raises:
+            EncoderError: the image encoder does not end with one linear layer, or features are not finite.
+        """
+        network, _ = self._split
+        features = network(_match_weights(batch, network)).flatten(1).float()
+        self._check_finite(features)
+        return features
+
+    @cached_property
+    def _split(self) -> tuple[nn.Module, Projection]:
+        return split_projection(self.network)
 
     def is_truncated(self, sentence: str) -> bool:
         """Return whether a sentence with its start and end token is longer than the text window (77 in CLIP)."""

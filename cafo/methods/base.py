@@ -221,6 +221,12 @@ class Method(Protocol):
         return None
 
 
+def reads_unprojected(method: Method) -> bool:
+    """Return whether a method reads what comes before the encoder's last projection, and nothing else of an image."""
+    enough = Given(shots=2, views=2, prompts=True, projection=True)
+    return method.lacks(enough) is None and method.lacks(enough._replace(projection=False)) is not None
+
+
 def class_sums(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Sum rows over each class's images, as a product with one-hot values would: (M, B), (M,) → (B, N)."""
     return rows.new_zeros(num_classes, rows.shape[1]).index_add(0, labels, rows).T

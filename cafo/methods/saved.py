@@ -22,7 +22,7 @@ from torch import Tensor
 from cafo.errors import CafoError
 from cafo.files import atomic_path
 from cafo.methods import find_method
-from cafo.methods.base import Features, Fitted, Method, Setting
+from cafo.methods.base import Features, Fitted, Method, Setting, reads_unprojected
 from cafo.tensor_file import read_tensor_file
 
 FORMAT = "few-shot-method-1"
@@ -52,7 +52,7 @@ class FewShotClassifier:
     class_names: tuple[str, ...]
     """the N classes, in the order of the logits"""
     source: str
-    """name of the encoder whose features are read"""
+    """name of the features that are read: an encoder, or what comes before its last projection"""
     encoders: Mapping[str, str]
     """source → identity of the encoder"""
     images: tuple[TrainingFile, ...] = ()
@@ -69,11 +69,17 @@ class FewShotClassifier:
         """
         if self.source not in features:
             raise CafoError(f"{self.name} needs features of {self.source}, which were not given")
+        alpha = self.setting["alpha"]
         blocks = [
-            self.fitted.terms(Features(embeddings=block))(self.setting).logits(self.setting["alpha"])
+            self.fitted.terms(self._features(block))(self.setting).logits(alpha)
             for block in features[self.source].split(_ROWS_AT_ONCE)
         ]
         return torch.cat(blocks)
+
+    def _features(self, block: Tensor) -> Features:
+        if reads_unprojected(self.method):
+            return Features(embeddings=block[:, :0], unprojected=block)  # the embeddings are not read
+        return Features(embeddings=block)
 
 
 def save_classifier(classifier: FewShotClassifier, path: str | Path) -> None:

@@ -158,7 +158,9 @@ class PartEncoder:
 
     def __init__(self, encoders: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
         self.infos, self.batch = encoders, batch
-        self.encoders = {name: load_vision_encoder(info.spec, device) for name, info in encoders.items()}
+        specs = dict.fromkeys(info.spec for info in encoders.values())
+        loaded = {spec: load_vision_encoder(spec, device) for spec in specs}
+        self.encoders = {name: loaded[info.spec] for name, info in encoders.items()}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Write the missing files of one part; return the number of its images."""
@@ -180,9 +182,9 @@ class PartEncoder:
         images = np.frombuffer(pixels, np.float32).reshape(count, 3, side, side)
         features = [
             info.features(encoder, torch.tensor(images[at : at + self.batch])).numpy()
-            for at in range(0, count, self.batch)
+            for at in range(0, max(count, 1), self.batch)
         ]
-        return np.concatenate(features) if features else np.empty((0, encoder.width), np.float32)
+        return np.concatenate(features)
 
 
 def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:

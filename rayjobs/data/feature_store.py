@@ -9,23 +9,28 @@ Legend: n images, V views, C width of an encoder's features.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cafo.errors import EncoderError
 from rayjobs.data.config import FeaturesConfig
 from rayjobs.data.feature_encoding import PartTask, encode_parts
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.image_source import IMAGES_PER_PART, part_name, read_part
 from rayjobs.errors import DataError
-from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder
+from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder, unprojected_source
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
+
+if TYPE_CHECKING:
+    from cafo.encoders import ImageEncoder
+    from cafo.methods.base import Projection
 
 VIEWS_PER_PART = IMAGES_PER_PART
 """Views that are encoded and written together; at 224 pixels, 39 MB are sent from a decoding task to the encoder."""
@@ -50,7 +55,7 @@ class Features:
     rows: tuple[int, ...]
     """positions in the list of the n images that could be read"""
     values: Mapping[str, np.ndarray]
-    """encoder → (V, n, C) float32 of unit norm"""
+    """encoder → (V, n, C) float32, of unit norm unless they come before an encoder's last projection"""
     rejected: tuple[RejectedImage, ...]
     stores: Mapping[str, str]
     """encoder → name of its store, which identifies everything that the features depend on"""
@@ -58,11 +63,18 @@ class Features:
     """fingerprint of the file of each image of the list; None for a file that cannot be read"""
 
 
-def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
+def open_encoders(
+    encoders: Mapping[str, VisionEncoderConfig], unprojected: Collection[str] = ()
+) -> dict[str, EncoderInfo]:
     """Return the identity and preprocessing of each encoder, by loading each once.
 
+    Args:
+        encoders: the encoders by name.
+        unprojected: those whose features before the last projection are wanted too; they follow under the name that
+            `unprojected_source` gives them.
+
     Raises:
-        EncoderError: an encoder that cannot be loaded.
+        EncoderError: an encoder that cannot be loaded, or that has no features before a projection.
     """
     from cafo.encoders import ClipEncoder  # takes seconds, which tasks without an encoder need not spend
 
@@ -70,7 +82,32 @@ def open_encoders(encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, Enco
     for name, encoder in encoders.items():
         loaded = load_vision_encoder(encoder)
         infos[name] = EncoderInfo(encoder, loaded.identity, loaded.preprocess, isinstance(loaded, ClipEncoder))
+        if name in unprojected:
+            _read_projection(name, loaded)
+            identity = f"{loaded.identity}-unprojected"
+            infos[unprojected_source(name)] = infos[name]._replace(identity=identity, unprojected=True)
     return infos
+
+
+def open_projection(name: str, info: EncoderInfo) -> Projection:
+    """Return the last layer of an encoder, by loading it.
+
+    Args:
+        name: the encoder's name, for the message.
+        info: the encoder.
+
+    Raises:
+        EncoderError: it cannot be loaded, or does not end with one linear layer.
+    """
+    return _read_projection(name, load_vision_encoder(info.spec))
+
+
+def _read_projection(name: str, encoder: ImageEncoder) -> Projection:
+    from cafo.encoders import ClipEncoder
+
+    if not isinstance(encoder, ClipEncoder):
+        raise EncoderError(f"encoders.{name} is {encoder.name}, which is no CLIP and has no last projection to train")
+    return encoder.projection
 
 
 @dataclass(frozen=True, kw_only=True)

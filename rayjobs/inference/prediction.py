@@ -171,12 +171,13 @@ class Predictor:
         for name, encoder in self.encoders.items():
             kind = encoder.preprocess
             data = bytearray(table[f"pixels{kinds.index(kind)}"][0].as_buffer())
+            info = self.how.encoders[name]
             if not count:
-                features[name] = torch.empty(0, encoder.width)
+                features[name] = info.features(encoder, torch.empty(0, 3, kind.size, kind.size))
                 continue
             pixels = torch.frombuffer(data, dtype=torch.uint8).view(count, kind.size, kind.size, 3)
             parts = [
-                encoder.encode_image(kind.normalise(batch.to(encoder_device(encoder))))
+                info.encode(encoder, kind.normalise(batch.to(encoder_device(encoder))))
                 for batch in pixels.split(self.how.batch)
             ]
             features[name] = torch.cat(parts)

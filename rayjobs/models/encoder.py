@@ -67,19 +67,38 @@ class EncoderInfo(NamedTuple):
     """0 for the embedding of unit norm; otherwise the number of blocks of `multi_scale`, whose features are joined."""
     batch: int = 64
     """Number of images that it encodes at once."""
+    unprojected: bool = False
+    """True for what comes before CLIP's last projection, of any length, in place of the embedding."""
 
     def features(self, encoder: ImageEncoder, images: Tensor) -> Tensor:
         """Features (B, C) float32, on the CPU, of images (B, 3, S, S). `encoder` is this encoder, loaded."""
         import torch
 
-        return torch.cat([self._batch_features(encoder, batch).cpu() for batch in images.split(self.batch)])
+        if not len(images):
+            side = encoder.preprocess.size
+            return self.encode(encoder, torch.zeros(1, 3, side, side)).cpu()[:0]
+        return torch.cat([self.encode(encoder, batch).cpu() for batch in images.split(self.batch)])
 
-    def _batch_features(self, encoder: ImageEncoder, batch: Tensor) -> Tensor:
+    def encode(self, encoder: Any, batch: Tensor) -> Tensor:
+        """Features (B, C) float32, where the encoder is, of images (B, 3, S, S) that it encodes at once."""
         import torch
 
-        if not self.scales:
-            return encoder.encode_image(batch)
-        return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)
+        if self.scales:
+            return torch.cat(encoder.multi_scale(batch, self.scales), dim=1)
+        return encoder.encode_unprojected(batch) if self.unprojected else encoder.encode_image(batch)
+
+
+_UNPROJECTED = " before projection"
+
+
+def unprojected_source(encoder: str) -> str:
+    """Return the name of the features before an encoder's last projection."""
+    return encoder + _UNPROJECTED
+
+
+def encoder_of(source: str) -> str:
+    """Return the name of the encoder that some features come from."""
+    return source.removesuffix(_UNPROJECTED)
 
 
 def load_vision_encoder(spec: EncoderSpec, device: torch.device | str = "cpu") -> ImageEncoder:

@@ -13,7 +13,7 @@ from cafo.methods.saved import FewShotClassifier, load_classifier
 from cafo.prediction import used_encoders, used_part
 from rayjobs.data.feature_store import open_encoders
 from rayjobs.errors import ConfigError, ProvenanceError
-from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig
+from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, encoder_of
 from rayjobs.storage.download import cached_path
 from rayjobs.tune.selection import ChosenSetting, ChosenTrial, best_choice
 from rayjobs.tune.trial import CACHE, RIVAL, open_classifier
@@ -37,7 +37,7 @@ class OpenedClassifier:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the encoders that it reads."""
+        """The names of the features that it reads: of encoders, or of what comes before their last projection."""
         return used_encoders(self.classifier) if isinstance(self.classifier, Cache) else (self.classifier.source,)
 
     def configs(self, encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, VisionEncoderConfig]:
@@ -46,25 +46,28 @@ class OpenedClassifier:
         Raises:
             ConfigError: one is not there.
         """
-        if missing := [name for name in self.sources if name not in encoders]:
+        names = [encoder_of(source) for source in self.sources]
+        if missing := [name for name in names if name not in encoders]:
             keys = ", ".join(f"encoders.{name}" for name in missing)
             raise ConfigError(f"{self.file} reads encoders that are not given: set {keys}")
-        return {name: encoders[name] for name in self.sources}
+        return {name: encoders[name] for name in names}
 
     def open_encoders(self, encoders: Mapping[str, VisionEncoderConfig]) -> dict[str, EncoderInfo]:
-        """Open the encoders that it reads.
+        """Open the encoders that it reads, by the names of the features.
 
         Raises:
             ConfigError: one is not there.
             EncoderError: one cannot be loaded.
             ProvenanceError: one is not the encoder that it was fitted with.
         """
-        infos = open_encoders(self.configs(encoders))
+        unprojected = [encoder_of(source) for source in self.sources if source != encoder_of(source)]
+        opened = open_encoders(self.configs(encoders), unprojected)
+        infos = {source: opened[source] for source in self.sources}
         for name, info in infos.items():
             if (before := self.classifier.encoders.get(name)) != info.identity:
                 raise ProvenanceError(
-                    f"encoders.{name}: {self.file} was fitted with {before}, the weights are now {info.identity}; put "
-                    "back the weights that it was fitted with"
+                    f"encoders.{encoder_of(name)}: {self.file} was fitted with {before}, the weights are now "
+                    f"{info.identity}; put back the weights that it was fitted with"
                 )
         return infos
 

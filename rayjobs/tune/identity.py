@@ -7,6 +7,7 @@ from typing import Any
 from cafo.dataset_checks import class_changes
 from cafo.items import Item
 from rayjobs.errors import ProvenanceError
+from rayjobs.models.encoder import encoder_of
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.images import image_changes, read_images, write_images
@@ -66,7 +67,7 @@ def check_same_caches(trials: Path, names: Iterable[str], class_names: Sequence[
         for encoder, identity in cache.encoders.items():
             if identities[encoder] != identity:
                 raise ProvenanceError(
-                    f"encoders.{encoder}: the sweep's caches are of {identity}, the weights are now "
+                    f"encoders.{encoder_of(encoder)}: the sweep's caches are of {identity}, the weights are now "
                     f"{identities[encoder]}; put back the weights that it was run with"
                 )
 

@@ -10,7 +10,7 @@ from cafo import fewshot
 from cafo.choice_names import Select
 from cafo.datasets import Dataset
 from cafo.items import Item
-from cafo.methods.base import Method
+from cafo.methods.base import Method, Projection
 from cafo.methods.saved import TrainingFile
 from rayjobs.data.feature_store import RejectedImage
 from rayjobs.data.few_shot_images import PLAIN, EncodedImages
@@ -36,6 +36,8 @@ class SweepInputs:
     """encoder → what identifies its weights and preprocessing"""
     rivals: Mapping[str, Method] = field(default_factory=dict)
     """the rivals by name"""
+    projections: Mapping[str, Projection] = field(default_factory=dict)
+    """encoder → its last layer, where a rival trains it"""
 
     @property
     def rejected(self) -> list[RejectedImage]:
@@ -140,4 +142,8 @@ def share_inputs(inputs: SweepInputs, select: Mapping[int, Select]) -> SharedInp
             if classifier.embeddings is not None
         },
         files=tuple(files) if inputs.rivals else (),
+        projections={
+            name: (weight.numpy(), None if bias is None else bias.numpy())
+            for name, (weight, bias) in inputs.projections.items()
+        },
     )

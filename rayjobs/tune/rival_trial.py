@@ -9,6 +9,7 @@ Legend: V views, M' images that may become keys, C width of the features, N clas
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from cafo.choice_names import Select
-from cafo.methods.base import Features, FewShotImages
+from cafo.methods.base import Features, FewShotImages, Projection, reads_unprojected
 from cafo.methods.choice import Chosen, fit_and_choose
 from cafo.methods.choice import Select as SelectMethod
 from cafo.methods.saved import FewShotClassifier, save_classifier
+from rayjobs.models.encoder import unprojected_source
 from rayjobs.storage.files import atomic_path
 from rayjobs.tune.search_space import SearchConfig, Trial
 from rayjobs.tune.trial import RIVAL, SharedInputs, TrialResult, shared_tensor
@@ -43,26 +45,27 @@ def run_rival(trial: Trial, shared: SharedInputs, search: SearchConfig, folder: 
     started = time.monotonic()
     setting = trial.setting
     method, (source,) = shared.rivals[setting.rival], setting.encoders
-    rows = shared.few_shot[trial.shots, trial.seed]
+    rows, unprojected = shared.few_shot[trial.shots, trial.seed], reads_unprojected(method)
     how = CHOSEN_ON[shared.select.get(trial.shots, "val")]
     chosen = fit_and_choose(
         method,
-        few_shot_images(trial, shared, rows),
+        few_shot_images(trial, shared, rows, unprojected=unprojected),
         how,
-        val=validation_images(shared, source) if how == "val" else None,
+        val=validation_images(shared, source, unprojected=unprojected) if how == "val" else None,
         seed=trial.seed,
         folds=search.folds,
         rule=search.rule,
         estimate=how != "val" if search.estimate is None else search.estimate,
     )
+    read = unprojected_source(source) if unprojected else source
     classifier = FewShotClassifier(
         name=setting.rival,
         method=method,
         fitted=chosen.fitted,
         setting=chosen.setting,
         class_names=shared.class_names,
-        source=source,
-        encoders={source: shared.identities[source]},
+        source=read,
+        encoders={read: shared.identities[read]},
         images=tuple(shared.files[row] for row in rows) if shared.files else (),
         seed=trial.seed,
     )
@@ -74,25 +77,52 @@ def run_rival(trial: Trial, shared: SharedInputs, search: SearchConfig, folder: 
     return result
 
 
-def validation_images(shared: SharedInputs, source: str) -> tuple[Features, Tensor]:
-    """Return the features and labels of the validation images."""
-    return Features(embeddings=shared_tensor(shared.val[source])), shared_tensor(shared.val_labels)
+def validation_images(shared: SharedInputs, source: str, *, unprojected: bool = False) -> tuple[Features, Tensor]:
+    """Return the features and labels of the validation images.
+
+    Args:
+        shared: the arrays of the sweep.
+        source: the encoder.
+        unprojected: whether what comes before its last projection is needed too.
+    """
+    return _features(lambda name: shared_tensor(shared.val[name]), source, unprojected), shared_tensor(
+        shared.val_labels
+    )
 
 
-def few_shot_images(trial: Trial, shared: SharedInputs, rows: np.ndarray) -> FewShotImages:
-    """Return the labelled images of a trial, from their rows of the shared arrays."""
+def few_shot_images(
+    trial: Trial, shared: SharedInputs, rows: np.ndarray, *, unprojected: bool = False
+) -> FewShotImages:
+    """Return the labelled images of a trial, from their rows of the shared arrays.
+
+    Args:
+        trial: the trial.
+        shared: the arrays of the sweep.
+        rows: the images.
+        unprojected: whether what comes before the encoder's last projection is needed too, and the projection.
+    """
     setting = trial.setting
     (source,) = setting.encoders
     key = (source, setting.sentences)
     assert shared.plain_rows is not None
-    prompts = shared.prompts.get(key)
+    plain, prompts = shared.plain_rows[rows], shared.prompts.get(key)
+    projection = None
+    if unprojected:
+        weight, bias = shared.projections[source]
+        projection = Projection(shared_tensor(weight), None if bias is None else shared_tensor(bias))
     return FewShotImages(
-        views=Features(embeddings=torch.from_numpy(shared.views[source][: setting.views, rows])),
-        plain=Features(embeddings=torch.from_numpy(shared.plain[source][shared.plain_rows[rows]])),
+        views=_features(lambda name: torch.from_numpy(shared.views[name][: setting.views, rows]), source, unprojected),
+        plain=_features(lambda name: torch.from_numpy(shared.plain[name][plain]), source, unprojected),
         labels=torch.from_numpy(shared.labels[rows]),
         classifier=shared_tensor(shared.classifiers[key]),
         prompts=None if prompts is None else shared_tensor(prompts),
+        projection=projection,
     )
+
+
+def _features(read: Callable[[str], Tensor], source: str, unprojected: bool) -> Features:
+    """Return an encoder's features, of which `read` has those of a name."""
+    return Features(embeddings=read(source), unprojected=read(unprojected_source(source)) if unprojected else None)
 
 
 def chosen_values(chosen: Chosen) -> dict[str, Any]:

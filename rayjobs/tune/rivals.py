@@ -85,7 +85,8 @@ def check_rivals(rivals: Mapping[str, Method], trials: Iterable[Trial], choices:
                 f"space.rivals: {trial.setting.rival} needs an image of each class, and {place} {len(empty)} have "
                 f"none ({shown}); add images, or leave the rivals out"
             )
-        given = Given(min(counts.values()), trial.setting.views, prompts=True, projection=False)
+        # whether a CLIP ends with a projection is known once it is loaded, which is before any image is encoded
+        given = Given(min(counts.values()), trial.setting.views, prompts=True, projection=True)
         if lack := rivals[trial.setting.rival].lacks(given):
             raise ConfigError(f"space.rivals: {place}: {lack}. Or leave {trial.setting.rival} out")
 

@@ -77,6 +77,9 @@ class SharedInputs:
     """(encoder, sentences) → each class's sentences, (N, P, C), where a rival reads them"""
     files: tuple[TrainingFile, ...] = ()
     """(M'): the image of each row of `views`; empty without rivals"""
+    projections: Mapping[str, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict)
+    """encoder → weight and bias of its last layer, where a rival trains it; `views`, `val` and `plain` then have what
+    comes before it too, under the name of `unprojected_source`"""
 
 
 @dataclass(frozen=True, kw_only=True)

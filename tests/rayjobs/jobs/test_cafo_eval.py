@@ -1,5 +1,6 @@
 """cafo-eval and the chain: test opened once, for the choice that val made; tables that the run folder proves."""
 
+import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, settings_to_plot
 from tests.cafo.server import serve
 from tests.rayjobs.cafo_dataset import CLASSES, make_dataset, make_images
+from tests.rayjobs.direct_prolip import PROLIP, check_prolip
 
 FEW = ["space.shots=[1,3]", "space.seeds=[0,1]", "space.generated=[2]", "space.epochs=[2]", "search.beta_steps=20"]
 
@@ -115,7 +117,7 @@ def chain(folder: Path, *more: str) -> cafo.Config:
     steps += ["prompt.endpoint.requests_per_minute=60000", "prompt.answers=2", "prompt.commands=['Describe a {}.']"]
     steps += ["generate.source=folder", f"generate.folder={folder / 'generated' / 'train'}"]
     steps += ["generate.candidates=3", "generate.keep=2", f"targets.shift.split={shifted}"]
-    steps += ["space.rivals={GDA: {}, TIMO: {}}"]
+    steps += [f"space.rivals={{GDA: {{}}, TIMO: {{}}, ProLIP: {json.dumps(PROLIP)}}}"]
     return load(cafo.Config, None, [*given, *FEW, *steps, "data.name=colours", "run.name=chain", *more])
 
 
@@ -124,7 +126,7 @@ def test_the_chain_tells_what_cannot_work_before_it_asks_or_draws(tmp_path: Path
         (["data.prompts=p.json"], "data.prompts already names"),
         (["data.generated=dalle"], "data.generated already names"),
         (["space.ensemble=[median]"], "median unknown"),
-        (["reference=GDB"], "reference: there is no row called 'GDB'; there are CaFo, GDA, TIMO"),
+        (["reference=GDB"], "reference: there is no row called 'GDB'; there are CaFo, GDA, TIMO, ProLIP"),
     ):
         with pytest.raises(ValueError, match=match):
             cafo.run(chain(tmp_path / match[:6], *more))
@@ -158,7 +160,7 @@ def test_the_chain_opens_test_once_for_its_choice(
     assert result["test_images"] == {"colours": 28, "shift": 16}
     test = config.run.folder / "test"
     rows = pq.read_table(test / "accuracy.parquet").to_pylist()
-    assert len(rows) == 2 * (1 + 2 * 2 * 3)
+    assert len(rows) == 2 * (1 + 2 * 2 * 4)
     check_rivals(config, rows, result)
     assert len(list(test.glob("landscape-*.png"))) == len(list(test.glob("sources-*.png"))) == 1
     sources = pq.read_table(test / "sources.parquet").to_pylist()
@@ -209,17 +211,18 @@ def check_rivals(config: cafo.Config, rows: list[dict[str, Any]], result: dict[s
     """Rivals are scored on the same images, from their own files, and compared with CaFo seed by seed."""
     folder = config.run.folder
     saved = [load_classifier(path) for path in sorted(folder.glob("trials/*/method.safetensors"))]
-    assert sorted({one.name for one in saved}) == ["GDA", "TIMO"]
+    assert sorted({one.name for one in saved}) == ["GDA", "ProLIP", "TIMO"]
     dataset = config.data.open()
     for one in saved:
         known = {(item.path, item.class_name) for item in dataset.train}
         assert {(image.path, image.class_name) for image in one.images} <= known
         assert len(one.images) in (4 * 1, 4 * 3)
         assert one.class_names == dataset.class_names
+    check_prolip(config, [one for one in saved if one.name == "ProLIP"])
     for title, lines in result["differences"].items():
         target = title.partition(":")[0]
         assert title == f"{target}: difference from CaFo, in points with 95% intervals"
-        assert list(lines) == ["CLIP zero-shot", "GDA", "TIMO"]
+        assert list(lines) == ["CLIP zero-shot", "GDA", "TIMO", "ProLIP"]
         accuracy = {
             (row["method"], row["seed"]): row["accuracy"]
             for row in rows

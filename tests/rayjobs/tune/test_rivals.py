@@ -2,6 +2,7 @@
 encoded."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from cafo.errors import CafoError
 from cafo.methods import METHODS, find_method
-from cafo.methods.base import Features, FewShotImages
+from cafo.methods.base import Features, FewShotImages, Projection
 from cafo.methods.choice import Select, fit_and_choose
 from cafo.methods.saved import TrainingFile, load_classifier
 from rayjobs.config import load
@@ -29,11 +30,14 @@ from tests.rayjobs.cafo_dataset import CLASSES, make_dataset, make_images
 from tests.rayjobs.tune.test_trial import SEARCH, K, N, shared_inputs
 from tests.rayjobs.tune.test_trial import trial as cafo_trial
 
+BEFORE = "clip before projection"
 COARSE = {"grid": {"beta_steps": 5, "alpha_steps": 4}}
 
 
 def space(*names: str, **more: Any) -> SpaceConfig:
-    rivals = {name: COARSE if "Tip" in name else {} for name in names}
+    rivals: dict[str, Any] = {name: COARSE if "Tip" in name else {} for name in names}
+    if "ProLIP" in names:
+        rivals["ProLIP"] = {"learning_rates": [1e-3, 1e-2], "penalties": [0.0], "steps": 4}
     return SpaceConfig(rivals=rivals, shots=[K], seeds=[0], **more)
 
 
@@ -43,17 +47,36 @@ def with_rivals(shared: SharedInputs, given: SpaceConfig) -> SharedInputs:
     prompts /= np.linalg.norm(prompts, axis=-1, keepdims=True)
     files = tuple(TrainingFile(f"{i}.png", "abcde"[label], f"f{i}") for i, label in enumerate(shared.labels))
     prompts_of = {("clip", "templates"): prompts}
-    return replace(shared, rivals=open_rivals(given), prompts=prompts_of, files=files)  # type: ignore[arg-type]
+    with_all = replace(shared, rivals=open_rivals(given), prompts=prompts_of, files=files)  # type: ignore[arg-type]
+    return with_unprojected(with_all, rng) if "ProLIP" in given.rivals else with_all
+
+
+def with_unprojected(shared: SharedInputs, rng: np.random.Generator) -> SharedInputs:
+    """With a projection from 13 to 11 numbers, and features before it that it makes the embeddings of."""
+    weight, bias = (rng.normal(size=size).astype(np.float32) for size in ((11, 13), 11))
+    inverse = np.linalg.pinv(weight)
+
+    def before(embeddings: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**embeddings, BEFORE: ((embeddings["clip"] - bias) @ inverse.T).astype(np.float32)}
+
+    return replace(
+        shared,
+        views=before(shared.views),
+        plain=before(shared.plain),
+        val=before(shared.val),
+        identities={**shared.identities, BEFORE: "random-unprojected"},
+        projections={"clip": (weight, bias)},
+    )
 
 
 def trials_of(given: SpaceConfig) -> list[Trial]:
     return enumerate_trials(given, enumerate_rivals(given, ["clip", "noise"], 3, file=False))
 
 
-@pytest.mark.parametrize("name", ["Tip-Adapter-F", "TIMO", "nearest class mean"])
+@pytest.mark.parametrize("name", ["Tip-Adapter-F", "TIMO", "nearest class mean", "ProLIP"])
 @pytest.mark.parametrize("how", ["val", "crossfit", "leave_one_out", "prior"])
 def test_a_rivals_trial_is_a_plain_use_of_the_library(name: str, how: Any, tmp_path: Path) -> None:
-    given = space(name)
+    given, read = space(name), BEFORE if name == "ProLIP" else "clip"
     (one,) = trials_of(given)
     shared = with_rivals(shared_inputs({K: how}), given)
     without = {} if how == "val" else {"val": {}, "val_labels": np.array([], np.int64)}
@@ -61,27 +84,36 @@ def test_a_rivals_trial_is_a_plain_use_of_the_library(name: str, how: Any, tmp_p
 
     rows = shared.few_shot[K, 0]
     assert shared.plain_rows is not None
+
+    def features(arrays: Mapping[str, np.ndarray], *at: Any) -> Features:
+        both = [torch.tensor(arrays[name][at]) if name in arrays else None for name in ("clip", BEFORE)]
+        assert both[0] is not None
+        return Features(embeddings=both[0], unprojected=both[1])
+
     images = FewShotImages(
-        views=Features(embeddings=torch.tensor(shared.views["clip"][:3, rows])),
-        plain=Features(embeddings=torch.tensor(shared.plain["clip"][shared.plain_rows[rows]])),
+        views=features(shared.views, slice(3), rows),
+        plain=features(shared.plain, shared.plain_rows[rows]),
         labels=torch.tensor(shared.labels[rows]),
         classifier=torch.tensor(shared.classifiers["clip", "templates"]),
         prompts=torch.tensor(shared.prompts["clip", "templates"]),
+        projection=Projection(*map(torch.tensor, shared.projections["clip"])) if name == "ProLIP" else None,
     )
-    val = Features(embeddings=torch.tensor(shared.val["clip"])), torch.tensor(shared.val_labels)
+    val = features(shared.val), torch.tensor(shared.val_labels)
     expected_how: Select = {"val": "val", "prior": "none"}.get(how, "crossfit")  # type: ignore[assignment]
     method = find_method(name, given.rivals[name])
     expected = fit_and_choose(method, images, expected_how, val=val, seed=0, folds=2, estimate=how != "val")
 
     saved = load_classifier(tmp_path / one.name / "method.safetensors")
-    torch.testing.assert_close(saved.logits({"clip": val[0].embeddings}), expected.logits(val[0]), rtol=0, atol=0)
+    logits = saved.logits({read: torch.tensor(shared.val[read])})
+    torch.testing.assert_close(logits, expected.logits(val[0]), rtol=0, atol=0)
     assert (saved.name, saved.method, saved.setting, saved.class_names) == (
         name,
         method,
         expected.setting,
         shared.class_names,
     )
-    assert (saved.source, saved.encoders, saved.seed) == ("clip", {"clip": "random"}, 0)
+    identity = "random-unprojected" if name == "ProLIP" else "random"
+    assert (saved.source, saved.encoders, saved.seed) == (read, {read: identity}, 0)
     assert [image.path for image in saved.images] == [f"{row}.png" for row in rows]
     assert [image.class_name for image in saved.images] == ["abcde"[label] for label in shared.labels[rows]]
     assert result.select == expected.how == CHOSEN_ON[how]  # type: ignore[index]
@@ -154,7 +186,6 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ("space.rivals={GDA: {alpha: 1}}", "space.rivals: GDA has no constant 'alpha'; it has alpha_powers"),
         ("space.rivals={APE: {grid: {beta_steps: none}}}", r"space.rivals: APE: grid\.beta_steps: .*integer"),
         ("space.rivals={GDA: {}, gda: {}}", "space.rivals: there are two rows called GDA"),
-        ("space.rivals={ProLIP: {}}", "K=1, seed 1: ProLIP needs CLIP's features before .* Or leave ProLIP out"),
         ("space.rivals={GDA: {}}", "at K=1, seed 1: GDA needs two images or two views of each class; give more views"),
     ],
 )

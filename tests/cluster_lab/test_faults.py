@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.cluster_lab.cluster import HEAD, RECOVERED_S, WORKERS, Cluster, Sweep, Training
+from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
 
 MIDDLE = 60
 """Steps after which the fault comes: between the checkpoints at 50 and 75."""
@@ -55,13 +55,13 @@ def test_fewer_workers_while_a_host_is_off(onprem: Cluster) -> None:
     run, began = Training(onprem, "elastic"), time.monotonic()
     run.submit("scale.workers={min: 1, max: 3}", "scale.grow_every_s=5", "train.epochs=1000")
     run.wait_for_step(MIDDLE)
-    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began, 120)
+    run.wait_for_workers(3, f"elastic: submitted, until three workers are past step {MIDDLE}", began)
     host, began = WORKERS[0], time.monotonic()
     onprem.hosts.power_off(host)
-    run.wait_for_workers(2, "elastic: a host without power, until two go on", began, RECOVERED_S)
+    run.wait_for_workers(2, "elastic: a host without power, until two go on", began)
     began = time.monotonic()
     onprem.hosts.power_on(host)
-    run.wait_for_workers(3, "elastic: switched on again, until three go on", began, 120)
+    run.wait_for_workers(3, "elastic: switched on again, until three go on", began)
     steps = run.steps()
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     onprem.on_dashboard("ray", "job", "stop", onprem.running())
@@ -91,10 +91,9 @@ def test_worker_host_without_power_in_a_sweep(
     run.submit()
     onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
     host = next(host for host in WORKERS if onprem.processes(host, actor))
-    with onprem.timed(f"worker host without power during {what}, until the sweep is over") as clock:
+    with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
         onprem.hosts.power_off(host)
         run.ends_well()
-    assert clock.seconds < calm_sweep.seconds + RECOVERED_S
     assert run.rows() == calm_sweep.rows()
     onprem.hosts.power_on(host)
     onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)

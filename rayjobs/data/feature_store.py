@@ -8,6 +8,8 @@ only the missing parts, and two runs that fill one store at once write the same 
 Legend: n images, V views, C width of an encoder's features.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ from rayjobs.cluster.job_submission import cluster_environment, job_command, ray
 from rayjobs.cluster.ray_init import INTERRUPTED, end_at_next_interrupt, handle_interrupts
 from rayjobs.config import iter_paths, load, replace_paths
 from rayjobs.console import printable, setup_logging, show_table
-from rayjobs.errors import UserError, is_user_error
+from rayjobs.errors import UserError, describe_error, is_user_error
 from rayjobs.job_help import config_class, description, settings_help
 from rayjobs.runs.record import find_runs
 from rayjobs.shipped_configs import copy_config, list_configs
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if args.verbose:
             logger.error("%s", traceback.format_exc())
-        for line in str(error).splitlines():
+        for line in describe_error(error).splitlines():
             logger.error("rayjobs %s: error: %s", args.job, line)
         return USER_ERROR
 

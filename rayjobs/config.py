@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from adapter.file_kind import check_content
 from rayjobs.config_fields import (
     child_type,
     config_fields,
@@ -80,8 +81,10 @@ def given_values(
 
 
 def _read_config_file(path: str | Path) -> dict[str, Any]:
+    file = find_config(path)
+    check_content(file, ConfigError)
     try:
-        values = read_yaml(find_config(path)) or {}
+        values = read_yaml(file) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot read the config file: {reason}") from error

@@ -57,6 +57,14 @@ USER_ERRORS = (
 _SYSTEM_LIMITS = {errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC, errno.EROFS}
 
 
+def describe_error(error: BaseException) -> str:
+    """The message of an error for a user: of one of the system `path: reason`, of any other its own text."""
+    if isinstance(error, OSError) and error.errno and error.filename and error.strerror:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        return f"{' to '.join(paths)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error) or type(error).__name__
+
+
 def is_user_error(error: BaseException) -> bool:
     """Return whether a command reports this error in one message.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import replace_paths
+from rayjobs.errors import describe_error
 from rayjobs.runs.record import State, finish_run, read_record
 from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
@@ -44,7 +45,7 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
 def _record_failure(settings: Any, error: BaseException) -> None:
     folder: Path = settings.run.folder
     state: State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    if finish_run(folder, settings.JOB, state, str(error) or type(error).__name__):
+    if finish_run(folder, settings.JOB, state, describe_error(error)):
         with suppress(Exception):  # a report that cannot be made must not hide the job's own error
             _report(folder)
         log_outcome(folder, settings.run.track, state)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adapter.errors import CheckpointError
-from adapter.file_kind import check_content
+from adapter.file_kind import check_content, describe_content
 
 _PAGE = 4096
 _MADV_DONTNEED = 4
@@ -39,6 +39,8 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file, truncated or corrupt ({error})") from error
+    if kind := describe_content(path):
+        raise CheckpointError(f"{path}: {kind}, not tensors; name a file in safetensors' or PyTorch's format")
     return _named_tensors(path, _load_pickle(path))
 
 

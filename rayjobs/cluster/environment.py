@@ -1,6 +1,7 @@
 """Environment variables that Ray, DeepSpeed and other libraries read. Only this module writes `os.environ`."""
 
 import os
+from collections.abc import Callable
 
 from rayjobs.console import verbose
 
@@ -67,8 +68,25 @@ def set_auth_mode(mode: str) -> None:
     os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or mode
 
 
+def worker_setup() -> Callable[[], None]:
+    """Return the function that Ray runs in every worker before anything else.
+
+    It sets what Gloo needs (`set_gloo_interface`), and the variables of the Hugging Face hub as they are in this
+    process, such as HF_TOKEN and HF_HUB_OFFLINE, where the worker's node has no value of its own. They do not go into
+    Ray's `env_vars`, because Ray writes those into its logs and its dashboard, and HF_TOKEN is a secret.
+    """
+    of_hub = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+
+    def set_up_worker() -> None:
+        for name, value in of_hub.items():
+            os.environ.setdefault(name, value)
+        set_gloo_interface()
+
+    return set_up_worker
+
+
 def set_gloo_interface() -> None:
-    """Let Gloo use the network interface of the address by which Ray knows this node. Ray runs this in every worker.
+    """Let Gloo use the network interface of the address by which Ray knows this node.
 
     By default Gloo takes the address of the machine's name, which on many machines is a loopback address that no other
     machine reaches. A value that is set already is kept.

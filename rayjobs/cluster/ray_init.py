@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.cluster import environment as environment_module
-from rayjobs.cluster.environment import environment, set_auth_mode, set_environment, set_gloo_interface
+from rayjobs.cluster.environment import environment, set_auth_mode, set_environment, worker_setup
 from rayjobs.cluster.ray_workarounds import discard_stderr
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
@@ -52,7 +52,7 @@ def _start_or_join() -> None:
                 include_dashboard=False if local else None,
                 logging_level="INFO" if verbose() else "ERROR",
                 log_to_driver=verbose(),
-                runtime_env={"env_vars": environment(), "worker_process_setup_hook": set_gloo_interface},
+                runtime_env={"env_vars": environment(), "worker_process_setup_hook": worker_setup()},
             )
     finally:
         ray.cloudpickle.unregister_pickle_by_value(environment_module)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from rayjobs.errors import StorageError
+from rayjobs.storage.files import make_folder
 from rayjobs.storage.paths import is_url
 
 ANSWER_WITHIN_S = 60.0
@@ -44,7 +45,7 @@ def check_shared_storage(folder: Path) -> None:
     others = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
     if not others:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with NamedTemporaryFile(prefix=".seen-", dir=folder) as file:
         without = nodes_without_file(file.name, others)
     if without:

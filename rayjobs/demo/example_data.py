@@ -13,7 +13,7 @@ from typing import Any
 from rayjobs.console import Progress
 from rayjobs.demo import notes
 from rayjobs.demo.config import TinyClipConfig, TinyLlamaConfig
-from rayjobs.storage.files import atomic_folder, write_json, write_jsonl, write_parquet, write_text
+from rayjobs.storage.files import atomic_folder, make_folder, write_json, write_jsonl, write_parquet, write_text
 
 RECORDS, HELD_OUT, SEED = 400, 60, 1
 PHOTOS, NEW_PHOTOS = 16, 2
@@ -28,7 +28,7 @@ def write_example_data(
     llama, clip: settings of the tiny models; by default those of the demo.
     """
     llama, clip = llama or TinyLlamaConfig(), clip or TinyClipConfig()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     parts: list[tuple[str, str, Callable[[Path], None]]] = [
         ("records", "instruction records, the same in JSON, JSON lines, CSV, Parquet and as chats", _write_records),
         ("photos", f"{PHOTOS} labelled images of each of ten classes", lambda new: _draw(new, PHOTOS, SEED)),

@@ -10,7 +10,7 @@ from filelock import FileLock
 from rayjobs.storage.fingerprint import fingerprint, remote_fingerprint
 from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.hub_model import model_copy
-from rayjobs.storage.paths import is_url, resolve_path
+from rayjobs.storage.paths import as_storage_error, check_reachable, is_url, resolve_path
 
 
 def cached_path(path: str | Path, *, weights: bool = True) -> Path:
@@ -27,8 +27,10 @@ def cached_path(path: str | Path, *, weights: bool = True) -> Path:
     if not is_url(path):
         return Path(path)
     remote: Any = resolve_path(path)
-    files = remote.fs.find(remote.path, detail=True)
+    with as_storage_error(path, "read"):
+        files = remote.fs.find(remote.path, detail=True)
     if not files:
+        check_reachable(path)
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     content = [[file.removeprefix(remote.path), remote_fingerprint(info)] for file, info in sorted(files.items())]
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -40,6 +42,7 @@ def cached_path(path: str | Path, *, weights: bool = True) -> Path:
             if not copy.exists():
                 unfinished = folder / "unfinished"
                 shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-                remote.fs.get(remote.path, str(unfinished / remote.name), recursive=list(files) != [remote.path])
+                with as_storage_error(path, "copied"):
+                    remote.fs.get(remote.path, str(unfinished / remote.name), recursive=list(files) != [remote.path])
                 os.replace(unfinished / remote.name, copy)
     return copy

@@ -39,6 +39,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = resolve_path(path)
     if not is_url(path):
+        make_folder(path.parent)
         with _as_storage_error(path, "written"), atomic_file.atomic_path(path) as temporary:
             yield temporary
         return
@@ -54,13 +55,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     If another process has made `folder` in the meantime, its folder stays.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         yield temporary
         if not folder.exists():
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder, and those above it, unless it is there. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StorageError(f"the folder {folder} cannot be made: {reason}; name one where you may write") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

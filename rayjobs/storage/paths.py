@@ -56,8 +56,11 @@ def check_reachable(path: str | Path) -> None:
     if is_hub_path(path):
         pin(str(path))
     elif is_url(path):
-        with _as_storage_error(path, "reached"):
-            resolve_path(path).exists()
+        remote: Any = resolve_path(path)
+        # HTTP's backend otherwise takes a server that refuses or fails for one that lacks the file.
+        how = {"strict": True} if remote.protocol in ("http", "https") else {}
+        with as_storage_error(path, "reached"):
+            remote.fs.exists(remote.path, **how)
 
 
 def is_url(path: str | Path) -> bool:
@@ -67,7 +70,7 @@ def is_url(path: str | Path) -> bool:
 def upload_file(file: Path, url: Path) -> None:
     """Upload a local file in one request: the URL then holds the whole file or its old content. Raises StorageError."""
     remote: Any = url
-    with _as_storage_error(url, "written"):
+    with as_storage_error(url, "written"):
         remote.fs.put_file(str(file), remote.path)
 
 
@@ -81,7 +84,7 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _as_storage_error(path: str | Path, action: str) -> Iterator[None]:
+def as_storage_error(path: str | Path, action: str) -> Iterator[None]:
     """Turn an error of any backend, each of which has its own classes, into a StorageError that names the URL."""
     try:
         yield

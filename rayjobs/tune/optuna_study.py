@@ -47,9 +47,15 @@ class Study(Searcher):
         """The trials of all suggestions so far."""
         self.batch: dict[str, optuna.Trial] = {}
         self.outcomes: dict[str, tuple[float | None, TrialState]] = {}
+        self.failed = False
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next suggestion's trials, or None until the results of a full batch are known."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next suggestion's trials; None until the results of a full batch are known.
+
+        After a trial that failed there are no more: what follows would depend on a result that is not known.
+        """
+        if self.failed:
+            return self.FINISHED
         if len(self.batch) == self.batch_size:
             return None
         self.batch[trial_id] = self.study.ask()
@@ -60,6 +66,7 @@ class Study(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Keep a result until its whole batch is there; then tell Optuna in the order of the suggestions."""
+        self.failed = self.failed or error
         objective = (result or {}).get(self.metric)
         state = TrialState.FAIL if error else TrialState.PRUNED if objective is None else TrialState.COMPLETE
         self.outcomes[trial_id] = (objective if state is TrialState.COMPLETE else None, state)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
@@ -37,8 +37,9 @@ from rayjobs.tune.tuner import run_tuner
 
 Results = list[tuple[Trial, TrialResult]]
 
-_ATTEMPTS = 3
-"""Tune runs of the same trials, where workers die before they have begun with their trial."""
+_LOST_WORKER = (NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError)
+_FRUITLESS_ATTEMPTS = 3
+"""Runs of Tune one after the other in which workers die and no trial ends, after which the sweep fails."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,18 @@ class _Sweep:
     def _until_complete(self, run: Callable[[], _Attempt]) -> list[Trial]:
         """Repeat an attempt whose only errors are dead workers; return the trials of the last one.
 
-        Raises any other error, and that of a dead worker after the last attempt. Tune restarts the trial of a worker
-        that dies, but not if the worker had not begun with it.
+        Tune itself runs no trial again: it cannot tell a worker that died from an error in the code of a trial, which
+        each run would meet again. Raises such an error, and that of a dead worker where attempts get nowhere.
         """
-        for _ in range(_ATTEMPTS):
+        fruitless = 0
+        while fruitless < _FRUITLESS_ATTEMPTS:
+            before = len(self.progress.by_name)
             attempt = run()
             if not attempt.errors:
                 return attempt.trials
-            if not all(isinstance(error, RayActorError) for error in attempt.errors):
-                break
+            if faults := [error for error in attempt.errors if not isinstance(error, _LOST_WORKER)]:
+                raise faults[0]
+            fruitless = fruitless + 1 if len(self.progress.by_name) == before else 0
         raise attempt.errors[0]
 
     def _tune(
@@ -186,7 +190,6 @@ class _Sweep:
             self.folder.parent / "tune",
             replace(tune_config, max_concurrent_trials=self.pool.concurrent_trials, reuse_actors=True),
             self.progress,
-            max_failures=2,
         )
 
 

@@ -17,16 +17,14 @@ def run_tuner(
     folder: Path,
     tune_config: tune.TuneConfig,
     callback: tune.Callback,
-    max_failures: int = 0,
 ) -> Sequence[BaseException]:
-    """Run an experiment to its end and return its trials' errors.
+    """Run an experiment to its end and return its trials' errors. A trial that fails is not run again.
 
     Args:
         trainable: a function with its resources.
         param_space: the trials' configs; None if `tune_config` has a search algorithm.
         folder: where Tune keeps the experiment's state while it runs.
         callback: called at the end of every trial.
-        max_failures: times that Tune starts a failed trial again.
     """
     experiment = folder / uuid.uuid4().hex[:8]
     run_config = tune.RunConfig(
@@ -34,7 +32,6 @@ def run_tuner(
         storage_path=str(folder),
         verbose=0,
         callbacks=[callback],
-        failure_config=tune.FailureConfig(max_failures=max_failures),
     )
     try:
         tuner = tune.Tuner(trainable, param_space=param_space, tune_config=tune_config, run_config=run_config)

@@ -140,6 +140,7 @@ class _Bomb:
         ({"base.path": "cut.gguf"}, "cut.gguf: not a readable GGUF file, truncated or corrupt"),
         ({"base.tokenizer": "plain"}, "neither tokenizer.json nor tokenizer.model is in this folder"),
         ({"base.path": "org/none"}, "hf://org/none: "),
+        ({"data.path": "[http://127.0.0.1:1/a.json]"}, "http://127.0.0.1:1/a.json cannot be reached: Cannot connect"),
     ],
     ids=[
         "file",
@@ -156,6 +157,7 @@ class _Bomb:
         "cut",
         "tokenizer",
         "offline",
+        "refused",
     ],
 )
 def test_bad_input_is_one_line_that_names_the_place(
@@ -210,6 +212,42 @@ def test_records_that_workers_refuse_are_one_line_that_names_the_place(
     (line,) = [line for line in err.splitlines() if not line.startswith(("records: ", "tokenize: 1 records"))]
     assert line.startswith("rayjobs adapter-train: error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "page", ["<!DOCTYPE html><html><style>a {color: red}</style></html>", "<html>\n<p>404: none</p>"]
+)
+def test_a_page_in_place_of_a_config_is_named(page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(page)
+    code, _, err = run(capsys, "adapter-train", "--config", str(tmp_path / "config.yaml"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{tmp_path}/config.yaml: an HTML page" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write into")
+def test_a_folder_that_cannot_be_made_is_named_with_the_way_out(
+    given: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given["run.storage"] = "/proc/none"
+    commands = [
+        ("example-data", "/proc/none"),
+        ("adapter-train", *(f"{name}={value}" for name, value in given.items())),
+    ]
+    for words in commands:
+        code, _, err = run(capsys, *words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"rayjobs {words[0]}: error: the folder /proc/none" in err
+        assert "cannot be made: no such file or directory; name one where you may write" in err
+
+
+def test_an_error_of_the_system_is_told_without_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "/a", None, "/b")
+
+    monkeypatch.setattr("rayjobs.__main__.list_runs", fail)
+    assert run(capsys, "runs")[2] == "rayjobs runs: error: /a to /b: permission denied\n"
 
 
 def test_with_verbose_an_error_of_the_user_shows_where_it_was_raised(

@@ -233,7 +233,9 @@ def test_cut_files_of_pytorchs_format_are_refused(tmp_path: Path, model: LlamaFo
         torch.save(state, file, _use_new_zipfile_serialization=not legacy)
         whole = file.read_bytes()
         file.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else int(keep)])
-        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: (not a readable PyTorch file|refused)"):
+        with pytest.raises(
+            CheckpointError, match=r"pytorch_model\.bin: (not a readable PyTorch file|refused|an empty file)"
+        ):
             open_checkpoint(path)
 
 
@@ -241,7 +243,9 @@ def test_cut_files_of_pytorchs_format_are_refused(tmp_path: Path, model: LlamaFo
 def test_junk_in_place_of_a_pytorch_file_is_refused(tmp_path: Path, model: LlamaForCausalLM, content: bytes) -> None:
     path = write_meta(tmp_path, model)
     (path / "consolidated.00.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth: (not a readable PyTorch file|refused)"):
+    with pytest.raises(
+        CheckpointError, match=r"consolidated\.00\.pth: (not a readable PyTorch file|refused|text, not tensors)"
+    ):
         open_checkpoint(path)
 
 

@@ -2,13 +2,16 @@
 
 import ast
 import os
+import subprocess
 import sys
 
 import pytest
 import ray
 
-from rayjobs.cluster.environment import BEHAVIOUR, QUIET, environment, set_auth_mode
+from rayjobs.cluster import environment as environment_module
+from rayjobs.cluster.environment import BEHAVIOUR, QUIET, environment, set_auth_mode, worker_setup
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE_S
 
 
 def test_one_module_writes_environment_variables() -> None:
@@ -40,6 +43,46 @@ def test_an_auth_mode_that_is_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     set_auth_mode("token")
     set_auth_mode("disabled")
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_a_worker_gets_the_hubs_variables_that_its_node_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"HF_TOKEN": "of the driver", "HF_HOME": "/driver", "OTHER": "1"})
+    set_up = worker_setup()
+    monkeypatch.setattr("os.environ", {"HF_HOME": "/node"})
+    monkeypatch.setattr(environment_module, "set_gloo_interface", lambda: None)
+    set_up()
+    assert os.environ == {"HF_TOKEN": "of the driver", "HF_HOME": "/node"}
+    assert "HF_TOKEN" not in environment()
+
+
+JOIN = """
+import os, sys
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+os.environ["HF_HOME"] = "/node"
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+os.environ |= {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
+os.environ |= {"HF_HOME": "/driver", "HF_TOKEN": "hf_a_secret"}
+
+import ray
+from rayjobs.cluster.ray_init import connect
+
+connect()
+print(ray.get([ray.remote(os.getenv).remote(name) for name in ("HF_TOKEN", "HF_HOME")]))
+logs = Path(ray._private.worker.global_worker.node.get_session_dir_path(), "logs")
+print([file.name for file in logs.rglob("*") if file.is_file() and b"hf_a_secret" in file.read_bytes()])
+ray.shutdown()
+nodes.shutdown()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_hubs_token_reaches_the_workers_of_a_cluster_and_no_log() -> None:
+    done = subprocess.run([sys.executable, "-c", JOIN], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stdout.splitlines() == ["['hf_a_secret', '/node']", "[]"], done.stderr[-2000:]
 
 
 def has_rayjobs() -> bool:

@@ -3,6 +3,8 @@
 import platform
 import sys
 import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
 from rayjobs.data.feature_encoding import PartEncoder, PartTask
 from rayjobs.data.records import RecordsConfig
+from rayjobs.errors import StorageError
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.runs.record import find_runs
@@ -219,6 +222,40 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
     s3fs.S3FileSystem.clear_instance_cache()
     assert "s3://elsewhere/runs cannot be reached: Unable to locate credentials" in error("adapter-eval", *given)
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def failing_site() -> Iterator[str]:
+    """A web server that answers a request for /N with the status N."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(self.path.strip("/")))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_web_server_that_refuses_is_told_from_one_without_the_file(failing_site: str) -> None:
+    with pytest.raises(FileNotFoundError, match="/404: there is no such file"):
+        cached_path(f"{failing_site}/404")
+    for status in (403, 503):
+        with pytest.raises(StorageError, match=rf"{failing_site}/{status} cannot be (reached|read): {status}"):
+            cached_path(f"{failing_site}/{status}")
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:1/x cannot be (reached|read): Cannot connect to host"):
+        cached_path("http://127.0.0.1:1/x")
 
 
 def command(process: psutil.Process) -> str:

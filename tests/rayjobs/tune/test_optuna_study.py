@@ -46,3 +46,10 @@ def test_suggestions_do_not_depend_on_which_trial_ends_first() -> None:
 def test_a_new_study_repeats_the_suggestions_of_an_interrupted_one() -> None:
     whole = run(6, lambda names: names)
     assert run(3, lambda names: names) == whole[: 3 * 3]
+
+
+def test_a_study_ends_with_a_trial_that_failed() -> None:
+    searcher = study()
+    assert searcher.suggest("a") is not None
+    searcher.on_trial_complete("a", error=True)
+    assert searcher.suggest("b") == Study.FINISHED

@@ -1,0 +1,64 @@
+"""A sweep runs a trial again whose worker died, and does not run again one whose code has a fault."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cafo.methods.base import FewShotImages
+from cafo.methods.gda import Discriminant, Gda
+from rayjobs.tune.rivals import enumerate_rivals
+from rayjobs.tune.sweep import Results, TrialPool, run_sweep
+from tests.rayjobs.tune.test_rivals import space, with_rivals
+from tests.rayjobs.tune.test_trial import SEARCH, K, shared_inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedGda(Gda):
+    """GDA that notes each of its runs in a file, and fails in the first ones."""
+
+    log: Path
+    failures: int
+    kills: bool = False
+    """end the worker's process instead of raising an error"""
+
+    def fit(self, images: FewShotImages, seed: int) -> Discriminant:
+        with self.log.open("a") as file:
+            file.write("run\n")
+        if len(self.log.read_text().split()) <= self.failures:
+            if self.kills:
+                os._exit(1)
+            raise AttributeError("a fault of the method")
+        return super().fit(images, seed)
+
+
+def sweep(method: Any, folder: Path) -> Results:
+    given = space("GDA", seeds=[0])
+    shared = with_rivals(shared_inputs({K: "leave_one_out"}), given)
+    settings = enumerate_rivals(given, ["clip"], 3, file=False)
+    search = replace(SEARCH, folds=2, estimate=False)
+    return run_sweep(given, settings, replace(shared, rivals={"GDA": method}), search, folder, TrialPool(1, {"CPU": 1}))
+
+
+@pytest.mark.ray
+def test_a_fault_in_a_trials_code_is_met_once(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="a fault of the method") as caught:
+        sweep(CountedGda(log=tmp_path / "log", failures=1), tmp_path / "trials")
+    assert isinstance(caught.value, AttributeError)
+    assert (tmp_path / "log").read_text() == "run\n"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("deaths", "runs"), [(2, None), (3, 3)])
+def test_a_trial_whose_worker_dies_is_run_again(deaths: int, runs: int | None, cluster: None, tmp_path: Path) -> None:
+    method = CountedGda(log=tmp_path / "log", failures=deaths, kills=True)
+    if runs is None:
+        ((_, result),) = sweep(method, tmp_path / "trials")
+        assert result.status == "finished"
+        return
+    with pytest.raises(Exception, match="died"):
+        sweep(method, tmp_path / "trials")
+    assert (tmp_path / "log").read_text() == "run\n" * runs

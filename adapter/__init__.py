@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from adapter.errors import AdapterError, CheckpointError, RecordError, TokenizerError
     from adapter.generation_config import GenerationConfig
     from adapter.image_projection import ImageProjectionConfig
+    from adapter.methods.bias import BiasConfig
+    from adapter.methods.full import FullConfig
+    from adapter.methods.ia3 import IA3Config
+    from adapter.methods.lora import LoraConfig
+    from adapter.methods.v2 import V2Config
     from adapter.model import AdaptedModel
     from adapter.templates import ChatTemplate, PromptTemplate
     from adapter.tokenizers.base import Tokenizer
@@ -39,7 +44,12 @@ _MODULE_OF = {
     "AdapterError": "errors",
     "AdapterFile": "adapter_file",
     "AdaptionConfig": "adaption",
+    "BiasConfig": "methods.bias",
     "CheckpointError": "errors",
+    "FullConfig": "methods.full",
+    "IA3Config": "methods.ia3",
+    "LoraConfig": "methods.lora",
+    "V2Config": "methods.v2",
     "GenerationConfig": "generation_config",
     "ImageProjectionConfig": "image_projection",
     "Decoder": "decoder",

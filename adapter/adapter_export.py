@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, check_adapter_fits
 from adapter.adapter_formats import PEFT_CONFIG, PEFT_WEIGHTS
-from adapter.adaption import TRAINED_GATES, Gate, gate_factor
+from adapter.adaption import TRAINED_GATES, AdaptionConfig, Gate, gate_factor
 from adapter.atomic_file import atomic_path
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
@@ -55,7 +55,7 @@ def export_adapter(
     """
     path = Path(path)
     gates = exported_gates(file, format, base, gate=gate)
-    layers = range(base.n_layers - file.config.n_layers, base.n_layers)
+    layers = range(base.n_layers - len(file.prompt), base.n_layers)
     if format == "peft":
         _write_peft(path, file, gates, layers, base_name)
         return
@@ -80,12 +80,14 @@ def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, ga
     Raises an error as `export_adapter` does, before anything is written.
     """
     check_adapter_fits(file, base)
-    title, switches = _TITLES[format], base.switches()
+    title, switches, config = _TITLES[format], base.switches(), file.config
+    if not isinstance(config, AdaptionConfig):
+        raise AdapterError(f"{title} cannot hold an adapter of the method {config.method}; keep the own format")
     if gate not in TRAINED_GATES or (gate == "tanh" and format != "v1"):
         raise AdapterError(f"{title} has no gates for {gate!r}")
     if file.vision is not None:
         raise AdapterError(f"{title} cannot hold an adapter that reads images; keep the own format")
-    if file.convention == "prefix":
+    if config.gate == "prefix":
         raise AdapterError(
             f"{title} cannot hold an adapter with the gate 'prefix', whose prompts share the words' softmax"
         )
@@ -96,11 +98,11 @@ def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, ga
             f"{title} is for Llama and Mistral with heads of width dim / n_heads and without biases in attention; this "
             f"base differs in {', '.join(f'{name} {switches[name]}' for name in odd)}"
         )
-    gates = gate_factor(file.gate, file.convention)
+    gates = gate_factor(file.gate, config.gate)
     if gate == "tanh":
         if (gates.abs() >= 1).any():
             raise AdapterError("a gate of 1 or more has no counterpart under tanh; export with gate='identity'")
-        gates = file.gate if file.convention == "tanh" else gates.atanh()
+        gates = file.gate if config.gate == "tanh" else gates.atanh()
     if format != "peft":
         return gates.expand(-1, base.n_heads)
     if (uneven := (gates != gates[:, :1]).any(1)).any():
@@ -122,7 +124,7 @@ def _write_peft(folder: Path, file: AdapterFile, gates: Tensor, layers: range, b
         "base_model_name_or_path": base_name or None,
         "target_modules": "self_attn",
         "adapter_layers": len(layers),
-        "adapter_len": file.config.prompt_length,
+        "adapter_len": file.prompt.shape[1],
         "inference_mode": True,
     }
     with atomic_path(folder / PEFT_WEIGHTS) as part:

@@ -1,49 +1,51 @@
 """An adapter in memory: take it out of a model, put it into a model, save it in this project's own format.
 
-The own format is a safetensors file of `prompt` (L, K, C) and `gate` (L, H) in float32. An adapter that reads images
-adds its projection under `vision.*`. The header states the format's version, the gate convention, the base's shape and
-fingerprint, the tokenizer's hash, the template of the training, and the image encoder's identity and preprocessing.
-`adapter.adapter_formats` reads this format and the foreign ones.
+The own format is a safetensors file in float32. Adapters of prompts are `prompt` (L, K, C) and `gate` (L, H), and those
+that read images add their projection under `vision.*`; every other method saves its tensors under the decoder's
+parameter names. The header states the format's version, the method and its settings, the base's shape and fingerprint,
+the tokenizer's hash, the template of the training, and the image encoder's identity and preprocessing.
+`adapter.adapter_header` reads this format and `adapter.adapter_formats` the foreign ones.
 
 L adapted layers, K prompt length, C width, H query heads.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapter.adaption import TRAINED_GATES, AdaptionConfig, Gate
 from adapter.atomic_file import atomic_path
+from adapter.base.binding import meta_decoder
 from adapter.base.quantization import precision_of
 from adapter.decoder import Decoder
-from adapter.decoder_config import SIZES, DecoderConfig
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
-from adapter.image_projection import ImageProjection, ImageProjectionConfig
-from adapter.templates import Template, parse_template, template_fields
+from adapter.image_projection import ImageProjectionConfig
+from adapter.methods.base import AdapterMethod
+from adapter.templates import Template, template_fields
 
 FORMAT = "llama-adapter"
-VERSION = 1
-_VISION_KEYS = {"encoder": "tower"}
-"""Field of `ImageProjectionConfig` → its key in the header, where format version 1 spells it differently."""
-_TEXT_TENSORS, _PROJECTION_PREFIX = {"prompt", "gate"}, "vision."
+PROMPT_VERSION, VERSION = 1, 2
+"""Versions of the format: the first is of prompts alone, the second of every other method."""
+VISION_KEYS = {"encoder": "tower"}
+"""Field of `ImageProjectionConfig` → its key in the header, where the format spells it differently."""
+PROJECTION_PREFIX = "vision."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterFile:
     """The content of an adapter file. Tensors are float32 on the CPU."""
 
-    prompt: Tensor
-    """(L, K, C), lowest adapted layer first."""
-    gate: Tensor
-    """(L, H), or (L, 1) where one gate serves all heads."""
-    convention: Gate
-    """The function that the model applies to the gates (see `AdaptionConfig.gate`)."""
+    config: AdapterMethod
+    """The method and its settings."""
+    tensors: Mapping[str, Tensor]
+    """The adapter's tensors, as `AdapterMethod.pack` lays them out: those of prompts are `prompt` (L, K, C), lowest
+    adapted layer first, `gate` (L, H), or (L, 1) where one gate serves all heads, and `vision.*`."""
     base_shape: Mapping[str, int] = field(default_factory=dict)
     """`DecoderConfig.sizes` of the base, as far as the file states them; foreign files state few."""
     base_switches: Mapping[str, Any] | None = None
@@ -59,24 +61,37 @@ class AdapterFile:
     """Template of the records in training; None if the file does not say."""
     format_templates: Mapping[str, Template] = field(default_factory=dict)
     """Templates of those formats of records that were trained in another template, by the format."""
-    vision: ImageProjectionConfig | None = None
-    """Image projection of the adapter, with the identity of its encoder; None for text alone."""
-    projection: Mapping[str, Tensor] = field(default_factory=dict)
-    """The tensors of `ImageProjection`, by name."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further notes, as JSON values."""
 
     @property
-    def config(self) -> AdaptionConfig:
-        """The adapter's shape."""
-        n_layers, prompt_length, _ = self.prompt.shape
-        return AdaptionConfig(n_layers=n_layers, prompt_length=prompt_length, gate=self.convention, vision=self.vision)
+    def prompt(self) -> Tensor:
+        """The prompts (L, K, C) of an adapter of prompts alone."""
+        return self.tensors["prompt"]
+
+    @property
+    def gate(self) -> Tensor:
+        """The gates (L, H), or (L, 1), of an adapter of prompts alone."""
+        return self.tensors["gate"]
+
+    @property
+    def vision(self) -> ImageProjectionConfig | None:
+        """Image projection of the adapter, with the identity of its encoder; None for text alone."""
+        return self.config.vision
+
+    @property
+    def projection(self) -> dict[str, Tensor]:
+        """The tensors of `ImageProjection`, by name."""
+        return {
+            name.removeprefix(PROJECTION_PREFIX): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(PROJECTION_PREFIX)
+        }
 
     @property
     def trainable(self) -> int:
         """Number of trainable parameters."""
-        gates = self.gate.numel() if self.convention in TRAINED_GATES else 0
-        return self.prompt.numel() + gates + sum(tensor.numel() for tensor in self.projection.values())
+        return sum(one.numel() for name, one in self.tensors.items() if name not in self.config.untrained_tensors)
 
     def save(self, path: str | Path) -> None:
         """Write the own format. The file appears complete or not at all. Raises OSError if it cannot be written."""
@@ -84,10 +99,8 @@ class AdapterFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {
             "format": FORMAT,
-            "version": str(VERSION),
-            "gate": self.convention,
-            "n_layers": str(self.config.n_layers),
-            "prompt_length": str(self.config.prompt_length),
+            "version": str(VERSION if "method" in self.config.header() else PROMPT_VERSION),
+            **self.config.header(),
             "base_shape": json.dumps(dict(self.base_shape)),
             "base_fingerprint": self.base_fingerprint or "",
             "base_dtype": self.base_dtype or "",
@@ -100,11 +113,9 @@ class AdapterFile:
         if self.base_switches:
             header["base_switches"] = json.dumps(dict(self.base_switches))
         if self.vision is not None:
-            header["vision"] = json.dumps({_VISION_KEYS.get(k, k): v for k, v in asdict(self.vision).items()})
-        tensors = {"prompt": self.prompt, "gate": self.gate}
-        tensors |= {_PROJECTION_PREFIX + name: tensor for name, tensor in self.projection.items()}
+            header["vision"] = json.dumps({VISION_KEYS.get(k, k): v for k, v in asdict(self.vision).items()})
         with atomic_path(path) as part:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=header)
+            save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, part, metadata=header)
 
 
 def extract_adapter(
@@ -123,13 +134,11 @@ def extract_adapter(
 
     Raises AdapterError if the model has no adapter.
     """
-    if model.adaption_config is None:
+    if model.adapter is None:
         raise AdapterError("the model holds no adapter to save; add or load one first")
-    prompt, gate, projection = copy_tensors(model.adaptions, model.vision)
     return AdapterFile(
-        prompt=prompt,
-        gate=gate,
-        convention=model.adaption_config.gate,
+        config=model.adapter,
+        tensors=model.adapter.pack({name: to_float32(one) for name, one in model.adapter_parameters()}),
         base_shape=model.config.sizes(),
         base_switches=model.config.switches(),
         base_fingerprint=base_fingerprint,
@@ -137,23 +146,8 @@ def extract_adapter(
         tokenizer_sha256=tokenizer_sha256,
         template=template,
         format_templates=format_templates or {},
-        vision=model.adaption_config.vision,
-        projection=projection,
         extra=extra or {},
     )
-
-
-def copy_tensors(
-    adaptions: Sequence[Any], projection: ImageProjection | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Copies of an adapter's tensors, as `AdapterFile` has them: prompt, gate and projection.
-
-    adaptions: the modules with `prompt` and `gate`, lowest layer first.
-    """
-    prompt = torch.stack([to_float32(adaption.prompt) for adaption in adaptions])
-    gate = torch.stack([to_float32(adaption.gate) for adaption in adaptions])
-    tensors = {} if projection is None else projection.state_dict()
-    return prompt, gate, {name: to_float32(tensor) for name, tensor in tensors.items()}
 
 
 def apply_adapter(
@@ -173,13 +167,25 @@ def apply_adapter(
     a base, tokenizer or image encoder of another identity.
     """
     check_adapter_fits(file, model.config, fingerprint=fingerprint, tokenizer_sha256=tokenizer_sha256, encoder=encoder)
+    if file.config.trains_base and (precision := precision_of(model)) in ("int8", "nf4"):
+        raise CheckpointError(
+            f"the adapter is all weights of its base, which a base in {precision} cannot take: hold it in fp32 or bf16"
+        )
     model.add_adapter(file.config)
-    with torch.no_grad():
-        for adaption, prompt, gate in zip(model.adaptions, file.prompt, file.gate, strict=True):
-            adaption.prompt.copy_(prompt)
-            adaption.gate.copy_(gate.expand_as(adaption.gate))
-        if model.vision is not None:
-            model.vision.load_state_dict(dict(file.projection))
+    put_tensors(model, file.config.unpack(file.tensors, model.config))
+
+
+@torch.no_grad()
+def put_tensors(model: Decoder, tensors: Mapping[str, Tensor]) -> None:
+    """Set the model's parameters of these names. One without memory (on the meta device) becomes the tensor itself."""
+    for name, tensor in tensors.items():
+        parameter = model.get_parameter(name)
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+        else:
+            parameter.copy_(tensor)
+    model.tie()
 
 
 def check_adapter_fits(
@@ -196,6 +202,15 @@ def check_adapter_fits(
     """
     check_shape(file, config.sizes(), config.switches())
     check_identities(file, fingerprint, tokenizer_sha256, encoder)
+    model = meta_decoder(config, file.config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.adapter_parameters()}
+    given = {name: tuple(tensor.shape) for name, tensor in file.config.unpack(file.tensors, config).items()}
+    if wrong := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
+        name = wrong[0]
+        raise CheckpointError(
+            f"the adapter is no {file.config.method} of this base: {name} should have the shape "
+            f"{wanted.get(name, 'of nothing')} and has {given.get(name, 'none')}"
+        )
 
 
 def check_shape(file: AdapterFile, actual: Mapping[str, int], switches: Mapping[str, Any] | None = None) -> None:
@@ -204,17 +219,14 @@ def check_shape(file: AdapterFile, actual: Mapping[str, int], switches: Mapping[
     actual: `DecoderConfig.sizes` of the base. switches: `DecoderConfig.switches` of the base; not
     compared if None.
     """
-    n_layers, _, dim = file.prompt.shape
-    expected = {"dim": dim, **file.base_shape}
-    if file.gate.shape[1] != 1:
-        expected["n_heads"] = file.gate.shape[1]
+    expected = {**file.config.sizes(file.tensors), **file.base_shape}
     if wrong := [f"{k} {value}, this base has {actual[k]}" for k, value in expected.items() if actual[k] != value]:
         raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
     if switches is not None and file.base_switches is not None:
         wanted, given = (json.dumps(dict(one), sort_keys=True) for one in (file.base_switches, switches))
         if wanted != given:
             raise CheckpointError(f"the adapter was made for a base with the switches {wanted}, this base has {given}")
-    if n_layers > actual["n_layers"]:
+    if (n_layers := file.config.n_layers or 0) > actual["n_layers"]:
         raise CheckpointError(f"the adapter has {n_layers} layers, this base has only {actual['n_layers']}")
 
 
@@ -239,86 +251,6 @@ def check_identities(
 def _short(digest: str | None) -> str | None:
     """The beginning of a digest: enough for a person to tell two apart."""
     return digest and f"{digest[:12]}…"
-
-
-def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
-    """The content of a file in the own format, given its header and tensors.
-
-    Raises CheckpointError, naming the file, if the version is unknown, the header is damaged, or the tensors are not
-    those that the header states.
-    """
-    if header.get("version") != str(VERSION):
-        raise CheckpointError(f"{path}: format version {header.get('version')!r}; this code reads version {VERSION}")
-    try:
-        convention: Any = header["gate"]
-        vision = _parse_vision(header["vision"]) if "vision" in header else None
-        stated = (int(header["n_layers"]), int(header["prompt_length"]))
-        base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
-        switches = json.loads(header.get("base_switches", "{}"))  # LLaMA's, where an older file says nothing
-        templates = {name: parse_template(one) for name, one in json.loads(header.get("templates", "{}")).items()}
-        if convention not in get_args(Gate) or not all(isinstance(x, dict) for x in (base_shape, switches, extra)):
-            raise AdapterError(f"gate {convention!r}, base_shape {base_shape!r}, {switches!r}, extra {extra!r}")
-        if unknown := base_shape.keys() - set(SIZES):
-            raise AdapterError(f"base_shape holds {sorted(unknown)}")
-    except (KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
-    names = _TEXT_TENSORS | {_PROJECTION_PREFIX + name for name in _projection_shapes(vision, 1)}
-    if tensors.keys() != names:
-        raise CheckpointError(f"{path}: expected the tensors {', '.join(sorted(names))}; {some_keys(tensors)}")
-    prompt, gate = to_float32(tensors["prompt"]), to_float32(tensors["gate"])
-    if prompt.dim() != 3 or gate.dim() != 2 or stated != prompt.shape[:2] or len(gate) != len(prompt):
-        raise CheckpointError(
-            f"{path}: prompt {tuple(prompt.shape)} and gate {tuple(gate.shape)} are not the {stated[0]} layers of "
-            f"{stated[1]} prompts that the header states"
-        )
-    return AdapterFile(
-        prompt=prompt,
-        gate=gate,
-        convention=convention,
-        vision=vision,
-        projection=_projection_tensors(path, tensors, vision, prompt.shape[2]),
-        base_shape=base_shape,
-        base_switches=switches,
-        base_fingerprint=header.get("base_fingerprint") or None,
-        base_dtype=header.get("base_dtype") or None,
-        tokenizer_sha256=header.get("tokenizer_sha256") or None,
-        template=templates.pop("", None),
-        format_templates=templates,
-        extra=extra,
-    )
-
-
-def _parse_vision(header: str) -> ImageProjectionConfig:
-    fields = json.loads(header)
-    if not isinstance(fields, dict) or not all(isinstance(width, int) for width in fields.get("widths", [None])):
-        raise AdapterError(f"vision {header}")
-    names = {key: name for name, key in _VISION_KEYS.items()}
-    fields = {names.get(key, key): value for key, value in fields.items()}
-    try:
-        return ImageProjectionConfig(**{**fields, "widths": tuple(fields["widths"])})
-    except TypeError as error:
-        raise AdapterError(f"vision {header}: {error}") from error
-
-
-def _projection_tensors(
-    path: Path, tensors: dict[str, Tensor], vision: ImageProjectionConfig | None, dim: int
-) -> dict[str, Tensor]:
-    """The projection's tensors by name, checked against the shapes that `vision` and the width `dim` imply."""
-    projection = {}
-    for name, shape in _projection_shapes(vision, dim).items():
-        tensor = projection[name] = to_float32(tensors[_PROJECTION_PREFIX + name])
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{path}: {_PROJECTION_PREFIX}{name} has shape {tuple(tensor.shape)}, the header states {shape}"
-            )
-    return projection
-
-
-def _projection_shapes(vision: ImageProjectionConfig | None, dim: int) -> dict[str, tuple[int, ...]]:
-    if vision is None:
-        return {}
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in ImageProjection(vision, dim).state_dict().items()}
 
 
 def to_float32(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Read adapter files of every known format; `adapter.adapter_export` writes the foreign ones.
 
-    own           see `adapter.adapter_file`
+    own           see `adapter.adapter_file`; of every method
     official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, one gate per head or one for all heads
     litgpt        `transformer.h.i.attn.adapter_wte.weight` (K, C), `...gating_factor` (1, 1, H, 1)
     PEFT          `...layers.i.self_attn.adaption_prompt` (1, K, C), `...adaption_gate` (1,), one gate for all heads
@@ -15,8 +15,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from adapter.adapter_file import FORMAT, AdapterFile, parse_adapter, some_keys, to_float32
-from adapter.adaption import Gate
+from adapter.adapter_file import FORMAT, AdapterFile, some_keys, to_float32
+from adapter.adapter_header import parse_adapter
+from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.json_config import JsonConfig, PositiveInt
 from adapter.base.tensor_files import is_safetensors, open_tensors, read_metadata
 from adapter.errors import AdapterError, CheckpointError
@@ -70,9 +71,9 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
         raise CheckpointError(
             f"{path}: no adapter of a known format (own, official v1, litgpt, PEFT); {some_keys(tensors)}"
         )
-    if gate and gate != file.convention:
-        raise CheckpointError(f"{path}: its gates are for {file.convention!r}, not {gate!r}")
-    for name, tensor in (("prompt", file.prompt), ("gate", file.gate), *file.projection.items()):
+    if gate and gate != (own := getattr(file.config, "gate", None)):
+        raise CheckpointError(f"{path}: its gates are for {own!r}, not {gate!r}")
+    for name, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: a {name} is not finite")
     if peft is not None and (peft.adapter_layers, peft.adapter_len) != tuple(file.prompt.shape[:2]):
@@ -81,6 +82,14 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
             f"{peft.adapter_layers, peft.adapter_len}, {path.name} has {tuple(file.prompt.shape[:2])}"
         )
     return file
+
+
+def prompt_file(prompt: Tensor, gate: Tensor, convention: Gate = "identity", *, base_layers: int) -> AdapterFile:
+    """An adapter of prompts (L, K, C) and gates (L, H) or (L, 1), for a base of so many layers, as other files state
+    it."""
+    config = AdaptionConfig(n_layers=len(prompt), prompt_length=prompt.shape[1], gate=convention)
+    tensors = {"prompt": prompt, "gate": gate}
+    return AdapterFile(config=config, tensors=tensors, base_shape={"n_layers": base_layers})
 
 
 def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers: int | None) -> AdapterFile:
@@ -106,12 +115,8 @@ def _read_v1(path: Path, tensors: dict[str, Tensor], convention: Gate, n_layers:
         n_layers = fitting[0]
     elif not 1 <= n_layers <= len(gate) or len(query) % n_layers:
         raise CheckpointError(f"{path}: {n_layers} layers do not fit {len(query)} prompt rows and {len(gate)} gates")
-    return AdapterFile(
-        prompt=to_float32(query).unflatten(0, (n_layers, -1)),
-        gate=gate[-n_layers:].clone(),
-        convention=convention,
-        base_shape={"n_layers": max(gates) + 1},
-    )
+    prompt = to_float32(query).unflatten(0, (n_layers, -1))
+    return prompt_file(prompt, gate[-n_layers:].clone(), convention, base_layers=max(gates) + 1)
 
 
 def _read_per_layer(path: Path, tensors: dict[str, Tensor], pattern: re.Pattern[str]) -> AdapterFile:
@@ -132,12 +137,7 @@ def _read_per_layer(path: Path, tensors: dict[str, Tensor], pattern: re.Pattern[
     if unpaired := sorted(prompts.keys() ^ gates.keys()):
         layer = unpaired[0]
         raise CheckpointError(f"{path}: layer {layer} has a {'prompt' if layer in prompts else 'gate'} only")
-    return AdapterFile(
-        prompt=_stack(path, prompts, "prompt"),
-        gate=_stack(path, gates, "gate"),
-        convention="identity",
-        base_shape={"n_layers": max(gates) + 1},
-    )
+    return prompt_file(_stack(path, prompts, "prompt"), _stack(path, gates, "gate"), base_layers=max(gates) + 1)
 
 
 def _stack(path: Path, layers: dict[int, Tensor], kind: str) -> Tensor:

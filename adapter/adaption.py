@@ -16,26 +16,37 @@ wk (P + I) = wk P + wk I: a row with an image costs the projection of one more t
 bias counts once, and a norm is taken of the sum.
 
 The paper's ablations are two more gates: `one` is fixed at 1 (rand-init attention); `prefix` has no gate but is an
-ordinary prefix, whose keys share one softmax with those of the words.
+ordinary prefix, whose keys share one softmax with those of the words. So one file serves three methods of
+`adapter.methods.registry`: zero_init, rand_init and prefix.
 
 B batch, T tokens, S keys, C width, H query heads, G key/value heads, D channels of a head, K prompt length, n images.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
-from adapter.image_projection import ImageProjectionConfig, Images
+from adapter.image_projection import ImageProjection, ImageProjectionConfig, Images
+from adapter.methods.base import AdapterMethod, AdapterPart
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
 
 TRAINED_GATES: tuple[Gate, ...] = ("tanh", "identity")
 """The conventions with a trainable g."""
+
+METHOD_GATES: Mapping[str, Gate] = MappingProxyType({"zero_init": "tanh", "rand_init": "one", "prefix": "prefix"})
+"""The methods of prompts, and the gate that each is trained with."""
+
+_PARAMETER = re.compile(r"layers\.(\d+)\.attention\.adaption\.(prompt|gate)")
 
 
 def gate_factor(gate: Tensor, convention: Gate) -> Tensor:
@@ -44,8 +55,8 @@ def gate_factor(gate: Tensor, convention: Gate) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptionConfig:
-    """The shape of an adapter."""
+class AdaptionConfig(AdapterMethod):
+    """The shape of an adapter of prompts."""
 
     n_layers: int = 30
     """L, number of adapted layers, counted from the top."""
@@ -63,6 +74,59 @@ class AdaptionConfig:
         if self.gate not in get_args(Gate):
             raise AdapterError(f"gate must be one of {', '.join(get_args(Gate))}, got {self.gate!r}")
 
+    @property
+    def method(self) -> str:
+        """The method that trains this gate; `zero_init` for `identity`."""
+        return next((name for name, gate in METHOD_GATES.items() if gate == self.gate), "zero_init")
+
+    @property
+    def untrained_tensors(self) -> frozenset[str]:
+        """The gate, where it is fixed."""
+        return frozenset() if self.gate in TRAINED_GATES else frozenset({"gate"})
+
+    def install(self, model) -> None:
+        """See `AdapterMethod.install`."""
+        for block in list(model.blocks)[-self.n_layers :]:
+            block.attention.adaption = Adaption(self, model.config.dim, model.config.n_heads)
+        if self.vision is not None:
+            model.vision = ImageProjection(self.vision, model.config.dim)
+
+    def on_top(self, n_layers: int) -> Self:
+        """See `AdapterMethod.on_top`."""
+        return replace(self, n_layers=n_layers, vision=None)
+
+    def describe(self) -> str:
+        """See `AdapterMethod.describe`."""
+        return f"{self.prompt_length} prompt tokens in each of the top {self.n_layers} layers"
+
+    def header(self) -> dict[str, str]:
+        """See `AdapterMethod.header`: the entries of the format's first version."""
+        return {"gate": self.gate, "n_layers": str(self.n_layers), "prompt_length": str(self.prompt_length)}
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `AdapterMethod.pack`: `prompt` (L, K, C), `gate` (L, H), and the image projection under `vision.`."""
+        layers: dict[str, dict[int, Tensor]] = {"prompt": {}, "gate": {}}
+        rest = {}
+        for name, tensor in tensors.items():
+            if match := _PARAMETER.fullmatch(name):
+                layers[match[2]][int(match[1])] = tensor
+            else:
+                rest[name] = tensor
+        return {kind: torch.stack([of[layer] for layer in sorted(of)]) for kind, of in layers.items()} | rest
+
+    def unpack(self, tensors: Mapping[str, Tensor], base: DecoderConfig) -> dict[str, Tensor]:
+        """See `AdapterMethod.unpack`. A gate (L, 1), which serves all heads, becomes one per head."""
+        unpacked = {name: tensor for name, tensor in tensors.items() if name not in ("prompt", "gate")}
+        for layer, (prompt, gate) in enumerate(zip(tensors["prompt"], tensors["gate"], strict=True)):
+            part = f"layers.{base.n_layers - self.n_layers + layer}.attention.adaption"
+            unpacked |= {f"{part}.prompt": prompt, f"{part}.gate": gate.expand(base.n_heads)}
+        return unpacked
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """See `AdapterMethod.sizes`: files of other programs state little."""
+        heads = {} if tensors["gate"].shape[1] == 1 else {"n_heads": tensors["gate"].shape[1]}
+        return {"dim": tensors["prompt"].shape[2], **heads}
+
 
 class FrozenLayer(NamedTuple):
     """The parts of its layer that the prompt's attention uses."""
@@ -77,7 +141,7 @@ class FrozenLayer(NamedTuple):
     """`adapter.attention.attend` with the layer's scale and soft cap."""
 
 
-class Adaption(nn.Module):
+class Adaption(AdapterPart):
     """One adapted layer's prompt (K, C) and gate (H,), and the layer's attention with them."""
 
     def __init__(self, config: AdaptionConfig, dim: int, n_heads: int) -> None:
@@ -117,19 +181,14 @@ class Adaption(nn.Module):
         v: Tensor,
         mask: Tensor | None,
         layer: FrozenLayer,
-        cached: list[Tensor] | None = None,
         images: Images | None = None,
     ) -> Tensor:
         """Attention to words and prompt, (B, H, T, D): eq. 6-8.
 
         q: rotated queries (B, H, T, D). k, v: keys and values (B, G, S, D) of the words, under `mask` (None is causal).
-        layer: the frozen layer. images: the image tokens (n, C) and their rows (n,). cached: a list that generation
-        passes, because the prompt's keys and values are the same at every step: empty at first, filled here, read from
-        then on.
+        layer: the frozen layer. images: the image tokens (n, C) and their rows (n,).
         """
-        keys, values = cached or self.keys_values(layer, q, images)
-        if cached is not None and not cached:
-            cached.extend((keys, values))
+        keys, values = self.keys_values(layer, q, images)
         keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in (keys, values))
         if self.gate_convention == "prefix":
             if mask is None:

@@ -1,4 +1,4 @@
-"""LLaMA's decoder (arXiv 2302.13971), frozen, with one place for an adapter: an attention layer may hold an adaption.
+"""LLaMA's decoder (arXiv 2302.13971), frozen, with places for an adapter's parts (see `adapter.methods.base`).
 
     h = x + wo(SDPA(rope(wq n), rope(wk n), wv n, causal)),  n = RMSNorm(x)
     y = h + w2(silu(w1 m) * w3 m),                           m = RMSNorm(h)
@@ -6,7 +6,7 @@
 Mistral, Qwen, SmolLM 3 and Gemma are this decoder with switches set: `DecoderConfig` lists and explains them.
 RoPE rotates the pairs (0, D/2), (1, D/2 + 1), ..., as Hugging Face's checkpoints do; Meta's are permuted on load.
 
-B batch, T tokens, S keys seen so far (S = T without a cache), V vocabulary, C width, N layers, H query heads,
+B batch, T tokens, V vocabulary, C width, N layers, H query heads,
 G key/value heads, D channels of a head (C/H in LLaMA), W tokens of a sliding window.
 """
 
@@ -18,23 +18,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter.adaption import Adaption, AdaptionConfig, FrozenLayer
-from adapter.attention import attend, soft_cap
+from adapter.adaption import Adaption, FrozenLayer
+from adapter.attention import attend, soft_cap, visible
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjection, Images, batch_images
-from adapter.kv_cache import KVCache
+from adapter.kv_cache import Step
+from adapter.linear import Linear
 from adapter.loss import labelled_cross_entropy
+from adapter.methods.base import AdapterMethod, AdapterPart
 from adapter.rope import apply_rope, rope_angles
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension, computed in float32."""
 
+    shift: AdapterPart | None
+
     def __init__(self, dim: int, eps: float, offset: bool = False) -> None:
         super().__init__()
         self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(dim))
+        self.register_module("shift", None)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float(not self.offset))
@@ -42,9 +47,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight if self.shift is None else self.shift(self.weight)
         if self.offset:  # Gemma rounds after the product, LLaMA before it
-            return (x32 * (1 + self.weight.float())).to(x.dtype)
-        return x32.to(x.dtype) * self.weight
+            return (x32 * (1 + weight.float())).to(x.dtype)
+        return x32.to(x.dtype) * weight.to(self.weight.dtype)
 
 
 class AttentionInputs(NamedTuple):
@@ -53,9 +59,9 @@ class AttentionInputs(NamedTuple):
     rope: tuple[Tensor, Tensor]
     """cos and sin, each (B or 1, 1, T, D)."""
     mask: Tensor | None
-    """(B or 1, 1, T, S) bool, True where a token may attend; None is the causal mask."""
-    cache: KVCache | None
-    """The keys and values of earlier tokens; None without generation."""
+    """(1, 1, T, T) bool, True where a token may attend; None is the causal mask."""
+    step: Step | None
+    """The sequences that generation goes on with; None without generation."""
     images: Images | None
     """The image tokens (n, C) and their rows (n,); None where no row has an image."""
 
@@ -74,17 +80,17 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.has_bias = layer, D, config.qkv_bias
         self.rotated = layer not in config.unrotated_layers
         self.scale, self.cap = config.score_dim**-0.5, config.score_cap
-        self.wq = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.wk = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.wv = nn.Linear(C, G * D, bias=config.qkv_bias)
-        self.wo = nn.Linear(H * D, C, bias=config.out_bias)
+        self.wq = Linear(C, H * D, bias=config.qkv_bias)
+        self.wk = Linear(C, G * D, bias=config.qkv_bias)
+        self.wv = Linear(C, G * D, bias=config.qkv_bias)
+        self.wo = Linear(H * D, C, bias=config.out_bias)
         for name in ("q_norm", "k_norm"):
             self.register_module(name, RMSNorm(D, *norm) if config.qk_norm else None)
         self.register_module("adaption", None)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         B, T, _ = x.shape
-        rope, mask, cache, images = inputs
+        rope, mask, step, images = inputs
         q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -92,14 +98,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        if self.adaption is None:
+        if step is not None:
+            y = step.attention(self.layer, q, k, v, self.attend)
+        elif self.adaption is None:
             y = self.attend(q, k, v, mask, causal=mask is None)
         else:
-            cached = None if cache is None else cache.prompts[self.layer]
-            layer = FrozenLayer(self.wk, self.wv, self.k_norm, self.has_bias, self.attend)
-            y = self.adaption(q, k, v, mask, layer, cached, images)
+            has_bias = self.has_bias or self.wk.delta is not None or self.wv.delta is not None
+            layer = FrozenLayer(self.wk, self.wv, self.k_norm, has_bias, self.attend)
+            y = self.adaption(q, k, v, mask, layer, images)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
@@ -113,9 +119,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.w1(x)
@@ -168,7 +174,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.adaption_config: AdaptionConfig | None = None
+        self.adapter: AdapterMethod | None = None
         self.checkpoint_activations = False
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -188,59 +194,80 @@ class Decoder(nn.Module):
         return (block for block in self.layers if isinstance(block, Block))
 
     @property
+    def stream_norms(self) -> Iterator[RMSNorm]:
+        """The norms of the residual stream: those before and after each block's parts, lowest first, then the last."""
+        for block in self.blocks:
+            norms = (block.attention_norm, block.attention_post_norm, block.ffn_norm, block.ffn_post_norm)
+            yield from (norm for norm in norms if norm is not None)
+        yield self.norm
+
+    @property
     def first_adapted(self) -> int:
-        """Lowest layer that needs gradients: the lowest adapted one, or 0 without an adapter, to train the base."""
-        if self.adaption_config is None:
-            return 0
-        return self.config.n_layers - self.adaption_config.n_layers
+        """Lowest layer that needs gradients: that of the adapter, or 0 without an adapter, to train the base."""
+        return 0 if self.adapter is None else self.adapter.first_layer(self.config.n_layers)
 
     @property
     def adaptions(self) -> list[Adaption]:
-        """The adaptions of the adapted layers, lowest layer first; empty without an adapter."""
+        """The adaptions of the adapted layers, lowest layer first; empty without prompts."""
         adaptions = (block.attention.adaption for block in self.blocks)
         return [adaption for adaption in adaptions if adaption is not None]
 
     @property
-    def adapter_modules(self) -> list[Adaption | ImageProjection]:
-        """The modules that the adapter adds to the base, in the order in which they are initialised."""
-        return [*self.adaptions, *([] if self.vision is None else [self.vision])]
+    def adapter_modules(self) -> list[AdapterPart]:
+        """The parts that the adapter adds to the base, in the order in which they are initialised."""
+        return [module for module in self.modules() if isinstance(module, AdapterPart)]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of `adapter_modules`, including gates that are not trained."""
-        adapter_ids = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
-        return ((name, parameter) for name, parameter in self.named_parameters() if id(parameter) in adapter_ids)
+        """Names and parameters of the adapter: those of its parts, trained or not, and of the base what it trains."""
+        if self.adapter is not None and self.adapter.trains_base:
+            return self.named_parameters()
+        parts = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
+        return ((name, one) for name, one in self.named_parameters() if id(one) in parts)
 
-    def add_adapter(self, config: AdaptionConfig, generator: torch.Generator | None = None) -> None:
-        """Freeze the base and add a freshly initialised adapter to the top L layers, in place of any that is there.
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the base, without those of the adapter's parts."""
+        parts = {id(parameter) for module in self.adapter_modules for parameter in module.parameters()}
+        return ((name, one) for name, one in self.named_parameters() if id(one) not in parts)
 
-        Raises AdapterError if the decoder has fewer than L layers.
+    def add_adapter(self, adapter: AdapterMethod, generator: torch.Generator | None = None) -> None:
+        """Freeze the base and add a freshly initialised adapter, in place of any that is there.
+
+        The initial values are drawn on the generator's device, so that one on the CPU gives the same values on every
+        device; without a generator, on the base's.
+
+        Raises AdapterError if the base cannot take the adapter, and if the base's own weights were trained.
         """
-        if config.n_layers > self.config.n_layers:
-            raise AdapterError(
-                f"the adapter wants {config.n_layers} adapted layers, the base has {self.config.n_layers}: "
-                f"set n_layers to at most {self.config.n_layers}"
-            )
+        adapter.check(self.config)
+        self.remove_adapter()
         self.requires_grad_(False)
-        self.adaption_config = config
-        for layer, block in enumerate(self.blocks):
-            adapted = layer >= self.first_adapted
-            block.attention.adaption = Adaption(config, self.config.dim, self.config.n_heads) if adapted else None
-        self.vision = None if config.vision is None else ImageProjection(config.vision, self.config.dim)
+        self.adapter = adapter
+        adapter.install(self)
         device = self.tok_embeddings.weight.device
         if device.type != "meta":
-            self.reset_adapter(generator, device)
+            for part in self.adapter_modules:
+                part.to_empty(device=device if generator is None else generator.device)
+                part.reset_parameters(generator)
+                part.to(device)
 
     def remove_adapter(self) -> None:
-        """Take the adapter off, if there is one: the decoder then computes what its base does, to the bit."""
-        self.adaption_config, self.vision = None, None
-        for block in self.blocks:
-            block.attention.adaption = None
+        """Take the adapter off, if there is one: the decoder then computes what its base does, to the bit.
 
-    def reset_adapter(self, generator: torch.Generator | None, device: torch.device | str) -> None:
-        """Move the adapter to `device`, which must be the generator's own, and give it its initial values."""
-        for module in self.adapter_modules:
-            module.to_empty(device=device)
-            module.reset_parameters(generator)
+        Raises AdapterError if the adapter is in the base's own weights, and cannot be taken off.
+        """
+        if self.adapter is not None and self.adapter.trains_base:
+            raise AdapterError(
+                f"the method {self.adapter.method} changes the base's own weights and cannot be taken off: load the "
+                "base again"
+            )
+        self.take_parts_off()
+
+    def take_parts_off(self) -> None:
+        """Leave every place of an adapter's part empty, and forget the method."""
+        self.adapter = None
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, AdapterPart):
+                    setattr(module, name, None)
 
     def batch_images(self, features: Sequence[Tensor | None]) -> Images | None:
         """Stack each row's image features (F,), None where it has no image, on the model's device.
@@ -255,11 +282,11 @@ class Decoder(nn.Module):
         device = self.tok_embeddings.weight.device
         return stacked.to(device), rows.to(device)
 
-    def hidden_states(self, tokens: Tensor, cache: KVCache | None = None, images: Images | None = None) -> Tensor:
-        """Final normalised hidden states (B, T, C) of tokens (B, T) int64, which follow those in the cache, if any.
+    def hidden_states(self, tokens: Tensor, step: Step | None = None, images: Images | None = None) -> Tensor:
+        """Final normalised hidden states (B, T, C) of tokens (B, T) int64.
 
-        images: features (n, F) and the rows (n,) that they belong to. With a cache they are given once, with the
-        prompts; the cache keeps what follows from them.
+        step: in generation, the sequences that tokens (1, N) go on with, whose prompts and images it has. images:
+        features (n, F) and the rows (n,) that they belong to.
 
         Rows padded on the right need no mask, because no real token looks ahead. Layers below the first adapted one run
         without autograd.
@@ -270,7 +297,7 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(tokens)
         if self.config.scaled_embeddings:  # by √C in the weights' precision, as Gemma was trained
             x = x * float(torch.tensor(self.config.dim**0.5, dtype=x.dtype))
-        full, sliding = self._attention_inputs(x, cache, images)
+        full, sliding = self._attention_inputs(x, step, images)
         grad = torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             inputs = sliding if layer in self.config.sliding_layers else full
@@ -279,25 +306,25 @@ class Decoder(nn.Module):
                     x = checkpoint(block, x, inputs, use_reentrant=False)
                 else:
                     x = block(x, inputs)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
         return self.norm(x)
 
     def _attention_inputs(
-        self, x: Tensor, cache: KVCache | None, images: Images | None
+        self, x: Tensor, step: Step | None, images: Images | None
     ) -> tuple[AttentionInputs, AttentionInputs]:
         """The inputs of attention to all earlier tokens, and those of attention within the sliding window.
 
         x: the embeddings (B, T, C). images: the image tokens and their rows.
         """
         config, T = self.config, x.shape[1]
-        S = T if cache is None else cache.used + T
-        positions = torch.arange(T, device=x.device)[None] if cache is None else cache.positions(T)
-        angles = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, S)
-        full = AttentionInputs(_per_head(angles, x.dtype), None if S == T else _mask(positions, S), cache, images)
+        positions = torch.arange(T, device=x.device)[None] if step is None else step.positions[None]
+        if step is None:
+            angles = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, T)
+        else:
+            angles = step.rope_angles()
+        full = AttentionInputs(_per_head(angles, x.dtype), None, step, images)
         sliding = full
-        if config.sliding_window is not None and config.sliding_window < S:
-            sliding = sliding._replace(mask=_mask(positions, S, config.sliding_window))
+        if step is None and config.sliding_window is not None and config.sliding_window < T:
+            sliding = sliding._replace(mask=visible(positions, T, config.sliding_window))
         if config.sliding_rope_theta is not None:
             angles = rope_angles(positions, config.head_dim, config.sliding_rope_theta)
             sliding = sliding._replace(rope=_per_head(angles, x.dtype))
@@ -316,9 +343,3 @@ def _per_head(angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor
     """cos and sin (B or 1, T, D) in the model's dtype, shaped to turn all heads: (B or 1, 1, T, D)."""
     cos, sin = angles
     return cos[:, None].to(dtype), sin[:, None].to(dtype)
-
-
-def _mask(positions: Tensor, n_slots: int, window: int | None = None) -> Tensor:
-    """The slots (B or 1, 1, T, S) that tokens at these positions (B or 1, T) may attend to."""
-    distance = positions[:, None, :, None] - torch.arange(n_slots, device=positions.device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

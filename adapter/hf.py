@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapter.adapter_file import AdapterFile, check_identities, check_shape, copy_tensors
+from adapter.adapter_file import PROJECTION_PREFIX, AdapterFile, check_identities, check_shape, to_float32
 from adapter.adapter_formats import read_adapter
-from adapter.adaption import Gate
+from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import open_checkpoint
 from adapter.base.families import FAMILIES
 from adapter.errors import AdapterError, CheckpointError
@@ -59,6 +59,11 @@ def attach(
     folder, of other weights, or for another tokenizer; AdapterError for a model that cannot take an adapter.
     """
     file = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter, gate=gate)
+    if not isinstance(settings := file.config, AdaptionConfig):
+        raise AdapterError(
+            f"the adapter's method is {settings.method}, and only prompts can be attached to a transformers model: "
+            "export a LoRA for the library peft, or merge the adapter and save the base"
+        )
     decoder, attentions = _find_attentions(model)
     config = attentions[0].config
     implementation = config._attn_implementation.removeprefix(PREFIX)
@@ -75,10 +80,10 @@ def attach(
     if images.projection is not None:
         images.projection.load_state_dict(dict(file.projection))
         decoder.add_module(_IMAGES, images.to(_device(attentions[-1])))
-    top = attentions[len(attentions) - file.config.n_layers :]
+    top = attentions[len(attentions) - settings.n_layers :]
     for attention, prompt, gates in zip(top, file.prompt, file.gate, strict=True):
         gates = gates.expand(config.num_attention_heads).clone()
-        attention.adaption = AttachedAdaption(prompt.clone(), gates, file.convention, images).to(_device(attention))
+        attention.adaption = AttachedAdaption(prompt.clone(), gates, settings.gate, images).to(_device(attention))
     config._attn_implementation = PREFIX + implementation
     decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
     return AttachedAdapter(decoder, file)
@@ -127,8 +132,13 @@ class AttachedAdapter:
 
     def content(self) -> AdapterFile:
         """A copy of the adapter as it is now, with the identities that its file states."""
-        prompt, gate, projection = copy_tensors(self._adaptions, self._adaptions[0].images.projection)
-        return replace(self._file, prompt=prompt, gate=gate, projection=projection)
+        tensors = {
+            "prompt": torch.stack([to_float32(adaption.prompt) for adaption in self._adaptions]),
+            "gate": torch.stack([to_float32(adaption.gate) for adaption in self._adaptions]),
+        }
+        if (projection := self._adaptions[0].images.projection) is not None:
+            tensors |= {f"{PROJECTION_PREFIX}{name}": to_float32(one) for name, one in projection.state_dict().items()}
+        return replace(self._file, tensors=tensors)
 
     def save(self, path: str | Path) -> None:
         """Write the adapter as it is now, in the own format."""

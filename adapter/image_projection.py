@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter.errors import AdapterError
+from adapter.methods.base import AdapterPart
 
 Images = tuple[Tensor, Tensor]
 """A batch's image features (n, F) float32, and the row of the batch that each belongs to, (n,) int64."""
@@ -46,7 +47,7 @@ class ImageProjectionConfig:
             raise AdapterError(f"an image needs features at least two channels wide and a bottleneck, got {self}")
 
 
-class ImageProjection(nn.Module):
+class ImageProjection(AdapterPart):
     """The MLP of eq. 10: features (n, F) → tokens (n, C), in float32."""
 
     def __init__(self, config: ImageProjectionConfig, dim: int) -> None:

@@ -67,7 +67,7 @@ def labelled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, cap: 
     targets = labels[:, 1:]
     labelled = targets != IGNORE
     rows, targets = hidden[:, :-1][labelled], targets[labelled]
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         return F.cross_entropy(_logits(rows, weight, cap), targets, reduction="sum")
     return _FrozenHeadCrossEntropy.apply(rows, weight, targets, cap)
 

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
-from adapter.adaption import AdaptionConfig, Gate
+from adapter.adaption import Gate
 from adapter.base.checkpoint import load_decoder, open_checkpoint
-from adapter.base.quantization import Quantization
+from adapter.base.quantization import Quantization, precision_of
 from adapter.batching import collate, pad
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError
 from adapter.generate import check_image_count, generate
 from adapter.generation_config import GenerationConfig
 from adapter.image_projection import Images
+from adapter.merge import merge_adapter
+from adapter.methods.base import AdapterMethod
 from adapter.records.chat_encoding import stop_ids
 from adapter.records.encoding import encode_prompt
 from adapter.records.example import Example, Record
@@ -81,12 +83,14 @@ class AdaptedModel:
         """The device of the model's weights."""
         return self.model.tok_embeddings.weight.device
 
-    def add_adapter(self, config: AdaptionConfig, *, seed: int = 0) -> None:
-        """Add a freshly initialised adapter, in place of any that is there.
+    def add_adapter(self, config: AdapterMethod, *, seed: int = 0) -> None:
+        """Add a freshly initialised adapter of any method, in place of any that is there.
 
-        Its gates start at 0, so it does not change the model's outputs until it is trained. seed: of its prompts.
-        Raises AdapterError if the base has fewer layers than the adapter.
+        It does not change the model's outputs until it is trained, but for the ablations rand_init and prefix. seed: of
+        its random values. Raises AdapterError if the base has fewer layers than the adapter, or is held in a precision
+        that the method cannot train.
         """
+        config.check_precision(precision_of(self.model))
         self.model.add_adapter(config, torch.Generator(self.device).manual_seed(seed))
         self.template = None
 
@@ -110,9 +114,21 @@ class AdaptedModel:
         self.template = file.template
 
     def remove_adapter(self) -> None:
-        """Take the adapter off, if there is one: the outputs are then the base's, to the bit."""
+        """Take the adapter off, if there is one: the outputs are then the base's, to the bit.
+
+        Raises AdapterError after full fine-tuning, which leaves nothing to go back to.
+        """
         self.model.remove_adapter()
         self.template = None
+
+    def merge_adapter(self) -> None:
+        """Fold the adapter into the base, which then computes the same without it, up to rounding; see `adapter.merge`.
+
+        `save_decoder(model.model, folder)` then writes a plain checkpoint. The base has new values, so that its
+        `fingerprint` is no longer known. Raises AdapterError for prompts, and for a quantized base.
+        """
+        merge_adapter(self.model)
+        self.fingerprint = None
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Save the adapter alone, with its template and the identities of this base and tokenizer.
@@ -184,7 +200,7 @@ class AdaptedModel:
         Raises RecordError for a conversation that the template refuses, or whose last question fills the window.
         """
         own = self.tokenizer.chat_template
-        if template is None and self.model.adaption_config is None and own is not None:
+        if template is None and self.model.adapter is None and own is not None:
             template = ChatTemplate(source=own)
         record: dict[str, Any] = {"messages": messages, "tools": tools}
         return self.answer_records([record], config, images=[image], template=template, **overrides)[0]

@@ -103,10 +103,8 @@ class Held:
     def add_adapter(self) -> None:
         """Add an adapter whose gates are near zero, as early in training, so that the gradient reaches its prompts."""
         config = AdaptionConfig(n_layers=self.model.config.n_layers - 2, prompt_length=10)
-        self.model.add_adapter(config)
-        self.model.reset_adapter(torch.Generator().manual_seed(0), "cpu")
+        self.model.add_adapter(config, torch.Generator().manual_seed(0))
         for adaption in self.model.adaptions:
-            adaption.to(self.device)
             torch.nn.init.constant_(adaption.gate, 0.01)
         self.optimizer = torch.optim.AdamW([p for _, p in self.model.adapter_parameters()], lr=1e-3)
 

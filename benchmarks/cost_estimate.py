@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     examples = sample_examples(settings.data.sources(), inputs.templates, tokenizer, settings.data.max_length)
     plan = TrainingPlan(
         shape=inputs.checkpoint.config,
-        adaption=settings.adapter.adaption(None),
+        adapter=settings.adapter.build(inputs.checkpoint.config.n_layers, None),
         dtype=settings.base.dtype,
         token_budget=train.token_budget,
         global_batch=train.global_batch,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     dist.init_process_group("gloo", rank=0, world_size=1)
     base, device = settings.base, torch.device("cpu")
-    model = adapted_model(base.path, plan.adaption, dtype=base.dtype, zero=settings.zero, seed=0, device=device)
+    model = adapted_model(base.path, plan.adapter, dtype=base.dtype, zero=settings.zero, seed=0, device=device)
     model.checkpoint_activations = plan.checkpoint_activations
     engine, rng = Engine(model, settings.zero, settings.optimizer), random.Random(1)
     times = [step_seconds(engine, plan, rng.choices(examples, k=train.global_batch)) for _ in range(STEPS)]

@@ -30,7 +30,7 @@ from rayjobs.demo.world import make_world, world_paths
 from rayjobs.jobs import adapter_eval, adapter_train, adapter_tune
 from rayjobs.storage.files import atomic_folder, read_json, write_json
 
-ATTENTION = ["zero-init", "rand-init", "prefix"]
+METHODS = ["zero_init", "rand_init", "prefix"]
 
 
 def main() -> None:
@@ -65,13 +65,13 @@ def measure(seed: int, out: Path) -> list[dict[str, Any]]:
         return {"name": f"{name}-{seed}", "storage": str(out), "cache": str(out / "cache")}
 
     values = question_train_settings(recipe, base, world.clip, questions, run("sweep"))
-    sweep = {"axes": {"adapter.attention": ATTENTION}, "seeds": [seed]}
+    sweep = {"axes": {"adapter.method": METHODS}, "seeds": [seed]}
     tuned = load(adapter_tune.Config, {**values, "zero": {"stage": 0}, "sweep": sweep})
     adapter_tune.run(tuned)
     adapters: dict[str, Path | None] = {}
     for trial in adapter_tune.check(tuned):
         settings = adapter_tune.trial_settings(tuned, trial)
-        adapters[f"image-conditioned, {settings.adapter.attention}"] = settings.run.folder
+        adapters[f"image-conditioned, {settings.adapter.method}"] = settings.run.folder
     blind = load(adapter_train.Config, question_train_settings(recipe, base, None, questions, run("text-only")))
     adapter_train.run(blind)
     adapters |= {"text-only": blind.run.folder, "none": None}

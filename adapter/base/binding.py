@@ -10,12 +10,16 @@ from adapter.base.tensor_source import TensorSource
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import CheckpointError
+from adapter.methods.base import AdapterMethod
 
 
-def meta_decoder(config: DecoderConfig) -> Decoder:
-    """The decoder on the meta device: names and shapes without memory."""
+def meta_decoder(config: DecoderConfig, adapter: AdapterMethod | None = None) -> Decoder:
+    """The decoder, with an adapter if one is given, on the meta device: names and shapes without memory."""
     with torch.device("meta"), _SkipInit():
-        return Decoder(config)
+        model = Decoder(config)
+        if adapter is not None:
+            model.add_adapter(adapter)
+        return model
 
 
 class _SkipInit(TorchFunctionMode):

@@ -175,7 +175,7 @@ def load_decoder(
 
 
 def save_decoder(model: Decoder, folder: str | Path) -> None:
-    """Write the base, without any adapter, in Hugging Face's format: `config.json` and `model.safetensors`.
+    """Write the base, without an adapter's parts, in Hugging Face's format: `config.json` and `model.safetensors`.
 
     Each file appears complete or not at all, the configuration last. Raises AdapterError for a quantized base.
     """
@@ -183,11 +183,9 @@ def save_decoder(model: Decoder, folder: str | Path) -> None:
         raise AdapterError(f"the base is held in {precision}, which is no format of files: save one loaded in fp32")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = {name for name, _ in model.adapter_parameters()}
     tensors = {
         hf_key(name, post_norms=model.config.post_norms): parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if name not in adapter
+        for name, parameter in model.base_parameters()
     }
     with atomic_path(folder / "model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})

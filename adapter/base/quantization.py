@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from adapter.base.tensor_files import trim_heap
 from adapter.errors import AdapterError
+
+if TYPE_CHECKING:
+    from adapter.methods.base import Delta
 
 Quantization = Literal["int8", "nf4"]
 
@@ -54,6 +57,7 @@ class Int8Linear(nn.Module):
     do not see it.
     """
 
+    delta: "Delta | None"
     QUANTIZED_FROM = torch.float16
     """The only dtype that the CUDA kernel reads."""
 
@@ -63,7 +67,9 @@ class Int8Linear(nn.Module):
         values, scales, _ = bitsandbytes().functional.int8_vectorwise_quant(weight)
         self.register_buffer("values", values)  # (O, I) int8
         self.register_buffer("scales", scales)  # (O,) float32, 127 times the s above
+        self.out_features, self.in_features = weight.shape
         self.bias = bias
+        self.register_module("delta", None)
 
     @staticmethod
     def n_bytes(n_outputs: int, n_inputs: int) -> int:
@@ -76,7 +82,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Int8Product.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.delta is None else self.delta(x, y)
 
 
 class _Int8Product(torch.autograd.Function):
@@ -95,6 +102,7 @@ class _Int8Product(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer with its weight in 4-bit NormalFloat, its scales in 8 bits; buffers, as in `Int8Linear`."""
 
+    delta: "Delta | None"
     QUANTIZED_FROM = torch.float32
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -104,12 +112,14 @@ class NF4Linear(nn.Module):
             weight, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.shape = weight.shape
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("packed", packed)  # two weights per byte
         self.register_buffer("scales", state.absmax)  # uint8, one per block
         self.register_buffer("scale_offset", state.offset)  # float32, their mean
         self.register_buffer("scale_scales", state.state2.absmax)  # float32, one per block of scales
         self.register_buffer("scale_code", state.state2.code)  # (256,) float32, what the 8 bits stand for
         self.bias = bias
+        self.register_module("delta", None)
 
     @staticmethod
     def n_bytes(n_outputs: int, n_inputs: int) -> int:
@@ -123,7 +133,8 @@ class NF4Linear(nn.Module):
         return bitsandbytes().functional.dequantize_4bit(self.packed, self._state(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return bitsandbytes().matmul_4bit(x, self.packed, quant_state=self._state(x.dtype), bias=self.bias)
+        y = bitsandbytes().matmul_4bit(x, self.packed, quant_state=self._state(x.dtype), bias=self.bias)
+        return y if self.delta is None else self.delta(x, y)
 
     def _state(self, dtype: torch.dtype) -> Any:
         """The buffers as bitsandbytes takes them. Its object is made anew, because moving the layer moves buffers."""

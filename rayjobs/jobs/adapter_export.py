@@ -70,7 +70,7 @@ def plan(settings: Config) -> None:
     file = check(settings).file
     rows = [
         ["base", settings.base.path],
-        ["adapter", f"{settings.adapter}: {_describe(file)}"],
+        ["adapter", f"{settings.adapter}: {file.config.describe()}"],
         ["out", str(settings.run.folder / OUT[settings.format])],
         ["loaded by", LOADED_BY[settings.format]],
     ]
@@ -92,18 +92,14 @@ def run(settings: Config) -> dict[str, Any]:
             with atomic_path(folder / part.relative_to(scratch).as_posix()) as target:
                 shutil.copyfile(part, target)
     result = {
-        "headline": f"{_describe(file)}, in the format {settings.format}",
+        "headline": f"{file.config.describe()}, in the format {settings.format}",
         "format": settings.format,
         "loaded_by": LOADED_BY[settings.format],
-        "layers": file.config.n_layers,
-        "prompt_length": file.config.prompt_length,
-        "first_layer": base.n_layers - file.config.n_layers,
+        "layers": len(file.prompt),
+        "prompt_length": file.prompt.shape[1],
+        "first_layer": base.n_layers - len(file.prompt),
         "out": str(folder / OUT[settings.format]),
     }
     write_result(folder, result)
     show_result(settings.run.name, result)
     return result
-
-
-def _describe(file: AdapterFile) -> str:
-    return f"{file.config.n_layers} layers with {file.config.prompt_length} prompts each"

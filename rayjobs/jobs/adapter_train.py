@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from adapter.adapter_file import AdapterFile, extract_adapter
+from adapter.adapter_file import AdapterFile, extract_adapter, put_tensors
 from adapter.base.binding import meta_decoder
 from adapter.base.checkpoint import Checkpoint
 from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
 from adapter.decoder_config import DecoderConfig
+from adapter.methods.base import AdapterMethod
 from adapter.templates import Template
 from rayjobs.cluster.device import default_device
 from rayjobs.cluster.ray_init import connect
@@ -104,10 +104,13 @@ def check_fit(settings: Config, inputs: Inputs) -> None:
     """Raise ConfigError unless adapter, sequences and ZeRO fit the base, ProvenanceError if the run is another one."""
     check_zero(settings.zero, settings.base.dtype)
     layers, window = inputs.checkpoint.config.n_layers, inputs.checkpoint.config.max_seq_len
-    if settings.adapter.n_layers > layers:
+    if (settings.adapter.n_layers or 0) > layers:
         raise ConfigError(
             f"adapter.n_layers is {settings.adapter.n_layers}, but {settings.base.path} has {layers} layers"
         )
+    adapter = build_adapter(settings, inputs)
+    adapter.check(inputs.checkpoint.config)
+    adapter.check_precision(settings.base.dtype)
     if settings.data.max_length > window:
         raise ConfigError(
             f"data.max_length is {settings.data.max_length}, more than the window of {settings.base.path}, {window} "
@@ -115,6 +118,12 @@ def check_fit(settings: Config, inputs: Inputs) -> None:
         )
     if inputs.checkpoint.has_weights:  # by which the run is identified
         check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
+
+
+def build_adapter(settings: Config, inputs: Inputs) -> AdapterMethod:
+    """The adapter to train, with the projection of its images. Raises AdapterError for settings that do not fit."""
+    projection = inputs.conditioning and inputs.conditioning.projection
+    return settings.adapter.build(inputs.checkpoint.config.n_layers, projection)
 
 
 def identify(settings: Config, inputs: Inputs) -> dict[str, Any]:
@@ -146,8 +155,8 @@ def plan(settings: Config) -> None:
         images = f"{sum(len(source.image_paths()) for source in sources):,}, {settings.vision.mode}"
     else:
         images = _describe_left_out(sum(count[True] for count in usable))
-    model = meta_decoder(shape)
-    model.add_adapter(settings.adapter.adaption(conditioning and conditioning.projection))
+    adapter = build_adapter(settings, inputs)
+    model = meta_decoder(shape, adapter)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     base = f"{settings.base.path}: {shape.n_layers} layers of width {shape.dim}, held in {settings.base.dtype}"
     steps_per_epoch = -(-per_epoch // train.global_batch)
@@ -156,6 +165,7 @@ def plan(settings: Config) -> None:
         ["base", base],
         *_describe_missing_weights(settings.base, checkpoint),
         ["memory of the base", _describe_memory(shape)],
+        ["adapter", adapter.describe()],
         ["trainable parameters", f"{trainable:,}"],
         ["records", describe_sources(sources, templates)],
         ["records in an epoch", f"{per_epoch:,}, less what is held out for validation"],
@@ -190,7 +200,7 @@ def train(settings: Config, inputs: Inputs) -> None:
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
     store, images = prepare_inputs(settings, inputs, folder)
     write_digests(folder / TRAINED_RECORDS_FILE, trained_digests(settings.data))
-    job = train_job(settings, inputs.conditioning, store, images)
+    job = train_job(settings, inputs, store, images)
     try:
         trained = fit(job, settings.scale, folder, settings.run.track)
     except NonFiniteLossError as error:
@@ -235,14 +245,13 @@ def prepare_inputs(settings: Config, inputs: Inputs, run: Path | None = None) ->
     return store, images
 
 
-def train_job(
-    settings: Config, conditioning: ImageConditioning | None, store: TokenStore, images: ImageSource | None
-) -> TrainJob:
+def train_job(settings: Config, inputs: Inputs, store: TokenStore, images: ImageSource | None) -> TrainJob:
     """Everything that the training workers need."""
+    conditioning = inputs.conditioning
     return TrainJob(
         base=settings.base.path,
         dtype=settings.base.dtype,
-        adaption=settings.adapter.adaption(conditioning and conditioning.projection),
+        adapter=build_adapter(settings, inputs),
         store=store,
         weights=tuple(source.weight for source in settings.data.sources()),
         images=images,
@@ -255,13 +264,11 @@ def train_job(
 
 def adapter_file(settings: Config, job: TrainJob, trained: Mapping[str, Tensor], inputs: Inputs) -> AdapterFile:
     """The trained parameters as an adapter file for this base, tokenizer and template."""
-    model = meta_decoder(inputs.checkpoint.config)
-    model.add_adapter(job.adaption)
-    model.reset_adapter(None, "cpu")
-    with torch.no_grad():
-        for name, parameter in model.adapter_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(trained[name])
+    model = meta_decoder(inputs.checkpoint.config, job.adapter)
+    for part in model.adapter_modules:  # which may hold fixed values besides the trained ones
+        part.to_empty(device="cpu")
+        part.reset_parameters()
+    put_tensors(model, trained)
     sources = settings.data.sources()
     template, format_templates = header_templates(sources, inputs.templates[: len(sources)])
     return extract_adapter(
@@ -314,7 +321,7 @@ def _estimate_cost(settings: Config, inputs: Inputs, steps: int) -> list[list[st
         return []
     costed = TrainingPlan(
         shape=inputs.checkpoint.config,
-        adaption=settings.adapter.adaption(inputs.conditioning and inputs.conditioning.projection),
+        adapter=build_adapter(settings, inputs),
         dtype=settings.base.dtype,
         token_budget=train.token_budget,
         global_batch=train.global_batch,

@@ -1,4 +1,4 @@
-"""Train a frozen decoder with DeepSpeed, under ZeRO stages 0-3.
+"""Train a decoder's adapter, of any method, with DeepSpeed, under ZeRO stages 0-3.
 
 The frozen base is held in `dtype` and the trainable parameters in float32, so that there are no separate master
 weights: DeepSpeed is not told of mixed precision and partitions gradients, optimizer state and (stage 3) parameters as
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapter.adaption import AdaptionConfig
 from adapter.base.binding import meta_decoder
 from adapter.base.checkpoint import open_checkpoint
 from adapter.base.quantization import PRECISIONS, reading_dtype, set_weight
 from adapter.decoder import Decoder
 from adapter.image_projection import Images
 from adapter.loss import IGNORE
+from adapter.methods.base import AdapterMethod
 from rayjobs.errors import ConfigError, ProvenanceError
 from rayjobs.models.base_model import Dtype
 from rayjobs.storage.download import cached_path
@@ -67,28 +67,29 @@ def deepspeed_config(zero: ZeroConfig, clip_norm: float | None) -> dict[str, Any
 
 
 def adapted_model(
-    path: str, adaption: AdaptionConfig, *, dtype: Dtype, zero: ZeroConfig, seed: int, device: torch.device
+    path: str, adapter: AdapterMethod, *, dtype: Dtype, zero: ZeroConfig, seed: int, device: torch.device
 ) -> Decoder:
-    """Return the frozen base with a fresh adapter drawn from `seed`, equal on every worker whatever the stage.
+    """Return the base with a fresh adapter drawn from `seed`, equal on every worker whatever the stage.
 
     Weights are placed one tensor at a time. Under stage 3 each is partitioned at once, and a worker keeps its shard; a
     quantized base, whose weights are no parameters, cannot be partitioned, and is refused with a ConfigError.
+
+    Raises AdapterError if the base cannot take the adapter.
     """
     check_zero(zero, dtype)
+    adapter.check_precision(dtype)
     checkpoint, precision = open_checkpoint(cached_path(path)), PRECISIONS[dtype]
     model = meta_decoder(checkpoint.config)
-    with torch.device("meta"):
-        model.add_adapter(adaption)
     for name, tensor in checkpoint.tensors(partial(reading_dtype, model, precision=precision), device):
         set_weight(model, name, tensor, precision)
         _partition(model, name, zero)
         del tensor
-    model.reset_adapter(torch.Generator().manual_seed(seed), "cpu")
-    for module in model.adapter_modules:
-        module.to(device)
-    for name, _ in list(model.adapter_parameters()):
-        _partition(model, name, zero)
     model.tie()
+    model.add_adapter(adapter, torch.Generator().manual_seed(seed))
+    base = {name for name, _ in model.base_parameters()}
+    for name, _ in list(model.adapter_parameters()):
+        if name not in base:
+            _partition(model, name, zero)
     return model
 
 

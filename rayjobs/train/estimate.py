@@ -4,6 +4,8 @@ A probe trains decoders of the base's width, with random weights and few layers,
 The cost of a layer is the difference between two of them. With L layers, of which A are adapted, a token costs
 
     one adapted layer and all that is not a layer + (L - A) · frozen layer + (A - 1) · adapted layer
+
+A layer counts as adapted if it needs gradients; where only some of these have prompts, all count as if they had.
 """
 
 import itertools
@@ -16,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from adapter.adaption import AdaptionConfig
 from adapter.base.binding import meta_decoder
 from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
@@ -24,6 +25,7 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import RecordError
 from adapter.loss import CHUNK_ROWS, IGNORE
+from adapter.methods.base import AdapterMethod
 from adapter.records.encoding import encode_record, encode_text
 from adapter.records.example import Example, count_labels
 from adapter.templates import Template
@@ -57,7 +59,7 @@ class TrainingPlan:
     """The settings and the shape that the cost of a run depends on."""
 
     shape: DecoderConfig
-    adaption: AdaptionConfig
+    adapter: AdapterMethod
     dtype: Dtype
     token_budget: int
     global_batch: int
@@ -131,10 +133,11 @@ def sample_examples(
 
 def estimate(plan: TrainingPlan, examples: Sequence[Example], device: str) -> Estimate:
     """Estimate the cost of a run whose records are like these examples, which are at least one."""
-    whole, world = meta_decoder(plan.shape), plan.workers
-    whole.add_adapter(plan.adaption)
+    whole, world = meta_decoder(plan.shape, plan.adapter), plan.workers
     trainable = sum(parameter.numel() for parameter in whole.parameters() if parameter.requires_grad)
     frozen = base_bytes(plan.shape, *PRECISIONS[plan.dtype]) // (world if plan.zero_stage == 3 else 1)
+    if plan.adapter.trains_base:
+        frozen = 0
     step = _mean_step(plan, examples)
     threads = torch.get_num_threads()
     if device == "cpu":
@@ -145,7 +148,8 @@ def estimate(plan: TrainingPlan, examples: Sequence[Example], device: str) -> Es
         torch.set_num_threads(threads)
     longest = max(len(example.ids) for example in examples)
     tokens = max(longest, min(plan.token_budget, 2 * step.tokens))  # of the largest micro-batch
-    logits = LOGIT_COPIES * 4 * plan.shape.vocab_size * min(CHUNK_ROWS, step.labelled * tokens)
+    rows = step.labelled * tokens
+    logits = LOGIT_COPIES * 4 * plan.shape.vocab_size * (rows if plan.adapter.trains_base else min(CHUNK_ROWS, rows))
     activations = round(cost.saved_bytes * tokens + logits)
     return Estimate(
         base_bytes=frozen,
@@ -192,7 +196,8 @@ class _Cost(NamedTuple):
 
 def _probe(plan: TrainingPlan, step: _Step, device: str) -> _Cost:
     """Add up what one layer and a few of each kind cost."""
-    layers, adapted = plan.shape.n_layers, plan.adaption.n_layers
+    layers = plan.shape.n_layers
+    adapted = layers - plan.adapter.first_layer(layers)
     one_layer = meta_decoder(replace(plan.shape, n_layers=1, sliding_layers=frozenset()))
     layer_size = sum(parameter.numel() for parameter in one_layer.layers.parameters())
     some = max(2, min(PROBE_LAYERS, PROBE_PARAMETERS // layer_size))
@@ -243,7 +248,8 @@ def _random_decoder(plan: TrainingPlan, layers: int, device: str) -> Decoder:
 
 def _adapt(plan: TrainingPlan, probe: tuple[Decoder, int]) -> tuple[Decoder]:
     model, adapted = probe
-    model.add_adapter(replace(plan.adaption, n_layers=adapted, vision=None))
+    if model.adapter != (adapter := plan.adapter.on_top(adapted)):
+        model.add_adapter(adapter)
     return (model,)
 
 

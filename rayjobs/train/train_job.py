@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adapter.adaption import AdaptionConfig
+from adapter.methods.base import AdapterMethod
 from rayjobs.data.image_source import ImageSource
 from rayjobs.data.sampler import ElasticBatchSampler
 from rayjobs.data.token_store import TokenStore
@@ -17,7 +17,7 @@ class TrainJob:
 
     base: str
     dtype: Dtype
-    adaption: AdaptionConfig
+    adapter: AdapterMethod
     store: TokenStore
     weights: tuple[float, ...]
     """Passes over each source in one epoch."""

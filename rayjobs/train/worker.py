@@ -126,7 +126,7 @@ class TrainingLoop:
         job = self.job
         try:
             model = adapted_model(
-                job.base, job.adaption, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=self.device
+                job.base, job.adapter, dtype=job.dtype, zero=job.zero, seed=job.train.seed, device=self.device
             )
         except AdapterError as error:
             raise AgreedError(error) from error

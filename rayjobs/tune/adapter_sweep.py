@@ -15,7 +15,9 @@ from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
 from rayjobs.console import Progress
 from rayjobs.errors import DataError
 from rayjobs.reporting import plots
+from rayjobs.reporting.canvas import LineEnd, name_ends, panel
 from rayjobs.reporting.figures import save_plot
+from rayjobs.reporting.palette import LINES
 from rayjobs.reporting.tables import markdown_table, mean_and_deviation
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
 from rayjobs.tune.sweep_config import SweepConfig
@@ -85,7 +87,7 @@ def enumerate_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
 
 
 def describe_overrides(overrides: dict[str, Any]) -> str:
-    """A setting's name in tables and plots, such as `n_layers 10, attention zero-init`."""
+    """A setting's name in tables and plots, such as `n_layers 10, method zero_init`."""
     return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in overrides.items())
 
 
@@ -156,14 +158,19 @@ def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> 
 
     runs: (setting, run folders of its seeds).
     """
-    figure, axes = plots.panel("step", "training loss")
+    figure, axes = panel("step", "training loss")
+    ends, seeds = list[LineEnd](), 1
     for number, (setting, folders) in enumerate(runs):
+        colour, seeds = LINES[number % len(LINES)], max(seeds, len(folders))
         for i, folder in enumerate(folders):
             losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row][:FIRST_STEPS]
-            label = "_" if i else plots.plain_text(setting)  # matplotlib leaves `_` out of the legend
-            axes.plot(range(1, len(losses) + 1), losses, color=f"C{number}", label=label, linewidth=1)
-    plots.legend_outside(figure)
-    save_plot(path, f"training loss of the first {FIRST_STEPS} steps", figure)
+            axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1)
+            if i == 0 and losses:
+                ends.append(LineEnd(len(losses), losses[-1], setting, colour))
+    if ends:
+        name_ends(figure, axes, ends)
+    caption = f"Each line is the loss of one run: {len(ends)} settings, {seeds} seeds of each in the same colour."
+    save_plot(path, f"training loss of the first {FIRST_STEPS} steps", plots.Drawing(figure, caption))
 
 
 class AdapterSweepProgress(tune.Callback):

@@ -14,8 +14,8 @@ class SweepConfig:
     """The search space, and how its trials are run and compared."""
 
     axes: dict[str, Annotated[list[Any], Some]] = Field(min_length=1)
-    """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.attention: [zero-init,
-    rand-init]}. Settings with equal values are trained once."""
+    """Hyperparameters and their values, such as {adapter.n_layers: [10, 20, 30], adapter.method: [zero_init,
+    rand_init]}. Settings with equal values are trained once."""
     method: Literal["grid", "each"] = "grid"
     """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
     others."""

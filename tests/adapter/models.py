@@ -99,6 +99,8 @@ def peer(model: Decoder) -> LlamaForCausalLM:
             tie_word_embeddings=config.tied_head,
         )
     )
-    weights = {peer_name(name): w for name, w in model.state_dict().items() if "adaption" not in name}
+    weights = {peer_name(name): weight.detach() for name, weight in model.base_parameters()}
+    if config.tied_head:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights, strict=True)
     return theirs.eval()

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError, CheckpointError
-from adapter.image_projection import ImageProjectionConfig
+from adapter.image_projection import ImageProjection, ImageProjectionConfig
 from tests.adapter import reference
 from tests.adapter.models import GQA, MHA, llama, peer
 
@@ -148,11 +149,19 @@ VISION = ImageProjectionConfig(widths=(5,), bottleneck=3)
 Change = dict[str, Any]
 
 
+def with_projection(tensors: Mapping[str, Tensor], vision: ImageProjectionConfig | None = None, **_: Any) -> Any:
+    """The tensors of a file, with those of an image projection if it has one."""
+    if vision is None:
+        return tensors
+    projection = ImageProjection(vision, tensors["prompt"].shape[2]).state_dict()
+    return {**tensors, **{f"vision.{name}": tensor for name, tensor in projection.items()}}
+
+
 @pytest.mark.parametrize(("format", "file", "base", "message"), [
     ("v1", {"vision": VISION}, {}, "the official v1 format cannot hold an adapter that reads images"),
     ("litgpt", {"vision": VISION}, {}, "litgpt's format cannot hold an adapter that reads images"),
-    ("peft", {"convention": "prefix"}, {}, "PEFT's format cannot hold an adapter with the gate 'prefix'"),
-    ("v1", {"convention": "prefix"}, {}, "with the gate 'prefix'"),
+    ("peft", {"gate": "prefix"}, {}, "PEFT's format cannot hold an adapter with the gate 'prefix'"),
+    ("v1", {"gate": "prefix"}, {}, "with the gate 'prefix'"),
     ("peft", {}, {}, "PEFT's format has one gate per layer; the heads of layer 2 have different ones"),
     ("litgpt", {}, {"qk_norm": True}, "litgpt's format is for bases without a norm of keys"),
     ("peft", {}, {"qk_norm": True}, "PEFT's format is for bases without a norm of keys"),
@@ -163,7 +172,10 @@ Change = dict[str, Any]
 def test_what_a_format_cannot_express(format: Format, file: Change, base: Change, message: str, tmp_path: Path) -> None:
     model = adapted(GQA)
     config = replace(model.config, **base)
-    made = replace(extract_adapter(model), base_switches=config.switches(), **file)
+    made = extract_adapter(model)
+    if file:
+        made = replace(made, config=replace(made.config, **file), tensors=with_projection(made.tensors, **file))
+    made = replace(made, base_switches=config.switches())
     with pytest.raises(AdapterError, match=message):
         export_adapter(made, tmp_path / "x", format, config)
     assert not os.listdir(tmp_path)
@@ -172,7 +184,8 @@ def test_what_a_format_cannot_express(format: Format, file: Change, base: Change
 def test_gates_that_have_no_counterpart(tmp_path: Path) -> None:
     for gate in ("identity", "one"):
         model = adapted(GQA, gate)
-        file = replace(extract_adapter(model), gate=torch.ones(L, 1))
+        file = extract_adapter(model)
+        file = replace(file, tensors={**file.tensors, "gate": torch.ones(L, 1)})
         with pytest.raises(AdapterError, match="no counterpart under tanh; export with gate='identity'"):
             export_adapter(file, tmp_path / "x", "v1", model.config, gate="tanh")
     with pytest.raises(AdapterError, match="litgpt's format has no gates for 'tanh'"):

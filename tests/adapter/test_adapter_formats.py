@@ -80,7 +80,7 @@ def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     file.save(path)
     again = read_adapter(path)
     assert same(again, file)
-    assert again.config == model.adaption_config
+    assert again.config == model.adapter
     assert (again.base_fingerprint, again.tokenizer_sha256, again.extra) == (
         "f1",
         "t1",
@@ -128,7 +128,7 @@ def test_a_base_of_another_shape_is_refused(change: str) -> None:
         CheckpointError, match=rf"wants {change} {getattr(CONFIG, change)}, this base has {bigger[change]}"
     ):
         apply_adapter(other, extract_adapter(adapted()))
-    assert other.adaption_config is None
+    assert other.adapter is None
 
 
 def test_other_weights_or_tokenizer_are_refused() -> None:
@@ -138,13 +138,13 @@ def test_other_weights_or_tokenizer_are_refused() -> None:
         apply_adapter(model, file, fingerprint="f2")
     with pytest.raises(CheckpointError, match="another tokenizer: sha256 t1…, here t2…"):
         apply_adapter(model, file, fingerprint="f1", tokenizer_sha256="t2")
-    assert model.adaption_config is None
+    assert model.adapter is None
     apply_adapter(model, file)  # what is not known is not compared
     apply_adapter(model, replace(file, base_fingerprint=None), fingerprint="f2")
 
 
 @pytest.mark.parametrize(("header", "message"), [
-    ({"version": "2"}, "format version '2'"),
+    ({"version": "3"}, "format version '3'"),
     ({"gate": "sigmoid"}, "header is damaged.*sigmoid"),
     ({"n_layers": "4"}, "4 layers of 7 prompts"),
     ({"n_layers": "three"}, "header is damaged"),
@@ -176,11 +176,29 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="truncated"):
         read_adapter(path)
-    replace(file, prompt=file.prompt * float("nan")).save(path)
+    replace(file, tensors={**file.tensors, "prompt": file.prompt * float("nan")}).save(path)
     with pytest.raises(CheckpointError, match="a prompt is not finite"):
         read_adapter(path)
     save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match=r"no adapter of a known format.*it holds weight"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"peft_type": "LORA"}', "JSON"),
+        (b"\xef\xbb\xbf\n[1, 2]", "JSON"),
+        (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file"),
+        (b"PAR1" + bytes(64), "a Parquet file"),
+        (b"train:\n  epochs: 3\n", "text"),
+        (b"", "an empty file"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_by_its_kind(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "adapter.bin"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"adapter\.bin: {kind}, not tensors; name a file in safetensors'"):
         read_adapter(path)
 
 
@@ -218,7 +236,7 @@ def test_official_v1_scalar_gates_in_half_precision(tmp_path: Path) -> None:
     state = {f"layers.{i + 2}.attention.gate": gate[i : i + 1] for i in range(L)}
     torch.save({"model": {**state, "adapter_query.weight": prompt.view(-1, DIM)}}, tmp_path / "v1.pth")
     file = read_adapter(tmp_path / "v1.pth")
-    assert file.convention == "identity"
+    assert file.config.gate == "identity"
     assert torch.equal(file.gate, gate[:, None].float())
     model = base()
     apply_adapter(model, file)
@@ -251,7 +269,7 @@ def test_litgpt(tmp_path: Path, nested: bool) -> None:
     torch.save({"model": state} if nested else state, path)
     read = read_adapter(path)
     assert same(read, file)
-    assert read.config == model.adaption_config
+    assert read.config == model.adapter
     with pytest.raises(CheckpointError, match="gates are for 'identity', not 'tanh'"):
         read_adapter(path, gate="tanh")
 

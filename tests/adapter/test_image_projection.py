@@ -175,19 +175,22 @@ def test_a_file_holds_projection_encoder_and_preprocessing(tmp_path, gate):
         )
     with pytest.raises(CheckpointError, match=r"another image encoder.*encoder-1, here encoder-2"):
         apply_adapter(fresh, again, encoder="encoder-2")
+    prompts = {name: again.tensors[name] for name in ("prompt", "gate")}
+    text = replace(again, config=config(gate=gate, vision=None), tensors=prompts)
     with pytest.raises(CheckpointError, match="text alone"):
-        apply_adapter(fresh, replace(again, vision=None, projection={}), encoder="encoder-1")
+        apply_adapter(fresh, text, encoder="encoder-1")
 
 
 def test_damaged_projections_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     file = extract_adapter(llama(MHA, config()))
-    for broken, message in [
-        (replace(file, projection={}), "expected the tensors .*vision.up.weight"),
-        (replace(file, projection={**file.projection, "up.bias": torch.zeros(3)}), r"vision.up.bias has shape \(3,\)"),
-        (replace(file, vision=replace(VISION, bottleneck=17)), "vision.down.bias has shape|vision.down.weight has"),
-        (replace(file, projection={**file.projection, "up.bias": torch.full((42,), torch.nan)}), "not finite"),
+    wider = config(vision=replace(VISION, bottleneck=17))
+    for changes, message in [
+        ({"tensors": {name: file.tensors[name] for name in ("prompt", "gate")}}, "expected the tensors .*vision.up"),
+        ({"tensors": {**file.tensors, "vision.up.bias": torch.zeros(3)}}, r"vision.up.bias has shape \(3,\)"),
+        ({"config": wider}, "vision.down.bias has shape|vision.down.weight has"),
+        ({"tensors": {**file.tensors, "vision.up.bias": torch.full((42,), torch.nan)}}, "not finite"),
     ]:
-        broken.save(path)
+        replace(file, **changes).save(path)
         with pytest.raises(CheckpointError, match=message):
             read_adapter(path)

@@ -23,7 +23,7 @@ def complete(line: str, folder: Path) -> set[str]:
     ("rayjobs adapter-tr", {"adapter-train"}),
     ("rayjobs adapter-train --config alp", {"alpaca_7b", "alpaca_tiny"}),
     ("rayjobs adapter-train train.ep", {"train.epochs="}),
-    ("rayjobs adapter-train --config alpaca_7b adapter.attention=z", {"adapter.attention=zero-init"}),
+    ("rayjobs adapter-train --config alpaca_7b adapter.method=z", {"adapter.method=zero_init"}),
     ("rayjobs adapter-train train.checkpoint_activations=", {"train.checkpoint_activations=true",
                                                             "train.checkpoint_activations=false"}),
     ("rayjobs adapter-train base.path=ba", {"base.path=base/", "base.path=base.gguf"}),

@@ -346,8 +346,8 @@ def test_one_item_stands_for_a_list_of_it() -> None:
     assert load(SpaceConfig, None, ["encoders=clip"]).encoders == [["clip"]]
     assert load(SpaceConfig, {"shots": 4, "ensemble": "average"}).ensemble == ["average"]
     assert load(Kinds, {"named": {"a": {"texts": "b"}}}).named["a"].texts == ["b"]
-    assert load(SweepConfig, {"axes": {"adapter.attention": "prefix", "train.seed": 3}}).axes == {
-        "adapter.attention": ["prefix"], "train.seed": [3]
+    assert load(SweepConfig, {"axes": {"adapter.method": "prefix", "train.seed": 3}}).axes == {
+        "adapter.method": ["prefix"], "train.seed": [3]
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError, CheckpointError
 from adapter.generate import generate
+from adapter.linear import Linear
 from tests.adapter.models import llama, randomise, tokens
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -63,7 +64,7 @@ def dequantized(model: Decoder) -> Decoder:
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear | NF4Linear):
             weight = module.dequantize(torch.float32)
-            linear = nn.Linear(*reversed(weight.shape), bias=module.bias is not None)
+            linear = Linear(*reversed(weight.shape), bias=module.bias is not None)
             linear.weight = nn.Parameter(weight, requires_grad=False)
             linear.bias = module.bias
             plain.set_submodule(name, linear)

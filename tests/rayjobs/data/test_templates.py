@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter.adapter_file import AdapterFile
+from adapter.adapter_formats import prompt_file
 from adapter.errors import AdapterError
 from adapter.records import scienceqa
 from adapter.templates import ALPACA, PLAIN, ChatTemplate, PromptTemplate
@@ -20,7 +20,7 @@ from rayjobs.data.templates import describe_sources, header_templates, named_tem
 from rayjobs.errors import ConfigError
 
 CHAT = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-ADAPTER = AdapterFile(prompt=torch.zeros(1, 2, 3), gate=torch.zeros(1, 1), convention="tanh")
+ADAPTER = prompt_file(torch.zeros(1, 2, 3), torch.zeros(1, 1), base_layers=1)
 RECORDS = {
     "alpaca": {"instruction": "i", "output": "o"},
     "messages": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},

@@ -80,7 +80,7 @@ def test_a_run_is_repeated_but_not_mixed(tiny_base: Path, adapter: Path, termina
 def test_dry_run_checks_everything_and_writes_nothing(tiny_base: Path, adapter: Path, terminal: Any) -> None:
     assert main(["adapter-export", *words(tiny_base, adapter, "format=peft"), "--dry-run"]) == 0
     shown = terminal.readouterr()
-    assert "2 layers with 5 prompts each" in shown.out + shown.err
+    assert "5 prompt tokens in each of the top 2 layers" in shown.out + shown.err
     assert not (adapter.parent / "runs").exists()
     save_adapter(tiny_base, adapter, per_head=True)
     assert main(["adapter-export", *words(tiny_base, adapter, "format=peft"), "--dry-run"]) == 2

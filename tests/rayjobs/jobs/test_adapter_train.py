@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from adapter import AdaptedModel
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
+from adapter.methods.registry import METHODS
 from adapter.templates import ALPACA
 from cafo.encoders import load_encoder
 from cafo.images import Preprocess, load_image
@@ -88,7 +89,7 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
         seed=0,
     )
     base = AdaptedModel.from_pretrained(config.base.path)
-    base.add_adapter(config.adapter.adaption(config.vision.open().projection), seed=0)
+    base.add_adapter(config.adapter.build(4, config.vision.open().projection), seed=0)
     trainable = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=0.02)
     per_epoch, losses = order.steps_per_epoch, []
@@ -451,5 +452,10 @@ def test_sequences_longer_than_the_window_are_refused(tiny_base: Path, records: 
         adapter_train.check(settings(tiny_base, records, tmp_path, "r", "data.max_length=1025"))
 
 
-def test_adaption_shape() -> None:
-    assert AdapterConfig(n_layers=2, prompt_length=5).adaption(None) == AdaptionConfig(n_layers=2, prompt_length=5)
+def test_adapters_that_settings_name() -> None:
+    assert AdapterConfig(n_layers=2, prompt_length=5).build(9, None) == AdaptionConfig(n_layers=2, prompt_length=5)
+    assert [AdapterConfig().build(layers, None).n_layers for layers in (9, 32)] == [9, 30]
+    for name, made in METHODS.items():
+        method = AdapterConfig(method=name).build(32, None)
+        assert (type(method), method.method) == (made, name)
+        assert method.n_layers == (30 if name in ("zero_init", "rand_init", "prefix", "v2") else None)

@@ -28,7 +28,7 @@ def settings(tiny_base: Path, records: Path, storage: Path, **sweep: object) -> 
             "adapter": {"n_layers": 2, "prompt_length": 3},
             "train": {"epochs": 1, "warmup_epochs": 0, "global_batch": 16},
             "optimizer": {"base_lr": 1.0},
-            "sweep": {"axes": {"adapter.attention": ["zero-init", "prefix"]}, **sweep},
+            "sweep": {"axes": {"adapter.method": ["zero_init", "prefix"]}, **sweep},
             "run": {"name": "sweep", "storage": str(storage)},
         },
     )
@@ -45,7 +45,7 @@ def test_grids_and_single_axes(tiny_base: Path, records: Path, tmp_path: Path) -
 
 
 def test_trials_that_come_to_the_same_are_one(tiny_base: Path, records: Path, tmp_path: Path) -> None:
-    axes = {"adapter.n_layers": [1, 2], "adapter.attention": ["zero-init", "prefix"], "train.epochs": [1, 2, 3]}
+    axes = {"adapter.n_layers": [1, 2], "adapter.method": ["zero_init", "prefix"], "train.epochs": [1, 2, 3]}
     each = settings(tiny_base, records, tmp_path, axes=axes, method="each")
     trials = adapter_tune.check(each)
     names = [adapter_tune.trial_settings(each, trial).run.name for trial in trials]
@@ -77,7 +77,7 @@ def test_trials_of_other_records_at_the_same_path_are_refused(tiny_base: Path, r
     path = tmp_path / "records.jsonl"
     shutil.copy(records, path)
     config = settings(tiny_base, path, tmp_path)
-    trial = AdapterTrial({"adapter.attention": "prefix"}, 0)
+    trial = AdapterTrial({"adapter.method": "prefix"}, 0)
     own = adapter_tune.trial_settings(config, trial)
     lock_run(own.run.folder, own, identify(own, open_inputs(own)), FREE_TO_CHANGE)
     write_json(own.run.folder / "result.json", {})
@@ -126,12 +126,12 @@ def test_the_papers_ablations_run_from_relative_paths_and_are_measured_anew_on_o
         "train.epochs=1",
         "train.warmup_epochs=0",
         "scale.workers=1",
-        "sweep.axes={adapter.n_layers: [1, 2], adapter.attention: [zero-init]}",
+        "sweep.axes={adapter.n_layers: [1, 2], adapter.method: [zero_init]}",
     ]
     config = load(adapter_tune.Config, ROOT / "configs" / "adapter" / "scienceqa_ablations.yaml", small)
     result = adapter_tune.run(config)
     folder = tmp_path / "runs" / "scienceqa_ablations"
-    assert [row["setting"] for row in result["settings"]] == ["n_layers 1", "n_layers 2", "attention zero-init"]
+    assert [row["setting"] for row in result["settings"]] == ["n_layers 1", "n_layers 2", "method zero_init"]
     rows = pq.read_table(folder / "results.parquet").to_pylist()
     assert rows[1] == {**rows[2], "setting": "n_layers 2"}
     assert all(0 <= row["accuracy"] <= 100 and row["val_loss"] > 0 for row in rows)
@@ -156,7 +156,7 @@ def test_trials_run_side_by_side_and_are_not_run_again(
 ) -> None:
     config = settings(tiny_base, records, tmp_path, at_once=2)
     result = adapter_tune.run(config)
-    assert [row["setting"] for row in result["settings"]] == ["attention zero-init", "attention prefix"]
+    assert [row["setting"] for row in result["settings"]] == ["method zero_init", "method prefix"]
     rows = pq.read_table(config.run.folder / "results.parquet").to_pylist()
     assert [row["trainable_parameters"] for row in rows] == [2 * (3 * 24 + 6), 2 * 3 * 24]
     for row in rows:
@@ -169,7 +169,7 @@ def test_trials_run_side_by_side_and_are_not_run_again(
     assert {"first_steps.png", "table.md", "report.html"} <= {path.name for path in config.run.folder.iterdir()}
     report = (config.run.folder / "report.html").read_text()
     assert "<h2>training loss of the first 50 steps</h2>" in report
-    for setting in ("zero-init", "prefix"):
+    for setting in ("zero_init", "prefix"):
         assert f"attention {setting}, seed 0 loss on validation" in report, "the trials' curves over one another"
     best = min(rows, key=lambda row: row["val_loss"])
     told = f"best: {best['setting']}, val loss {best['val_loss']:.4f}"

@@ -20,7 +20,7 @@ SHAPE = DecoderConfig(
 )
 PLAN = TrainingPlan(
     shape=SHAPE,
-    adaption=AdaptionConfig(n_layers=5, prompt_length=3),
+    adapter=AdaptionConfig(n_layers=5, prompt_length=3),
     dtype="fp32",
     token_budget=64,
     global_batch=4,
@@ -62,7 +62,7 @@ def test_activations_are_those_that_all_layers_save(recompute: bool, monkeypatch
     monkeypatch.setattr(module, "LOGIT_COPIES", 0)
     cost = estimate(plan, EXAMPLES, "cpu")
     model = Decoder(SHAPE)
-    model.add_adapter(plan.adaption, torch.Generator().manual_seed(0))
+    model.add_adapter(plan.adapter, torch.Generator().manual_seed(0))
     model.checkpoint_activations = recompute
     tokens = torch.randint(331, (4, 16))
     labels = tokens.clone()

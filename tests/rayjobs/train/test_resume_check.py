@@ -161,10 +161,10 @@ def test_settings_that_do_not_change_the_result_may_differ(trained: Run) -> None
 
 
 def test_each_setting_that_differs_is_named_with_both_values(trained: Run) -> None:
-    message = trained.refused("train.epochs=3", "optimizer.betas=[0.9, 0.99]", "adapter.attention=prefix")
+    message = trained.refused("train.epochs=3", "optimizer.betas=[0.9, 0.99]", "adapter.method=prefix")
     assert "train.epochs was 5.0, now 3.0" in message
     assert "optimizer.betas[1] was 0.95, now 0.99" in message
-    assert "adapter.attention was zero-init, now prefix" in message
+    assert "adapter.method was zero_init, now prefix" in message
     assert "warmup" not in message
 
 

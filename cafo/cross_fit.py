@@ -26,6 +26,7 @@ from torch import Tensor
 from cafo.cache import Cache
 from cafo.held_out import HeldOutFeatures, KeySet
 from cafo.key_training import BestEpoch, Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Views, measure_epoch
+from cafo.spill import Spill
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,30 +114,36 @@ class _Rows:
 
 
 class _Fold:
-    """The keys that are trained without one fold, and the images of that fold."""
+    """The keys that are trained without one fold, and the images of that fold.
+
+    The folds train in turns, epoch by epoch, since an epoch is judged on all of them together. Keys, moments and best
+    keys of all folds are several times as large as the cache, so they are kept in a temporary file if they are many.
+    """
 
     def __init__(
-        self, cache: Cache, views: Mapping[str, Views], images: HeldOutFeatures, kept: Tensor, training: KeyTraining
+        self,
+        cache: Cache,
+        views: Mapping[str, Views],
+        images: HeldOutFeatures,
+        kept: Tensor,
+        training: KeyTraining,
+        spill: Spill,
     ) -> None:
-        self.kept = kept
+        self.cache, self.images, self.kept, self.spill = cache, images, kept, spill
         smaller = replace(cache, keys={n: k[kept] for n, k in cache.keys.items()}, labels=cache.labels[kept])
         rows = {name: _Rows(v, kept) for name, v in views.items()}
-        self.trainer = KeyTrainer(smaller, rows, smaller.labels, training)
-        self.features = {name: f[images.rows] for name, f in images.features.items()}
-        self.best_keys = smaller.keys
+        self.trainer = KeyTrainer(smaller, rows, smaller.labels, training, spill.keep_one)
+        self.best_keys: dict[str, Tensor] = {}
+        """all keys at the best epoch; those of the fold's own images, which none of them sees, are zero"""
 
     def logits(self) -> Tensor:
-        return self.trainer.cache.logits(self.features)
+        return self.trainer.cache.logits({name: f[self.images.rows] for name, f in self.images.features.items()})
 
     def keep_best(self) -> None:
-        self.best_keys = self.trainer.copy_keys()
-
-    def all_keys(self, cache: Cache) -> dict[str, Tensor]:
-        """Return the best keys; those of the fold's own images, which none of them sees, are zero."""
-        keys = {name: torch.zeros_like(k) for name, k in cache.keys.items()}
-        for name, key in keys.items():
-            key[self.kept] = self.best_keys[name]
-        return keys
+        if not self.best_keys:
+            self.best_keys = {n: self.spill.keep_one(torch.zeros_like(k)) for n, k in self.cache.keys.items()}
+        for name, keys in self.trainer.keys.items():
+            self.best_keys[name][self.kept] = keys.detach()
 
 
 def cross_fit(
@@ -174,11 +181,28 @@ def cross_fit(
     best = BestEpoch(select_by)
     if not len(order):
         return held_out, best.epoch
-    parts = []
-    for fold, of_fold in enumerate(seen if training.epochs else ()):
-        own = held_out.images((fold_of[order] == fold).nonzero()[:, 0])
-        parts.append(_Fold(cache, views, own, of_fold.nonzero()[:, 0], training))
-    for number in range(training.epochs + 1):
+    with Spill() as spill:
+        parts = []
+        for fold, of_fold in enumerate(seen if training.epochs else ()):
+            own = held_out.images((fold_of[order] == fold).nonzero()[:, 0])
+            parts.append(_Fold(cache, views, own, of_fold.nonzero()[:, 0], training, spill))
+        _train_in_turns(cache, held_out, parts, training.epochs, best, report)
+    if best.epoch.epoch:
+        key_sets = [KeySet(part.best_keys, of_fold) for part, of_fold in zip(parts, seen, strict=True)]
+        held_out = replace(held_out, key_sets=key_sets)
+    return held_out, best.epoch
+
+
+def _train_in_turns(
+    cache: Cache,
+    held_out: HeldOutFeatures,
+    parts: Sequence[_Fold],
+    epochs: int,
+    best: BestEpoch,
+    report: Callable[[Epoch], None],
+) -> None:
+    """Train all folds epoch by epoch; keep their keys whenever an epoch is the best so far."""
+    for number in range(epochs + 1):
         if number:
             loss = sum(part.trainer.run_epoch() for part in parts) / len(parts)
             logits = torch.cat([part.logits() for part in parts])
@@ -190,10 +214,6 @@ def cross_fit(
             for part in parts:
                 part.keep_best()
         report(epoch)
-    if best.epoch.epoch:
-        key_sets = [KeySet(part.all_keys(cache), of_fold) for part, of_fold in zip(parts, seen, strict=True)]
-        held_out = replace(held_out, key_sets=key_sets)
-    return held_out, best.epoch
 
 
 def _held_out(

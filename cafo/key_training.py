@@ -98,7 +98,14 @@ class KeyTrainer:
         CafoError: there is no image or no view.
     """
 
-    def __init__(self, cache: Cache, views: Mapping[str, Views], labels: Tensor, training: KeyTraining) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        views: Mapping[str, Views],
+        labels: Tensor,
+        training: KeyTraining,
+        keep: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> None:
         """Begin with the keys of a cache.
 
         Args:
@@ -106,12 +113,14 @@ class KeyTrainer:
             views: {source: (V, M', C)} unit features of the training images, with the same V for all sources.
             labels: (M',) int64.
             training: the hyperparameters.
+            keep: returns an equal tensor for the keys and each of the optimizer's moments, which are then updated where
+                it lies, such as in a file.
         """
         self.views, self.labels, self.training = views, labels, training
         self.num_views, self.images = next(iter(views.values())).shape[:2]
         if not self.images or not self.num_views:
             raise CafoError("training the keys needs at least one image and one view of it")
-        self.keys = {name: k.detach().clone().requires_grad_() for name, k in cache.keys.items()}
+        self.keys = {name: keep(k.detach().clone()).requires_grad_() for name, k in cache.keys.items()}
         self.cache = replace(cache, keys=self.keys)
         self.epoch = 0
         self._optimizer = torch.optim.AdamW(
@@ -120,6 +129,7 @@ class KeyTrainer:
         steps = training.epochs * -(-self.images // training.batch)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(steps, 1))
         self._rng = torch.Generator().manual_seed(training.seed)
+        self._keep = keep
 
     def run_epoch(self) -> float:
         """Train for one epoch. Returns its mean loss.
@@ -141,6 +151,11 @@ class KeyTrainer:
             self._optimizer.step()
             self._schedule.step()
             total_loss += loss.item() * len(rows)
+        self._optimizer.zero_grad(set_to_none=True)  # gradients are as large as the keys
+        if self.epoch == 1:
+            for state in self._optimizer.state.values():
+                moments = {name: value for name, value in state.items() if value.shape}  # the step counter has none
+                state.update({name: self._keep(moment) for name, moment in moments.items()})
         return total_loss / self.images
 
     def copy_keys(self) -> dict[str, Tensor]:

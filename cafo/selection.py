@@ -31,6 +31,7 @@ from cafo.key_training import Epoch, KeyTrainer, KeyTraining, SelectEpochBy, Vie
 from cafo.prior import expect
 from cafo.search import SearchResult, reduce_for_search, search_reduced
 from cafo.search_grid import BetaGrid
+from cafo.spill import Spill
 
 Report = Callable[[Epoch], None]
 
@@ -144,9 +145,10 @@ def _train_all(cache: Cache, views: Mapping[str, Views], training: KeyTraining, 
     """Return the cache with keys that were trained on all images for some of the planned epochs."""
     if not epochs:
         return cache
-    trainer = KeyTrainer(cache, views, cache.labels, training)
-    for _ in range(epochs):
-        trainer.run_epoch()
+    with Spill() as spill:
+        trainer = KeyTrainer(cache, views, cache.labels, training, spill.keep_one)
+        for _ in range(epochs):
+            trainer.run_epoch()
     return replace(cache, keys=trainer.copy_keys())
 
 

@@ -34,6 +34,10 @@ class Spill:
         if self._file is not None:
             self._file.close()  # what is mapped stays mapped
 
+    def keep_one(self, tensor: Tensor) -> Tensor:
+        """Return an equal tensor, as `keep` does."""
+        return self.keep([tensor])[0]
+
     def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return equal tensors, in the file if those in memory are many already.
 

@@ -13,6 +13,7 @@ from cafo.ensemble import Ensemble
 from cafo.key_training import KeyTrainer, KeyTraining
 from cafo.search import search
 from cafo.search_grid import BetaGrid
+from cafo.spill import Spill
 from tests.cafo import reference
 
 N, VIEWS, GENERATED = 7, 3, 5
@@ -166,3 +167,21 @@ def test_the_search_on_held_out_images_is_exact():
     for beta, alpha, correct in zip(landscape.betas, landscape.alphas, landscape.correct, strict=True):
         logits = held_out.combine(beta, Ensemble()).logits(alpha)
         assert int((logits.argmax(1) == held_out.labels).sum()) == correct
+
+
+def test_folds_in_a_temporary_file_train_as_in_memory(monkeypatch):
+    cache, views, images = problem(4)
+    training = KeyTraining(epochs=4, lr=0.05, batch=5, seed=11)
+    expected, epoch = cross_fit(cache, views, images, training, 3, "loss")
+    monkeypatch.setattr("cafo.spill._BYTES_IN_MEMORY", 0)
+    written, write = [], Spill._write
+    monkeypatch.setattr(Spill, "_write", lambda spill, flat: written.append(flat.numel()) or write(spill, flat))
+    got, same = cross_fit(cache, views, images, training, 3, "loss")
+    assert (same, len(got.key_sets)) == (epoch, 3)
+    assert epoch.epoch > 0
+    for one, other in zip(got.key_sets, expected.key_sets, strict=True):
+        for name, keys in one.keys.items():
+            assert torch.equal(keys, other.keys[name])
+    numbers = sum(k.numel() for k in cache.keys.values())
+    kept = sum(int(one.seen.sum()) for one in got.key_sets) / len(cache.labels)
+    assert sum(written) == pytest.approx(numbers * (3 + 3 * kept))  # best keys of 3 folds; keys and two moments

@@ -21,10 +21,12 @@ from torch import Tensor
 
 # A step between two breakpoints that is narrower than this (relative) may not survive float32: no α is chosen in it.
 _MIN_STEP_WIDTH = 1e-5
+TIE = 1e-36
+"""In place of a margin of 0: below every other margin, and so large that its inverse times a slope is finite."""
 
 
 def label_margins(base: Tensor, labels: Tensor) -> Tensor:
-    """Return base_y - base_j, (…, B, N), with ties replaced by the smallest positive or negative number.
+    """Return base_y - base_j, (…, B, N), with ties replaced by a tiny positive or negative number.
 
     Where two logits are equal, argmax takes the first class. So a tie counts as won by y against a later class j, and
     as lost against an earlier one. The label's own column always counts as won.
@@ -35,8 +37,7 @@ def label_margins(base: Tensor, labels: Tensor) -> Tensor:
     """
     margin = _label_logits(base, labels) - base
     wins_ties = torch.arange(base.shape[-1], device=base.device) >= labels[:, None]
-    tie = torch.where(wins_ties, 1.0, -1.0).to(margin) * torch.finfo(margin.dtype).tiny
-    return torch.where(margin == 0, tie, margin)
+    return torch.where(margin == 0, torch.where(wins_ties, TIE, -TIE).to(margin), margin)
 
 
 def correct_intervals(margins: Tensor, term: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,11 +50,25 @@ def correct_intervals(margins: Tensor, term: Tensor, labels: Tensor) -> tuple[Te
         term: (…, B, N).
         labels: (B,) int64.
     """
-    slope = _label_logits(term, labels) - term  # (…, B, N)
-    crossing = -margins / slope  # slope 0: -inf where y is always ahead of j, +inf where it never is
-    low = crossing.where(slope >= 0, -math.inf).amax(dim=-1)
-    high = crossing.where(slope < 0, math.inf).amin(dim=-1)
-    return low.clamp_min(0), high
+    # Where y is behind j at α = 0, it catches up if the slope is positive; where it is ahead, it falls behind if the
+    # slope is negative. The last to be caught up with, and the first to overtake y, have the smallest rate.
+    rate = (_label_logits(term, labels) - term) * (1 / margins.abs())  # 1 / α of the crossing; (…, B, N)
+    behind = margins < 0
+    slowest = torch.where(behind, rate, math.inf).amin(dim=-1)
+    fastest = torch.where(behind, math.inf, rate).amin(dim=-1)
+    return torch.where(slowest > 0, 1 / slowest, math.inf), torch.where(fastest < 0, -1 / fastest, math.inf)
+
+
+def alone_intervals(term: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the intervals where there is no base: an image is correct at every α > 0 or at none; (…, B) each.
+
+    Args:
+        term: (…, B, N).
+        labels: (B,) int64.
+    """
+    right = term.argmax(dim=-1) == labels
+    low = torch.where(right, TIE, math.inf).to(term)
+    return low, torch.full_like(low, math.inf)
 
 
 def count_correct_at(alphas: Tensor, base: Tensor, term: Tensor, labels: Tensor) -> Tensor:

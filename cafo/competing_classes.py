@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cafo.alpha_intervals import correct_intervals, label_margins
+from cafo.alpha_intervals import alone_intervals, correct_intervals, label_margins
 from cafo.beta_nodes import beta_nodes, class_sums, farthest_key, interpolation
-from cafo.ensemble import ZERO_SHOT, Ensemble, combine, inverse_deviation, standardise
+from cafo.ensemble import NOTHING, ZERO_SHOT, Combination, Ensemble, combine, inverse_deviation, standardise
 from cafo.held_out import HeldOut
 
 _FLOATS = 1 << 17
@@ -39,6 +39,8 @@ _TAIL = 1.7
 """a normal distribution's tail falls about as exp(-1.7 z) around its middle"""
 _SLACK = 4e-6
 """Relative error of sums in float32, a few times over; a class that is below another by less is kept."""
+_ROUNDING = 1e-6
+"""relative error of what is computed in float32, a few times over"""
 _IMAGES_PER_GROUP = 32
 """images that are kept together, each with as many columns as the most of them have; their numbers are much alike"""
 
@@ -66,34 +68,92 @@ class ReducedGroup(NamedTuple):
     """(n,) float64"""
     classes: int
     """N"""
+    keys_per_class: int
+    """K"""
 
     def intervals(self, sources: Sequence[str], betas: Sequence[float], ensembles: Sequence[Ensemble]) -> Tensor:
         """Return the open interval of α on which each image is correct: low and high, (2, E, J, b)."""
+        predictions = self._predictions(sources, betas)
+        margins = self._margins(predictions.zero_shot)
+        found = self.sums.new_empty(2, len(ensembles), len(betas), len(self.rows))
+        for e, ensemble in enumerate(ensembles):
+            base, term, _, _ = predictions.combine(ensemble)
+            rows = term.movedim(1, 0)  # (J, b, R)
+            if ensemble.baseline == NOTHING:
+                found[0, e], found[1, e] = alone_intervals(rows.masked_fill(self.padding, -torch.inf), self.labels)
+                continue
+            known = margins if base is predictions.zero_shot else self._margins(base)
+            found[0, e], found[1, e] = correct_intervals(known, rows, self.labels)
+        return found
+
+    def leads(self, sources: Sequence[str], alpha: float, beta: float, ensemble: Ensemble) -> tuple[Tensor, Tensor]:
+        """Return how far each image's label is ahead of the best other class at some values, and what of it may be
+        rounding: (b,) each. A label that is behind has a negative lead.
+        """
+        predictions = self._predictions(sources, [beta])
+        base, term, shares, names = predictions.combine(ensemble)
+        margins = self._margins(base)[0].scatter(1, self.labels[:, None], torch.inf)
+        rows = term[:, 0]
+        lead = (margins + alpha * (rows.gather(1, self.labels[:, None]) - rows)).amin(dim=1)
+        errors = {name: predictions.rounding(name) for name in (ZERO_SHOT, *sources)}
+        of_term = torch.zeros_like(lead)
+        for share, name in zip(shares[:, 0].T, names, strict=True):
+            scale, size = ensemble.scales.get(name, 1.0), predictions.z[name].abs().amax(dim=(1, 2))
+            own = share if ensemble.rule == "adaptive" else torch.ones_like(share)
+            of_term += scale * own * (errors[name] + size * (1 - own) * _ROUNDING * self.classes / ensemble.temperature)
+        of_base = errors[ensemble.baseline] if ensemble.baseline in sources else torch.zeros_like(lead)
+        return lead, of_base + alpha * of_term
+
+    def _predictions(self, sources: Sequence[str], betas: Sequence[float]) -> _Predictions:
+        """Return z(p) of every source at some values of β, of the classes that compete."""
         weights = interpolation(self.nodes, betas).to(self.sums)  # (J, n)
-        z, coefficients = {ZERO_SHOT: self.standard_zero_shot[:, None]}, []
+        z, coefficients = {ZERO_SHOT: self.standard_zero_shot[:, None]}, {}
+        inverses = {ZERO_SHOT: torch.zeros_like(self.standard_zero_shot[:, :1])}
         nodes = len(self.nodes)
         for s, name in enumerate(sources):
             own = slice(1 + s * nodes, 1 + (s + 1) * nodes)
             squares = ((weights @ self.products[:, own, own]) * weights).sum(dim=-1)  # (b, J)
-            inverse = inverse_deviation(squares.clamp_min(0).sqrt(), self.means[:, s] @ weights.T, self.classes)
-            coefficients.append(inverse[:, :, None] * weights)  # (b, J, n)
-            z[name] = coefficients[-1] @ self.sums[:, s]  # (b, J, R)
-        agreements = _Agreements(self.products, dict(zip(sources, coefficients, strict=True)))
-        zero_shot = self.zero_shot[:, None]
-        margins = self._margins(zero_shot)
-        found = self.sums.new_empty(2, len(ensembles), len(betas), len(self.rows))
-        for e, ensemble in enumerate(ensembles):
-            base, term, _, _ = combine(zero_shot, {name: z[name] for name in sources}, ensemble, z, agreements)
-            low, high = correct_intervals(
-                margins if base is zero_shot else self._margins(base), term.movedim(1, 0), self.labels
-            )
-            found[0, e], found[1, e] = low, high
-        return found
+            inverses[name] = inverse_deviation(squares.clamp_min(0).sqrt(), self.means[:, s] @ weights.T, self.classes)
+            coefficients[name] = inverses[name][:, :, None] * weights  # (b, J, n)
+            z[name] = coefficients[name] @ self.sums[:, s]  # (b, J, R)
+        return _Predictions(
+            zero_shot=self.zero_shot[:, None],
+            z=z,
+            inverses=inverses,
+            agreements=_Agreements(self.products, coefficients),
+            keys_per_class=self.keys_per_class,
+        )
 
     def _margins(self, base: Tensor) -> Tensor:
         """Return base_y - base_j, and infinity for padding: (b, J, R) → (J, b, R)."""
         margins = label_margins(base.movedim(1, 0), self.labels)
         return margins.masked_fill(self.padding, torch.inf)
+
+
+class _Predictions(NamedTuple):
+    """What a group's images are combined of, at some values of β."""
+
+    zero_shot: Tensor
+    """(b, 1, R): p_ZS"""
+    z: Mapping[str, Tensor]
+    """source, and `ZERO_SHOT` → (b, J, R): z(p)"""
+    inverses: Mapping[str, Tensor]
+    """source → (b, J): 1 / std(p)"""
+    agreements: _Agreements
+    keys_per_class: int
+
+    def combine(self, ensemble: Ensemble) -> Combination:
+        """Return eq. 8-9: each part (b, J, R)."""
+        sources = {name: z for name, z in self.z.items() if name != ZERO_SHOT}
+        return combine(self.zero_shot, sources, ensemble, self.z, self.agreements)
+
+    def rounding(self, name: str) -> Tensor:
+        """Return what of a difference of z(p) may be rounding at the first β: (b,).
+
+        A class sum is one of K numbers up to 1, which z(p) divides by their deviation over the classes.
+        """
+        size = self.z[name][:, 0].abs().amax(dim=1)
+        return _ROUNDING * (self.keys_per_class * self.inverses[name][:, 0] + size)
 
 
 class _Agreements:
@@ -158,6 +218,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
                 products=products[at],
                 nodes=nodes,
                 classes=classes,
+                keys_per_class=len(slots),
             )
         )
     return groups

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
@@ -158,7 +159,8 @@ def combine(
     if not predictions:
         raise CafoError("an ensemble needs at least one source")
     z = [standardised[name] if name in standardised else standardise(p) for name, p in predictions.items()]
-    scaled = [ensemble.scales.get(name, 1.0) * zi for name, zi in zip(predictions, z, strict=True)]
+    scales = [ensemble.scales.get(name, 1.0) for name in predictions]
+    scaled = [zi if scale == 1 else scale * zi for scale, zi in zip(scales, z, strict=True)]
     if ensemble.rule == "adaptive":
         if ensemble.baseline == NOTHING:
             weights = [torch.zeros_like(zi[..., 0]) for zi in z]
@@ -169,7 +171,7 @@ def combine(
             z_base = standardise(base) if known is None else known
             weights = [(zi * z_base).sum(dim=-1) for zi in z]
         shares = torch.softmax(torch.stack(weights) / ensemble.temperature, dim=0)  # (S, …, B)
-        term = torch.stack([share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)]).sum(dim=0)
+        term = reduce(torch.add, (share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)))
     elif ensemble.rule == "average":
         shares = torch.stack([torch.full_like(zi[..., 0], 1 / len(z)) for zi in z])
         term = torch.stack(scaled).mean(dim=0)

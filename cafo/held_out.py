@@ -57,8 +57,10 @@ class HeldOut(NamedTuple):
         return combine_affinities(self.zero_shot, self.affinities, self.key_labels, beta, ensemble)
 
     def count_correct(self, alpha: float, beta: float, ensemble: Ensemble) -> int:
-        """Return the number of images that are correct at some values, by eq. 9 itself in float32."""
-        return count_correct(self.combine(beta, ensemble).logits(alpha), self.labels)
+        """Return the number of images that are correct at some values, by eq. 6-9 in float64 on p_ZS and affinities."""
+        affinities = {name: a.double() for name, a in self.affinities.items()}
+        exact = self._replace(zero_shot=self.zero_shot.double(), affinities=affinities)
+        return count_correct(exact.combine(beta, ensemble).logits(alpha), self.labels)
 
     def images(self, rows: Tensor) -> HeldOut:
         """Return some of the images."""
@@ -151,7 +153,7 @@ class HeldOutFeatures:
         )
 
     def count_correct(self, alpha: float, beta: float, ensemble: Ensemble) -> int:
-        """Return the number of images that are correct at some values, by eq. 9 itself in float32."""
+        """Return the number of images that are correct at some values, by eq. 6-9 in float64 on p_ZS and affinities."""
         return sum(block.count_correct(alpha, beta, ensemble) for block in blocks_of(self))
 
     def _affinity(self, name: str, features: Tensor) -> Tensor:

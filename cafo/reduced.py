@@ -25,13 +25,10 @@ from cafo.ensemble import Ensemble
 from cafo.held_out import IMAGES_PER_BLOCK, HeldOutImages
 from cafo.spill import Spill
 
-_INTERVALS = 1 << 22
+_INTERVALS = 1 << 23
 """intervals that are computed at once"""
 _BETAS = 64
 """values of β that they are computed at, or fewer"""
-_NEAR = 1e-2
-"""An end of an interval of α that is nearer than this (relative) may be on the other side by rounding."""
-
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -77,15 +74,15 @@ class ReducedImages:
         return self.images.images(self.rows[rows])
 
     def intervals(self, betas: Sequence[float], ensembles: Sequence[Ensemble]) -> Iterator[Intervals]:
-        """Yield the intervals of α at every β and ensemble, some at a time, in the order of ensembles, then β.
+        """Yield the intervals of α at every β and ensemble, some at a time: all ensembles together, as far as they go.
 
         Args:
             betas: J values, between those that the images were reduced for.
             ensembles: E ensembles.
         """
         images = len(self.images.labels)
-        some_betas = max(1, min(_BETAS, len(betas), _INTERVALS // images))
-        some_ensembles = max(1, _INTERVALS // (some_betas * images))
+        some_ensembles = max(1, min(len(ensembles), _INTERVALS // images))
+        some_betas = max(1, min(_BETAS, len(betas), _INTERVALS // (some_ensembles * images)))
         for e in range(0, len(ensembles), some_ensembles):
             of_ensembles = range(e, min(e + some_ensembles, len(ensembles)))
             for j in range(0, len(betas), some_betas):
@@ -96,12 +93,18 @@ class ReducedImages:
     def count_correct(self, alpha: float, beta: float, ensemble: Ensemble) -> int:
         """Return the number of images that are correct at some values.
 
-        Images with an end of their interval near α are evaluated by eq. 9 itself, in float32.
+        Images whose label is ahead or behind by so little that it may be rounding are evaluated by eq. 6-9 in float64.
         """
-        low, high = self._ends([beta], [ensemble])[:, 0, 0]
-        near = _NEAR * alpha + 1e-30
-        close = ((low - alpha).abs() <= near) & (low > 0) | ((high - alpha).abs() <= near)
-        correct = int(((low <= alpha) & (alpha < high) & ~close).sum())
+        images, sources = self.images, self.images.sources
+        lead, rounding = self.zero_shot_deviation.new_empty(2, len(images.labels))
+
+        def fill(group: ReducedGroup) -> None:
+            lead[group.rows], rounding[group.rows] = group.leads(sources, alpha, beta, ensemble)
+
+        _map_blocks(fill, self.groups, images.labels.device)
+        lead, rounding = lead[self.rows], rounding[self.rows]
+        close = lead.abs() <= rounding
+        correct = int(((lead > 0) & ~close).sum())
         if bool(close.any()):
             correct += self.originals(close.nonzero()[:, 0]).count_correct(alpha, beta, ensemble)
         return correct

@@ -49,7 +49,8 @@ class SearchResult:
     beta: float
     ensemble: Ensemble
     correct: int
-    """images correct at these values; those near an end of their interval of α by eq. 9 itself, in float32"""
+    """images correct at these values; those whose label is ahead or behind by no more than rounding, by eq. 6-9 in
+    float64"""
     total: int
     zero_shot_correct: int
     """images that p_ZS alone gets right"""
@@ -93,8 +94,8 @@ def search(
     """Find the best α ≥ 0, β and ensemble on the given images.
 
     With the rule `highest`, ties go to the smaller α, then the smaller β, then the earlier ensemble. The result is
-    confirmed: its images near an end of their interval of α are evaluated directly, in float32. A candidate that is not
-    confirmed gives way to the next.
+    confirmed: its correct images are counted without an error (`ReducedImages.count_correct`). A candidate that is not
+    confirmed gives way to the next. No α is chosen in a step so narrow that a classifier in float32 cannot be in it.
 
     Args:
         images: images that the keys were not trained on.

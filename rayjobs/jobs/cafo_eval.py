@@ -27,7 +27,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.accuracy_tables import (
     ColumnsAndLines,
     accuracy_table,
-    by_method,
+    published_rivals,
     published_rows,
     write_tables,
 )
@@ -137,8 +137,12 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)
 
-    chosen_settings = [choice.setting._asdict() for choice in chosen if not choice.setting.rival]
-    paper = {name: published_rows(own, name, swept.encoders, chosen_settings) for name in targets}
+    of_cafo, of_rivals = [[c.setting._asdict() for c in chosen if bool(c.setting.rival) == i] for i in (False, True)]
+    paper = {
+        name: published_rows(own, name, swept.encoders, of_cafo)
+        | published_rivals(own, name, swept.encoders, of_rivals)
+        for name in targets
+    }
     tables = {name: accuracy_table([s.row() for s in scores[name]], paper[name]) for name in targets}
     differences = _differences(scores, settings.reference or reference_method(chosen))
     write_tables(folder, tables, differences)
@@ -235,6 +239,6 @@ def _plot_shots(
 ) -> None:
     """Write `shots-TARGET.png` for each target: the accuracy of every method over shots."""
     for name, of_target in scores.items():
-        methods, zero_shot = by_method([score.row() for score in of_target])
-        figure = plots.accuracy_over_shots({"": methods}, {"": zero_shot}, paper[name])
-        save_plot(folder / f"shots-{name}.png", f"accuracy over shots, {name}'s test", figure)
+        accuracies = plots.Accuracies.of_rows([score.row() for score in of_target])
+        drawing = plots.accuracy_over_shots({"": accuracies}, paper[name])
+        save_plot(folder / f"shots-{name}.png", f"accuracy over shots, {name}'s test", drawing)

@@ -44,6 +44,30 @@ def published_rows(
     return rows
 
 
+def published_rivals(
+    data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[int, float]]:
+    """The rivals' authors' own accuracies, as `published_rows` returns the paper's; each row says what they chose on.
+
+    Args:
+        data_set, target, encoders: as for `published_rows`.
+        settings: the chosen settings of rivals.
+    """
+    rows: dict[str, dict[int, float]] = {}
+    for setting in settings:
+        name, encoder = setting["rival"], encoders[setting["encoders"][0]]
+        figures = paper_results.RIVALS_RN50.get(name, {}).get(data_set)
+        if figures and target == data_set and _openai_clip(encoder) == "RN50":
+            chosen_on = paper_results.RIVALS_CHOSE_ON.get(name, "all of val")
+            rows[f"{name}, published, chosen on {chosen_on}"] = dict(zip(paper_results.SHOTS, figures, strict=True))
+    return rows
+
+
+def _openai_clip(encoder: VisionEncoderConfig) -> str:
+    """The name of one of OpenAI's CLIPs; empty for another encoder."""
+    return encoder.name.removesuffix("-quickgelu") if (encoder.kind, encoder.weights) == ("clip", "openai") else ""
+
+
 def _papers_pairs(
     encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
 ) -> dict[tuple[str, ...], dict[str, VisionEncoderConfig]]:
@@ -80,7 +104,7 @@ def _published_cascade(
 
 def _papers_clip(encoders: Mapping[str, VisionEncoderConfig]) -> str:
     """The name of the CLIP, if the encoders are one of OpenAI's CLIPs and DINO's ResNet-50; else empty."""
-    clips = {e.name.removesuffix("-quickgelu") for e in encoders.values() if e.kind == "clip" and e.weights == "openai"}
+    clips = {name for e in encoders.values() if (name := _openai_clip(e))}
     dinos = [
         e for e in encoders.values() if e.kind == "dino" and e.name in ("", "resnet50") and "random:" not in e.weights
     ]
@@ -100,21 +124,6 @@ def _cascade_row(encoders: Mapping[str, VisionEncoderConfig], setting: Mapping[s
         generated=setting["generated"] > 0,
         sentences=setting["sentences"] == "file",
     )
-
-
-def by_method(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, dict[int, list[float]]], dict[str, float]]:
-    """Accuracies in percent, from rows {method, shots, accuracy} of one target, in the order of the table.
-
-    Returns {method: {shots: accuracies over seeds}}, and {method: accuracy} of the methods that use no shots.
-    """
-    few_shot: dict[str, dict[int, list[float]]] = {}
-    zero_shot: dict[str, float] = {}
-    for row in sorted(rows, key=_most_shots_first):
-        if row["shots"] is None:
-            zero_shot[row["method"]] = 100 * row["accuracy"]
-        else:
-            few_shot.setdefault(row["method"], {}).setdefault(row["shots"], []).append(100 * row["accuracy"])
-    return few_shot, zero_shot
 
 
 def accuracy_table(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, Mapping[int, float]]) -> ColumnsAndLines:

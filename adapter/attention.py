@@ -13,6 +13,15 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return torch.tanh(x / cap) * cap
 
 
+def visible(positions: Tensor, n_places: int, window: int | None = None) -> Tensor:
+    """The places (B or 1, 1, T, S) that tokens at these positions (B or 1, T) may attend to, as bool.
+
+    window: tokens that a token sees, itself included; all before it if None.
+    """
+    distance = positions[:, None, :, None] - torch.arange(n_places, device=positions.device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -25,7 +34,8 @@ def attend(
 ) -> Tensor:
     """softmax(cap(scale q kᵀ)) v, (B, H, T, D), of q (B, H, T, D) over k and v (B, G, S, D), grouped-query if G < H.
 
-    mask: bool, True where a token may attend, broadcast to (B, H, T, S). causal: in place of a mask, and then S = T.
+    mask: broadcast to (B, H, T, S); bool, True where a token may attend, or added to the scores. causal: in place of a
+    mask, and then S = T.
     scale: D^-0.5 if None. cap: soft cap of the scores, which no fused kernel computes.
     """
     long_masked = mask is not None and q.shape[2] > 1

@@ -8,7 +8,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Decoder, RMSNorm
 from adapter.decoder_config import DecoderConfig
-from adapter.kv_cache import KVCache
 from adapter.loss import IGNORE
 from adapter.rope import Llama3Scaling, apply_rope, rope_angles
 from tests.adapter import reference
@@ -129,34 +128,6 @@ def test_right_padding_does_not_change_the_loss_or_its_gradient():
     actual = torch.autograd.grad(padded, [p for a in model.adaptions for p in a.parameters()])
     torch.testing.assert_close(padded, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [MHA, GQA], ids=["mha", "gqa"])
-@pytest.mark.parametrize("cuts", [(17,), (1,) * 17, (5, 1, 11)], ids=str)
-@torch.no_grad()
-def test_pieces_through_the_cache_equal_the_whole(shape, cuts):
-    model, ids = llama(shape, AdaptionConfig(n_layers=3, prompt_length=7)), tokens(2, 17)
-    cache = KVCache(model.config, 2, 17, torch.float32, torch.device("cpu"))
-    pieces = [model.hidden_states(piece, cache) for piece in ids.split(list(cuts), dim=1)]
-    close(torch.cat(pieces, dim=1), model.hidden_states(ids), atol=1e-4)
-
-
-@torch.no_grad()
-def test_rows_of_a_cache_may_differ_in_length_and_leave():
-    model, ids = llama(GQA, AdaptionConfig(n_layers=3, prompt_length=7)), tokens(3, 13)
-    lengths, more = torch.tensor([13, 2, 7]), tokens(3, 5, seed=1)
-    cache = KVCache(model.config, 3, 18, torch.float32, torch.device("cpu"))
-    model.hidden_states(ids, cache)  # the second row's last 11 tokens and the third's last 6 stand for padding
-    cache.truncate(lengths)
-    first = model.hidden_states(more[:, :2], cache)
-    cache.select_rows(torch.tensor([1, 2]))
-    assert cache.used == 9
-    second = model.hidden_states(more[1:, 2:], cache)
-    for row, length in enumerate(lengths.tolist()):
-        whole = model.hidden_states(torch.cat([ids[row, :length], more[row]])[None])[0, length:]
-        close(first[row], whole[:2], atol=1e-4)
-        if row > 0:
-            close(second[row - 1], whole[2:], atol=1e-4)
 
 
 def test_activation_checkpointing_gives_equal_gradients():

@@ -173,6 +173,21 @@ def prediction_examples(
     return examples, f"Problems with an image: {ORDER}"
 
 
+def text_examples(problems: Sequence[Problem], predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Some problems without an image as rows of a table: question, options, right option, prediction."""
+    without = [i for i, problem in enumerate(problems) if not problem.image]
+    wrong, right = ([i for i in without if predictions[i]["correct"] == correct] for correct in (False, True))
+    return [
+        {
+            "question": problems[i].question,
+            "options": problems[i].options.removeprefix("Options: "),
+            "right": predictions[i]["answer"],
+            "predicted": predictions[i]["predicted"] or "no answer",
+        }
+        for i in mistakes_first(wrong, right)
+    ]
+
+
 def accuracy_table(counts: dict[str, int], rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: percent by class; the first line is the number of problems, then each model and baseline.
 

@@ -38,6 +38,7 @@ from rayjobs.inference.scienceqa import (
     problem_record,
     rejected_problems,
     summarize,
+    text_examples,
 )
 from rayjobs.inference.training_records import Overlap, find_overlap
 from rayjobs.job_configs.adapter_eval import Config
@@ -251,8 +252,11 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
         "data.max_rejected_fraction",
         listed=str(folder / REJECTED_FILE),
     )
-    write_examples(folder, *prediction_examples(problems, predictions.to_pylist(), resolve_path(source.images)))
+    rows = predictions.to_pylist()
+    write_examples(folder, *prediction_examples(problems, rows, resolve_path(source.images)))
     result = summarize(settings.run.name, problems, predictions, folder)
+    if examples := text_examples(problems, rows):
+        result["problems without an image, mistakes first"] = examples
     result["images_left_out"] = 0 if reads_images else result["with_image"]
     _show_by_class(source.path, result["accuracy_by_class"])
     return result

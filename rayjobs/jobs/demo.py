@@ -303,6 +303,6 @@ def _without_interval(accuracy: str) -> str:
 
 
 def _plot_losses(folder: Path, metrics: Mapping[str, Table]) -> None:
-    for _, figure in list(plots.training_curves(metrics))[:1]:
-        figure.axes[0].set_yscale("log")  # the first losses of the two adapters differ by a factor of twenty
-        save_plot(folder / "loss.png", "training loss of the two adapters", figure)
+    # On a logarithmic scale: the first losses of the two adapters differ by a factor of twenty.
+    for _, drawing in list(plots.training_curves(metrics, logarithmic=True))[:1]:
+        save_plot(folder / "loss.png", "training loss of the two adapters", drawing)

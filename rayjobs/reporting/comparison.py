@@ -8,8 +8,9 @@ from typing import Any
 from rayjobs.errors import DataError
 from rayjobs.reporting import plots
 from rayjobs.reporting.figures import figure_svg
-from rayjobs.reporting.html import Plot, Section, Table, write_page
+from rayjobs.reporting.html import Page, Plot, Section, Table, write_page
 from rayjobs.reporting.report import (
+    FAILED,
     RUN_COLUMNS,
     read_metrics,
     read_or_warn,
@@ -32,11 +33,14 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     if out.is_dir():
         raise DataError(f"{out} is a folder: give the file to write, such as --out {out / 'comparison.html'}")
     rows, problems = run_rows(folders), list[str]()
+    bad = frozenset(number for number, row in enumerate(rows) if row[RUN_COLUMNS.index("state") - 1] in FAILED)
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = dict(zip(names, folders, strict=True))
-    sections: list[Section] = [Table("runs", RUN_COLUMNS, [[n, *row] for n, row in zip(names, rows, strict=True)])]
+    sections: list[Section] = [
+        Table("runs", RUN_COLUMNS, [[n, *row] for n, row in zip(names, rows, strict=True)], bad_rows=bad)
+    ]
     tables = {n: read_or_warn(lambda path: list(read_tables(path)), path, problems) or [] for n, path in runs.items()}
     sections += _joined_tables(tables)
     accuracies = {name: read_or_warn(_read_accuracies, folder, problems) or [] for name, folder in runs.items()}
@@ -46,12 +50,13 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         sections += _side_by_side(title, values)
     metrics = {name: read_or_warn(read_metrics, folder, problems) or [] for name, folder in runs.items()}
     curves = plots.training_curves({name: steps for name, steps in metrics.items() if steps})
-    sections += [Plot(title, figure_svg(figure)) for title, figure in curves]
+    sections += [Plot(title, figure_svg(figure, title), caption) for title, (figure, caption) in curves]
     settings = {name: read_or_warn(read_settings, folder, problems) or {} for name, folder in runs.items()}
     sections += _side_by_side("settings that differ", settings, only_differing=True)
     if problems:
         sections.append(Table("could not be read", [], [[problem] for problem in problems]))
-    return write_page(out, " · ".join(names), f"{len(names)} runs side by side", [], sections)
+    page = Page(title=" · ".join(names), headline=f"{len(names)} runs side by side", sections=sections)
+    return write_page(out, page)
 
 
 def _side_by_side(title: str, values: Values, *, only_differing: bool = False) -> Iterator[Table]:
@@ -86,7 +91,8 @@ def _join(title: str, tables: Mapping[str, Table]) -> Table:
             entries = [("all", values[0])]
         for i, (run, cells) in enumerate(entries):
             joined.append([*(key if i == 0 else [""] * width), run, *cells])
-    return Table(title, [*columns[:width], "run", *columns[width:]], joined)
+    notes = dict.fromkeys(table.note for table in tables.values() if table.note)
+    return Table(title, [*columns[:width], "run", *columns[width:]], joined, " ".join(notes))
 
 
 def _cells(table: Table, row: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -112,8 +118,10 @@ def _read_accuracies(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `accuracy.parquet`; none if it was not scored."""
     path = folder / "test" / "accuracy.parquet"
     rows = read_parquet(path).to_pylist() if path.is_file() else []
-    if rows and not {"target", "method", "shots", "accuracy"} <= rows[0].keys():
-        raise DataError(f"{path}: expected columns target, method, shots and accuracy, got {', '.join(rows[0])}")
+    if rows and not {"target", "method", "shots", "accuracy", "images"} <= rows[0].keys():
+        raise DataError(
+            f"{path}: expected columns target, method, shots, accuracy and images, got {', '.join(rows[0])}"
+        )
     return rows
 
 
@@ -124,9 +132,6 @@ def _accuracy_plots(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[Pl
         for row in rows:
             by_target.setdefault(row["target"], {}).setdefault(name, []).append(row)
     for target, by_run in by_target.items():
-        from rayjobs.reporting.accuracy_tables import by_method  # imports torch, which other pages do without
-
-        accuracies = {name: by_method(rows) for name, rows in by_run.items()}
-        few_shot = {name: methods for name, (methods, _) in accuracies.items()}
-        zero_shot = {name: methods for name, (_, methods) in accuracies.items()}
-        yield Plot(f"accuracy over shots, {target}'s test", figure_svg(plots.accuracy_over_shots(few_shot, zero_shot)))
+        title = f"accuracy over shots, {target}'s test"
+        drawing = plots.accuracy_over_shots({name: plots.Accuracies.of_rows(rows) for name, rows in by_run.items()})
+        yield Plot(title, figure_svg(drawing.figure, title), drawing.caption)

@@ -3,12 +3,15 @@
 import html
 import io
 import re
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayjobs.errors import DataError
-from rayjobs.reporting import plots
+from rayjobs.reporting.canvas import FONT, every_script, plain_text
+from rayjobs.reporting.palette import themed
+from rayjobs.reporting.plots import Drawing
 from rayjobs.storage.files import atomic_path, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ class SavedFigure:
     file: str
     """Name of the SVG."""
     title: str
+    caption: str = ""
+    """Sentences below the figure: what is drawn, of how many images and seeds."""
     group: str = ""
     """Subject of several figures, such as one trial; it comes before the title."""
     folded: bool = False
@@ -34,16 +39,14 @@ class SavedFigure:
         return f"{self.group}: {self.title}" if self.group else self.title
 
 
-def save_plot(path: Path, title: str, figure: "Figure", *, group: str = "", folded: bool = False) -> None:
+def save_plot(path: Path, title: str, drawing: Drawing, *, group: str = "", folded: bool = False) -> None:
     """Write a figure to `path`, a PNG, and as an SVG beside it, and enter it into the folder's `figures.json`."""
-    saved = SavedFigure(file=f"{path.stem}.svg", title=title, group=group, folded=folded)
-    drawing = figure_svg(figure)
-    start = drawing.index(">") + 1
-    drawing = f"{drawing[:start]}<title>{html.escape(saved.full_title)}</title>{drawing[start:]}"
-    _add_figure(path.parent, saved, drawing)
-    figure.suptitle(plots.plain_text(saved.full_title))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    saved = SavedFigure(file=f"{path.stem}.svg", title=title, caption=drawing.caption, group=group, folded=folded)
+    _add_figure(path.parent, saved, figure_svg(drawing.figure, saved.full_title))
+    heading = "\n".join(textwrap.wrap(saved.full_title, 64))
+    drawing.figure.suptitle(plain_text(heading), fontsize=FONT)
+    with every_script(drawing.figure), atomic_path(path) as temporary:
+        drawing.figure.savefig(temporary, format="png", dpi=200)
 
 
 def read_figures(folder: Path) -> list[SavedFigure]:
@@ -86,12 +89,18 @@ def _add_figure(folder: Path, saved: SavedFigure, drawing: str) -> None:
     write_json(folder / MANIFEST, [asdict(entry) for entry in entries.values()])
 
 
-def figure_svg(figure: "Figure") -> str:
-    """A matplotlib figure as SVG whose text, lines and background take the colours of the page."""
+def figure_svg(figure: "Figure", title: str) -> str:
+    """A matplotlib figure as SVG whose text, lines and ground take the colours of the page.
+
+    title: names the figure to those who do not see it, and keeps its ids apart from those of others on the page.
+    """
     import matplotlib
 
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rayjobs"}):
+    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
+    with matplotlib.rc_context(settings), every_script(figure):
         figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", dpi=200, metadata={"Date": None})
     drawing = text.getvalue()
-    return drawing[drawing.index("<svg") :].replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
+    drawing = themed(drawing[drawing.index("<svg") :])
+    start = drawing.index(">") + 1
+    return f"{drawing[:start]}<title>{html.escape(title)}</title>{drawing[start:]}"

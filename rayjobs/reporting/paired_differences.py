@@ -15,6 +15,12 @@ from rayjobs.reporting.tables import supported_decimals
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
 
+DIFFERENCES_NOTE = (
+    "In points of percent. In brackets is the 95% interval over seeds (Student's t). The differences are paired by "
+    "seed: both methods have the same training and test images."
+)
+"""A sentence below a table of differences."""
+
 
 def differences_table(rows: Sequence[Mapping[str, Any]], reference: str) -> tuple[list[str], list[list[str]]]:
     """Columns and lines of a table of differences from a method, in points of percent.

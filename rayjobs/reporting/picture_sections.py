@@ -13,7 +13,7 @@ from PIL import Image
 from cafo.errors import ImageError
 from cafo.images import load_image
 from rayjobs.errors import DataError
-from rayjobs.reporting.html import Gallery
+from rayjobs.reporting.html import Fold, Gallery, Section
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
 
@@ -36,6 +36,8 @@ class PictureSection:
     title: str
     pictures: Sequence[Picture]
     note: str = ""
+    group: str = ""
+    """Sections of one group are folded together, under this title."""
 
 
 def write_picture_sections(folder: Path, sections: Sequence[PictureSection]) -> None:
@@ -52,24 +54,33 @@ def write_picture_sections(folder: Path, sections: Sequence[PictureSection]) -> 
                 thumbnail.save(temporary, format="JPEG")
             images.append({"file": name, "caption": picture.caption})
         wide = bool(section.pictures) and all(len(picture.files) > 1 for picture in section.pictures)
-        listed.append({"title": section.title, "note": section.note, "wide": wide, "images": images})
+        entry = {"title": section.title, "note": section.note, "group": section.group, "wide": wide, "images": images}
+        listed.append(entry)
     write_json(folder / PICTURES, listed)
 
 
-def read_picture_sections(folder: Path) -> Iterator[Gallery]:
+def read_picture_sections(folder: Path) -> Iterator[Gallery | Fold]:
     """Yield the sections that `write_picture_sections` has written, without empty ones; none if there is no file.
+
+    Groups of sections follow, each as one fold.
 
     Raises DataError for a file that is no such list.
     """
     path = folder / PICTURES
+    folds: dict[str, list[Section]] = {}
     for section in read_json(path) if path.is_file() else []:
         try:
             images = [((folder / image["file"]).read_bytes(), image["caption"]) for image in section["images"]]
             title, note, wide = section["title"], section["note"], section["wide"]
+            group = section.get("group", "")
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is no list of sections of pictures: {error!r}") from error
-        if images:
+        if images and group:
+            folds.setdefault(group, []).append(Gallery(title, images, note, wide))
+        elif images:
             yield Gallery(title, images, note, wide)
+    for group, sections in folds.items():
+        yield Fold(group, sections)
 
 
 def _side_by_side(files: Sequence[Path]) -> Image.Image | None:

@@ -5,7 +5,9 @@ time, also of a run that has not finished.
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +20,11 @@ from rayjobs.errors import DataError, UserError
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import EXAMPLES
 from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
-from rayjobs.reporting.html import Fold, Gallery, Plot, Section, Table, write_page
+from rayjobs.reporting.html import Fold, Gallery, Page, Plot, Section, Table, write_page
+from rayjobs.reporting.paired_differences import DIFFERENCES_NOTE
 from rayjobs.reporting.picture_sections import read_picture_sections
-from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, RunRecord, headline, read_record
+from rayjobs.reporting.tables import INTERVAL_NOTE
+from rayjobs.runs.record import RECORD_FILE, REPORT_FILE, RESULT_FILE, RunRecord, headline, read_record
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
@@ -33,15 +37,20 @@ MAX_ROWS = 50
 """Rows that the page shows of a long table."""
 MAX_CELL_CHARS = 300
 RUN_COLUMNS = ("run", "job", "state", "started (UTC)", "headline")
-HEADER_VALUES = ("headline", "about", "tables", "differences")
+HEADER_VALUES = ("headline", "about", "tables", "differences", "reports of the steps")
 """Values of a result that the page shows elsewhere than in its table of values."""
 
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder, without what cannot be read, which it names.
 
-    Raises UserError for a folder that holds no run.
+    The reports of the run's steps are in it too. Raises UserError for a folder that holds no run.
     """
+    return write_page(folder / REPORT_FILE, read_page(folder))
+
+
+def read_page(folder: Path) -> Page:
+    """All that a run's report says. Raises UserError for a folder that holds no run."""
     record, problems = _record(folder), list[str]()
     sections: list[Section] = []
     for reader in READERS:
@@ -50,10 +59,38 @@ def write_report(folder: Path) -> Path:
     hardware = read_or_warn(_json, folder / HARDWARE_FILE, problems) or {}
     facts += [str(value) for value in hardware.values() if value != "none"]
     about = str((read_or_warn(_json, folder / RESULT_FILE, problems) or {}).get("about", ""))
-    title, line = folder.name, headline(folder, record)
+    steps = read_or_warn(_read_steps, folder, problems) or []
+    failure = FAILED.get(record.state, "").format(headline(folder, record) or "no reason is known")
     if problems:
-        sections.append(Table("could not be read", [], [[problem] for problem in dict.fromkeys(problems)]))
-    return write_page(folder / REPORT_FILE, title, line, facts, sections, command=record.command, about=about)
+        sections.append(Table("could not be read", [""], [[problem] for problem in dict.fromkeys(problems)]))
+    return Page(
+        title=folder.name,
+        headline="" if failure else headline(folder, record),
+        failure=failure,
+        facts=facts,
+        command=record.command,
+        about=about,
+        sections=sections,
+        steps=steps,
+    )
+
+
+FAILED = {
+    "failed": "{}",
+    "interrupted": "The run was interrupted; the same command resumes it.",
+    "cut off": "The run was cut off, its process is gone; the same command resumes it.",
+}
+"""States of runs that came to no result, and what a report begins with; braces stand for the error."""
+STEPS = "reports of the steps"
+"""The value of a result that names the run's steps, {step, report}, and the runs that they are."""
+
+
+def _read_steps(folder: Path) -> list[Page]:
+    """The pages of the steps that a result names or, without any, of the runs inside the run's folder."""
+    listed = {str(row["step"]): (folder / row["report"]).parent for row in _json(folder / RESULT_FILE).get(STEPS, [])}
+    inside = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{RECORD_FILE}"))}
+    runs = {name: run for name, run in (listed or inside).items() if (run / RECORD_FILE).is_file()}
+    return [replace(read_page(run), title=name) for name, run in runs.items()]
 
 
 def _append_sections(generated: Iterator[Section], sections: list[Section], folder: Path) -> None:
@@ -99,12 +136,20 @@ def read_tables(folder: Path) -> Iterator[Table]:
     for title, lines in {**accuracies, **test.get("differences", {})}.items():
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
         rows = [[method, *(line.get(column, "") for column in columns)] for method, line in lines.items()]
-        yield Table(title, ["method", *columns], rows)
+        yield _noted(Table(title, ["method", *columns], rows))
     for name, value in _json(folder / RESULT_FILE).items():
-        if _is_table(value):
+        if _is_table(value) and name != STEPS:
             columns = list(dict.fromkeys(column for row in value for column in row))
             rows = [[format_value(row.get(column)) for column in columns] for row in value]
-            yield Table(_spaced(name), [_spaced(column) for column in columns], rows, linked="report")
+            yield _noted(Table(_spaced(name), [_spaced(column) for column in columns], rows))
+
+
+def _noted(table: Table) -> Table:
+    """The table with a note that explains its intervals, if it has some."""
+    cells = [cell for row in table.rows for cell in row]
+    if any(re.search(r"[+-][\d.]+ \[", cell) for cell in cells):
+        return replace(table, note=DIFFERENCES_NOTE)
+    return replace(table, note=INTERVAL_NOTE) if any(re.search(r"\d \[[\d.]+, ", cell) for cell in cells) else table
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -136,9 +181,9 @@ def _figures(folder: Path) -> Iterator[Section]:
         for figure in read_figures(source) or unlisted_figures(source):
             drawing = (source / figure.file).read_text(encoding="utf-8")
             if figure.folded:
-                folds.setdefault(figure.group, []).append(Plot(figure.title, drawing))
+                folds.setdefault(figure.group, []).append(Plot(figure.title, drawing, figure.caption))
             else:
-                yield Plot(figure.full_title, drawing)
+                yield Plot(figure.full_title, drawing, figure.caption)
     for group, plots_of_group in folds.items():
         yield Fold(group, plots_of_group)
 
@@ -156,8 +201,9 @@ def _curves(folder: Path) -> Iterator[Section]:
     for path in sorted(folder.glob("trials/*/trial.json")):
         trial = read_json(path)
         runs[f"{trial['setting']}, seed {trial['seed']}"] = read_metrics(path.parent)
-    for title, figure in plots.training_curves({name: rows for name, rows in runs.items() if rows}):
-        yield Plot(title, figure_svg(figure))
+    curves = plots.training_curves({name: rows for name, rows in runs.items() if rows})
+    for title, (figure, caption) in curves:
+        yield Plot(title, figure_svg(figure, f"{folder.name}: {title}"), caption)
 
 
 def _examples(folder: Path) -> Iterator[Section]:
@@ -169,6 +215,11 @@ def _examples(folder: Path) -> Iterator[Section]:
         ]
         if images:
             yield Gallery("examples", images, examples["note"])
+
+
+def _pictures_of_test(folder: Path) -> Iterator[Section]:
+    """The sections of pictures of the test images."""
+    yield from read_picture_sections(folder / "test")
 
 
 def _class_descriptions(folder: Path) -> Iterator[Section]:
@@ -202,6 +253,7 @@ READERS: list[Callable[[Path], Iterator[Section]]] = [
     _values,
     _curves,
     _examples,
+    _pictures_of_test,
     _class_descriptions,
     _rejected,
     _settings,
@@ -213,7 +265,7 @@ def _shortened(table: Table, file: str) -> Table:
     """The first rows of a table, with long cells cut and a note that names the file with all rows."""
     rows = [[_cut(cell) for cell in row] for row in table.rows[:MAX_ROWS]]
     note = f"The first {MAX_ROWS} of {len(table.rows):,}; all are in {file}." if len(table.rows) > MAX_ROWS else ""
-    return Table(table.title, table.columns, rows, note)
+    return replace(table, rows=rows, note=note)
 
 
 def _cut(text: str) -> str:

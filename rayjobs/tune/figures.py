@@ -12,6 +12,7 @@ from rayjobs.data.image_list import ImageList
 from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first, write_examples
 from rayjobs.reporting.figures import save_plot
+from rayjobs.reporting.picture_sections import Picture, PictureSection, write_picture_sections
 from rayjobs.storage.files import read_json
 from rayjobs.tune.evaluation import TargetScore
 from rayjobs.tune.search_space import SearchConfig
@@ -38,24 +39,43 @@ def write_search_surfaces(
         write_surface(path, cache, on_validation(cache, features, labels), search.grid())
 
 
+GALLERY_CLASSES, OF_EACH = 30, 3
+"""Classes that have a gallery of their own, those with the most mistakes; wrong and right images of each."""
+
+
 def write_prediction_examples(
     folder: Path, trials: Path, chosen: Sequence[ChosenSetting], images: ImageList, features: Features
 ) -> None:
-    """Write small copies of some test images with the predictions of the best choice."""
+    """Write small copies of some test images with the predictions of the best choice, over all and by class."""
     best = best_choice(chosen)
     cache = open_classifier(trials, best.seeds[0].trial)
     logits = cache.logits({name: torch.tensor(features.values[name][0]) for name in cache.encoders})
-    probabilities = logits.softmax(dim=1)
-    predicted = probabilities.argmax(dim=1).tolist()
+    probabilities, predicted = (values.tolist() for values in logits.softmax(dim=1).max(dim=1))
     items = [images.items[row] for row in features.rows]
+
+    def picture(i: int) -> Picture:
+        truth = "" if predicted[i] == items[i].label else f", not {items[i].class_name}"
+        caption = f"{cache.class_names[predicted[i]]}{truth} ({probabilities[i]:.0%})"
+        return Picture((images.root / items[i].path,), caption)
+
     wrong = [i for i, item in enumerate(items) if predicted[i] != item.label]
     right = sorted(set(range(len(items))) - set(wrong))
-    examples = []
-    for i in mistakes_first(wrong, right):
-        truth = "" if predicted[i] == items[i].label else f", not {items[i].class_name}"
-        caption = f"{cache.class_names[predicted[i]]}{truth} ({probabilities[i, predicted[i]]:.0%})"
-        examples.append((images.root / items[i].path, caption))
-    write_examples(folder, examples, f"{best.method} at {best.shots} shots, first seed; {ORDER}")
+    of_whom = f"{best.method} at {best.shots} shots, first seed"
+    shown = [(each.files[0], each.caption) for each in map(picture, mistakes_first(wrong, right))]
+    write_examples(folder, shown, f"{of_whom}; {ORDER} In brackets is the probability of the prediction.")
+    by_class: dict[int, tuple[list[int], list[int]]] = {}
+    for i in (*wrong, *right):
+        by_class.setdefault(items[i].label, ([], []))[int(predicted[i] == items[i].label)].append(i)
+    hardest = sorted(by_class, key=lambda label: (-len(by_class[label][0]), label))[:GALLERY_CLASSES]
+    sections = [
+        PictureSection(
+            title=f"{cache.class_names[label]}: {len(by_class[label][1])} of {sum(map(len, by_class[label]))} right",
+            pictures=[picture(i) for i in mistakes_first(*by_class[label], of_each=OF_EACH)],
+            group=f"test images by class, {of_whom}",
+        )
+        for label in hardest
+    ]
+    write_picture_sections(folder, sections)
 
 
 def plot_chosen(
@@ -81,24 +101,18 @@ def plot_chosen(
 
 
 def _plot_landscape(folder: Path, number: int, title: str, values: dict[str, Any], chosen: tuple[float, float]) -> None:
-    accuracy = [[100 * count / values["total"] for count in line] for line in values["correct"]]
-    figure = plots.search_landscape(values["alphas"], values["betas"], accuracy, chosen)
+    drawing = plots.search_landscape(values["alphas"], values["betas"], values["correct"], values["total"], chosen)
     title_of_plot = "accuracy over α and β, on the images of the choice"
-    save_plot(folder / f"landscape-{number:02d}.png", title_of_plot, figure, group=title, folded=number > 0)
+    save_plot(folder / f"landscape-{number:02d}.png", title_of_plot, drawing, group=title, folded=number > 0)
 
 
 def _plot_score(folder: Path, number: int, title: str, score: TargetScore, class_names: Sequence[str]) -> None:
     group: dict[str, Any] = {"group": title, "folded": number > 0}
-    images = score.confusion.sum(axis=1)
-    accuracy = (100 * score.confusion.diagonal() / images.clip(min=1)).tolist()
-    figure = plots.class_accuracy(class_names, accuracy)
-    save_plot(folder / f"classes-{number:02d}.png", "accuracy of each class on test", figure, **group)
-    figure = plots.confusion(class_names, score.confusion.tolist())
-    save_plot(folder / f"confusion-{number:02d}.png", "confusion on test", figure, **group)
+    images = score.confusion.sum(axis=1).tolist()
+    drawing = plots.class_accuracy(class_names, score.confusion.diagonal().tolist(), images)
+    save_plot(folder / f"classes-{number:02d}.png", "accuracy of each class on test", drawing, **group)
+    drawing = plots.confusion(class_names, score.confusion.tolist())
+    save_plot(folder / f"confusion-{number:02d}.png", "confusion on test", drawing, **group)
     if len(score.winning_sources) > 1:
-        percent = {
-            source: [100 * count / max(total, 1) for count, total in zip(counts, images, strict=True)]
-            for source, counts in score.winning_sources.items()
-        }
-        figure = plots.winning_sources(class_names, percent)
-        save_plot(folder / f"sources-{number:02d}.png", "which source weighs most on test", figure, **group)
+        drawing = plots.winning_sources(class_names, images, score.winning_sources)
+        save_plot(folder / f"sources-{number:02d}.png", "which source weighs most on test", drawing, **group)

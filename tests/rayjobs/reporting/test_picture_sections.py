@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rayjobs.reporting.html import write_page
+from rayjobs.reporting.html import Fold, Page, write_page
 from rayjobs.reporting.picture_sections import (
     PICTURES,
     SIDE,
@@ -37,9 +37,21 @@ def test_pictures_come_back_with_their_captions(tmp_path: Path) -> None:
         assert pair.size == (2 * SIDE, 60)
         assert pair.getpixel((20, 30))[0] > 200 > 100 > pair.getpixel((20, 30))[2]
         assert pair.getpixel((SIDE + SIDE // 2, 30))[2] > 200
-    page = write_page(tmp_path / "page.html", "t", "h", [], found).read_text()
+    page = write_page(tmp_path / "page.html", Page(title="t", sections=found)).read_text()
     assert page.count('class="gallery wide"') == 1
     assert 'alt="red &amp; &lt;blue&gt;"' in page
+
+
+def test_sections_of_a_group_are_folded_together_behind_the_others(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 60), "blue").save(tmp_path / "blue.png")
+    picture = Picture((tmp_path / "blue.png",), "blue")
+    groups = {"cat": "by class", "dog": "by class", "all": ""}
+    sections = [PictureSection(title=title, pictures=[picture], group=group) for title, group in groups.items()]
+    write_picture_sections(tmp_path / "run", sections)
+    first, fold = read_picture_sections(tmp_path / "run")
+    assert (first.title, fold.title) == ("all", "by class")
+    assert isinstance(fold, Fold)
+    assert [section.title for section in fold.sections] == ["cat", "dog"]
 
 
 def test_a_damaged_list_is_told(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class Reader(HTMLParser):
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "wbr":  # a long word may break there
+            return
         self.tag = tag
         self.fetched += [
             value for name, value in attrs if name in ("src", "href") and not value.startswith(("data:", "#"))
@@ -63,7 +65,7 @@ class Reader(HTMLParser):
         if self.tag in ("td", "th"):
             self.cells[-1] += data
             self.rows[-1][-1] += data
-        elif self.tag in ("h2", "summary") and data.strip():
+        elif self.tag in ("h2", "h3", "h4", "summary") and data.strip():
             self.titles.append(data.strip())
 
 
@@ -103,10 +105,11 @@ def test_a_report_tells_what_was_typed_and_on_which_machine(tmp_path: Path, monk
 def scored(folder: Path, accuracies: dict[str, dict[int, float]], zero_shot: float = 0.5) -> Path:
     """What cafo-eval leaves: its table, and a row per method, K and seed."""
     names = {k: "1 shot" if k == 1 else f"{k} shots" for cells in accuracies.values() for k in cells}
-    cells = {m: {names[k]: f"{100 * a:.2f} ± 1.00" for k, a in row.items()} for m, row in accuracies.items()}
+    cells = {m: {names[k]: f"{100 * a:.1f} ± 1.0 [9, 99]" for k, a in row.items()} for m, row in accuracies.items()}
     cells["CLIP zero-shot"] = dict.fromkeys(names.values(), f"{100 * zero_shot:.2f}")
     write_json(folder / "test" / "result.json", {"headline": "good", "tables": {"pets": cells}, "test_accuracy": 91.5})
-    rows = [{"target": "pets", "method": "CLIP zero-shot", "shots": None, "seed": None, "accuracy": zero_shot}]
+    first = {"target": "pets", "method": "CLIP zero-shot", "shots": None, "seed": None, "images": 97}
+    rows = [{**first, "accuracy": zero_shot}]
     for method, row in accuracies.items():
         for k, accuracy in row.items():
             rows += [
@@ -116,17 +119,24 @@ def scored(folder: Path, accuracies: dict[str, dict[int, float]], zero_shot: flo
     return folder
 
 
-def test_a_report_may_open_with_a_paragraph_and_lead_to_others(tmp_path: Path) -> None:
+def test_a_report_may_open_with_a_paragraph_and_holds_the_reports_of_its_steps(tmp_path: Path) -> None:
     folder = a_run(tmp_path, "one")
-    steps = [
-        {"step": "first", "report": "first/report.html"},
-        {"step": "x/report.html", "report": "second/report.html"},
-    ]
-    write_json(folder / "result.json", {"headline": "done", "about": "What <this> is.", "steps": steps})
+    a_run(a_run(folder, "first"), "inner")
+    a_run(folder, "other")
+    steps = [{"step": "the first", "report": "first/report.html"}, {"step": "gone", "report": "gone/report.html"}]
+    result = {"headline": "done", "about": "What <this> is."}
+    write_json(folder / "result.json", {**result, "reports of the steps": steps})
     page = Reader(write_report(folder))
-    assert page.fetched == ["first/report.html", "second/report.html"]
-    assert "result" not in page.titles
-    assert '<p class="about">What &lt;this&gt; is.</p>' in (folder / "report.html").read_text()
+    assert page.fetched == [], "it can be sent as it is"
+    assert "result" not in page.titles[: page.titles.index("the first")]
+    summaries = [title for title in page.titles if title not in ("settings", "versions")]
+    assert summaries.count("the first") == summaries.count("inner") == 1, "a step's own steps too"
+    assert not {"other", "gone"} & set(summaries), "only steps that are named and there"
+    text = (folder / "report.html").read_text()
+    assert '<p class="about">What &lt;this&gt; is.</p>' in text
+    assert text.count("loss 1.3") == 2 * 2, "the headlines of both, in the lists of steps and above their own pages"
+    write_json(folder / "result.json", result)
+    assert {"first", "other"} <= set(Reader(write_report(folder)).titles), "else all runs inside"
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:
@@ -138,18 +148,23 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "note" not in page.cells, "only settings that differ"
     assert page.titles[:3] == ["runs", "pets: test accuracy, %", "chosen"]
     table = page.rows[page.rows.index(["method", "run", "1 shot", "4 shots", "16 shots"]) :][1:]
-    nbsp = "\u00a0"
+
+    def accuracy(percent: int) -> str:
+        return f"{percent}.0 ± 1.0 [9, 99]".replace(" ± ", "\u00a0±\u00a0").replace(", ", ",\u00a0")
+
     assert table[:3] == [
-        ["CaFo", "one", f"60.00{nbsp}±{nbsp}1.00", "", f"70.00{nbsp}±{nbsp}1.00"],
-        ["", "two", f"61.00{nbsp}±{nbsp}1.00", f"66.00{nbsp}±{nbsp}1.00", ""],
-        ["CLIP cache", "one", f"55.00{nbsp}±{nbsp}1.00", "", f"65.00{nbsp}±{nbsp}1.00"],
+        ["CaFo", "one", accuracy(60), "", accuracy(70)],
+        ["", "two", accuracy(61), accuracy(66), ""],
+        ["CLIP cache", "one", accuracy(55), "", accuracy(65)],
     ]
     assert ["1", "all", "0.5"] in page.rows, "what is the same in all is said once"
     assert not [cell for cell in page.cells if cell.startswith(("[", "{"))], "no raw JSON"
     assert ["test accuracy", "91.5", "91.5"] in page.rows
     text = (tmp_path / "both.html").read_text()
-    for label in ("one loss in training", "two loss on validation", "CaFo, one", "CaFo, two", ">CLIP zero-shot<"):
+    for label in ("one, training", "two, validation", "CaFo, one", "CaFo, two", ">CLIP zero-shot<"):
         assert label in text
+    assert "Points are means over 2 seeds" in text
+    assert "Wilson" in text
 
 
 def test_plots_of_the_best_choice_stand_open_and_the_others_are_folded(tmp_path: Path) -> None:
@@ -157,13 +172,12 @@ def test_plots_of_the_best_choice_stand_open_and_the_others_are_folded(tmp_path:
     kinds = ("landscape", "classes", "confusion", "sources")
     for number, method in enumerate(["… + generated", "CLIP cache"]):
         for kind in kinds:
-            figure = plots.confusion(["$5 to $10", "$10"], [[1, 0], [2, 3]])
+            drawing = plots.confusion(["$5 to $10", "$10"], [[1, 0], [2, 3]])
             group = f"{method}, 16 shots, seed 1"
-            save_plot(folder / "test" / f"{kind}-{number}.png", kind, figure, group=group, folded=number > 0)
-    methods = {"": {"CaFo": {1: [60.0, 61.0]}}}
-    levels = {"": {"CLIP zero-shot (templates)": 50.0, "CLIP zero-shot (file)": 51.0}}
-    figure = plots.accuracy_over_shots(methods, levels)
-    save_plot(folder / "test" / "shots-pets.png", "accuracy over shots, pets's test", figure)
+            save_plot(folder / "test" / f"{kind}-{number}.png", kind, drawing, group=group, folded=number > 0)
+    levels = {"CLIP zero-shot (templates)": 50.0, "CLIP zero-shot (file)": 51.0}
+    drawing = plots.accuracy_over_shots({"": plots.Accuracies({"CaFo": {1: [60.0, 61.0]}}, levels, 97)})
+    save_plot(folder / "test" / "shots-pets.png", "accuracy over shots, pets's test", drawing)
     page = Reader(write_report(folder))
     best = [f"… + generated, 16 shots, seed 1: {kind}" for kind in kinds]
     at = page.titles.index("accuracy over shots, pets's test")
@@ -172,13 +186,13 @@ def test_plots_of_the_best_choice_stand_open_and_the_others_are_folded(tmp_path:
     text = (folder / "report.html").read_text()
     assert text.count("<details>") == 1 + 2, "one method, settings, versions"
     assert text.count(">$5 to $10<") == 2 * 4 * 2, "names on both axes, as they are and no formulas"
-    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "CaFo"
+    assert "6 test images by true and predicted class. Most often wrong: $5 to $10 for $10, 2 of 5." in text
 
 
 def test_zero_shot_lines_can_be_told_apart() -> None:
-    levels = {"": {"templates": 50.0, "file": 51.0}}
-    drawn = figure_svg(plots.accuracy_over_shots({"": {"CaFo": {1: [60.0]}}}, levels))
-    assert len({line for line in drawn.split('"') if "stroke-dasharray" in line and "#808080" in line}) == 2
+    accuracies = plots.Accuracies({"CaFo": {1: [60.0]}}, {"templates": 50.0, "file": 51.0}, 97)
+    drawn = figure_svg(plots.accuracy_over_shots({"": accuracies}).figure, "shots")
+    assert len({line for line in drawn.split('"') if "stroke-dasharray" in line and "--grey" in line}) == 2
 
 
 def test_no_heading_stands_above_nothing(tmp_path: Path) -> None:
@@ -221,7 +235,8 @@ def test_a_run_records_how_it_ended(tmp_path: Path, error: BaseException | None,
     assert record.error == ("no" if state == "failed" else "")
     text = (tmp_path / "r" / "report.html").read_text()
     assert f"<span>{state}</span>" in text
-    assert ('<p class="headline">no</p>' in text) == (state == "failed")
+    assert ('<p class="failure">no</p>' in text) == (state == "failed")
+    assert ('<p class="failure">' in text) == (state != "done"), "the reason first"
 
 
 def test_an_old_result_does_not_stand_for_a_run_that_failed_since(
@@ -356,19 +371,17 @@ def test_odd_names_of_folders_are_shown_and_linked_as_they_are(
     for number, name in enumerate(ODD_NAMES):
         a_run(storage, f"run{number}", seed=number).rename(storage / name)
         folders.append(storage / name)
-    step = {"step": "first", "report": "a b/50%20 #1?/report.html"}
-    write_json(folders[0] / "result.json", {"headline": "tab\there\nand there", "steps": [step]})
+    write_json(folders[0] / "result.json", {"headline": "tab\there\nand there"})
     assert main(["runs", str(storage)]) == 0
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert {line[0] for line in lines} == set(ODD_NAMES)
     assert "tab here and there" in [line[4] for line in lines]
     for folder in folders:
         assert main(["report", str(folder)]) == 0
-    assert Reader(folders[0] / "report.html").fetched == ["a%20b/50%2520%20%231%3F/report.html"]
     out = tmp_path / "c [1] %.html"
     assert main(["report", *map(str, folders[:4]), "--out", str(out)]) == 0
     text = out.read_text()
-    assert all(f"{name} loss in training" in text for name in ("a b", "[bold]x", "50%20 #1?", " _first"))
+    assert all(f"{name}, training" in text for name in ("a b", "[bold]x", "50%20 #1?", "_first"))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The text of a sequence while its tokens are still being chosen.
 
 What is given out is never taken back: a character that takes several tokens is given out whole, and text that may be
-the beginning of a stop string waits until it is clear. All pieces together are the text that the tokens have in the end;
-but some tokenizers read a whole run of bytes as unreadable where one byte of it is, and what was readable when it came
-stays given.
+the beginning of a stop string waits until it is clear. All pieces together are the text that the tokens have in the
+end. (Some tokenizers read a whole run of bytes as unreadable where one byte of it is. What was readable when it came
+stays given.)
 """
 
 from collections.abc import Sequence

@@ -74,12 +74,16 @@ def mixed_requests(n: int) -> list[Request]:
     return requests
 
 
+@pytest.fixture(scope="module")
+def expected(folder) -> list[list[int]]:
+    return [alone(folder, request) for request in mixed_requests(64)]
+
+
 @pytest.mark.parametrize("settings", [{"slots": 5, "prefill_tokens": 7}, {"slots": 64, "prefill_tokens": 999}], ids=str)
-def test_64_mixed_requests_answer_as_each_does_alone(folder, settings):
+def test_64_mixed_requests_answer_as_each_does_alone(folder, expected, settings):
     engine, requests = engine_of(folder, **settings), mixed_requests(64)
     handles = [engine.submit(request) for request in requests]
     engine.run()
-    expected = [alone(folder, request) for request in requests]
     assert [handle.choices[0].ids for handle in handles] == expected
     assert {handle.choices[0].finish for handle in handles} == {"stop", "length"}
     assert len({tuple(ids) for ids in expected}) > 40

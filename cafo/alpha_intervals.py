@@ -54,19 +54,22 @@ def correct_intervals(margins: Tensor, term: Tensor, labels: Tensor) -> tuple[Te
     # slope is negative. The last to be caught up with, and the first to overtake y, have the smallest rate.
     rate = (_label_logits(term, labels) - term) * (1 / margins.abs())  # 1 / α of the crossing; (…, B, N)
     behind = margins < 0
-    slowest = torch.where(behind, rate, math.inf).amin(dim=-1)
-    fastest = torch.where(behind, math.inf, rate).amin(dim=-1)
+    infinite = torch.full_like(margins, math.inf)
+    slowest = (rate + infinite.masked_fill(behind, 0)).amin(dim=-1)
+    fastest = (rate + infinite.masked_fill(~behind, 0)).amin(dim=-1)
     return torch.where(slowest > 0, 1 / slowest, math.inf), torch.where(fastest < 0, -1 / fastest, math.inf)
 
 
-def alone_intervals(term: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def alone_intervals(margins: Tensor, term: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the intervals where there is no base: an image is correct at every α > 0 or at none; (…, B) each.
 
     Args:
+        margins: (…, B, N), from `label_margins` of zeros; infinite where a class does not count.
         term: (…, B, N).
         labels: (B,) int64.
     """
-    right = term.argmax(dim=-1) == labels
+    # a margin decides between equal terms alone
+    right = (_label_logits(term, labels) - term + margins).amin(dim=-1) > 0
     low = torch.where(right, TIE, math.inf).to(term)
     return low, torch.full_like(low, math.inf)
 

@@ -74,15 +74,16 @@ class ReducedGroup(NamedTuple):
     def intervals(self, sources: Sequence[str], betas: Sequence[float], ensembles: Sequence[Ensemble]) -> Tensor:
         """Return the open interval of α on which each image is correct: low and high, (2, E, J, b)."""
         predictions = self._predictions(sources, betas)
-        margins = self._margins(predictions.zero_shot)
+        zero_shot = predictions.zero_shot
+        margins, ties = self._margins(zero_shot), self._margins(torch.zeros_like(zero_shot))
         found = self.sums.new_empty(2, len(ensembles), len(betas), len(self.rows))
         for e, ensemble in enumerate(ensembles):
             base, term, _, _ = predictions.combine(ensemble)
             rows = term.movedim(1, 0)  # (J, b, R)
             if ensemble.baseline == NOTHING:
-                found[0, e], found[1, e] = alone_intervals(rows.masked_fill(self.padding, -torch.inf), self.labels)
+                found[0, e], found[1, e] = alone_intervals(ties, rows, self.labels)
                 continue
-            known = margins if base is predictions.zero_shot else self._margins(base)
+            known = margins if base is zero_shot else self._margins(base)
             found[0, e], found[1, e] = correct_intervals(known, rows, self.labels)
         return found
 
@@ -161,12 +162,15 @@ class _Agreements:
 
     def __init__(self, products: Tensor, coefficients: Mapping[str, Tensor]) -> None:
         self.products, self.coefficients = products, coefficients
+        self._known: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, one: str, other: str) -> Tensor:
         """Return Σ_n z(p_one)_n z(p_other)_n: (b, J)."""
-        at, rows = self._of(one)
-        at_other, rows_other = self._of(other)
-        return ((rows @ self.products[:, at, at_other]) * rows_other).sum(dim=-1)
+        if (one, other) not in self._known:
+            at, rows = self._of(one)
+            at_other, rows_other = self._of(other)
+            self._known[one, other] = ((rows @ self.products[:, at, at_other]) * rows_other).sum(dim=-1)
+        return self._known[one, other]
 
     def _of(self, name: str) -> tuple[slice, Tensor]:
         if name == ZERO_SHOT:

@@ -171,7 +171,8 @@ def combine(
             z_base = standardise(base) if known is None else known
             weights = [(zi * z_base).sum(dim=-1) for zi in z]
         shares = torch.softmax(torch.stack(weights) / ensemble.temperature, dim=0)  # (S, …, B)
-        term = reduce(torch.add, (share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)))
+        parts = [share[..., None] * zi for share, zi in zip(shares, scaled, strict=True)] if len(z) > 1 else scaled
+        term = reduce(torch.add, parts)
     elif ensemble.rule == "average":
         shares = torch.stack([torch.full_like(zi[..., 0], 1 / len(z)) for zi in z])
         term = torch.stack(scaled).mean(dim=0)

@@ -93,6 +93,8 @@ def run(settings: Config) -> dict[str, Any]:
         cafo_generate.check(generate)
     else:
         cafo_tune.check(tune)
+    if prompt or generate:  # which may take hours, after which cafo-tune would find an encoder missing
+        cafo_tune.open_used_encoders(tune, cafo_tune.settings_to_try(tune))
     cafo_tune.check_same_sweep(tune)
     folder = open_run(settings.run, settings)  # tune and eval write into the same folder, as parts of this run
     results: dict[str, Any] = {}

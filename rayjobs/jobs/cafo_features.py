@@ -58,11 +58,12 @@ def plan(settings: Config) -> None:
 def run(settings: Config) -> dict[str, Any]:
     """Encode what the feature store lacks; return and write `result.json`, with `rejected.jsonl` beside it."""
     dataset, lists = check(settings)
+    encoders = open_encoders(settings.encoders)  # one that cannot be loaded is told before Ray starts
     folder: Path = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     resources = settings.scale.resources()
     store = FeatureStore(
-        encoders=open_encoders(settings.encoders),
+        encoders=encoders,
         settings=settings.features,
         cache=settings.run.cache_folder,
         workers=settings.scale.workers.max,

@@ -94,9 +94,10 @@ def inspect(found: Inspection) -> dict[str, Any]:
     settings, swept, choice = found.settings, found.swept, found.choice
     dataset, tried = cafo_tune.check(swept)
     lists = _lists(settings, dataset)
+    encoders = cafo_tune.open_used_encoders(swept, tried)
     folder = open_run(found.run, settings)
     connect(folder, found.run.cache_folder)
-    inputs = cafo_tune.prepare_inputs(swept, dataset, tried, plain=True)
+    inputs = cafo_tune.prepare_inputs(swept, dataset, tried, encoders, plain=True)
     check_same_inputs(swept.run.folder, inputs)
     trials = swept.run.folder / "trials"
     check_same_caches(trials, [found.trial], dataset.class_names, inputs.identities)

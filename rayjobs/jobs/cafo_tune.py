@@ -25,6 +25,7 @@ from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.cafo_tune import Config
 from rayjobs.lifecycle import job
+from rayjobs.models.encoder import EncoderInfo
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.record import write_result
@@ -107,12 +108,13 @@ def run(settings: Config) -> dict[str, Any]:
     Beside it are `results.parquet` with a row per trial, `chosen.json`, and the chosen trials' caches in `trials/`.
     """
     dataset, tried = check(settings)
+    encoders = open_used_encoders(settings, tried)  # one that cannot be loaded is told before Ray starts
     check_same_sweep(settings)
     folder = open_run(settings.run, settings)
     connect(folder, settings.run.cache_folder)
     pool = TrialPool(settings.trials.workers.max, settings.trials.resources(reserved_cpus=0))
 
-    inputs = prepare_inputs(settings, dataset, tried)
+    inputs = prepare_inputs(settings, dataset, tried, encoders)
     write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in inputs.rejected))
     check_same_inputs(folder, inputs)
     write_few_shot(folder, inputs)
@@ -166,18 +168,36 @@ def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:
     )
 
 
-def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, plain: bool = False) -> SweepInputs:
+def open_used_encoders(settings: Config, tried: list[Setting]) -> dict[str, EncoderInfo]:
+    """Load the encoders that the settings need, to learn their identities. Raises EncoderError."""
+    used = dict.fromkeys(name for setting in tried for name in setting.encoders)
+    return open_encoders({name: settings.encoders[name] for name in used}, _unprojected(settings, tried))
+
+
+def _unprojected(settings: Config, tried: list[Setting]) -> set[str]:
+    """The encoders of whose features a rival reads those before the last projection too."""
+    rivals = open_rivals(settings.space)
+    return {setting.encoders[0] for setting in tried if setting.rival and reads_unprojected(rivals[setting.rival])}
+
+
+def prepare_inputs(
+    settings: Config,
+    dataset: Dataset,
+    tried: list[Setting],
+    encoders: Mapping[str, EncoderInfo],
+    *,
+    plain: bool = False,
+) -> SweepInputs:
     """Choose the few-shot images, encode all images and descriptions that the settings need; reuse what is cached.
 
-    With `plain`, the training images are encoded as they are too, whether the choices need it or not.
+    Args:
+        encoders: those of `open_used_encoders`.
+        plain: encode the training images as they are too, whether the choices need it or not.
     """
     data, cache, resources = settings.data, settings.run.cache_folder, settings.scale.resources()
     generated = {count: data.generated_images(dataset, count) for count in {setting.generated for setting in tried}}
-    used = dict.fromkeys(name for setting in tried for name in setting.encoders)
     rivals = open_rivals(settings.space)
     of_rivals = [(setting, rivals[setting.rival]) for setting in tried if setting.rival]
-    unprojected = {setting.encoders[0] for setting, method in of_rivals if reads_unprojected(method)}
-    encoders = open_encoders({name: settings.encoders[name] for name in used}, unprojected)
     root, most_generated = generated[max(generated)]
     views = settings.features.views
     others = [ImageList(role="generated", root=root, items=most_generated, views=views)]
@@ -212,7 +232,7 @@ def prepare_inputs(settings: Config, dataset: Dataset, tried: list[Setting], *, 
         classifiers=classifiers,
         identities={name: encoder.identity for name, encoder in encoders.items()},
         rivals=rivals,
-        projections={name: open_projection(name, encoders[name]) for name in sorted(unprojected)},
+        projections={name: open_projection(name, encoders[name]) for name in sorted(_unprojected(settings, tried))},
     )
 
 

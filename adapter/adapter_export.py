@@ -2,7 +2,8 @@
 
     official v1   one file; a gate per head, under either convention
     litgpt        one file; a gate per head, without tanh
-    PEFT          a folder of `adapter_config.json` and `adapter_model.safetensors`; a gate per layer, without tanh
+    PEFT          a folder of `adapter_config.json` and `adapter_model.safetensors`; a gate per layer, without tanh;
+                  or a LoRA (see `adapter.peft_lora`)
 
 litgpt up to 0.5.4 computes what its file means. From 0.5.5 (seen up to 0.5.13) its adapter takes the prompt's keys and
 values from wrong rows of the joined projection, unless the base has one key/value head: its layout was changed, the
@@ -23,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter.adapter_file import AdapterFile, check_adapter_fits
-from adapter.adapter_formats import PEFT_CONFIG, PEFT_WEIGHTS
 from adapter.adaption import TRAINED_GATES, AdaptionConfig, Gate, gate_factor
 from adapter.atomic_file import atomic_path
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
+from adapter.methods.lora import LoraConfig
+from adapter.peft_lora import PEFT_CONFIG, PEFT_WEIGHTS, write_peft_lora
 
 Format = Literal["v1", "litgpt", "peft"]
 _TITLES = {"v1": "the official v1 format", "litgpt": "litgpt's format", "peft": "PEFT's format"}
@@ -54,7 +56,11 @@ def export_adapter(
     the adapter was made for another base.
     """
     path = Path(path)
-    gates = exported_gates(file, format, base, gate=gate)
+    check_export(file, format, base, gate=gate)
+    if isinstance(file.config, LoraConfig):
+        write_peft_lora(path, file, file.config, base.n_layers, base_name)
+        return
+    gates = _exported_gates(file, format, base, gate)
     layers = range(base.n_layers - len(file.prompt), base.n_layers)
     if format == "peft":
         _write_peft(path, file, gates, layers, base_name)
@@ -74,12 +80,15 @@ def export_adapter(
         torch.save(state if format == "v1" else {"model": state}, stream)
 
 
-def exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, *, gate: Gate = "identity") -> Tensor:
-    """The gates as the format holds them: (L, H), or (L, 1) for PEFT.
-
-    Raises an error as `export_adapter` does, before anything is written.
-    """
+def check_export(file: AdapterFile, format: Format, base: DecoderConfig, *, gate: Gate = "identity") -> None:
+    """Raise an error as `export_adapter` does, before anything is written."""
     check_adapter_fits(file, base)
+    if not isinstance(file.config, LoraConfig) or format != "peft":
+        _exported_gates(file, format, base, gate)
+
+
+def _exported_gates(file: AdapterFile, format: Format, base: DecoderConfig, gate: Gate) -> Tensor:
+    """The gates as the format holds them: (L, H), or (L, 1) for PEFT."""
     title, switches, config = _TITLES[format], base.switches(), file.config
     if not isinstance(config, AdaptionConfig):
         raise AdapterError(f"{title} cannot hold an adapter of the method {config.method}; keep the own format")

@@ -3,7 +3,8 @@
     own           see `adapter.adapter_file`; of every method
     official v1   `adapter_query.weight` (L·K, C), `layers.i.attention.gate`, one gate per head or one for all heads
     litgpt        `transformer.h.i.attn.adapter_wte.weight` (K, C), `...gating_factor` (1, 1, H, 1)
-    PEFT          `...layers.i.self_attn.adaption_prompt` (1, K, C), `...adaption_gate` (1,), one gate for all heads
+    PEFT          `...layers.i.self_attn.adaption_prompt` (1, K, C), `...adaption_gate` (1,), one gate for all heads;
+                  or a LoRA's folder (see `adapter.peft_lora`)
 
 L adapted layers, K prompt length, C width, H query heads, N layers of the base.
 """
@@ -21,12 +22,13 @@ from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.json_config import JsonConfig, PositiveInt
 from adapter.base.tensor_files import is_safetensors, open_tensors, read_metadata
 from adapter.errors import AdapterError, CheckpointError
-
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from adapter.json_object import read_object
+from adapter.peft_lora import PEFT_CONFIG, PEFT_WEIGHTS, PeftLoraConfig, read_peft_lora
 
 # Prompts and gates of the foreign formats; each key holds its layer's number.
 _V1_GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
 _LITGPT = re.compile(r"transformer\.h\.(\d+)\.attn\.(?:(adapter_wte\.weight)|gating_factor)")
+_V2 = re.compile(r"(?:llama\.)?layers\.\d+\.(?:attention|feed_forward)\.w\w[._]?(?:added_)?(?:bias|scale)")
 _PEFT = re.compile(r"(?:.+\.)?layers\.(\d+)\.self_attn\.adaption_(?:(prompt)|gate)")
 
 
@@ -67,6 +69,13 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
         file = _read_per_layer(path, tensors, _LITGPT)
     elif any(_PEFT.fullmatch(key) for key in tensors):
         file = _read_per_layer(path, tensors, _PEFT)
+    elif any(".lora_" in key for key in tensors):
+        file = read_peft_lora(path, tensors, peft if isinstance(peft, PeftLoraConfig) else None)
+    elif any(_V2.fullmatch(key) for key in tensors):
+        raise CheckpointError(
+            f"{path}: an official LLaMA-Adapter V2 file, whose scales and biases stand elsewhere than in the paper, so "
+            "that they mean something else here; train one with adapter.method=v2"
+        )
     else:
         raise CheckpointError(
             f"{path}: no adapter of a known format (own, official v1, litgpt, PEFT); {some_keys(tensors)}"
@@ -76,7 +85,7 @@ def read_adapter(path: str | Path, *, gate: Gate | None = None, n_layers: int | 
     for name, tensor in file.tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: a {name} is not finite")
-    if peft is not None and (peft.adapter_layers, peft.adapter_len) != tuple(file.prompt.shape[:2]):
+    if isinstance(peft, PeftConfig) and (peft.adapter_layers, peft.adapter_len) != tuple(file.prompt.shape[:2]):
         raise CheckpointError(
             f"{path.with_name(PEFT_CONFIG)}: states adapter_layers and adapter_len "
             f"{peft.adapter_layers, peft.adapter_len}, {path.name} has {tuple(file.prompt.shape[:2])}"
@@ -156,13 +165,15 @@ def _stack(path: Path, layers: dict[int, Tensor], kind: str) -> Tensor:
     return torch.stack([layers[i] for i in order])
 
 
-def _open_peft_folder(folder: Path) -> tuple[Path, PeftConfig]:
+def _open_peft_folder(folder: Path) -> tuple[Path, PeftConfig | PeftLoraConfig]:
     """The weights file of a PEFT folder, and its configuration."""
     if not (folder / PEFT_CONFIG).is_file():
         own = folder / "adapter.safetensors"
         way_out = f"name its file, {own}" if own.is_file() else "name an adapter file"
         raise CheckpointError(f"{folder}: a folder without PEFT's {PEFT_CONFIG}; {way_out}")
-    config = PeftConfig.read(folder / PEFT_CONFIG)
+    values = read_object(folder / PEFT_CONFIG, CheckpointError)
+    kind = PeftLoraConfig if values.get("peft_type") == "LORA" else PeftConfig
+    config = kind.parse(values, folder / PEFT_CONFIG)
     for name in (PEFT_WEIGHTS, "adapter_model.bin"):
         if (folder / name).is_file():
             return folder / name, config

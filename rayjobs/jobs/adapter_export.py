@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adapter.adapter_export import Format, export_adapter, exported_gates
+from adapter.adapter_export import Format, check_export, export_adapter
 from adapter.adapter_file import AdapterFile, check_identities
 from adapter.adapter_formats import read_adapter
 from adapter.decoder_config import DecoderConfig
@@ -52,7 +52,7 @@ def check(settings: Config) -> Checked:
     fingerprint = checkpoint.fingerprint() if checkpoint.has_weights else None
     try:
         check_identities(file, fingerprint, None)
-        exported_gates(file, settings.format, checkpoint.config, gate=settings.gate)
+        check_export(file, settings.format, checkpoint.config, gate=settings.gate)
     except CheckpointError as error:
         raise CheckpointError(f"{settings.adapter}: {error}") from error
     identity = {
@@ -95,9 +95,9 @@ def run(settings: Config) -> dict[str, Any]:
         "headline": f"{file.config.describe()}, in the format {settings.format}",
         "format": settings.format,
         "loaded_by": LOADED_BY[settings.format],
-        "layers": len(file.prompt),
-        "prompt_length": file.prompt.shape[1],
-        "first_layer": base.n_layers - len(file.prompt),
+        "layers": file.config.n_layers or base.n_layers,
+        "first_layer": base.n_layers - (file.config.n_layers or base.n_layers),
+        **({"prompt_length": file.prompt.shape[1]} if "prompt" in file.tensors else {}),
         "out": str(folder / OUT[settings.format]),
     }
     write_result(folder, result)

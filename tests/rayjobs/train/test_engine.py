@@ -13,7 +13,7 @@ from tests.rayjobs.cafo_dataset import make_encoders
 
 SCRIPT = """
 import json, sys, torch, torch.distributed as dist
-from adapter.adaption import AdaptionConfig
+from adapter.methods.registry import make_method
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import PRECISIONS
 from rayjobs.config import load
@@ -21,7 +21,8 @@ from rayjobs.train.config import OptimizerConfig, ZeroConfig
 from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 
-base, out, dtype, offload = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload"
+base, out, dtype, offload, method = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload", sys.argv[6]
+shows, lr = method == "zero_init", 0.03 if method in ("zero_init", "lora") else 0.001
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -31,10 +32,11 @@ encoder_before = {name: tensor.clone() for name, tensor in featurizer.encoder.mo
 
 def engine(stage):
     zero = ZeroConfig(stage=stage, offload_optimizer={"device": "cpu"} if offload else None)
-    adaption = AdaptionConfig(n_layers=2, prompt_length=5, vision=conditioning.projection)
-    model = adapted_model(base, adaption, dtype=dtype, zero=zero, seed=1, device=torch.device("cpu"))
+    vision = conditioning.projection if shows else None
+    adapter = make_method(method, n_layers=2, prompt_length=5, rank=3, vision=vision)
+    model = adapted_model(base, adapter, dtype=dtype, zero=zero, seed=1, device=torch.device("cpu"))
     if stage == 3:
-        assert all(parameter.numel() == 0 for parameter in model.parameters() if not parameter.requires_grad)
+        assert all(parameter.numel() == 0 for _, parameter in model.base_parameters())
         local = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
         assert local < 0.6 * sum(parameter.ds_numel for parameter in model.parameters())
     return Engine(model, zero, OptimizerConfig(clip_norm=0.05))
@@ -55,6 +57,8 @@ def frozen_to_the_bit(engine):  # base and encoder, after training
     there = dict(loaded.named_parameters())
     assert (precision.quantization is None) == (not list(loaded.buffers()))
     buffers = dict(engine.deepspeed.module.named_buffers())  # quantized weights
+    if method == "full":
+        return not kept
     same = all(torch.equal(kept[name], tensor) for name, tensor in there.items())
     same = same and all(torch.equal(buffers[name], tensor) for name, tensor in loaded.named_buffers())
     encoder_same = all(torch.equal(now[name], value) for name, value in encoder_before.items())
@@ -69,11 +73,11 @@ def train(engine, steps):
             labels = part.clone()
             labels[:, :5] = -100
             # every other row has an image, so that some micro-batches of some workers have none
-            images = featurizer.images([image_bytes(row) if row[0] % 2 else None for row in part])
+            images = featurizer.images([image_bytes(row) if shows and row[0] % 2 else None for row in part])
             loss = engine.loss(part, labels, images) / 72
             engine.backward(loss)
             total += loss.detach()
-        engine.step(0.03)
+        engine.step(lr)
         dist.all_reduce(total)
         losses.append(total.item())
     return losses
@@ -83,7 +87,8 @@ first = engine(0)
 start = whole(first, False)
 before = train(first, range(3))
 state = first.state()
-assert all(".adaption." in name or name.startswith(("vision.", "optimizer.")) for name in state), "nothing of the base"
+names = {name for name, _ in first.deepspeed.module.adapter_parameters()}
+assert all(name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq") in names | {"optimizer.step"} for name in state)
 after = train(first, range(3, 6))
 for stage in (0, 1, 2) if PRECISIONS[dtype].quantization else (0, 1, 2, 3):
     one = engine(stage)
@@ -103,23 +108,34 @@ if rank == 0:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("dtype", "offload"),
+    ("dtype", "offload", "method"),
     [
-        ("fp32", ""),
-        pytest.param("fp32", "offload", marks=pytest.mark.slow),
-        pytest.param("bf16", "", marks=pytest.mark.slow),
-        pytest.param("int8", "", marks=pytest.mark.slow),
-        pytest.param("nf4", "", marks=pytest.mark.slow),
+        ("fp32", "", "zero_init"),
+        pytest.param("fp32", "offload", "zero_init", marks=pytest.mark.slow),
+        pytest.param("bf16", "", "zero_init", marks=pytest.mark.slow),
+        pytest.param("int8", "", "zero_init", marks=pytest.mark.slow),
+        pytest.param("nf4", "", "zero_init", marks=pytest.mark.slow),
+        pytest.param("fp32", "", "v2", marks=pytest.mark.slow),
+        pytest.param("int8", "", "lora", marks=pytest.mark.slow),
+        pytest.param("fp32", "", "full", marks=pytest.mark.slow),
     ],
 )
 def test_stages_give_the_same_losses_and_take_up_each_others_state(
-    tiny_base: Path, tmp_path: Path, dtype: str, offload: str
+    tiny_base: Path, tmp_path: Path, dtype: str, offload: str, method: str
 ) -> None:
     script, out = tmp_path / "script.py", tmp_path / "out.json"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
     done = subprocess.run(
-        [*command, tiny_base, out, dtype, offload or "stay", make_encoders(tmp_path / "encoders")["clip"]["weights"]],
+        [
+            *command,
+            tiny_base,
+            out,
+            dtype,
+            offload or "stay",
+            make_encoders(tmp_path / "encoders")["clip"]["weights"],
+            method,
+        ],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,

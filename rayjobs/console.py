@@ -5,10 +5,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import (
@@ -27,6 +28,15 @@ from rich.text import Text
 from rayjobs.storage.credentials import mask_credentials
 
 logger = logging.getLogger(__name__)
+
+SHORT_CELL = 30
+"""Characters of a cell that is never wrapped."""
+HEADER_CELL = 22
+"""Characters of the first cell of a row that stay on one line."""
+WIDE = 100
+"""Columns of a terminal that has room for a long bar."""
+COLUMN_GAP = 2
+"""Blanks between two columns of a table."""
 
 
 def verbose() -> bool:
@@ -95,23 +105,19 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         console = Console(stderr=True)
+        self.width = console.width
         self.bar = RichProgress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24 if console.width >= 100 else 6),
+            BarColumn(bar_width=24 if console.width >= WIDE else 6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}", markup=False),
             TimeElapsedColumn(),
             _SpeedColumn(),
             TimeRemainingColumn(),
-            # The note is cut before any other column.
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             get_time=lambda: time.monotonic(),
             speed_estimate_period=3600.0,  # some work advances once in several minutes
-            expand=True,
         )
-        self.task = self.bar.add_task(
-            self.title, total=self.total, completed=self.done, unit=self.unit, note="", timed=False
-        )
+        self.task = self.bar.add_task(self.title, total=self.total, completed=self.done, unit=self.unit, timed=False)
         self.printed = time.monotonic()
         self.live = None
         if sys.stderr.isatty():
@@ -139,16 +145,19 @@ class Progress:
             self.first_advance = now
         timed = self.first_advance is not None and now - self.first_advance >= self.TIMED_FROM_S
         self.done, self.note, self.table = done, note or self.note, table
-        self.bar.update(self.task, completed=done, note="" if len(table) > 1 else self.note, timed=timed)
+        self.bar.update(self.task, completed=done, timed=timed)
         if self.live is None and now - self.printed > self.PLAIN_EVERY_S:
             self._log()
 
     def _render(self) -> RichProgress | Group:
+        """The bar, and below it the table or, without one, the note."""
         if len(self.table) < 2:
-            return self.bar
-        grid = Table(*(Column(Text(name)) for name in self.table[0]), box=None, pad_edge=False, header_style="dim")
-        for row in self.table[1:]:
-            grid.add_row(*map(Text, row))
+            return Group(self.bar, Text(f"  {self.note}", no_wrap=True, overflow="ellipsis")) if self.note else self.bar
+        header, *rows = self.table
+        shown = next(_split_columns(header, rows, self.width))  # the columns that the terminal has room for
+        grid = Table(*(Column(Text(header[i])) for i in shown), box=None, pad_edge=False, header_style="dim")
+        for row in rows:
+            grid.add_row(*(Text(row[i]) for i in shown))
         return Group(self.bar, grid)
 
     def _log(self) -> None:
@@ -162,14 +171,82 @@ class Progress:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; one without column names has no header. Cells are shown as they are, brackets included, but for
-    terminal codes and credentials of URLs."""
-    grid = Table(title=Text(title), title_justify="left", box=box.SIMPLE, show_header=any(columns))
-    for column in columns:
-        grid.add_column(Text(column), overflow="fold")
+    """Print a table; one without column names has no header.
+
+    On a terminal that is too narrow for it, a table of short cells becomes several with some of the columns each, a
+    table of texts wraps them between words and, where that is not enough, each row becomes a block of lines. Cells are
+    shown as they are, brackets included, but for terminal codes and credentials of URLs.
+    """
+    names, lines = [printable(name) for name in columns], [[printable(cell) for cell in row] for row in rows]
+    console = Console()
+    if len(names) <= 2 or _needed_width(names, lines, whole=True) <= console.width:
+        console.print(_grid(title, names, lines, console.width))
+        return
+    if max((len(cell) for line in lines for cell in line[1:]), default=0) <= SHORT_CELL:
+        for part in _split_columns(names, lines, console.width):
+            chosen = [[line[i] for i in part] for line in lines]
+            console.print(
+                _grid(title if 1 in part else "", [names[i] for i in part], chosen, console.width, whole=True)
+            )
+    elif _needed_width(names, lines, whole=False) <= console.width:
+        console.print(_grid(title, names, lines, console.width))
+    else:
+        console.print(Text(title, style="italic"))
+        for line in lines:
+            values = [[name, cell] for name, cell in zip(names[1:], line[1:], strict=True) if cell]
+            console.print(Text(": ".join(filter(None, (names[0], line[0]))), style="bold"))
+            console.print(_grid("", ["", ""], values, console.width))
+
+
+def _grid(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, whole: bool = False
+) -> Table:
+    """A table that keeps the words of its cells whole as far as the terminal has room for them.
+
+    whole: keep the cells of all columns but the first on one line.
+    """
+    heading = Text(title) if title else None
+    grid = Table(title=heading, title_justify="left", box=box.SIMPLE, show_header=any(columns))
+    fits = _needed_width(columns, rows, whole=False) <= width
+    for number, column in enumerate(columns):
+        cells = [column, *(row[number] for row in rows)]
+        least = max(_longest_word(cell) for cell in cells) if fits else None
+        grid.add_column(Text(column), overflow="fold", min_width=least, no_wrap=whole and number > 0)
     for row in rows:
-        grid.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(grid)
+        grid.add_row(*map(Text, row))
+    return grid
+
+
+def _needed_width(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: bool) -> int:
+    """The columns of the terminal that a table takes with cells on one line or, else, with only their words whole."""
+    widths = [max(_cell_width(line[i], whole=whole) for line in (columns, *rows)) for i in range(len(columns))]
+    return 2 + sum(width + COLUMN_GAP + 1 for width in widths)
+
+
+def _cell_width(cell: str, *, whole: bool) -> int:
+    longest_line = max(map(cell_len, cell.split("\n")))
+    return longest_line if whole else max(_longest_word(cell), min(longest_line, 14))
+
+
+def _longest_word(cell: str) -> int:
+    return max(map(cell_len, cell.split()), default=0)
+
+
+def _split_columns(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+    """The columns of each part of a table that is too wide: the first one, and as many others as there is room for.
+
+    The first one may be wrapped between words.
+    """
+    part = [0]
+    first = max(max(_longest_word(line[0]) for line in (columns, *rows)), HEADER_CELL)
+    for number in range(1, len(columns)):
+        tried = [*part, number]
+        cells = [[line[0][:first], *(line[i] for i in tried[1:])] for line in (columns, *rows)]
+        if len(part) > 1 and _needed_width(cells[0], cells[1:], whole=True) > width:
+            yield part
+            tried = [0, number]
+        part = tried
+    yield part
 
 
 def show_result(title: str, result: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ LEFT_OUT = re.compile(
 )
 TIMINGS = {
     "seconds",
+    "seconds_to_first_step",
     "tokens_per_s",
     "busy",
     "workers",

@@ -45,6 +45,7 @@ from rayjobs.storage.paths import resolve_path
 from rayjobs.train.engine import check_zero
 from rayjobs.train.estimate import TrainingPlan, describe_cost, sample_examples
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
+from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.trainer import fit
 
@@ -195,21 +196,23 @@ def run(settings: Config) -> dict[str, Any]:
 
 def train(settings: Config, inputs: Inputs) -> None:
     """Train to the last step, and write the adapter and the result."""
-    folder = settings.run.folder
+    folder, times = settings.run.folder, StartTimes()
     connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
+    times.end("starting Ray")
     store, images = prepare_inputs(settings, inputs, folder)
     write_digests(folder / TRAINED_RECORDS_FILE, trained_digests(settings.data))
     job = train_job(settings, inputs, store, images)
     try:
-        trained = fit(job, settings.scale, folder, settings.run.track)
+        times.end("reading the records")
+        trained = fit(job, settings.scale, folder, settings.run.track, times)
     except NonFiniteLossError as error:
         record_nonfinite_loss(folder, error)
         raise
     file = adapter_file(settings, job, trained, inputs)
     with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
-    write_result(folder, summarize(settings, job, file))
+    write_result(folder, {**summarize(settings, job, file), "seconds_to_first_step": times.seconds})
 
 
 def prepare(settings: Config) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -69,40 +69,56 @@ class Event:
     doing: str = ""
     """The present state of the workers; empty if this is not about it."""
     message: str = ""
+    started: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase from the workers' start to their first step, which has been made; else empty."""
 
 
 class EventLog(ray.train.UserCallback):
-    """Appends to a file, which the driver reads, what the workers are doing and that one of them has died."""
+    """Appends to a file, which the driver reads, what the workers are doing and what has happened to them."""
 
     def __init__(self, path: Path, max_failures: int) -> None:
         """max_failures: failures from which the run recovers, -1 for any number."""
         self.path, self.max_failures = path, max_failures
-        self.failures, self.saved_step = 0, 0
+        self.failures, self.saved_step, self.last_step = 0, 0, 0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Note what the workers say that they do now, and the step of the newest checkpoint."""
+        """Note what the workers say that they do now, the steps that they made and the newest checkpoint."""
         report = metrics[0]
         if "resumed_at" in report:
-            self.saved_step = report["resumed_at"]
+            self._note_resume(report["resumed_at"], report["passed_over"])
+        if report.get("rows"):
+            self.last_step = report["rows"][-1]["step"]
         if checkpoint is not None:
-            self.saved_step = report["rows"][-1]["step"]
-        if "doing" in report:
-            self._append(Event(doing=report["doing"]))
+            self.saved_step = self.last_step
+        if "doing" in report or "started" in report:
+            self._append(Event(doing=report.get("doing", ""), started=report.get("started", {})))
+
+    def _note_resume(self, step: int, passed_over: list[str]) -> None:
+        """Tell of damaged checkpoints, and of the step that the run goes on from in place of the one that was told."""
+        for message in passed_over:
+            self._append(Event(message=message))
+        if step != self.saved_step and (self.failures or passed_over):
+            self._append(Event(message=f"went on from step {step}{_lost(self.last_step - step)}"))
+        self.saved_step = step
+        self.last_step = step
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Note that workers have died, why, and from which step the run goes on."""
+        """Note that workers have died, why, from which step the run goes on and how many steps are lost."""
         self.failures += 1
         reason = describe_death(str(next(iter(worker_exceptions.values()))))
-        message = (
-            f"{'a worker' if len(worker_exceptions) == 1 else f'{len(worker_exceptions)} workers'} died ({reason})"
-        )
+        who = "a worker" if len(worker_exceptions) == 1 else f"{len(worker_exceptions)} workers"
+        message = f"{who} died ({reason})" + (f" after step {self.last_step}" if self.last_step else "")
         if self.max_failures < 0 or self.failures <= self.max_failures:
-            message += f"; going on from step {self.saved_step}"
+            message += f"; going on from step {self.saved_step}{_lost(self.last_step - self.saved_step)}"
         self._append(Event(doing=STARTING, message=message))
 
     def _append(self, event: Event) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(event)) + "\n")
+
+
+def _lost(steps: int) -> str:
+    return f", {steps} step{'s are' if steps > 1 else ' is'} lost" if steps > 0 else ""
 
 
 def read_events(path: Path) -> list[Event]:

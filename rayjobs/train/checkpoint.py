@@ -1,12 +1,12 @@
 """Save and restore training checkpoints, one directory each.
 
 Ray Train copies the directories to the run's storage, keeps the last two and records them in a file of its own. Resume
-uses the newest checkpoint that can be read completely; damaged ones are reported on stderr and skipped.
+uses the newest checkpoint that can be read completely; damaged ones are reported to the driver and skipped.
 """
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,8 +70,10 @@ def list_checkpoints(storage: str) -> list[Checkpoint]:
     return [Checkpoint(f"{path}/{name}", files) for name in newest_first]
 
 
-def newest_readable(checkpoints: Iterable[Checkpoint]) -> TrainingCheckpoint | None:
-    """Return the first checkpoint that can be read completely; damaged ones before it are reported on stderr.
+def newest_readable(
+    checkpoints: Iterable[Checkpoint], tell: Callable[[str], object] = logger.warning
+) -> TrainingCheckpoint | None:
+    """Return the first checkpoint that can be read completely; `tell` is given a sentence for each damaged one.
 
     Raises OSError if a storage does not answer: the checkpoint may be whole, and resuming from an older one, or from
     none, would lose work.
@@ -82,19 +84,20 @@ def newest_readable(checkpoints: Iterable[Checkpoint]) -> TrainingCheckpoint | N
             position = json.loads(read_bytes(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
             return TrainingCheckpoint(state, position["step"], position["rows"])
         except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
-            logger.warning("%s is damaged (%s); resuming from the checkpoint before it", checkpoint.path, error)
+            tell(f"{checkpoint.path} is damaged ({error}); resuming from the checkpoint before it")
     return None
 
 
-def find_resumable(storage: str) -> TrainingCheckpoint | None:
+def find_resumable(storage: str, tell: Callable[[str], object]) -> TrainingCheckpoint | None:
     """Return the checkpoint from which this run resumes; None at its start. Call it in a Train worker.
 
-    storage: Train's folder, a path or URI. Its listing is used if Ray's own record is lost. Raises StorageError if
-    checkpoints were reported and none can be read: to start again would overwrite the run's metrics.
+    storage: Train's folder, a path or URI. Its listing is used if Ray's own record is lost. tell: as for
+    `newest_readable`. Raises StorageError if checkpoints were reported and none can be read: to start again would
+    overwrite the run's metrics.
     """
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
     reported = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
-    checkpoint = newest_readable(reported[::-1] or list_checkpoints(storage))
+    checkpoint = newest_readable(reported[::-1] or list_checkpoints(storage), tell)
     if reported and checkpoint is None:
         raise StorageError(
             f"{storage}: none of the {len(reported)} checkpoints can be read; remove that folder to let the same "

@@ -25,10 +25,11 @@ from rayjobs.errors import StorageError
 from rayjobs.runs.trackers import TrackConfig
 from rayjobs.storage.files import read_jsonl
 from rayjobs.storage.sync import SyncedFolder
-from rayjobs.train.callbacks import STARTING, TRAINING, EventLog, MetricsLog, read_events
+from rayjobs.train.callbacks import STARTING, TRAINING, Event, EventLog, MetricsLog, read_events
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig
 from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.worker import WorkerResult, train_worker
 
@@ -41,8 +42,10 @@ WAITING_AFTER_S = 30.0
 """Time without a step after which the progress line shows what the run needs and what the cluster has."""
 
 
-def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> dict[str, Tensor]:
+def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig, times: StartTimes) -> dict[str, Tensor]:
     """Train, or resume the run in `folder`, and return the final trainable state.
+
+    times: what was needed so far; the phases up to the first step are added to it.
 
     Raises NonFiniteLossError if the loss becomes infinite or NaN, ResourceError if the workers can never fit.
     """
@@ -52,7 +55,8 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig) -> 
         events = Path(temporary) / "events.jsonl"
         callbacks = [MetricsLog(synced, track), EventLog(events, scale.max_failures)]
         trainer = build_trainer(job, scale, folder, callbacks)
-        result = run_with_progress(trainer, Monitor(synced.local / "metrics.jsonl", events, scale), job.total_steps)
+        monitor = Monitor(synced.local / "metrics.jsonl", events, scale, times)
+        result = run_with_progress(trainer, monitor, job.total_steps)
     return read_result(result, storage, job.total_steps)
 
 
@@ -107,8 +111,8 @@ class FitThread(threading.Thread):
 class Monitor:
     """The state of a running `fit`, read from the files that Ray Train's controller writes."""
 
-    def __init__(self, metrics: Path, events: Path, scale: ScaleConfig) -> None:
-        self.metrics, self.events, self.scale = metrics, events, scale
+    def __init__(self, metrics: Path, events: Path, scale: ScaleConfig, times: StartTimes) -> None:
+        self.metrics, self.events, self.scale, self.times = metrics, events, scale, times
         self.logged = 0
         self.doing = STARTING
         self.progress, self.changed_at = last_step(metrics), time.monotonic()
@@ -120,6 +124,7 @@ class Monitor:
             self.doing = event.doing or self.doing
             if event.message:
                 logger.warning("train: %s", event.message)
+            self._account(event)
         self.logged = len(events)
         progress = last_step(self.metrics)
         if progress != self.progress:
@@ -128,6 +133,16 @@ class Monitor:
         if waiting_s >= WAITING_AFTER_S:
             return progress[0], f"no step for {waiting_s:.0f} s: {self.describe_waiting()}"
         return progress if progress[0] else (0, self.doing)
+
+    def _account(self, event: Event) -> None:
+        """Add the phases of the first start, and tell them when the first step is made."""
+        if "the first step" in self.times.seconds:
+            return
+        if event.doing and event.doing != STARTING and "starting workers" not in self.times.seconds:
+            self.times.end("starting workers")
+        if event.started:
+            self.times.seconds |= event.started
+            logger.info("train: %s", self.times)
 
     def describe_waiting(self) -> str:
         """A phrase of what the run waits for."""

@@ -21,6 +21,7 @@ from rayjobs.train.callbacks import TRAINING
 from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
 from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.train.metric_rows import MetricRows
+from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
 
 REPORT_EVERY_S = 1.0
@@ -86,23 +87,30 @@ class TrainingLoop:
         self.sampler = job.sampler("train")
         self.step = 0
         self.rows = MetricRows()
+        self.passed_over: list[str] = []
         self.seen_preemption: ray.train.PreemptionInfo | None = None
 
     def run(self) -> int:
         """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
         ray.train.report({"doing": "loading the model"})
+        times = StartTimes()
         self.check_folders()
         self.setup()
         self.resume()
+        times.end("loading the model")
         validates = self.step == 0 and self.job.validates_after(0)
         doing = "validating before the first step" if validates else TRAINING
-        ray.train.report({"doing": doing, "resumed_at": self.step})
+        ray.train.report({"doing": doing, "resumed_at": self.step, "passed_over": self.passed_over})
         if validates:
             self.log_validation()
+            times.end("validating")
         self.step_began = self.reported = time.monotonic()
         steps = range(self.step, self.job.total_steps)
         for micro_batches in group_by_step(load_micro_batches(self.sampler, self.rank, self.world, steps)):
             report_due = self.train_step(micro_batches)
+            if self.step == steps.start + 1:
+                times.end("the first step")
+                ray.train.report({"started": times.seconds})
             if self.job.validates_after(self.step):
                 self.log_validation()
             self.report(report_due)
@@ -139,7 +147,7 @@ class TrainingLoop:
         newest: list[TrainingCheckpoint | UserError | None] = [None]
         if self.rank == 0:
             try:
-                newest = [find_resumable(self.storage)]
+                newest = [find_resumable(self.storage, self.passed_over.append)]
             except UserError as error:
                 newest = [error]
         dist.broadcast_object_list(newest, device=self.device)

@@ -9,9 +9,10 @@ import pytest
 from rayjobs.cluster.capacity import Capacity
 from rayjobs.config import load
 from rayjobs.console import setup_logging
-from rayjobs.train import trainer
+from rayjobs.train import start_times, trainer
 from rayjobs.train.callbacks import EventLog, describe_death, read_events
 from rayjobs.train.config import ScaleConfig
+from rayjobs.train.start_times import StartTimes
 from rayjobs.train.trainer import Monitor
 
 RAYS_TEXT = """A worker health check failed.
@@ -51,12 +52,13 @@ class Watched:
         self.metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
         settings = load(ScaleConfig, None, scale)
         self.callback = EventLog(events, settings.max_failures)
-        self.monitor = Monitor(self.metrics, events, settings)
+        self.monitor = Monitor(self.metrics, events, settings, StartTimes())
 
     def report(self, *rows: dict[str, Any], checkpoint: Any = None, **other: Any) -> None:
         with self.metrics.open("a") as file:
             file.writelines(json.dumps({"loss": 1.0, "lr": 1e-3, "tokens_per_s": 9, **row}) + "\n" for row in rows)
-        self.callback.after_report(None, [{**({"rows": rows} if rows else {}), **other}], checkpoint)
+        resumed = {"passed_over": []} if "resumed_at" in other else {}
+        self.callback.after_report(None, [{**({"rows": rows} if rows else {}), **resumed, **other}], checkpoint)
 
 
 @pytest.fixture
@@ -100,7 +102,55 @@ def test_a_death_is_one_line_with_the_step_from_which_the_run_goes_on(
         watched.monitor.refresh()
         watched.monitor.refresh()
     assert capsys.readouterr().err.splitlines() == [
-        "train: a worker died (its process was ended); going on from step 50",
-        "train: 2 workers died (its process was ended)",  # more than max_failures
+        "train: a worker died (its process was ended) after step 51; going on from step 50, 1 step is lost",
+        "train: 2 workers died (its process was ended) after step 51",  # more than max_failures
     ]
     assert read_events(tmp_path / "events.jsonl")[-1].doing == "starting"
+
+
+def test_a_damaged_checkpoint_is_told_with_the_step_that_the_run_went_on_from(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging()
+    watched = Watched(tmp_path, "max_failures=2")
+    watched.report(doing="training", resumed_at=0)
+    watched.report({"step": 40}, checkpoint="of step 40")
+    watched.report({"step": 80}, checkpoint="of step 80")
+    watched.report({"step": 93})
+    watched.callback.after_exception(None, {1: RuntimeError(RAYS_TEXT)})
+    watched.report(doing="training", resumed_at=40, passed_over=["checkpoint_80 is damaged (why)"])
+    watched.callback.after_exception(None, {1: RuntimeError(RAYS_TEXT)})
+    watched.report(doing="training", resumed_at=40)
+    watched.monitor.refresh()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: a worker died (its process was ended) after step 93; going on from step 80, 13 steps are lost",
+        "train: checkpoint_80 is damaged (why)",
+        "train: went on from step 40, 53 steps are lost",
+        "train: a worker died (its process was ended) after step 40; going on from step 40",
+    ]
+
+
+def test_the_time_to_the_first_step_is_accounted_for_once(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(start_times, "time", clock)
+    setup_logging()
+    watched = Watched(tmp_path)
+    times = watched.monitor.times
+    clock.now += 2.2
+    times.end("starting Ray")
+    clock.now += 0.3
+    times.end("reading the records")
+    for doing, seconds in (("loading the model", 5), ("training", 3)):
+        clock.now += seconds
+        watched.report(doing=doing)
+        watched.monitor.refresh()
+    phases = {"loading the model": 3.1, "the first step": 0.9}
+    for _ in range(2):  # the second one after the workers have been started again
+        watched.report(started=phases)
+        watched.monitor.refresh()
+    assert times.seconds == {"starting Ray": 2.2, "reading the records": 0.3, "starting workers": 5.0, **phases}
+    assert capsys.readouterr().err == (
+        "train: 12 s to the first step: starting Ray 2 s, starting workers 5 s, loading the model 3 s, "
+        "the first step 1 s\n"
+    )

@@ -104,7 +104,8 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs, undisturbed:
     next(child for child in family if "RayTrainWorker" in " ".join(child.cmdline())).kill()
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors[-2000:]
-    assert re.search(r"train: (a worker|2 workers) died \(.+\) after step \d+; going on from step [1-9]\d*", errors), errors
+    told = r"train: (a worker|2 workers) died \(.+\) after step \d+; going on from step [1-9]\d*"
+    assert re.search(told, errors), errors
     runs.is_as_undisturbed("worker-killed")
 
 

@@ -1,4 +1,4 @@
-# The image of this project, on Ray's own of the version that constraints.txt pins. It runs as the user `ray`, not as root.
+# The image of this project, on Ray's own of the version that constraints.txt pins. It runs as its user `ray`, 1000, not as root.
 #
 #   docker build -t rayjobs .                              # CUDA; rayjobs/configs/cluster/kuberay.yaml takes this one
 #   docker build -t rayjobs --build-arg DEVICE=cpu .       # without CUDA
@@ -9,7 +9,7 @@
 ARG DEVICE=gpu
 FROM rayproject/ray:2.60.0-py311-${DEVICE}
 ARG PIP_EXTRA_INDEX_URL=
-USER ray
+USER 1000
 COPY --chown=ray:users . /home/ray/rayjobs
 WORKDIR /home/ray/rayjobs
 RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[demo,s3,gs]'

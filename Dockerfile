@@ -1,4 +1,4 @@
-# The image of this project, on Ray's own of the version that constraints.txt pins. It runs as its user `ray`, 1000, not as root.
+# The image of this project, on Ray's own of the version that constraints.txt pins. It runs as user 1000, not as root.
 #
 #   docker build -t rayjobs .                              # CUDA; rayjobs/configs/cluster/kuberay.yaml takes this one
 #   docker build -t rayjobs --build-arg DEVICE=cpu .       # without CUDA

@@ -1,4 +1,4 @@
-"""What all adapter methods have in common: how they add trainable parts to a frozen decoder.
+"""The protocol of adapter methods, and the parts that they add to a frozen decoder.
 
 A decoder has three kinds of places for a part, and computes exactly its base where a place is empty:
 

@@ -48,8 +48,8 @@ def make_method(name: str, *, vision: ImageProjectionConfig | None = None, **set
     if vision is not None:
         if "vision" not in known:
             raise AdapterError(
-                f"the method {name} has no prompts that an image can be added to: leave out vision, or take "
-                f"{', '.join(METHOD_GATES)}"
+                f"the method {name} reads no images: leave out vision, or take {', '.join(METHOD_GATES)}, to whose "
+                "prompts an image is added"
             )
         given["vision"] = vision
     if name in METHOD_GATES:

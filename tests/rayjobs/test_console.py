@@ -160,3 +160,58 @@ def test_messages_go_to_stderr_and_with_verbose_name_their_module(
     assert capsys.readouterr() == (
         "", "100% [full]\nrayjobs.some.module: details\nrayjobs.some.module: 100% [full]\n"
     )  # fmt: skip
+
+
+ACCURACIES = [
+    ["CLIP zero-shot (clip, templates)", *["79.1 [75.6, 82.1]"] * 4],
+    ["ours", *["93.9 ± 1.7 [91.6, 95.5]"] * 4],
+]
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_a_table_of_figures_is_split_by_columns_where_it_is_too_wide(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    show_table("test", ["method", "0 shots", "1 shot", "4 shots", "16 shots"], ACCURACIES)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width
+    assert out.count("93.9 ± 1.7 [91.6, 95.5]") == 4, "no figure is broken"
+    assert out.count("method") == {50: 4, 80: 2, 200: 1}[width]
+    assert out.count("test\n") + out.count("test ") == 1
+    assert "…" not in out
+
+
+def test_a_table_of_texts_wraps_between_words_or_is_a_block_for_each_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns, words = ["run", "state", "headline"], "a headline of some words " * 4
+    show_table("runs", columns, [["digits-of-mine", "done", words]])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert " ".join(out.split()).count("headline") == 5
+    show_table("answers", ["question", "base", "adapted"], [["x" * 50, "y" * 40, words]])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert f"question: {'x' * 50}\n" in out
+    assert f"  base      {'y' * 40}" in out, "each value behind its name"
+
+
+def test_a_live_table_shows_the_columns_that_there_is_room_for_and_a_note_has_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, terminal: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    header = ["K", *(f"column {i}" for i in range(12))]
+    with Progress("tune", unit="trials", total=4) as bar:
+        bar.update(3, "", [header, ["16", *(f"value {i}" for i in range(12))]])
+    shown = terminal.readouterr().err
+    assert "value 4" in shown
+    assert "value 11" not in shown
+    assert "…" not in shown
+    note = "loss 1.2345  lr 1.00e-03  9,876 tokens/s  val 1.2345"
+    with Progress("train", unit="steps", total=1200) as bar:
+        bar.update(12, note)
+    shown = terminal.readouterr().err
+    assert f"  {note}" in shown
+    assert "12/1200" in shown

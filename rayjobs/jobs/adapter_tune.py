@@ -1,8 +1,10 @@
 """Train adapters over a search space of adapter-train's settings with Ray Tune, such as the paper's ablations.
 
 Each trial is an ordinary adapter-train run in `trials/`. The best setting is chosen on validation loss, or on the
-accuracy of the ScienceQA problems that `sweep.scienceqa` names. The same command resumes an interrupted sweep: finished
-trials are not run again, and an interrupted one continues from its last checkpoint.
+accuracy of the ScienceQA problems that `sweep.scienceqa` names. `sweep.compare` puts the values of one hyperparameter,
+such as adapter.method, beside each other, each with the learning rate that is best for it (`comparison.md`). The same
+command resumes an interrupted sweep: finished trials are not run again, and an interrupted one continues from its last
+checkpoint.
 """
 
 import functools
@@ -32,6 +34,7 @@ from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.adapter_sweep import (
     AdapterTrial,
     AdapterTrialResult,
+    compare_values,
     describe_overrides,
     enumerate_overrides,
     plot_first_steps,
@@ -53,6 +56,11 @@ def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
         raise ConfigError(
             f"sweep.axes cannot hold {', '.join(fixed)}: seeds are given as sweep.seeds, and every trial has a folder "
             "of its own"
+        )
+    if (name := settings.sweep.compare) and (name not in settings.sweep.axes or settings.sweep.method != "grid"):
+        raise ConfigError(
+            f"sweep.compare is {name}: it must be one of sweep.axes ({', '.join(settings.sweep.axes)}), and "
+            "sweep.method grid, so that every value meets the same others"
         )
     trials = [
         AdapterTrial(*pair) for pair in itertools.product(enumerate_overrides(settings.sweep), settings.sweep.seeds)
@@ -103,9 +111,13 @@ def run(settings: Config) -> dict[str, Any]:
     write_parquet(folder / "results.parquet", pa.Table.from_pylist([result.row() for result in results]))
     summary = summarize(results)
     write_table(folder / "table.md", summary["settings"])
+    if name := settings.sweep.compare:
+        overrides = enumerate_overrides(settings.sweep)
+        summary["compared"] = compare_values(results, {describe_overrides(one): str(one[name]) for one in overrides})
+        write_table(folder / "comparison.md", summary["compared"])
     write_result(folder, summary)
     plot_first_steps(folder / "first_steps.png", _runs_by_setting(settings))
-    rows = summary["settings"]
+    rows = summary.get("compared") or summary["settings"]
     show_table(settings.run.name, list(rows[0]), [list(row.values()) for row in rows])
     return summary
 
@@ -180,7 +192,8 @@ def train_trial(
     scale = {**to_dict(own.scale), "cpus_per_worker": worker["CPU"], "gpus_per_worker": worker.get("GPU", 0)}
     own = load(adapter_train.Config, {**to_dict(own), "scale": scale})
     trained = adapter_train.run(own)
-    losses = [row["loss"] for row in read_jsonl(own.run.folder / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_jsonl(own.run.folder / "metrics.jsonl") if "loss" in row]
+    losses = [row["loss"] for row in rows]
     result = AdapterTrialResult(
         setting=describe_overrides(trial.overrides),
         seed=trial.seed,
@@ -191,6 +204,8 @@ def train_trial(
         final_loss=statistics.mean(losses[-10:]),
         val_loss=trained["val_loss"],
         evaluated_on=evaluation_identity(settings, own),
+        adapter_bytes=(own.run.folder / adapter_train.ADAPTER_FILE).stat().st_size,
+        tokens_per_s=statistics.median(row["tokens_per_s"] for row in rows),
     )
     if settings.sweep.scienceqa is not None:
         evaluation = evaluation_settings(settings, own, str(own.run.folder / adapter_train.ADAPTER_FILE))

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.palette import LINES
 from rayjobs.reporting.tables import markdown_table, mean_and_deviation
 from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
+from rayjobs.storage.hub_model import format_bytes
 from rayjobs.tune.sweep_config import SweepConfig
 from rayjobs.tune.tuner import run_tuner
 
@@ -53,6 +54,10 @@ class AdapterTrialResult:
     """fingerprint of the problems that `accuracy` was measured on"""
     accuracy: float | None = None
     """on ScienceQA, in percent; None if the sweep does not measure it"""
+    adapter_bytes: int | None = None
+    """size of the adapter's file; None in results of older versions, like the next"""
+    tokens_per_s: float | None = None
+    """median over the steps, of all workers"""
 
     def row(self) -> dict[str, Any]:
         """The values as plain data, without the accuracy if it was not measured."""
@@ -76,7 +81,8 @@ class Metric(NamedTuple):
 ACCURACY = Metric("accuracy", "max", 2)
 VAL_LOSS = Metric("val_loss", "min", 4)
 FINAL_LOSS = Metric("final_loss", "min", 4)
-COLUMNS = (Metric("first_loss", "min", 4), Metric("peak_loss", "min", 4), FINAL_LOSS, VAL_LOSS, ACCURACY)
+SPEED = Metric("tokens_per_s", "max", 0)
+COLUMNS = (Metric("first_loss", "min", 4), Metric("peak_loss", "min", 4), FINAL_LOSS, VAL_LOSS, ACCURACY, SPEED)
 
 
 def enumerate_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
@@ -138,8 +144,24 @@ def summarize(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
     return {"headline": f"best: {phrase}", "best": best, "trials": len(results), "settings": rows}
 
 
+def compare_values(results: Sequence[AdapterTrialResult], values: Mapping[str, str]) -> list[dict[str, str]]:
+    """Rows that compare the values of one hyperparameter, each at its best setting.
+
+    values: setting → its value of the hyperparameter. The settings are chosen by the figure that the rows then show, so
+    that it is a little too good for all values alike, and more so for those with more settings.
+    """
+    rows = []
+    for value in dict.fromkeys(values.values()):
+        of_value = [result for result in results if values[result.setting] == value]
+        best, _ = best_setting(of_value)
+        rows.append(_summary_row(best, [result for result in of_value if result.setting == best]))
+    return rows
+
+
 def _summary_row(setting: str, results: Sequence[AdapterTrialResult]) -> dict[str, str]:
     row = {"setting": setting, "trainable parameters": f"{results[0].trainable_parameters:,}"}
+    if (size := results[0].adapter_bytes) is not None:
+        row["adapter"] = format_bytes(size)
     for metric in COLUMNS:
         values = [value for result in results if (value := getattr(result, metric.name)) is not None]
         if values:

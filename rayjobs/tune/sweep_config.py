@@ -19,6 +19,9 @@ class SweepConfig:
     method: Literal["grid", "each"] = "grid"
     """`grid`: all combinations of values. `each`: vary one hyperparameter at a time and keep the config's values of the
     others."""
+    compare: str | None = None
+    """Hyperparameter of `axes` whose values are compared with each other, each at the values of the others that are
+    best for it, such as adapter.method with a learning rate for each; null makes no such table."""
     seeds: Distinct = Field(default=[0], min_length=1)
     """Training seeds; every setting is trained with each, and results are means over them."""
     at_once: int = Field(default=1, ge=1)

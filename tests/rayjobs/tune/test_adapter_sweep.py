@@ -6,6 +6,7 @@ from pathlib import Path
 from rayjobs.tune.adapter_sweep import (
     AdapterTrialResult,
     best_setting,
+    compare_values,
     comparison_metric,
     read_adapter_result,
     summarize,
@@ -54,3 +55,22 @@ def test_the_table_has_a_row_for_each_setting(tmp_path: Path) -> None:
     assert lines[0] == "| setting | trainable parameters | first loss | peak loss | final loss | val loss |"
     assert lines[2].startswith("| n_layers 1 | 1,234 | 3.0000 ± 0.0000 |")
     assert len(lines) == 4
+
+
+def test_values_are_compared_each_at_its_best_setting() -> None:
+    losses = {
+        ("lora", 0.1): (3.0, 2.0),
+        ("lora", 1.0): (2.4, 2.2),
+        ("bias", 0.1): (9.0, 8.0),
+        ("bias", 1.0): (9.0, 9.0),
+    }
+    results, values = [], {}
+    for (method, rate), of_seeds in losses.items():
+        values[setting := f"method {method}, base_lr {rate}"] = method
+        results += [
+            replace(RESULT, setting=setting, seed=seed, val_loss=loss, adapter_bytes=2048, tokens_per_s=7.0)
+            for seed, loss in enumerate(of_seeds)
+        ]
+    rows = compare_values(results, values)
+    assert [row["setting"] for row in rows] == ["method lora, base_lr 1.0", "method bias, base_lr 0.1"]
+    assert (rows[0]["val loss"], rows[0]["adapter"], rows[0]["tokens per s"]) == ("2.30 ± 0.14", "2.0 kB", "7 ± 0")

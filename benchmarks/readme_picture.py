@@ -1,19 +1,23 @@
 """Draw the picture of README.md from the tables of docs/results.md: `python -m benchmarks.readme_picture`.
 
 Left: test accuracy of the demo's classifiers over the number of labelled images of each class. Right: what the demo's
-adapters changed.
+adapters changed. The picture takes the light or dark colours of whoever looks at it.
 """
 
+import io
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from rayjobs.reporting import palette
+
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "docs" / "results.md", ROOT / "docs" / "images" / "results.svg"
-CURVES = {"all of CaFo": ("#0b6e99", 2), "CLIP cache": ("#d9822b", 3), "raw pixels, nearest keys": ("#8a8a8a", -9)}
+BLUE, ORANGE = palette.LINES[:2]
+CURVES = {"all of CaFo": (BLUE, 2), "CLIP cache": (ORANGE, 3), "raw pixels, nearest keys": (palette.GREY, -9)}
 """{row of the table: (colour, height of its label above its end in points)}."""
-BASE, ADAPTED = "#b5b5b5", "#0b6e99"
+BASE, ADAPTED = palette.GREY, BLUE
 
 
 def read_curve(text: str, row: str) -> list[tuple[int, float, float]]:
@@ -56,7 +60,7 @@ def main() -> None:
     left.minorticks_off()
     left.set(xlabel="labelled images of each class", title="CaFo: test accuracy on handwritten digits, %")
     for y, (title, before, after) in enumerate(reversed(read_adapters(text))):
-        right.plot([before, after], [y, y], color="#d0d0d0", linewidth=3, zorder=1)
+        right.plot([before, after], [y, y], color=palette.GREY, alpha=0.4, linewidth=3, zorder=1)
         right.scatter([before], [y], color=BASE, s=45, zorder=2)
         right.scatter([after], [y], color=ADAPTED, s=45, zorder=2)
         right.annotate(title, (0, y), (0, 9), textcoords="offset points")
@@ -66,7 +70,12 @@ def main() -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    drawing = palette.themed(text.getvalue())
+    start = drawing.index(">", drawing.index("<svg")) + 1
+    style = f"<style>{palette.css()}:root{{color:var(--text)}}svg text{{fill:currentColor}}</style>"
+    PICTURE.write_text(drawing[:start] + style + drawing[start:], encoding="utf-8")
 
 
 if __name__ == "__main__":

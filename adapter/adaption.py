@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig, Images
 from adapter.methods.base import AdapterMethod, AdapterPart
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 Gate = Literal["tanh", "identity", "one", "prefix"]
 
@@ -84,7 +87,7 @@ class AdaptionConfig(AdapterMethod):
         """The gate, where it is fixed."""
         return frozenset() if self.gate in TRAINED_GATES else frozenset({"gate"})
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         for block in list(model.blocks)[-self.n_layers :]:
             block.attention.adaption = Adaption(self, model.config.dim, model.config.n_heads)

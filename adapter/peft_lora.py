@@ -120,7 +120,7 @@ def write_peft_lora(folder: Path, file: AdapterFile, config: LoraConfig, n_layer
         "layers_to_transform": list(range(n_layers - config.n_layers, n_layers)) if config.n_layers else None,
         "inference_mode": True,
     }
-    with atomic_path(folder / PEFT_WEIGHTS) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    with atomic_path(folder / PEFT_CONFIG) as part:
-        part.write_text(json.dumps(settings, indent=2) + "\n")
+    with atomic_path(folder / PEFT_WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with atomic_path(folder / PEFT_CONFIG) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")

@@ -96,6 +96,7 @@ class AdapterMethod(Protocol):
 
     def check_precision(self, precision: str) -> None:
         """Raise AdapterError if the method cannot train on a base that is held in this precision."""
+        return None
 
     def check(self, base: DecoderConfig) -> None:
         """Raise AdapterError, with the way out, if a base of this shape cannot take the adapter."""

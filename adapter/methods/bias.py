@@ -7,11 +7,15 @@ own (Qwen 2), they stay frozen and b is added to them. Folded: b' = b_base + b.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adapter.methods.base import LINEARS, AdapterMethod, Delta, check_layers, install_deltas
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class BiasConfig(AdapterMethod):
         """`bias`."""
         return "bias"
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         install_deltas(model, self.n_layers, tuple(LINEARS), lambda _, n_out: BiasDelta(n_out))
 

@@ -8,11 +8,15 @@ Weight decay pulls to 0 here, not to the base as it does for the other methods.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from typing_extensions import Self
 
 from adapter.errors import AdapterError
 from adapter.methods.base import AdapterMethod
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class FullConfig(AdapterMethod):
         """True."""
         return True
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         model.requires_grad_(True)
 

@@ -7,11 +7,15 @@ weight decay pulls to the base; the gradient of d is that of l. Folded: W' = dia
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adapter.methods.base import AdapterMethod, Delta, check_layers, install_deltas
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class IA3Config(AdapterMethod):
         """`ia3`."""
         return "ia3"
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         install_deltas(model, self.n_layers, ("wk", "wv", "w3"), lambda _, n_out: ScaleDelta(n_out))
 

@@ -9,6 +9,7 @@ r rank, I inputs, O outputs of the layer.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from adapter.errors import AdapterError
 from adapter.methods.base import LINEARS, AdapterMethod, Delta, check_layers, install_deltas
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class LoraConfig(AdapterMethod):
         """`lora`."""
         return "lora"
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         make = lambda n_in, n_out: LoraDelta(n_in, n_out, self.rank, self.alpha / self.rank)  # noqa: E731
         install_deltas(model, self.n_layers, self.targets, make)

@@ -12,7 +12,7 @@ W' = diag(s) W, b' = s ⊙ b.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from typing_extensions import Self
 from adapter.adaption import AdaptionConfig
 from adapter.errors import AdapterError
 from adapter.methods.base import LINEARS, AdapterMethod, AdapterPart, Delta, install_deltas
+
+if TYPE_CHECKING:
+    from adapter.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class V2Config(AdapterMethod):
         """See `AdapterMethod.on_top`: prompts stand in as many layers as they can."""
         return type(self)(n_layers=min(n_layers, self.n_layers), prompt_length=self.prompt_length)
 
-    def install(self, model) -> None:
+    def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         if self.n_layers:
             self._prompts().install(model)

@@ -22,11 +22,13 @@ from adapter.adaption import Adaption, FrozenLayer
 from adapter.attention import attend, soft_cap, visible
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import AdapterError
+from adapter.frozen_ops import frozen_rms_norm, gated_silu
 from adapter.image_projection import ImageProjection, Images, batch_images
 from adapter.kv_cache import Step
 from adapter.linear import Linear
-from adapter.loss import labelled_cross_entropy
+from adapter.loss import IGNORE, summed_cross_entropy
 from adapter.methods.base import AdapterMethod, AdapterPart
+from adapter.packing import Packing, pack
 from adapter.rope import apply_rope, rope_angles
 
 
@@ -45,6 +47,8 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, float(not self.offset))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.offset and self.shift is None and not self.weight.requires_grad:
+            return frozen_rms_norm(x, self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         weight = self.weight if self.shift is None else self.shift(self.weight)
@@ -57,13 +61,15 @@ class AttentionInputs(NamedTuple):
     """The inputs of a layer's attention besides the hidden states."""
 
     rope: tuple[Tensor, Tensor]
-    """cos and sin, each (B or 1, 1, T, D)."""
+    """cos and sin, each (B or 1, T, 1, D), or (n, 1, D) of packed tokens."""
     mask: Tensor | None
     """(1, 1, T, T) bool, True where a token may attend; None is the causal mask."""
     step: Step | None
     """The sequences that generation goes on with; None without generation."""
     images: Images | None
     """The image tokens (n, C) and their rows (n,); None where no row has an image."""
+    packing: Packing | None
+    """Where packed tokens stand in the rows; None where the hidden states are rows already."""
 
 
 class Attention(nn.Module):
@@ -89,15 +95,15 @@ class Attention(nn.Module):
         self.register_module("adaption", None)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        B, T, _ = x.shape
-        rope, mask, step, images = inputs
-        q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        rope, mask, step, images, packing = inputs
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotated:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if packing is not None:
+            q, k, v = packing.spread(q), packing.spread(k), packing.spread(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D), (B, G, T, D)
         if step is not None:
             y = step.attention(self.layer, q, k, v, self.attend)
         elif self.adaption is None:
@@ -106,7 +112,8 @@ class Attention(nn.Module):
             has_bias = self.has_bias or self.wk.delta is not None or self.wv.delta is not None
             layer = FrozenLayer(self.wk, self.wv, self.k_norm, has_bias, self.attend)
             y = self.adaption(q, k, v, mask, layer, images)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).flatten(2)
+        return self.wo(y if packing is None else packing.collect(y))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
         """`adapter.attention.attend` with this layer's scale and cap."""
@@ -124,9 +131,10 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.w1(x)
-        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.w2(gate * self.w3(x))
+        gate, up = self.w1(x), self.w3(x)
+        if self.activation == "silu":
+            return self.w2(gated_silu(gate, up))
+        return self.w2(F.gelu(gate, approximate="tanh") * up)
 
 
 class Block(nn.Module):
@@ -147,21 +155,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         h = self.attention(self.attention_norm(x), inputs)
+        if inputs.packing is not None:
+            x = inputs.packing.keep(x)
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
         h = self.feed_forward(self.ffn_norm(x))
         return x + (h if self.ffn_post_norm is None else self.ffn_post_norm(h))
 
 
 class Head(nn.Linear):
-    """Final hidden states (..., C) to logits (..., V) or, given labels, to the summed loss (see `adapter.loss`)."""
+    """Final hidden states (..., C) to logits (..., V); or (m, C), and m targets, to their loss (`adapter.loss`)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config.dim, config.vocab_size, bias=False)
         self.cap = config.logit_cap
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        if labels is not None:
-            return labelled_cross_entropy(hidden, self.weight, labels, self.cap)
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is not None:
+            return summed_cross_entropy(hidden, self.weight, targets, self.cap)
         logits = super().forward(hidden)
         return logits if self.cap is None else soft_cap(logits, self.cap)
 
@@ -282,8 +292,15 @@ class Decoder(nn.Module):
         device = self.tok_embeddings.weight.device
         return stacked.to(device), rows.to(device)
 
-    def hidden_states(self, tokens: Tensor, step: Step | None = None, images: Images | None = None) -> Tensor:
-        """Final normalised hidden states (B, T, C) of tokens (B, T) int64.
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        step: Step | None = None,
+        images: Images | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Final normalised hidden states (B, T, C) of tokens (B, T) int64; or (p, C) of those that predict a label, of
+        the tokens (n,) of a packing.
 
         step: in generation, the sequences that tokens (1, N) go on with, whose prompts and images it has. images:
         features (n, F) and the rows (n,) that they belong to.
@@ -297,10 +314,12 @@ class Decoder(nn.Module):
         x = self.tok_embeddings(tokens)
         if self.config.scaled_embeddings:  # by √C in the weights' precision, as Gemma was trained
             x = x * float(torch.tensor(self.config.dim**0.5, dtype=x.dtype))
-        full, sliding = self._attention_inputs(x, step, images)
+        full, sliding = self._attention_inputs(x, step, images, packing)
         grad = torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             inputs = sliding if layer in self.config.sliding_layers else full
+            if packing is not None and layer == self.config.n_layers - 1:
+                inputs = inputs._replace(packing=packing.last())
             with torch.set_grad_enabled(grad and layer >= self.first_adapted):
                 if self.checkpoint_activations and torch.is_grad_enabled():
                     x = checkpoint(block, x, inputs, use_reentrant=False)
@@ -309,22 +328,23 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def _attention_inputs(
-        self, x: Tensor, step: Step | None, images: Images | None
+        self, x: Tensor, step: Step | None, images: Images | None, packing: Packing | None
     ) -> tuple[AttentionInputs, AttentionInputs]:
         """The inputs of attention to all earlier tokens, and those of attention within the sliding window.
 
-        x: the embeddings (B, T, C). images: the image tokens and their rows.
+        x: the embeddings (B, T, C), or (n, C) of packed tokens. images: the image tokens and their rows.
         """
-        config, T = self.config, x.shape[1]
-        positions = torch.arange(T, device=x.device)[None] if step is None else step.positions[None]
-        if step is None:
-            angles = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, T)
+        config, T = self.config, x.shape[1] if packing is None else packing.places.shape[1]
+        rows = torch.arange(T, device=x.device)[None]
+        if step is not None:
+            positions, angles = step.positions[None], step.rope_angles()
         else:
-            angles = step.rope_angles()
-        full = AttentionInputs(_per_head(angles, x.dtype), None, step, images)
+            positions = rows if packing is None else packing.positions
+            angles = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling, T)
+        full = AttentionInputs(_per_head(angles, x.dtype), None, step, images, packing)
         sliding = full
         if step is None and config.sliding_window is not None and config.sliding_window < T:
-            sliding = sliding._replace(mask=visible(positions, T, config.sliding_window))
+            sliding = sliding._replace(mask=visible(rows, T, config.sliding_window))
         if config.sliding_rope_theta is not None:
             angles = rope_angles(positions, config.head_dim, config.sliding_rope_theta)
             sliding = sliding._replace(rope=_per_head(angles, x.dtype))
@@ -336,10 +356,25 @@ class Decoder(nn.Module):
         labels[b, t] is the id that position t - 1 must predict at position t, or `adapter.loss.IGNORE`.
         images: as in `hidden_states`.
         """
-        return self.output(self.hidden_states(tokens, images=images), labels)
+        if labels is None:
+            return self.output(self.hidden_states(tokens, images=images))
+        return self.output(*self._predictions(tokens, labels, images))
+
+    def losses(self, tokens: Tensor, labels: Tensor, images: Images | None = None) -> Tensor:
+        """The summed float32 loss of each row, (B,); otherwise as `forward`."""
+        hidden, targets = self._predictions(tokens, labels, images)
+        counts = (labels[:, 1:] != IGNORE).sum(1).tolist()
+        rows = zip(hidden.split(counts), targets.split(counts), strict=True)
+        return torch.stack([self.output(*row) for row in rows])
+
+    def _predictions(self, tokens: Tensor, labels: Tensor, images: Images | None) -> tuple[Tensor, Tensor]:
+        """The hidden state (m, C) that predicts each label, and the labels (m,), row by row."""
+        packing = pack(tokens, labels, None if images is None else images[1]).to(self.tok_embeddings.weight.device)
+        hidden = self.hidden_states(packing.tokens, images=images, packing=packing)
+        return hidden if packing.labelled is None else hidden[packing.labelled], packing.targets
 
 
 def _per_head(angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, T, D) in the model's dtype, shaped to turn all heads: (B or 1, 1, T, D)."""
+    """cos and sin (..., D) in the model's dtype, shaped to turn all heads: (..., 1, D)."""
     cos, sin = angles
-    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+    return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)

@@ -54,20 +54,16 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return grad * upstream[0].to(grad.dtype), None, None, None
 
 
-def labelled_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
-    """Summed float32 cross-entropy of next-token prediction at the labelled positions.
+def summed_cross_entropy(rows: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    """Summed float32 cross-entropy of the targets (n,), each predicted by a row of the hidden states (n, C).
 
-    hidden (B, T, C), weight (V, C), labels (B, T) aligned with the tokens: hidden[:, t - 1] predicts labels[:, t].
-    cap: soft cap of the logits.
+    weight: the head (V, C). cap: soft cap of the logits.
 
     It is the sum, not the mean: the caller divides by the label count of the whole global batch, so that the loss does
-    not depend on how examples are split over micro-batches and workers. Without any label it is 0, and `hidden` still
-    gets a gradient (of 0).
+    not depend on how examples are split over micro-batches and workers. Without any target it is 0, and `rows` still
+    get a gradient (of 0).
     """
-    targets = labels[:, 1:]
-    labelled = targets != IGNORE
-    rows, targets = hidden[:, :-1][labelled], targets[labelled]
-    if weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad:
         return F.cross_entropy(_logits(rows, weight, cap), targets, reduction="sum")
     return _FrozenHeadCrossEntropy.apply(rows, weight, targets, cap)
 

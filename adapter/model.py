@@ -280,10 +280,7 @@ class AdaptedModel:
         self._check_window([example.ids for example in examples])
         tokens, labels = collate([example.ids for example in examples], [example.label_spans for example in examples])
         batch_images = self._batch_images(images, len(examples))
-        hidden = self.model.hidden_states(tokens.to(self.device), images=batch_images)
-        labels = labels.to(self.device)
-        # One row at a time: the head returns the sum over all rows that it is given.
-        return [self.model.output(hidden[i : i + 1], labels[i : i + 1]).item() for i in range(len(examples))]
+        return self.model.losses(tokens, labels, batch_images).tolist()
 
     def _encode(self, texts: str | Sequence[str]) -> list[list[int]]:
         """The ids of each text, after BOS. A string is one text, not a list of letters."""

@@ -102,13 +102,12 @@ class LossWorker:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows: dict[str, list[float]] = {"id": [], "loss": [], "labels": []}
         for batch in map(collate_micro_batch, table.to_pylist()):
-            labels = batch.labels.to(self.device)
+            if not batch.ids:  # a micro-batch that keeps training workers in step
+                continue
             images = self.featurizer.images(batch.images)
             if images is not None:
                 images = images[0].to(self.device), images[1].to(self.device)
-            hidden = self.model.hidden_states(batch.tokens.to(self.device), images=images)
-            for i, id in enumerate(batch.ids):
-                rows["id"].append(id)
-                rows["loss"].append(self.model.output(hidden[i : i + 1], labels[i : i + 1]).item())
-                rows["labels"].append(int((batch.labels[i] >= 0).sum()))
+            rows["id"] += batch.ids
+            rows["loss"] += self.model.losses(batch.tokens, batch.labels, images).tolist()
+            rows["labels"] += (batch.labels >= 0).sum(1).tolist()
         return pa.table(rows, LOSSES)

@@ -141,7 +141,7 @@ class Engine:
             images = torch.zeros(0, self.width), torch.zeros(0, dtype=torch.int64)
         if images is not None:
             images = images[0].to(self.device), images[1].to(self.device)
-        return self.deepspeed(tokens.to(self.device), labels.to(self.device), images)
+        return self.deepspeed(tokens, labels, images)
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradient. DeepSpeed averages over workers; the factor makes that a sum."""

@@ -41,8 +41,9 @@ _SLACK = 4e-6
 """Relative error of sums in float32, a few times over; a class that is below another by less is kept."""
 _ROUNDING = 1e-6
 """relative error of what is computed in float32, a few times over"""
-_IMAGES_PER_GROUP = 32
-"""images that are kept together, each with as many columns as the most of them have; their numbers are much alike"""
+_IMAGES_PER_GROUP, _COLUMNS_PER_GROUP = 32, 1 << 12
+"""Images that are kept together, each with as many columns as the most of them have; their numbers are much alike.
+More images are if they have few columns, so that a group is worth its calls."""
 
 
 class ReducedGroup(NamedTuple):
@@ -208,7 +209,8 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
     rank = torch.cat([z[:, None], sums.flatten(1, 2)], dim=1)  # (b, 1 + S n, N)
     products = rank @ rank.transpose(1, 2)
     groups = []
-    for at in kept.sum(dim=1).argsort().split(_IMAGES_PER_GROUP):
+    counts = kept.sum(dim=1)
+    for at in counts.argsort().split(max(_IMAGES_PER_GROUP, _COLUMNS_PER_GROUP // int(counts.max()))):
         columns, labels, padding = _columns(kept[at], block.labels[at])
         groups.append(
             ReducedGroup(

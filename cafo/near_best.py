@@ -13,7 +13,7 @@ Legend: B images, N classes, A values of α.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,11 @@ def choose_near_best(
     pairs = dict.fromkeys([min(near), *near[step // 2 :: step]])
     step = max(1, total // max(_IMAGES_OF_LOSS, _LOGITS_OF_LOSS // images.images.classes))
     judged = images.originals(torch.arange(0, total, step, device=images.rows.device)).load()
-    costs = [one for c in pairs for one in _costs(c, images, judged, ensembles[c.ensemble], prior, enough)]
+    costs = [
+        cost
+        for number in dict.fromkeys(c.ensemble for c in pairs)
+        for cost in _costs([c for c in pairs if c.ensemble == number], images, judged, ensembles[number], prior, enough)
+    ]
     for cost in sorted(costs):
         correct = images.count_correct(cost.alpha, cost.beta, ensembles[cost.ensemble])
         if correct >= enough:
@@ -90,22 +94,27 @@ def choose_near_best(
 
 
 def _costs(
-    candidate: Candidate, images: ReducedImages, judged: HeldOut, ensemble: Ensemble, prior: Prior, enough: int
-) -> list[_Cost]:
-    """Return those values of α, at the candidate's β and ensemble, that are accurate enough, with their costs.
+    candidates: Sequence[Candidate],
+    images: ReducedImages,
+    judged: HeldOut,
+    ensemble: Ensemble,
+    prior: Prior,
+    enough: int,
+) -> Iterator[_Cost]:
+    """Yield those values of α that are accurate enough at the β of each candidate of one ensemble, with their costs.
 
-    The loss is that of the images of `judged`.
+    The loss is that of the images of `judged`. A candidate's own α is accurate enough.
     """
-    total = len(images.rows)
-    base, term, _, _ = judged.combine(candidate.beta, ensemble)
-    has_alpha = ensemble.baseline != NOTHING
-    alphas = base.new_tensor([candidate.alpha, *(ratio * prior.alpha for ratio in _RATIOS if has_alpha)])
-    accurate = images.count_correct_at(alphas.tolist(), candidate.beta, ensemble) >= enough
-    accurate[0] = True  # its count is known
-    found = []
-    for some in alphas[accurate].split(max(1, _LOGITS_AT_ONCE // base.numel())):
-        losses = free_temperature_loss(base + some[:, None, None] * term, judged.labels)
-        for alpha, loss in zip(some.tolist(), losses.tolist(), strict=True):
-            penalty = prior.penalty(alpha, candidate.beta, zero_shot=has_alpha)
-            found.append(_Cost(total * loss + penalty, alpha, candidate.beta, candidate.ensemble))
-    return found
+    total, has_alpha = len(images.rows), ensemble.baseline != NOTHING
+    others = [ratio * prior.alpha for ratio in _RATIOS if has_alpha]
+    counts = images.count_correct_at(others, [c.beta for c in candidates], ensemble) if others else None
+    for i, candidate in enumerate(candidates):
+        base, term, _, _ = judged.combine(candidate.beta, ensemble)
+        alphas = base.new_tensor([candidate.alpha, *others])
+        if counts is not None:
+            alphas = torch.cat([alphas[:1], alphas[1:][counts[i] >= enough]])
+        for some in alphas.split(max(1, _LOGITS_AT_ONCE // base.numel())):
+            losses = free_temperature_loss(base + some[:, None, None] * term, judged.labels)
+            for alpha, loss in zip(some.tolist(), losses.tolist(), strict=True):
+                penalty = prior.penalty(alpha, candidate.beta, zero_shot=has_alpha)
+                yield _Cost(total * loss + penalty, alpha, candidate.beta, candidate.ensemble)

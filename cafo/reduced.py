@@ -109,10 +109,14 @@ class ReducedImages:
             correct += self.originals(close.nonzero()[:, 0]).count_correct(alpha, beta, ensemble)
         return correct
 
-    def count_correct_at(self, alphas: Sequence[float], beta: float, ensemble: Ensemble) -> Tensor:
-        """Return the number of correct images at each α, as the intervals tell: (A,) int64."""
-        low, high = self._ends([beta], [ensemble])[:, 0, 0]
-        return torch.stack([((low <= alpha) & (alpha < high)).sum() for alpha in low.new_tensor(alphas)])
+    def count_correct_at(self, alphas: Sequence[float], betas: Sequence[float], ensemble: Ensemble) -> Tensor:
+        """Return the number of correct images at each β and α, as the intervals tell: (J, A) int64."""
+        counts = []
+        for part in self.intervals(betas, [ensemble]):
+            low, high = part.low[0], part.high[0]
+            correct = [((low <= alpha) & (alpha < high)).sum(dim=1) for alpha in low.new_tensor(alphas)]
+            counts.append(torch.stack(correct, dim=1))
+        return torch.cat(counts)
 
     def _ends(self, betas: Sequence[float], ensembles: Sequence[Ensemble]) -> Tensor:
         """Return the low and the high end of every interval: (2, E, J, B')."""

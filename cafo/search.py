@@ -162,7 +162,7 @@ def surface(images: HeldOutImages, ensemble: Ensemble, *, alphas: Sequence[float
         betas: J values.
     """
     reduced = reduce_images(images, min(betas), max(betas))
-    return torch.stack([reduced.count_correct_at(alphas, beta, ensemble).cpu() for beta in betas])
+    return reduced.count_correct_at(alphas, betas, ensemble).cpu()
 
 
 def weight_grid(

@@ -14,6 +14,7 @@ from adapter.adapter_formats import read_adapter
 from adapter.base.quantization import PRECISIONS, set_weight
 from adapter.decoder import Decoder
 from adapter.errors import AdapterError, CheckpointError
+from adapter.generate import generate
 from adapter.methods import registry
 from adapter.methods.base import AdapterMethod
 from adapter.methods.full import FullConfig
@@ -185,6 +186,16 @@ def test_recomputed_activations_give_the_same_gradients(name: str) -> None:
         model(IDS, IDS).backward()
         gradients.append({name: one.grad for name, one in model.adapter_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["lora", "v2", "full"])
+def test_generation_goes_on_as_the_whole_text_does(name: str) -> None:
+    """Greedily, each token is the likeliest one after all tokens before it, computed without a cache."""
+    model, prompts = add(base(), METHODS[name]), [IDS[0, :5].tolist(), IDS[1, :9].tolist()]
+    answers = generate(model, prompts, eos_ids=(), max_new_tokens=6, temperature=0.0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        assert answer == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(("made", "message"), [

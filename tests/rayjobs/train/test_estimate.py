@@ -9,6 +9,10 @@ import torch
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
+from adapter.methods.base import AdapterMethod
+from adapter.methods.full import FullConfig
+from adapter.methods.lora import LoraConfig
+from adapter.methods.v2 import V2Config
 from adapter.records.example import Example
 from rayjobs.__main__ import main
 from rayjobs.data.sampler import assign_micro_batches
@@ -55,10 +59,15 @@ def test_time_is_added_up_over_the_layers_and_tokens() -> None:
 
 
 @pytest.mark.usefixtures("cost_of_layers")
-@pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_those_that_all_layers_save(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("adapter", "recompute"), [
+    (PLAN.adapter, False), (PLAN.adapter, True), (LoraConfig(), False), (V2Config(n_layers=7), True),
+    (FullConfig(), False),
+], ids=str)  # fmt: skip
+def test_activations_are_those_that_all_layers_save(
+    adapter: AdapterMethod, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with recomputed layers, and with the width of the probe that a first pass would find too slow."""
-    plan = replace(PLAN, checkpoint_activations=recompute)
+    plan = replace(PLAN, adapter=adapter, checkpoint_activations=recompute)
     monkeypatch.setattr(module, "LOGIT_COPIES", 0)
     cost = estimate(plan, EXAMPLES, "cpu")
     model = Decoder(SHAPE)

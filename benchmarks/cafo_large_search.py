@@ -2,6 +2,7 @@
 
     python -m benchmarks.cafo_large_search                                   # 1,000 classes, 50,000 images
     python -m benchmarks.cafo_large_search --classes 200 --images 5000 --check
+    python -m benchmarks.cafo_large_search --classes 500 --crossfit          # one epoch of key training, in five folds
 
 Random unit features with some class structure, as `benchmarks/cafo_search.py` makes them, CLIP 1024 and DINO 2048 wide,
 24 keys a class (16 shots and 8 generated images). The validation images' features are written to a file, which is then
@@ -17,7 +18,8 @@ CPU seconds of all threads are compared, since other programs may use the machin
 search and after it, and the smaller figure is taken. Memory is the peak of what the process holds itself, without the
 pages of mapped files (RssAnon), read four times a second.
 
-With `--check`, the chosen values' correct images are counted by eq. 9 on all images.
+With `--crossfit`, keys are trained without each of five folds instead, on the keys' own features as views, for the memory
+that this takes. With `--check`, the chosen values' correct images are counted by eq. 9 on all images.
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cafo.cache import Cache
+from cafo.cross_fit import TrainingImages, cross_fit
 from cafo.ensemble import Ensemble
 from cafo.estimate import estimate_accuracy
 from cafo.held_out import HeldOutFeatures, KeySet, blocks_of
+from cafo.key_training import KeyTraining
 from cafo.reduced import ReducedImages
 from cafo.search import reduce_for_search, search_reduced, weight_grid
 from cafo.search_grid import BetaGrid
@@ -169,6 +174,21 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         print("counted by eq. 9:", images.count_correct(best.alpha, best.beta, best.ensemble))
 
 
+def run_cross_fit(options: argparse.Namespace, folder: Path) -> None:
+    """Measure one epoch of key training in five folds."""
+    images = make(folder, options.classes, options.keys, 1, options.seed)
+    keys, labels = images.key_sets[0].keys, images.key_labels
+    names = tuple(map(str, range(options.classes)))
+    cache = Cache(keys=keys, labels=labels, classifier=images.classifier, class_names=names)
+    train = TrainingImages(features=keys, rows=torch.arange(len(labels)))
+    print(f"{options.classes} classes × {options.keys} keys, {options.threads} threads")
+    print(f"before: {anonymous_mib():.0f} MiB, of which the keys are {_mib(keys.values()):.0f} MiB")
+    with measure() as found:
+        views = {name: k[None] for name, k in keys.items()}
+        cross_fit(cache, views, train, KeyTraining(epochs=1), 5, "loss")
+    show("cross-fit, one epoch", found)
+
+
 def _tensors(reduced: ReducedImages) -> Iterator[Tensor]:
     for group in reduced.groups:
         yield from (part for part in group if isinstance(part, Tensor))
@@ -188,11 +208,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--estimate", action="store_true", help="also estimate the accuracy")
+    parser.add_argument("--crossfit", action="store_true", help="train keys in five folds instead")
     parser.add_argument("--check", action="store_true", help="count the correct images directly")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        run(options, Path(folder))
+        (run_cross_fit if options.crossfit else run)(options, Path(folder))
 
 
 if __name__ == "__main__":

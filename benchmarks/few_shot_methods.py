@@ -12,7 +12,7 @@ crossfit  on the K shots alone, in five folds
 none      on nothing: the method's defaults; for CaFo the α and β of its prior
 
 by the rule that CaFo uses, and the classifier is scored on test images. Where several encoders' features are given, all
-methods read CLIP's. ProLIP is left out, as features before CLIP's projection are not stored. RLA is trained as its
+methods read CLIP's. ProLIP is left out, as the files have no features before CLIP's projection. RLA is trained as its
 authors mean it without validation images, with λ = 1/K, and only where that takes seconds. The text classifier is
 TIMO's one sentence of each class, so that nothing of it is left but text among the samples. Grids of β and γ are
 coarser than the authors' (50 and 5 values); β ends where CaFo's grid does, and α far beyond the authors' ends, as those

@@ -10,6 +10,7 @@
 | `adapters` | adapters by name, and those held in memory |
 | `row_prompts` | the adapters' part of attention |
 | `worker` | an engine that runs in a thread of its own |
+| `prepacking` | weights laid out for generation on a CPU |
 
 The KV cache and the attention to it are `adapter.kv_cache`.
 """

@@ -18,8 +18,8 @@ CPU seconds of all threads are compared, since other programs may use the machin
 search and after it, and the smaller figure is taken. Memory is the peak of what the process holds itself, without the
 pages of mapped files (RssAnon), read four times a second.
 
-With `--crossfit`, keys are trained without each of five folds instead, for the memory that this takes; their own features
-are their views. With `--check`, the chosen values' correct images are counted by eq. 6-9 in float64 on all images.
+With `--crossfit`, keys are trained without each of five folds instead, for the memory that this takes; their views are
+their own features. With `--check`, the chosen values' correct images are counted by eq. 6-9 in float64 on all images.
 """
 
 from __future__ import annotations

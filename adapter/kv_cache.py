@@ -34,28 +34,36 @@ class KVCache:
         self, config: DecoderConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.config, self.slots, self.length = config, slots, length
-        shape = (config.n_layers, slots, length, 2 * config.n_kv_heads, config.head_dim)
+        shape = (config.n_layers, 2, slots, config.n_kv_heads, length, config.head_dim)  # a head's places lie together
         self.tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self._rows = [layer.view(slots * length, *shape[3:]) for layer in self.tensor]
-        self._layers = [layer.transpose(1, 2) for layer in self.tensor]  # (slots, 2G, length, D)
+        self._layers = [(keys, values) for keys, values in self.tensor]
+        self._rows = [(keys.flatten(0, 2), values.flatten(0, 2)) for keys, values in self._layers]
 
     @staticmethod
     def n_bytes(config: DecoderConfig, slots: int, length: int, dtype: torch.dtype) -> int:
         """The bytes of a cache."""
         return 2 * config.n_layers * slots * length * config.n_kv_heads * config.head_dim * dtype.itemsize
 
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where `write` stores tokens of these slots (N,) and positions (N,): (N · G,)."""
+        heads = torch.arange(self.config.n_kv_heads, device=slots.device)
+        rows = slots[:, None] * self.config.n_kv_heads + heads
+        return (rows * self.length + positions[:, None]).flatten()
+
     def write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store keys and values, each (N, G, D), at places (N,): slot × length + position."""
-        self._rows[layer].index_copy_(0, places, torch.cat([k, v], dim=1))
+        """Store keys and values, each (N, G, D), at `places`."""
+        keys, values = self._rows[layer]
+        keys.index_copy_(0, places, k.reshape(-1, k.shape[-1]))
+        values.index_copy_(0, places, v.reshape(-1, v.shape[-1]))
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the first `length` places of some slots: each (B, G, S, D), without a copy."""
-        held = self._layers[layer][slots, :, :length]
-        return held[:, : self.config.n_kv_heads], held[:, self.config.n_kv_heads :]
+        keys, values = self._layers[layer]
+        return keys[slots, :, :length], values[slots, :, :length]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot to another."""
-        self.tensor[:, target, :length] = self.tensor[:, source, :length]
+        self.tensor[:, :, target, :, :length] = self.tensor[:, :, source, :, :length]
 
 
 class Chunk(NamedTuple):
@@ -107,7 +115,7 @@ class Step:
         self.positions = torch.cat([following, *reading]).to(device)
         """Position of each token within its sequence, (N,)."""
         owners = [slots, *(torch.full((c.stop - c.start,), c.slot, dtype=torch.int64) for c in chunks)]
-        self.places = torch.cat(owners).to(device) * cache.length + self.positions
+        self._places = cache.places(torch.cat(owners).to(device), self.positions)
         self.length = max([*(length + 1 for length in self.lengths), *(chunk.stop for chunk in chunks)])
         """Tokens of the longest sequence."""
         self._rows = slice(0, n_rows)
@@ -136,7 +144,7 @@ class Step:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attend: Attend) -> Tensor:
         """Store the new keys and values, and attend: (1, H, N, D) of q (1, H, N, D), k and v (1, G, N, D)."""
-        self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        self.cache.write(layer, self._places, k[0].transpose(0, 1), v[0].transpose(0, 1))
         n_rows, parts = len(self.lengths), []
         if n_rows:
             parts.append(self._continue(layer, q[:, :, :n_rows], attend))

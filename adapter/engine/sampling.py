@@ -42,7 +42,7 @@ def choose(
     logits: Tensor, settings: Sequence[SamplingSettings], generators: Sequence[torch.Generator | None]
 ) -> Tensor:
     """Choose one token per sequence, (B,) int64, from logits (B, V). A greedy sequence needs no generator."""
-    chosen = logits.argmax(-1)
+    chosen = logits.float().argmax(-1)  # in bfloat16 it is many times slower
     drawn = [row for row, one in enumerate(settings) if one.temperature > 0]
     if drawn:
         numbers = torch.stack([torch.rand((), generator=generators[row]) for row in drawn])

@@ -194,6 +194,7 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
         (b"train:\n  epochs: 3\n", "text"),
         (b"", "an empty file"),
     ],
+    ids=["object", "list", "GGUF", "Parquet", "text", "empty"],
 )
 def test_a_file_of_another_kind_is_called_by_its_kind(tmp_path: Path, content: bytes, kind: str) -> None:
     path = tmp_path / "adapter.bin"

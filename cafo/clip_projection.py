@@ -58,8 +58,8 @@ def _read(last: nn.Linear) -> Projection:
 
 def _identity_of(last: nn.Linear) -> nn.Linear:
     """Return a layer that gives what `last` takes; the attention pool reads its weight and bias, not the layer."""
-    width, given = last.in_features, {"device": last.weight.device, "dtype": last.weight.dtype}
-    identity = nn.Linear(width, width, **given)
+    width = last.in_features
+    identity = nn.Linear(width, width, device=last.weight.device, dtype=last.weight.dtype)
     with torch.no_grad():
         identity.weight.copy_(torch.eye(width))
         identity.bias.zero_()

@@ -39,8 +39,8 @@ _TAIL = 1.7
 """a normal distribution's tail falls about as exp(-1.7 z) around its middle"""
 _SLACK = 4e-6
 """Relative error of sums in float32, a few times over; a class that is below another by less is kept."""
-_ROUNDING = 1e-6
-"""relative error of what is computed in float32, a few times over"""
+_ROUNDING = 1e-5
+"""relative error of what is computed in float32, ten times over"""
 _IMAGES_PER_GROUP, _COLUMNS_PER_GROUP = 32, 1 << 12
 """Images that are kept together, each with as many columns as the most of them have; their numbers are much alike.
 More images are if they have few columns, so that a group is worth its calls."""

@@ -37,7 +37,7 @@ def check_content(path: Path, error: type[ValueError], *, gzip: bool = False) ->
 
 
 def describe_content(path: Path) -> str:
-    """What a file is, such as "a GGUF file" or "JSON", as far as its first bytes tell; empty if they do not.
+    """Name the kind of a file, such as "a GGUF file" or "JSON", as far as its first bytes tell; empty if they do not.
 
     Raises OSError if it cannot be read.
     """

@@ -19,9 +19,9 @@ from rayjobs.reporting import palette
 from rayjobs.storage.files import write_text
 
 TEMPLATE = "page.html.jinja"
-PHONE_CHARS, DESK_CHARS = 45, 112
+PHONE_CHARS, DESK_CHARS = 36, 108
 """Characters of a table's line that fit on a phone and on a desk."""
-TOKEN = 20
+TOKEN = 16
 """Longest word that is never broken; a path breaks after its separators."""
 LONG_TABLE = 25
 """Rows up to which a table is shown whole; a longer one scrolls under its header."""

@@ -77,6 +77,7 @@ def training_curves(
             continue
         if logarithmic and title == "loss":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
         if len(ends) > NAMED_RUNS:
             caption += f" The {NAMED_RUNS} of {len(ends)} curves that end lowest are named."
             ends = sorted(ends, key=lambda end: end.y)[:NAMED_RUNS]
@@ -276,7 +277,15 @@ def class_accuracy(classes: Sequence[str], correct: Sequence[int], images: Seque
         [100 * max(share - low, 0) for share, (low, _) in zip(shares, bounds, strict=True)],
         [100 * max(high - share, 0) for share, (_, high) in zip(shares, bounds, strict=True)],
     ]
-    axes.errorbar([100 * share for share in shares], range(len(shown)), xerr=errors, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
+    axes.errorbar(
+        [100 * share for share in shares],
+        range(len(shown)),
+        xerr=errors,
+        fmt="none",
+        ecolor=INK,
+        elinewidth=0.9,
+        capsize=2,
+    )
     for place, i in enumerate(shown):
         axes.annotate(f"{correct[i]} of {images[i]}", (101, place), fontsize=FONT, va="center", annotation_clip=False)
     _name_bars(axes, [classes[i] for i in shown])

@@ -33,7 +33,8 @@ FRAMES = """<meta name="color-scheme" content="light dark">
     return {{
       window: frame.innerWidth, page: page.documentElement.scrollWidth,
       overflowing: parts.filter(part => outside(part) || scrolls(part)).map(named),
-      smallest: Math.min(...Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect().height)),
+      smallest: Math.min(...Array.from(page.querySelectorAll("svg text"), text => text.getBoundingClientRect())
+        .map(box => Math.max(box.width, box.height))),  // a turned letter is as wide as others are high
       ground: style("body").backgroundColor, ink: style("body").color, lines: style("svg text").fill,
       curve: style("svg [id^=line2d] path[style*=var]").stroke,
       fetched: frame.performance.getEntriesByType("resource").map(entry => entry.name),
@@ -92,7 +93,10 @@ def wide_page(folder: Path) -> Path:
         ),
         Fold("more", [Plot("confusion", figure_svg(plots.confusion(classes, counts).figure, "confusion")), values]),
     ]
-    step = Page(title=f"step {word}", failure=f"ValueError: {path}", sections=[table, curves("of the step: ")])
+    settings = Table("", ["", ""], [[f"section.key_{i}", f"/tmp/0123456789abcdef{path}"] for i in range(30)])
+    inner = Page(title="inner", sections=[Fold("settings", [settings])])
+    parts = [table, curves("of the step: ")]
+    step = Page(title=f"step {word}", failure=f"ValueError: {path}", sections=parts, steps=[inner])
     page = Page(
         title=word,
         headline=f"{word} ± 1",
@@ -125,10 +129,10 @@ def test_a_page_describes_itself_to_those_who_do_not_see_it(tmp_path: Path) -> N
     assert 'aria-label="of the step: loss. Cross-entropy per labelled token' in text
     assert "<th>" not in text, "every header says of what"
     assert text.count('scope="col"') == 13 * 4 + 3
-    assert len(re.findall(r'<th scope="row" role="rowheader">', text)) == 4 + 60 + 2 * 2
+    assert len(re.findall(r'<th scope="row" role="rowheader">', text)) == 4 + 60 + 2 * 2 + 2 * 30
     assert text.count("<img ") == text.count('alt="caption')
     links = re.findall(r'<a href="#([^"]+)">', text)
-    assert len(links) == 2
+    assert len(links) == 2 + 2
     assert all(text.count(f'id="{link}"') == 1 for link in links), "a link leads to the step on the same page"
     assert '<p class="failure">ValueError: /folder' in text
 

@@ -126,7 +126,7 @@ def test_alpha_0_is_a_candidate_where_p_zs_has_ties(rule):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_count_is_that_of_float64(seed):
-    """Random shapes; at every β of every ensemble, the best count over all α."""
+    """Random shapes; at every β of every ensemble, the best count over all steps of α that float32 can tell apart."""
     rng = torch.Generator().manual_seed(seed)
     classes, images, keys = (int(torch.randint(2, top, (1,), generator=rng)) for top in (40, 200, 6))
     data = reference.problem(seed, classes=classes, images=images, keys_per_class=keys, noise=0.5 + 0.3 * seed)
@@ -136,12 +136,10 @@ def test_every_count_is_that_of_float64(seed):
     ensembles = [Ensemble(), Ensemble(baseline=NOTHING, sources=("dino",)), Ensemble(rule="maximum")]
     assert ensembles[0].baseline == ZERO_SHOT
     result = search(whole, grid=BetaGrid(low=0.1, high=12.0, steps=17, refinements=1), ensembles=ensembles)
-    different = total = 0
     for ensemble, landscape in zip(ensembles, result.landscapes, strict=True):
         for beta, correct in zip(landscape.betas, landscape.correct, strict=True):
             base, term, _, _ = exact.combine(beta, ensemble)
             alphas, counts = reference.accuracy_path(base, term, exact.labels)
             after = torch.cat([alphas[1:], torch.tensor([torch.inf], dtype=torch.float64)])
-            total += 1
-            different += int(counts[after - alphas > 1e-5 * (1 + alphas)].max()) != correct
-    assert different <= 0.02 * total  # where a step is about as wide as may be too narrow for float32
+            fewest, most = (int(counts[after - alphas > width * (1 + alphas)].max()) for width in (1e-4, 1e-6))
+            assert fewest <= correct <= most

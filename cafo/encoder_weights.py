@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cafo.errors import EncoderError
-from cafo.files import is_lfs_pointer, read_json
+from cafo.files import describe_content, is_lfs_pointer, read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
 
 State = dict[str, Tensor]
@@ -70,6 +70,8 @@ def read_state(path: Path) -> State:
             raise EncoderError(
                 f"{path} is no whole safetensors file ({error}; {path.stat().st_size:,} bytes); download it again"
             ) from error
+    if kind := describe_content(path):
+        raise EncoderError(f"{path} is {kind}, not a file of weights; give a safetensors file or PyTorch's own")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any("/code/" in name for name in archive.namelist()):
@@ -79,8 +81,12 @@ def read_state(path: Path) -> State:
                 )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the unpickler does not check damaged content, so that any error may come of it
+        if isinstance(error, pickle.UnpicklingError):  # of which PyTorch's own message says how to run its code
+            held = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+            reason = f"it holds {held[1]}, and a pickle can run code" if held else "its pickle is no list of tensors"
+        else:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EncoderError(
             f"{path} does not load as plain tensors ({reason}; {path.stat().st_size:,} bytes); if it was cut short, "
             "download it again, else save its state dict alone"

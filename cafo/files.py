@@ -58,6 +58,20 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
+def describe_content(path: str | Path) -> str:
+    """Name the kind of a file that is taken for weights, such as "a GGUF file" or "JSON"; empty for any other kind."""
+    with as_path(path).open("rb") as stream:
+        head = stream.read(200)
+    if head.startswith(b"GGUF"):
+        return "a GGUF file"
+    if not head or not all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        return ""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    return "JSON" if text.startswith((b"{", b"[")) else "text"
+
+
 def read_json(path: str | Path, hint: str) -> Any:
     """Read a JSON file.
 

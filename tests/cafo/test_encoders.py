@@ -1,3 +1,4 @@
+import argparse
 import json
 import pickle
 import shutil
@@ -345,5 +346,24 @@ def test_damaged_weight_files_are_named_with_the_way_out(tmp_path, file, content
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
     path.write_bytes({"pointer": pointer, "cut": whole[: len(whole) // 2], "text": b"<html>", "nothing": b""}[content])
     message = "is a Git LFS pointer.*git lfs pull" if content == "pointer" else r"bytes\).*download it again"
+    if (content, file) == ("text", "x.pth"):
+        message = "is an HTML page, not a file of weights; give a safetensors file"
     with pytest.raises(EncoderError, match=rf"{file} .*{message}"):
         load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [(b'{"a": 1}', "JSON"), (b"GGUF\3\0\0\0", "a GGUF file"), (b"a: 1", "text")]
+)
+def test_a_file_that_holds_no_weights_is_called_by_its_kind(tmp_path, content, kind):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(EncoderError, match=rf"x\.pt is {kind}, not a file of weights"):
+        load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=str(tmp_path / "x.pt")))
+
+
+def test_a_pickle_of_objects_is_refused_without_advice_to_run_it(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "x.pt")
+    with pytest.raises(
+        EncoderError, match=r"\(it holds argparse\.Namespace, and a pickle can run code; .* state dict alone"
+    ):
+        load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=str(tmp_path / "x.pt")))

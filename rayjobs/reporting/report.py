@@ -120,11 +120,14 @@ def run_rows(folders: Sequence[Path]) -> list[list[str]]:
 
 
 def read_values(path: Path) -> dict[str, str]:
-    """The plain values of a `result.json`, {name: text}, without those that the page shows elsewhere."""
+    """The plain values of a `result.json`, {name: text}, without those that the page shows elsewhere.
+
+    Headline and tables have the accuracies, with their intervals.
+    """
     values = {
         name: value
         for name, value in _json(path).items()
-        if name not in HEADER_VALUES and value is not None and not _is_table(value)
+        if not (name in HEADER_VALUES or name.endswith("accuracy") or value is None or _is_table(value))
     }
     return {_spaced(name).replace(".", ": "): text for name, text in flatten(values).items()}
 

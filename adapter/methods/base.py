@@ -90,6 +90,11 @@ class AdapterMethod(Protocol):
         return False
 
     @property
+    def usual_lr(self) -> float | None:
+        """AdamW's peak learning rate at 256 records that a published recipe comes to; None if there is none."""
+        return None
+
+    @property
     def untrained_tensors(self) -> frozenset[str]:
         """Names of saved tensors that are fixed, not trained."""
         return frozenset()

@@ -38,6 +38,11 @@ class FullConfig(AdapterMethod):
         """True."""
         return True
 
+    @property
+    def usual_lr(self) -> float:
+        """Alpaca's 2e-5 at 128 records."""
+        return 4e-5
+
     def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         model.requires_grad_(True)

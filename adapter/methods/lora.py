@@ -46,6 +46,11 @@ class LoraConfig(AdapterMethod):
         """`lora`."""
         return "lora"
 
+    @property
+    def usual_lr(self) -> float:
+        """Alpaca-LoRA's 3e-4 at 128 records."""
+        return 6e-4
+
     def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         make = lambda n_in, n_out: LoraDelta(n_in, n_out, self.rank, self.alpha / self.rank)  # noqa: E731

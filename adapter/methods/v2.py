@@ -57,6 +57,11 @@ class V2Config(AdapterMethod):
         """See `AdapterMethod.on_top`: prompts stand in as many layers as they can."""
         return type(self)(n_layers=min(n_layers, self.n_layers), prompt_length=self.prompt_length)
 
+    @property
+    def usual_lr(self) -> float:
+        """The released code's."""
+        return 1e-3
+
     def install(self, model: "Decoder") -> None:
         """See `AdapterMethod.install`."""
         if self.n_layers:

@@ -84,8 +84,13 @@ def check(settings: Config, *, weights: bool = True) -> Inputs:
     """
     inputs = open_inputs(settings, weights=weights)
     check_fit(settings, inputs)
-    if shortened := settings.train.describe_short_warmup():
-        logger.warning("%s", shortened)
+    adapter = build_adapter(settings, inputs)
+    for doubt in (
+        settings.train.describe_short_warmup(),
+        settings.optimizer.describe_default_rate(adapter.method, adapter.usual_lr),
+    ):
+        if doubt:
+            logger.warning("%s", doubt)
     return inputs
 
 

@@ -89,6 +89,16 @@ class OptimizerConfig:
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; null does not clip, as in the paper."""
 
+    def describe_default_rate(self, method: str, usual: float | None) -> str:
+        """Return that the learning rate is the default, of prompts, where another method's usual one is known and
+        differs; an empty text otherwise."""
+        if usual is None or self.base_lr != type(self)().base_lr:
+            return ""
+        return (
+            f"optimizer.base_lr is {self.base_lr:g}, the default, which is for prompts; published recipes of {method} "
+            f"come to about {usual:g}"
+        )
+
     def peak_lr(self, global_batch: int) -> float:
         """The learning rate at the end of the warm-up, which is proportional to the global batch."""
         return self.base_lr * global_batch / 256

@@ -1,5 +1,6 @@
 """Adapter methods through the jobs: what is refused, what is planned, and runs from training to export."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,22 @@ def test_what_a_method_cannot_do_is_refused_before_it_starts(
     given = settings(tiny_base, records, tmp_path, "r", *words)
     with pytest.raises(ValueError, match=message):
         adapter_train.check(given)
+
+
+def test_the_prompts_learning_rate_is_doubted_for_other_methods(
+    tiny_base: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for words, told in (
+        (
+            ["adapter.method=full", "optimizer.base_lr=9e-3"],
+            "the default, which is for prompts; published .* about 4e-05",
+        ),
+        (["adapter.method=full", "optimizer.base_lr=1e-3"], None),
+        (["optimizer.base_lr=9e-3"], None),
+    ):
+        caplog.clear()
+        adapter_train.check(settings(tiny_base, records, tmp_path, "r", *words))
+        assert bool(re.search(told or "base_lr", caplog.text)) == (told is not None)
 
 
 def test_a_method_without_prompts_reads_no_images(

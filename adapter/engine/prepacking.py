@@ -70,10 +70,9 @@ class FewRowsInt8Linear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > INT8_ROWS * self.in_features or x.dtype != torch.bfloat16:
             return super().forward(x)
-        rows = x.reshape(-1, self.in_features)
         # The kernel would round its scales to bfloat16, so it gets ones.
-        y = torch._weight_int8pack_mm(rows, self.get_buffer("values"), self.get_buffer("ones"))
-        y = (y * self.get_buffer("row_scales")).to(x.dtype).view(*x.shape[:-1], -1)
+        y = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.values, self.ones)
+        y = y.mul_(self.row_scales).view(*x.shape[:-1], -1)
         y = y if self.bias is None else y + self.bias
         return y if self.delta is None else self.delta(x, y)
 

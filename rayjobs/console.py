@@ -30,7 +30,7 @@ from rayjobs.storage.credentials import mask_credentials
 logger = logging.getLogger(__name__)
 
 SHORT_CELL = 30
-"""Characters of a cell that is never wrapped."""
+"""Characters up to which a figure with its interval is never wrapped."""
 HEADER_CELL = 22
 """Characters of the first cell of a row that stay on one line."""
 WIDE = 100
@@ -173,8 +173,8 @@ class Progress:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; one without column names has no header.
 
-    On a terminal that is too narrow for it, a table of short cells becomes several with some of the columns each, a
-    table of texts wraps them between words and, where that is not enough, each row becomes a block of lines. Cells are
+    On a terminal that is too narrow for it, a table of figures becomes several with some of the columns each, a table
+    of texts wraps them between words and, where that is not enough, each row becomes a block of lines. Cells are
     shown as they are, brackets included, but for terminal codes and credentials of URLs.
     """
     names, lines = [printable(name) for name in columns], [[printable(cell) for cell in row] for row in rows]
@@ -182,7 +182,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     if len(names) <= 2 or _needed_width(names, lines, whole=True) <= console.width:
         console.print(_grid(title, names, lines, console.width))
         return
-    if max((len(cell) for line in lines for cell in line[1:]), default=0) <= SHORT_CELL:
+    if all(re.match(r"$|[-+(]?\d", cell) and len(cell) <= SHORT_CELL for line in lines for cell in line[1:]):
         for part in _split_columns(names, lines, console.width):
             chosen = [[line[i] for i in part] for line in lines]
             console.print(

@@ -133,7 +133,7 @@ class ReducedGroup(NamedTuple):
 
 
 class _Predictions(NamedTuple):
-    """What a group's images are combined of, at some values of β."""
+    """The predictions of a group's images, which ensembles combine, at some values of β."""
 
     zero_shot: Tensor
     """(b, 1, R): p_ZS"""

@@ -83,7 +83,7 @@ RIVALS_RN50: Mapping[str, Mapping[str, tuple[float, ...]]] = {
 """Accuracy of the rivals with CLIP RN50 on some data sets, at `SHOTS`, from the logs of their authors' repositories."""
 
 RIVALS_CHOSE_ON: Mapping[str, str] = {"Tip-Adapter-F": "all of val, the epoch on test"}
-"""What the authors chose hyperparameters on, where it is not the whole validation split alone."""
+"""Images that the authors chose hyperparameters on, where they are not the whole validation split alone."""
 
 
 def cascade_row(*, clip: bool, dino: bool, generated: bool, sentences: bool) -> str:

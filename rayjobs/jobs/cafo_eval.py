@@ -23,11 +23,11 @@ from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.cafo_eval import Config
 from rayjobs.jobs import cafo_tune
 from rayjobs.lifecycle import job
+from rayjobs.models.encoder import EncoderInfo
 from rayjobs.reporting import plots
 from rayjobs.reporting.accuracy_tables import (
     ColumnsAndLines,
     accuracy_table,
-    published_rivals,
     published_rows,
     write_tables,
 )
@@ -110,11 +110,7 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     targets = open_targets(swept.data.open(), settings.targets)
     own, own_dataset = next(iter(targets.items()))
     lists = {name: plain_list(name, dataset.image_root, dataset.open_test()) for name, dataset in targets.items()}
-    rivals, used = open_rivals(swept.space), used_encoders(chosen)
-    encoders = open_encoders(
-        {name: swept.encoders[name] for name in used},
-        {c.setting.encoders[0] for c in chosen if c.setting.rival and reads_unprojected(rivals[c.setting.rival])},
-    )
+    encoders = _open_used(swept, chosen)
     identities = {name: encoder.identity for name, encoder in encoders.items()}
     names = (trial.trial for choice in chosen for trial in choice.seeds)
     check_same_caches(trials, names, own_dataset.class_names, identities)
@@ -137,12 +133,8 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)
 
-    of_cafo, of_rivals = [[c.setting._asdict() for c in chosen if bool(c.setting.rival) == i] for i in (False, True)]
-    paper = {
-        name: published_rows(own, name, swept.encoders, of_cafo)
-        | published_rivals(own, name, swept.encoders, of_rivals)
-        for name in targets
-    }
+    chosen_settings = [choice.setting._asdict() for choice in chosen]
+    paper = {name: published_rows(own, name, swept.encoders, chosen_settings) for name in targets}
     tables = {name: accuracy_table([s.row() for s in scores[name]], paper[name]) for name in targets}
     differences = _differences(scores, settings.reference or reference_method(chosen))
     write_tables(folder, tables, differences)
@@ -201,6 +193,14 @@ def open_targets(own: Dataset, others: Mapping[str, ImageDatasetConfig]) -> dict
         if not target.open_test():
             raise DataError(f"{name} has no test image, and an evaluation needs some")
     return targets
+
+
+def _open_used(swept: cafo_tune.Config, chosen: Sequence[ChosenSetting]) -> dict[str, EncoderInfo]:
+    """The encoders that the chosen caches and rivals use, and what comes before the projection where a rival reads it."""
+    rivals = open_rivals(swept.space)
+    settings = [choice.setting for choice in chosen if choice.setting.rival]
+    unprojected = {setting.encoders[0] for setting in settings if reads_unprojected(rivals[setting.rival])}
+    return open_encoders({name: swept.encoders[name] for name in used_encoders(chosen)}, unprojected)
 
 
 def used_encoders(chosen: Sequence[ChosenSetting]) -> list[str]:

@@ -22,14 +22,24 @@ ColumnsAndLines = tuple[list[str], list[list[str]]]
 def published_rows(
     data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[int, float]]:
-    """The paper's accuracies, {row: {shots: percent}}, where data sets and encoders are the paper's; else no rows.
+    """The papers' accuracies, {row: {shots: percent}}, where data sets and encoders are the papers'; else no rows.
 
     Args:
         data_set: the data set that was tuned on.
         target: the data set whose test images are scored; if it is another one, there is a distribution shift.
         encoders: the configured encoders by name.
-        settings: the chosen settings, as in `chosen.json`; they decide which rows of the paper's cascade are shown.
+        settings: the chosen settings, as in `chosen.json`; they decide which rows of the paper's cascade are shown, and
+            which rivals' rows, which say what their authors chose hyperparameters on.
     """
+    own = [setting for setting in settings if not setting.get("rival")]
+    rivals = [setting for setting in settings if setting.get("rival")]
+    of_cafo = _published_cafo(data_set, target, encoders, own)
+    return {**of_cafo, **_published_rivals(data_set, target, encoders, rivals)}
+
+
+def _published_cafo(
+    data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[int, float]]:
     pairs = _papers_pairs(encoders, settings)
     if len(pairs) > 1:  # several CLIPs side by side: a row for each
         return {
@@ -44,15 +54,9 @@ def published_rows(
     return rows
 
 
-def published_rivals(
+def _published_rivals(
     data_set: str, target: str, encoders: Mapping[str, VisionEncoderConfig], settings: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[int, float]]:
-    """The rivals' authors' own accuracies, as `published_rows` returns the paper's; each row says what they chose on.
-
-    Args:
-        data_set, target, encoders: as for `published_rows`.
-        settings: the chosen settings of rivals.
-    """
     rows: dict[str, dict[int, float]] = {}
     for setting in settings:
         name, encoder = setting["rival"], encoders[setting["encoders"][0]]

@@ -196,7 +196,7 @@ def open_targets(own: Dataset, others: Mapping[str, ImageDatasetConfig]) -> dict
 
 
 def _open_used(swept: cafo_tune.Config, chosen: Sequence[ChosenSetting]) -> dict[str, EncoderInfo]:
-    """The encoders that the chosen caches and rivals use, and what comes before the projection where a rival reads it."""
+    """The encoders that the chosen caches and rivals use, with the features before a projection that rivals read."""
     rivals = open_rivals(swept.space)
     settings = [choice.setting for choice in chosen if choice.setting.rival]
     unprojected = {setting.encoders[0] for setting in settings if reads_unprojected(rivals[setting.rival])}

@@ -3,9 +3,10 @@
 A figure is as wide as a phone's screen; on a desk the page enlarges it, text included.
 """
 
+import logging
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import NamedTuple
 from warnings import catch_warnings, filterwarnings
@@ -112,9 +113,15 @@ def every_script(figure: Figure) -> Iterator[None]:
     families = ["DejaVu Sans", *_other_families(frozenset(c for c in drawn if c.isprintable() and c != " "))]
     for text in figure.findobj(Text):
         text.set_fontfamily(families)  # type: ignore[attr-defined]
-    with catch_warnings():
-        filterwarnings("ignore", message=r"Glyph .* missing from")
-        yield
+    log = logging.getLogger("matplotlib.font_manager")  # tells of every font that lacks a weight
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with catch_warnings():
+            filterwarnings("ignore", message=r"Glyph .* missing from")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @lru_cache
@@ -122,7 +129,7 @@ def _other_families(characters: frozenset[str]) -> tuple[str, ...]:
     """Names of installed fonts that have what DejaVu Sans lacks, the one with the most of it first."""
     lacking = {ord(character) for character in characters} - _known(font_manager.findfont("DejaVu Sans"))
     families: list[str] = []
-    fonts = font_manager.fontManager.ttflist if lacking else []
+    fonts = _installed_fonts() if lacking else []
     regular = {font.name: font.fname for font in fonts if "last resort" not in font.name.lower()}
     while lacking:
         has = {name: lacking & _known(file) for name, file in regular.items()}
@@ -132,6 +139,15 @@ def _other_families(characters: frozenset[str]) -> tuple[str, ...]:
         families.append(best)
         lacking -= has[best]
     return tuple(families)
+
+
+def _installed_fonts() -> list[font_manager.FontEntry]:
+    """All fonts, also those that were installed after matplotlib had listed them."""
+    manager = font_manager.fontManager
+    for file in set(font_manager.findSystemFonts()) - {font.fname for font in manager.ttflist}:
+        with suppress(OSError, RuntimeError):  # no font, or of a kind that matplotlib does not read
+            manager.addfont(file)
+    return manager.ttflist
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rayjobs.reporting import palette
 from rayjobs.storage.files import write_text
@@ -133,10 +133,15 @@ def _data_url(image: bytes) -> str:
 
 
 def _cell(text: str) -> Markup:
-    """Text whose numbers stay on one line, `mean ± deviation` and `[low, high]`, and whose long words may break."""
-    return Markup("").join(
-        _breakable(token) if len(token) > TOKEN else token for token in re.split(r"(\s)", _unbroken(text))
-    )
+    """Text that breaks between words, but not in `mean ± deviation` and `[low, high]`; long words break too."""
+    return Markup("").join(map(_word, re.split(r"(\s)", _unbroken(text))))
+
+
+def _word(word: str) -> Markup:
+    """A word that stays whole, also at a hyphen, where a browser would break it; a long one may break."""
+    if len(word) > TOKEN:
+        return _breakable(word)
+    return Markup('<span class="word">{}</span>').format(word) if "-" in word else escape(word)
 
 
 def _unbroken(text: str) -> str:

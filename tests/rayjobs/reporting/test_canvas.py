@@ -77,7 +77,7 @@ def test_a_script_that_the_font_lacks_is_drawn_without_a_warning() -> None:
 def test_the_font_that_has_the_most_of_what_is_lacking_comes_next(monkeypatch: pytest.MonkeyPatch) -> None:
     fonts = {"DejaVu Sans": "abc", "Small": "犬", "Large": "犬猫", "Last Resort": "犬猫鳥", "Other": "鳥"}
     listed = [type("Font", (), {"name": name, "fname": name}) for name in fonts]
-    monkeypatch.setattr(canvas.font_manager.fontManager, "ttflist", listed)
+    monkeypatch.setattr(canvas, "_installed_fonts", lambda: listed)
     monkeypatch.setattr(canvas.font_manager, "findfont", lambda name, **_: name)
     monkeypatch.setattr(canvas, "_known", lambda file: frozenset(map(ord, fonts[file])))
     assert canvas._other_families.__wrapped__(frozenset("ab犬猫鳥x")) == ("Large", "Other")

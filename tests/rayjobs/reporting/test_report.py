@@ -46,7 +46,7 @@ class Reader(HTMLParser):
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag == "wbr":  # a long word may break there
+        if tag == "wbr" or ("class", "word") in attrs:  # says where a word may break
             return
         self.tag = tag
         self.fetched += [
@@ -59,7 +59,8 @@ class Reader(HTMLParser):
             self.rows[-1].append("")
 
     def handle_endtag(self, tag: str) -> None:
-        self.tag = ""
+        if tag != "span":
+            self.tag = ""
 
     def handle_data(self, data: str) -> None:
         if self.tag in ("td", "th"):

@@ -22,6 +22,7 @@ from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import Quantization, precision_of
 from adapter.batching import collate, pad
 from adapter.decoder import Decoder
+from adapter.engine.prepacking import prepack_weights
 from adapter.errors import AdapterError
 from adapter.generate import check_image_count, generate
 from adapter.generation_config import GenerationConfig
@@ -129,6 +130,14 @@ class AdaptedModel:
         """
         merge_adapter(self.model)
         self.fingerprint = None
+
+    def prepack_weights(self) -> bool:
+        """Lay out the base's weights for generation, which is then about twice as fast on a CPU; False if it cannot be.
+
+        The outputs are the same up to rounding (see `adapter.engine.prepacking`). The base is no longer trained, merged
+        with an adapter, or saved; adapters other than full fine-tuning can still be exchanged.
+        """
+        return prepack_weights(self.model)
 
     def save_adapter(self, path: str | Path, *, extra: Mapping[str, Any] | None = None) -> None:
         """Save the adapter alone, with its template and the identities of this base and tokenizer.

@@ -15,6 +15,7 @@ from adapter.attention import soft_cap
 from adapter.base.quantization import Int8Linear
 from adapter.base.tensor_files import trim_heap
 from adapter.decoder import Decoder, Head
+from adapter.errors import AdapterError
 from adapter.linear import Linear
 from adapter.loss import summed_cross_entropy
 
@@ -33,6 +34,11 @@ class PrepackedLinear(nn.Module):
         self.bias = linear.bias
         self.register_module("delta", linear.delta)
         self._packed = _pack(linear.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """Raises AdapterError: who asks for the weight wants to change or save it."""
+        raise AdapterError("the base's weights are prepacked for generation: load it anew, to merge or save it")
 
     def forward(self, x: Tensor) -> Tensor:
         y = _multiply(x, self._packed, self.bias)

@@ -157,6 +157,7 @@ class GenerationWorker:
         self.task, self.schema = task, schema
         self.featurizer = None if conditioning is None else ImageFeaturizer(conditioning.encoder, device)
         self.model = model.load(device, conditioning)
+        self.model.prepack_weights()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         (row,) = table.to_pylist()

@@ -144,6 +144,7 @@ def run(settings: Config) -> dict[str, Any]:
             raise DataError(error)
         features = ImageFeaturizer(conditioning.encoder, default_device()).features([pixels])[0]
     model = load_on_gpu(lambda device: settings.load(device, conditioning))
+    model.prepack_weights()
 
     def answer(record: Record) -> str:
         (text,) = task.answers(model, [record], [features])

@@ -5,11 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adaption import AdaptionConfig
 from adapter.base.quantization import Int8Linear
 from adapter.engine.prepacking import FewRowsInt8Linear, PrepackedLinear, prepack_weights
+from adapter.errors import AdapterError
 from adapter.generate import generate
-from tests.adapter.models import GQA, llama, tokens
+from adapter.merge import merge_adapter
+from adapter.methods.ia3 import IA3Config
+from adapter.methods.lora import LoraConfig
+from tests.adapter.models import GQA, llama, randomise, tokens
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": GQA,
@@ -53,3 +58,18 @@ def test_few_rows_by_an_int8_weight_are_closer_than_by_the_expanded_one(rows):
     assert after.dtype == before.dtype
     assert (after - exact).square().mean() <= 1.01 * (before - exact).square().mean()
     assert torch.equal(after, before) == (rows > 8)
+
+
+@torch.no_grad()
+def test_adapters_are_exchanged_on_prepacked_weights_but_not_merged():
+    model, other = llama(GQA).requires_grad_(False), llama(GQA)
+    prepack_weights(model)
+    ids = tokens(2, 11)
+    for method in (LoraConfig(rank=3), IA3Config(), AdaptionConfig(n_layers=3, prompt_length=7)):
+        other.add_adapter(method)
+        randomise(torch.nn.ModuleList(other.adapter_modules), seed=1)
+        apply_adapter(model, extract_adapter(other))
+        torch.testing.assert_close(model(ids), other(ids), rtol=0, atol=1e-4)
+    model.add_adapter(LoraConfig(rank=3))
+    with pytest.raises(AdapterError, match="prepacked for generation"):
+        merge_adapter(model)

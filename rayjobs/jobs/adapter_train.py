@@ -276,7 +276,7 @@ def adapter_file(settings: Config, job: TrainJob, trained: Mapping[str, Tensor],
     for part in model.adapter_modules:  # which may hold fixed values besides the trained ones
         part.to_empty(device="cpu")
         part.reset_parameters()
-    put_tensors(model, trained)
+    put_tensors(model, {name: trained[name] for name, one in model.adapter_parameters() if one.requires_grad})
     sources = settings.data.sources()
     template, format_templates = header_templates(sources, inputs.templates[: len(sources)])
     return extract_adapter(

@@ -109,10 +109,10 @@ def every_script(figure: Figure) -> Iterator[None]:
 
     A browser that shows the SVG takes its own fonts.
     """
-    drawn = {character for text in figure.findobj(Text) for character in text.get_text()}  # type: ignore[attr-defined]
+    drawn = {character for text in figure.findobj(Text) for character in text.get_text()}
     families = ["DejaVu Sans", *_other_families(frozenset(c for c in drawn if c.isprintable() and c != " "))]
     for text in figure.findobj(Text):
-        text.set_fontfamily(families)  # type: ignore[attr-defined]
+        text.set_fontfamily(families)
     log = logging.getLogger("matplotlib.font_manager")  # tells of every font that lacks a weight
     level = log.level
     log.setLevel(logging.ERROR)

@@ -97,8 +97,7 @@ def figure_svg(figure: "Figure", title: str) -> str:
     import matplotlib
 
     text = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": title}
-    with matplotlib.rc_context(settings), every_script(figure):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}), every_script(figure):
         figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", dpi=200, metadata={"Date": None})
     drawing = text.getvalue()
     drawing = themed(drawing[drawing.index("<svg") :])

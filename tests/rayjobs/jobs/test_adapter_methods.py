@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from adapter import AdaptedModel
 from adapter.adapter_formats import read_adapter
+from adapter.base.binding import meta_decoder
 from adapter.errors import AdapterError
+from adapter.methods.registry import METHODS
 from rayjobs.__main__ import main
 from rayjobs.config import load
 from rayjobs.jobs import adapter_eval, adapter_train
@@ -78,6 +82,24 @@ def test_the_plan_tells_the_adapter_and_its_cost(
     count = sum(one.numel() for one in model.model.parameters() if one.requires_grad)
     assert f"trainable parameters {count:,}" in shown
     assert "memory of a worker about" in shown
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_holds_what_was_trained_and_no_moments(
+    method: str, tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    given = settings(tiny_base, records, tmp_path, "r", f"adapter.method={method}")
+    inputs = adapter_train.open_inputs(given)
+    model = meta_decoder(inputs.checkpoint.config, adapter_train.build_adapter(given, inputs))
+    trained = {name: torch.randn(one.shape) for name, one in model.adapter_parameters() if one.requires_grad}
+    state = {f"{name}{end}": one + len(end) for name, one in trained.items() for end in ("", ".exp_avg", ".exp_avg_sq")}
+    job: Any = SimpleNamespace(adapter=model.adapter, dtype="fp32")
+    file = adapter_train.adapter_file(given, job, {**state, "optimizer.step": torch.zeros(())}, inputs)
+    saved = file.config.unpack(file.tensors, inputs.checkpoint.config)
+    fixed = {name for name in saved if name.endswith(".gate") and method in ("rand_init", "prefix")}
+    assert trained.keys() == saved.keys() - fixed
+    assert all(torch.equal(saved[name], one) for name, one in trained.items())
+    assert all((saved[name] == 1).all() for name in fixed)
 
 
 @pytest.mark.ray

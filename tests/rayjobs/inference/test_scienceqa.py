@@ -3,7 +3,6 @@
 import re
 import shutil
 from dataclasses import replace
-from html import unescape
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,6 +20,7 @@ from rayjobs.jobs import adapter_eval, adapter_generate
 from rayjobs.runs.record import read_record
 from rayjobs.storage.files import write_json, write_jsonl
 from tests.rayjobs.cafo_dataset import make_encoders
+from tests.rayjobs.pages import page_text
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_problems_are_answered_tabled_and_taken_up_again(
     predictions = pq.read_table(built.run.folder / "predictions.parquet").to_pylist()
     assert [row["pid"] for row in predictions] == [problem.pid for problem in problems]
     assert {row["pid"] for row in predictions if row["image_error"]} == {pictured[0].pid, pictured[1].pid}
-    report = unescape((built.run.folder / "report.html").read_text())
-    assert all(row["image_error"] in report for row in predictions)
+    report = page_text(built.run.folder)
+    assert all(" ".join(row["image_error"].split()) in report for row in predictions)
     right = sum(row["correct"] for row in predictions)
     assert result["accuracy"] == pytest.approx(100 * right / 60, abs=0.01)
 

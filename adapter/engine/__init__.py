@@ -9,6 +9,7 @@
 | `text_stream` | text out of tokens, while they come |
 | `adapters` | adapters by name, and those held in memory |
 | `row_prompts` | the adapters' part of attention |
+| `row_parts` | the adapters' parts inside linear layers and norms |
 | `worker` | an engine that runs in a thread of its own |
 | `prepacking` | weights laid out for generation on a CPU |
 

@@ -9,15 +9,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adapter.adapter_file import check_adapter_fits, put_tensors
 from adapter.adapter_formats import read_adapter
-from adapter.adaption import METHOD_GATES, Adaption, AdaptionConfig, Gate
+from adapter.adaption import Adaption, Gate
 from adapter.base.binding import meta_decoder
 from adapter.decoder import Decoder
+from adapter.engine.row_parts import AdapterParts, PartRows
 from adapter.engine.row_prompts import AdapterPrompts, read_prompts
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection
@@ -38,12 +40,21 @@ class AdapterSource:
     """The gate convention of a file that does not state it (see `read_adapter`)."""
 
 
+class RowAdapter(NamedTuple):
+    """What the engine needs of a sequence's adapter."""
+
+    prompts: AdapterPrompts | None
+    """None for an adapter without prompts, and for the base alone."""
+    parts: AdapterParts | None
+    """The parts within the base's layers; None for an adapter of prompts, and for the base alone."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Loaded:
     """An adapter in memory."""
 
-    prompts: AdapterPrompts
-    """The prompts without an image."""
+    adapter: RowAdapter
+    """The adapter without an image."""
     adaptions: Sequence[Adaption] = ()
     """The layers, kept of an adapter that reads images: each image makes keys and values of its own."""
     vision: ImageProjection | None = None
@@ -51,7 +62,8 @@ class _Loaded:
     @property
     def n_bytes(self) -> int:
         modules = [*self.adaptions, *([] if self.vision is None else [self.vision])]
-        return self.prompts.n_bytes + sum(p.nbytes for module in modules for p in module.parameters())
+        held = [one.n_bytes for one in self.adapter if one is not None]
+        return sum(held) + sum(p.nbytes for module in modules for p in module.parameters())
 
 
 class AdapterStore:
@@ -77,6 +89,7 @@ class AdapterStore:
         self._sources: dict[str, AdapterSource] = {}
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least recently used first
         self._own: _Loaded | None = None
+        self._parts = PartRows(model)
         self._lock = threading.RLock()
 
     @property
@@ -116,10 +129,8 @@ class AdapterStore:
             listed = f"{', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else "none is registered"
             raise UnknownAdapterError(f"there is no adapter {name!r}; known: {listed}")
 
-    def prompts(self, name: str | None, image: Tensor | None = None) -> AdapterPrompts | None:
-        """What a sequence needs of an adapter; None for the base alone.
-
-        image: the features (F,) of the sequence's image, if it has one.
+    def get(self, name: str | None, image: Tensor | None = None) -> RowAdapter:
+        """What a sequence needs of an adapter. image: the features (F,) of the sequence's image, if it has one.
 
         Raises CheckpointError for a file that cannot be read or does not fit the base, UnknownAdapterError for a name
         that is not registered, AdapterError for features that the adapter cannot read.
@@ -127,16 +138,16 @@ class AdapterStore:
         with self._lock:
             loaded = self._get_own() if name is None else self._get(name)
             if image is None:
-                return None if loaded is None else loaded.prompts
-            vision = None if loaded is None else loaded.vision
-            token = _image_token(vision, image, self._model.tok_embeddings.weight.device)
-            assert loaded is not None
-            return read_prompts(self._model, loaded.adaptions, token)
+                return loaded.adapter
+            token = _image_token(loaded.vision, image, self._model.tok_embeddings.weight.device)
+            parts = loaded.adapter.parts
+            return RowAdapter(self._read_prompts(loaded.adaptions, parts, token), parts)
 
-    def _get_own(self) -> _Loaded | None:
-        if self._own is None and self._model.adaptions:
-            adaptions = self._model.adaptions
-            self._own = _Loaded(read_prompts(self._model, adaptions), adaptions, self._model.vision)
+    def _get_own(self) -> _Loaded:
+        if self._own is None:
+            adaptions, parts = self._model.adaptions, self._parts.own
+            prompts = self._read_prompts(adaptions, parts) if adaptions else None
+            self._own = _Loaded(RowAdapter(prompts, parts), adaptions, self._model.vision)
         return self._own
 
     def _get(self, name: str) -> _Loaded:
@@ -151,20 +162,30 @@ class AdapterStore:
     @torch.inference_mode()
     def _load(self, source: AdapterSource) -> _Loaded:
         file = read_adapter(source.path, gate=source.gate)
-        if not isinstance(file.config, AdaptionConfig):
+        if file.config.trains_base:
             raise CheckpointError(
-                f"{source.path}: an adapter of the method {file.config.method} cannot share a batch with others; "
-                f"merge it into the base, or serve one of {', '.join(METHOD_GATES)}"
+                f"{source.path}: full fine-tuning made this a base of its own, which cannot share a batch with "
+                "adapters of another: serve it alone"
             )
         check_adapter_fits(file, self._model.config, **self._identities)
         holder = meta_decoder(self._model.config, file.config)  # the adapter's parts without a base
         put_tensors(holder, file.config.unpack(file.tensors, self._model.config))
         device = self._model.tok_embeddings.weight.device
-        adaptions = [adaption.to(device) for adaption in holder.adaptions]
-        prompts = read_prompts(self._model, adaptions)
+        for part in holder.adapter_modules:
+            part.to(device)
+        parts, prompts = AdapterParts.of(holder), None
+        if holder.adaptions:
+            prompts = self._read_prompts(holder.adaptions, parts)
         if holder.vision is None:
-            return _Loaded(prompts)
-        return _Loaded(prompts, adaptions, holder.vision.to(device))
+            return _Loaded(RowAdapter(prompts, parts))
+        return _Loaded(RowAdapter(prompts, parts), holder.adaptions, holder.vision)
+
+    def _read_prompts(
+        self, adaptions: Sequence[Adaption], parts: AdapterParts | None, image: Tensor | None = None
+    ) -> AdapterPrompts:
+        """The prompts' keys and values, which go through the adapter's parts of wk and wv."""
+        with self._parts.installed([(parts, adaptions[0].prompt.shape[0])]):
+            return read_prompts(self._model, adaptions, image)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ import torch
 from adapter.decoder import Decoder
 from adapter.engine.adapters import AdapterStore
 from adapter.engine.request import Handle, OnEvent, QueueFullError, Request
+from adapter.engine.row_parts import Owner, PartRows
 from adapter.engine.row_prompts import PromptRows
 from adapter.engine.sampling import TokenLogprob, choose, log_probabilities
 from adapter.engine.sequence import Sequence
@@ -65,6 +66,7 @@ class Engine:
         self.max_waiting = max_waiting
         self._cache = KVCache(model.config, slots, self.max_length, weight.dtype, weight.device)
         self._prompts = PromptRows(model.config, slots, weight.dtype, weight.device)
+        self._parts = PartRows(model)
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []  # by slot
         self._lock = threading.Lock()  # of the queue
@@ -141,7 +143,10 @@ class Engine:
             return
         step = Step(self._cache, self._prompts, lengths, chunks)
         ids = torch.tensor([tokens], device=self._cache.tensor.device)
-        hidden = self.model.hidden_states(ids, step)[0]  # (N, C)
+        owners: list[Owner] = [(sequence.parts, 1) for sequence in self._active[: len(lengths)]]
+        owners += [(self._active[chunk.slot].parts, chunk.stop - chunk.start) for chunk in chunks]
+        with self._parts.installed(owners):
+            hidden = self.model.hidden_states(ids, step)[0]  # (N, C)
         for sequence in self._active[: len(lengths)]:
             sequence.held += 1
         for chunk in chunks:
@@ -178,11 +183,13 @@ class Engine:
             slot = len(self._active)
             request = sequence.handle.request
             try:
-                self._prompts.put(slot, self.adapters.prompts(request.adapter, request.image))
+                adapter = self.adapters.get(request.adapter, request.image)
             except (AdapterError, OSError) as error:  # of this request alone
                 sequence.handle.error = error
                 sequence.end("error")
                 continue
+            self._prompts.put(slot, adapter.prompts)
+            sequence.parts = adapter.parts
             self._active.append(sequence)
             chunks.append(self._chunk(slot, room))
             room -= chunks[-1].stop - chunks[-1].start

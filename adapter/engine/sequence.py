@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 
 from adapter.engine.request import Event, FinishReason, Handle
+from adapter.engine.row_parts import AdapterParts
 from adapter.engine.sampling import SamplingSettings, TokenLogprob, random_generator
 from adapter.engine.text_stream import TextStream
 from adapter.tokenizers.base import Tokenizer
@@ -34,6 +35,8 @@ class Sequence:
         if self.sampling.temperature:
             self.generator = random_generator(seed, self.prompt, request.repeat + choice)
         self._stream = None if tokenizer is None else TextStream(tokenizer, self.prompt, request.stop)
+        self.parts: AdapterParts | None = None
+        """The adapter's parts within the base's layers, once the sequence has a slot."""
         self.ended = False
 
     @property

@@ -9,6 +9,7 @@ import torch
 from adapter.adapter_file import apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import AdaptionConfig
+from adapter.base.checkpoint import load_decoder
 from adapter.decoder import Decoder
 from adapter.engine.adapters import AdapterStore, UnknownAdapterError
 from adapter.engine.engine import Engine
@@ -17,14 +18,26 @@ from adapter.errors import AdapterError, CheckpointError
 from adapter.generate import generate
 from adapter.generation_config import GenerationConfig
 from adapter.image_projection import ImageProjectionConfig
+from adapter.methods.base import AdapterMethod
+from adapter.methods.bias import BiasConfig
+from adapter.methods.full import FullConfig
+from adapter.methods.ia3 import IA3Config
+from adapter.methods.lora import LoraConfig
+from adapter.methods.v2 import V2Config
+from adapter.tokenizers.load import load_tokenizer
 from tests.adapter.models import GQA, llama, tokens
 
 SHAPE: dict[str, Any] = {**GQA, "n_layers": 4, "max_seq_len": 43}
-ADAPTERS: dict[str, AdaptionConfig] = {
+ADAPTERS: dict[str, AdapterMethod] = {
     "short": AdaptionConfig(n_layers=3, prompt_length=2),
     "long": AdaptionConfig(n_layers=2, prompt_length=7, gate="identity"),
     "all": AdaptionConfig(n_layers=4, prompt_length=5, gate="one"),
     "prefix": AdaptionConfig(n_layers=3, prompt_length=3, gate="prefix"),
+    "lora": LoraConfig(rank=3, targets=("wq", "wv", "w2")),
+    "rank": LoraConfig(rank=5, n_layers=2),
+    "ia3": IA3Config(),
+    "bias": BiasConfig(),
+    "v2": V2Config(n_layers=2, prompt_length=3),
     "sees": AdaptionConfig(n_layers=3, prompt_length=5, vision=ImageProjectionConfig(widths=(5, 3), bottleneck=4)),
 }
 
@@ -95,7 +108,7 @@ def test_a_row_without_adapter_is_the_base_to_the_bit_beside_rows_with_one(folde
     outputs = []
     engine.model.output.register_forward_hook(lambda _, __, logits: outputs.append(logits))
     config = GenerationConfig(max_new_tokens=4, temperature=0)
-    for others in (["short", "long", "prefix"], [None, None, None]):
+    for others in (["short", "v2", "prefix"], [None, None, None]):
         outputs.clear()
         for name in [*others, None]:
             engine.submit(Request(prompt=prompt, adapter=name, config=config, stop_ids=()))
@@ -104,6 +117,22 @@ def test_a_row_without_adapter_is_the_base_to_the_bit_beside_rows_with_one(folde
         if others[0]:
             beside = kept
     assert all(torch.equal(one, other) for one, other in zip(beside, kept, strict=True))
+
+
+@pytest.mark.parametrize("own", ["v2", "lora", "short"])
+def test_a_models_own_adapter_serves_who_names_none(folder, own):
+    """Beside requests with another, and unchanged by them."""
+    model = llama(SHAPE)
+    apply_adapter(model, read_adapter(folder / f"{own}.safetensors"))
+    config = GenerationConfig(max_new_tokens=7, temperature=0)
+    before = generate(model, [[3, 5]], config, eos_ids=())
+    engine = engine_of(folder, model)
+    requests = [Request(prompt=[3, 5], adapter=name, config=config, stop_ids=()) for name in (None, "ia3", "v2")]
+    handles = [engine.submit(request) for request in requests]
+    engine.run()
+    named = [Request(prompt=[3, 5], adapter=name, config=config, stop_ids=()) for name in (own, "ia3", "v2")]
+    assert [handle.choices[0].ids for handle in handles] == [alone(folder, request) for request in named]
+    assert generate(model, [[3, 5]], config, eos_ids=()) == before
 
 
 def test_requests_come_and_go_while_others_run(folder):
@@ -195,8 +224,9 @@ def test_a_broken_adapter_fails_its_own_request_alone(folder, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     extract_adapter(llama({**SHAPE, "dim": 36}, ADAPTERS["short"])).save(tmp_path / "foreign.safetensors")
     config = GenerationConfig(max_new_tokens=5, temperature=0)
+    extract_adapter(llama(SHAPE, FullConfig())).save(tmp_path / "full.safetensors")
     broken = []
-    for name in ("broken", "foreign", "absent"):
+    for name in ("broken", "foreign", "absent", "full"):
         engine.adapters.register(name, tmp_path / f"{name}.safetensors")
         broken.append(engine.submit(Request(prompt=[3], adapter=name, config=config, stop_ids=())))
     blind = engine.submit(Request(prompt=[3], adapter="short", image=torch.zeros(8), config=config, stop_ids=()))
@@ -213,20 +243,20 @@ def test_a_broken_adapter_fails_its_own_request_alone(folder, tmp_path):
 def test_adapters_come_and_go_and_the_least_recently_used_leave_memory_first(folder):
     engine = engine_of(folder)
     store = engine.adapters
-    sizes = {name: store.prompts(name).n_bytes for name in ("short", "long", "all")}
+    sizes = {name: store.get(name).prompts.n_bytes for name in ("short", "long", "all")}
     assert store.cached_bytes == sum(sizes.values())
     store = engine_of(folder, cache_bytes=sizes["short"] + sizes["long"]).adapters
-    first = store.prompts("short")
-    store.prompts("long")
-    assert store.prompts("short") is first, "computed once"
-    store.prompts("all")
+    first = store.get("short")
+    store.get("long")
+    assert store.get("short") is first, "computed once"
+    store.get("all")
     assert store.cached_bytes == sizes["all"], "which alone is too large"
-    assert store.prompts("short") is not first
+    assert store.get("short") is not first
     store.remove("short")
-    with pytest.raises(UnknownAdapterError, match="no adapter 'short'; known: all, long, prefix, sees"):
-        engine_of(folder, cache_bytes=0).adapters.remove("short") or store.prompts("short")
+    with pytest.raises(UnknownAdapterError, match="no adapter 'short'; known: all, bias, ia3, long, lora, …"):
+        engine_of(folder, cache_bytes=0).adapters.remove("short") or store.get("short")
     store.register("short", folder / "long.safetensors")
-    assert torch.equal(store.prompts("short").keys_values, store.prompts("long").keys_values)
+    assert torch.equal(store.get("short").prompts.keys_values, store.get("long").prompts.keys_values)
 
 
 def test_removing_an_adapter_does_not_disturb_the_sequences_that_have_it(folder):
@@ -247,7 +277,7 @@ def test_removing_an_adapter_does_not_disturb_the_sequences_that_have_it(folder)
         ({"prompt": []}, "the prompt is empty"),
         ({"prompt": [1] * 44}, "has 44 tokens, the window holds 43"),
         ({"prompt": [101]}, "holds token 101"),
-        ({"prompt": [1], "adapter": "absent"}, "no adapter 'absent'; known: all, long, prefix, sees, short"),
+        ({"prompt": [1], "adapter": "absent"}, "no adapter 'absent'; known: all, bias, ia3, long, lora, …"),
         ({"prompt": [1], "stop": ["x"]}, "needs stop_ids, and finds no stop strings"),
         ({"prompt": [1], "stop": ["x", ""]}, "strings that are not empty"),
         ({"prompt": [1], "top_k": -1}, "top_k must be 0"),
@@ -260,3 +290,38 @@ def test_wrong_requests_are_refused_at_once(folder, settings, message):
     with pytest.raises(AdapterError, match=message):
         engine.submit(Request(stop_ids=(), **settings))
     assert not engine.busy
+
+
+@pytest.mark.slow
+def test_64_requests_to_a_real_llama_answer_as_each_does_alone(smollm2, tmp_path):
+    model, config = load_decoder(smollm2), GenerationConfig(max_new_tokens=5, temperature=0)
+    tokenizer = load_tokenizer(smollm2)
+    for seed in range(3):
+        model.add_adapter(
+            AdaptionConfig(n_layers=28 - seed, prompt_length=10 - seed), torch.Generator().manual_seed(seed)
+        )
+        for adaption in model.adaptions:
+            torch.nn.init.normal_(adaption.gate, std=0.1)
+        extract_adapter(model).save(tmp_path / f"{seed}.safetensors")
+    model.remove_adapter()
+    engine = Engine(model, tokenizer, slots=16, max_length=96, prefill_tokens=64)
+    texts = ["The capital of France is", "Once upon a time, in a land far away,", "2 + 2 =", "Dear Sir or Madam,"]
+    requests = []
+    for i in range(64):
+        name = [None, "0", "1", "2"][i // 4 % 4]
+        prompt = tokenizer.encode(texts[i % 4] + " well," * (i // 16), bos=True, eos=False)
+        requests.append(Request(prompt=prompt, adapter=name, config=config, stop=["\n\n"]))
+    for seed in range(3):
+        engine.adapters.register(str(seed), tmp_path / f"{seed}.safetensors")
+    handles = [engine.submit(request) for request in requests]
+    engine.run()
+    for name in (None, "0", "1", "2"):
+        model.remove_adapter()
+        if name:
+            apply_adapter(model, read_adapter(tmp_path / f"{name}.safetensors"))
+        for request, handle in zip(requests, handles, strict=True):
+            if request.adapter == name:
+                (alone,) = generate(model, [request.prompt], config, eos_ids=tokenizer.eos_ids)
+                text = tokenizer.continuation(request.prompt, alone)
+                assert handle.choices[0].text == text.partition("\n\n")[0]
+                assert handle.choices[0].ids == alone[: len(handle.choices[0].ids)]

@@ -3,16 +3,19 @@
 A step is forward, backward and AdamW on the adapter, over one global batch of real records. All of these run in turn,
 in the same process, on the same frozen weights and batches:
 
-    ours     this library: micro-batches of similar lengths under a token budget, the head at labelled positions only
+    ours     this library: micro-batches of similar lengths under a token budget, each distinct prefix computed once, no
+             padding, the last layer and the head at labelled positions only
+    bf16     the same with the frozen base in bfloat16
     peft     PEFT's AdaptionPrompt on transformers (SDPA), padded to the longest of each micro-batch, without attention
              mask (padding is on the right), at the fastest micro-batch size
-    padded   this library with every example padded to 512
-    floor    only the matrix products that an exact implementation with this frozen base cannot avoid, as plain
-             torch.mm: all layers forward for the real tokens; the gradient with respect to the input of every product
-             above the lowest trainable prompt (so not of wq, wk, wv in the lowest adapted layer); the head forward and
-             backward for the labelled rows. No attention, norms, rotations, activations, memory or optimiser.
+    floor    only the matrix products of an implementation that computes every real token, as plain torch.mm in float32:
+             all layers forward; the gradient with respect to the input of every product above the lowest trainable
+             prompt (so not of wq, wk, wv in the lowest adapted layer); the head forward and backward for the labelled
+             rows. No attention, norms, rotations, activations, memory or optimiser. Ours may be faster, because it
+             computes fewer tokens; `computed` is their share of the real ones.
 
     python -m benchmarks.adapter_step --data alpaca_data.json --tokenizer tokenizer.model --json
+    python -m benchmarks.adapter_step --data alpaca_data.json --tokenizer SmolLM2-135M --shape smollm2 --json
 
 Figures are medians over steps, in examples per second. Needs the extra `bench`.
 """
@@ -36,19 +39,22 @@ from adapter.adaption import AdaptionConfig
 from adapter.batching import collate, micro_batches
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
+from adapter.packing import pack
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
 from adapter.records.reader import read_records
 from adapter.tokenizers.load import load_tokenizer
 
-BASE = DecoderConfig(
+LLAMA_512 = DecoderConfig(
     dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=32_000, max_seq_len=512, norm_eps=1e-6
 )
-ADAPTER = AdaptionConfig(n_layers=6, prompt_length=10, gate="identity")  # PEFT knows no other gate
+SMOLLM2 = DecoderConfig(
+    dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden_dim=1536, vocab_size=49_152, max_seq_len=512, norm_eps=1e-5
+)
+SHAPES = {"llama_512": (LLAMA_512, 6), "smollm2": (SMOLLM2, 28)}
+"""Shape of the base, and number of adapted layers, by name."""
 WIDTH = 512
 PEFT_SIZES = (1, 2, 4, 8)
-PADDED_SHARE = 8
-"""Only every eighth example is measured in `padded`, to save time; all cost nearly the same."""
 
 PEER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -74,12 +80,11 @@ def step(
     parts: list[list[int]],
     loss_sum: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    width: int | None = None,
 ) -> float:
     """Run one training step over the parts of a batch. Returns its loss, the mean over labels."""
     n_labels, total = label_count(batch), 0.0
     for part in parts:
-        tokens, labels = collate([batch[i].ids for i in part], [batch[i].label_spans for i in part], width=width)
+        tokens, labels = collate([batch[i].ids for i in part], [batch[i].label_spans for i in part])
         loss = loss_sum(tokens, labels) / n_labels
         loss.backward()
         total += loss.item()
@@ -96,11 +101,13 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=9e-3 / 4, weight_decay=0.02)
 
 
-def make_our_model() -> Decoder:
+def make_our_model(shape: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """This library's model, with random weights and non-zero gates, so that the first loss depends on the prompts."""
-    model = Decoder(BASE)
+    base, n_layers = SHAPES[shape]
+    model = Decoder(base).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    model.add_adapter(ADAPTER, generator)
+    # PEFT knows no other gate.
+    model.add_adapter(AdaptionConfig(n_layers=n_layers, prompt_length=10, gate="identity"), generator)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dim() == 1:
@@ -114,22 +121,23 @@ def make_our_model() -> Decoder:
 
 def make_peft_model(ours: Decoder) -> torch.nn.Module:
     """PEFT's adaption prompts on transformers' decoder, with all weights of our model."""
+    shape = ours.config
     names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"} | {
         f"layers.{i}.{our}": f"model.layers.{i}.{their}"
-        for i in range(BASE.n_layers)
+        for i in range(shape.n_layers)
         for our, their in PEER_NAMES.items()
     }
     base = LlamaForCausalLM(
         PeerConfig(
-            hidden_size=BASE.dim,
-            num_hidden_layers=BASE.n_layers,
-            num_attention_heads=BASE.n_heads,
-            num_key_value_heads=BASE.n_kv_heads,
-            intermediate_size=BASE.hidden_dim,
-            vocab_size=BASE.vocab_size,
-            rms_norm_eps=BASE.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": BASE.rope_theta},
-            max_position_embeddings=BASE.max_seq_len,
+            hidden_size=shape.dim,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_kv_heads,
+            intermediate_size=shape.hidden_dim,
+            vocab_size=shape.vocab_size,
+            rms_norm_eps=shape.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            max_position_embeddings=shape.max_seq_len,
             attn_implementation="sdpa",
             use_cache=False,
         )
@@ -141,7 +149,7 @@ def make_peft_model(ours: Decoder) -> torch.nn.Module:
         model = get_peft_model(
             base,
             AdaptionPromptConfig(
-                adapter_layers=ADAPTER.n_layers, adapter_len=ADAPTER.prompt_length, task_type="CAUSAL_LM"
+                adapter_layers=len(ours.adaptions), adapter_len=len(ours.adaptions[0].prompt), task_type="CAUSAL_LM"
             ),
         )
     wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "adaption_prompt")]
@@ -158,16 +166,16 @@ class Floor:
     CHUNK = 512
     """Rows per product. On one core, 512 and 2,048 took equal time, within noise, and 128 took a tenth more."""
 
-    def __init__(self) -> None:
-        dim, hidden, vocabulary = BASE.dim, BASE.hidden_dim, BASE.vocab_size
-        self.weights = {shape: torch.randn(shape) for shape in ((dim, dim), (hidden, dim), (dim, hidden))}
-        self.head = torch.randn(vocabulary, dim)
-        square, up, down = self.weights.values()
-        attention, rest = [square] * 3, [square, up, up, down]  # wq, wk, wv; wo, w1, w3, w2; each (out, in)
-        forward = BASE.n_layers * [w.T for w in attention + rest]
-        backward = ADAPTER.n_layers * rest + (ADAPTER.n_layers - 1) * attention
+    def __init__(self, shape: str) -> None:
+        base, n_adapted = SHAPES[shape]
+        dim, hidden, heads = base.dim, base.hidden_dim, base.n_kv_heads * base.head_dim
+        square, narrow, up, down = (torch.randn(s) for s in ((dim, dim), (heads, dim), (hidden, dim), (dim, hidden)))
+        head = torch.randn(base.vocab_size, dim)
+        attention, rest = [square, narrow, narrow], [square, up, up, down]  # wq, wk, wv; wo, w1, w3, w2; each (out, in)
+        forward = base.n_layers * [w.T for w in attention + rest]
+        backward = n_adapted * rest + (n_adapted - 1) * attention
         self.per_token: list[Tensor] = forward + backward
-        self.per_label = [self.head.T, self.head]
+        self.per_label = [head.T, head]
         sizes = {n for w in (*self.per_token, *self.per_label) for n in w.shape}
         self.rows = {n: torch.randn(self.CHUNK, n) for n in sizes}
         self.out = {n: torch.empty(self.CHUNK, n) for n in sizes}
@@ -192,19 +200,29 @@ def seconds(clock: Callable[[], float], run: Callable[..., object], *args: objec
 class Contestants:
     """The training steps to compare, each on a batch."""
 
-    def __init__(self, token_budget: int) -> None:
+    def __init__(self, shape: str, token_budget: int) -> None:
         self.token_budget = token_budget
-        self.our_model = make_our_model()
+        self.our_model, self.bf16_model = make_our_model(shape), make_our_model(shape, torch.bfloat16)
         self.peft_model = make_peft_model(self.our_model)
-        self.our_optimizer, self.peft_optimizer = make_optimizer(self.our_model), make_optimizer(self.peft_model)
-        self.floor = Floor()
+        models = self.our_model, self.bf16_model, self.peft_model
+        self.our_optimizer, self.bf16_optimizer, self.peft_optimizer = map(make_optimizer, models)
+        self.floor = Floor(shape)
+
+    def parts(self, batch: Batch) -> list[list[int]]:
+        return micro_batches([len(example.ids) for example in batch], self.token_budget)
 
     def ours(self, batch: Batch) -> float:
-        parts = micro_batches([len(example.ids) for example in batch], self.token_budget)
-        return step(batch, parts, self.our_model, self.our_optimizer)
+        return step(batch, self.parts(batch), self.our_model, self.our_optimizer)
 
-    def padded(self, batch: Batch) -> float:
-        return step(batch, in_order(batch, 4), self.our_model, self.our_optimizer, WIDTH)
+    def bf16(self, batch: Batch) -> float:
+        return step(batch, self.parts(batch), self.bf16_model, self.bf16_optimizer)
+
+    def computed(self, batch: Batch) -> float:
+        """The tokens that ours computes, as a share of the real ones."""
+        batches = [
+            collate([batch[i].ids for i in part], [batch[i].label_spans for i in part]) for part in self.parts(batch)
+        ]
+        return sum(len(pack(*one).tokens) for one in batches) / sum(len(example.ids) for example in batch)
 
     def peft(self, batch: Batch, size: int) -> float:
         def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -216,10 +234,13 @@ class Contestants:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="instruction records: JSON, JSONL or Parquet")
-    parser.add_argument("--tokenizer", required=True, help="a SentencePiece model of at most 32,000 pieces")
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer of at most the vocabulary of the shape")
+    parser.add_argument("--shape", choices=SHAPES, default="llama_512", help="of the base (default: llama_512)")
     parser.add_argument("--batch", type=int, default=64, help="examples in a global batch (default: 64, the paper's)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each contestant (default: 5)")
-    parser.add_argument("--token-budget", type=int, default=512, help="tokens in a micro-batch of ours (default: 512)")
+    parser.add_argument(
+        "--token-budget", type=int, default=1024, help="tokens in a micro-batch of ours (default: 1024)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor seconds, with one thread: for a machine that is shared"
@@ -230,10 +251,10 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def load_batches(data: str, tokenizer_path: str, batch_size: int, count: int) -> list[Batch]:
+def load_batches(data: str, tokenizer_path: str, shape: str, batch_size: int, count: int) -> list[Batch]:
     """`count` batches of records in random order, encoded."""
     tokenizer = load_tokenizer(tokenizer_path)
-    tokenizer.check_fits(BASE.vocab_size)
+    tokenizer.check_fits(SHAPES[shape][0].vocab_size)
     records = list(read_records(data))
     random.Random(0).shuffle(records)
     if len(records) < batch_size * count:
@@ -258,16 +279,17 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    first, *batches = load_batches(args.data, args.tokenizer, args.batch, args.steps + 1)  # the first to warm up
-    contestants = Contestants(args.token_budget)
+    first, *batches = load_batches(
+        args.data, args.tokenizer, args.shape, args.batch, args.steps + 1
+    )  # the first to warm up
+    contestants = Contestants(args.shape, args.token_budget)
     size = warm_up(contestants, first, clock)
-    rates: dict[str, list[float]] = {"ours": [], "peft": [], "padded": [], "floor": []}
+    rates: dict[str, list[float]] = {"ours": [], "bf16": [], "peft": [], "floor": []}
     for number, batch in enumerate(batches, 1):
-        sample = batch[::PADDED_SHARE]
         rates["ours"].append(len(batch) / seconds(clock, contestants.ours, batch))
+        rates["bf16"].append(len(batch) / seconds(clock, contestants.bf16, batch))
         rates["peft"].append(len(batch) / seconds(clock, contestants.peft, batch, size))
         rates["floor"].append(len(batch) / seconds(clock, contestants.floor, batch))
-        rates["padded"].append(len(sample) / seconds(clock, contestants.padded, sample))
         n_tokens = sum(len(example.ids) for example in batch)
         print(
             f"step {number}: {n_tokens} tokens, {label_count(batch)} labels; examples/s: "
@@ -275,10 +297,12 @@ def main() -> None:
             flush=True,
         )
     result = {name: round(statistics.median(rate), 3) for name, rate in rates.items()}
+    result["computed"] = round(statistics.mean(map(contestants.computed, batches)), 3)
     counted = "processor time, 1 thread" if args.cpu_time else f"wall time, {args.threads} threads"
     print(
-        f"ours is {result['ours'] / result['peft']:.2f} x peft, {result['ours'] / result['padded']:.2f} x padded, "
-        f"{result['ours'] / result['floor']:.0%} of the floor ({counted})"
+        f"ours is {result['ours'] / result['peft']:.2f} x peft, {result['ours'] / result['floor']:.0%} of the floor, "
+        f"and computes {result['computed']:.0%} of the tokens; bf16 is {result['bf16'] / result['ours']:.2f} x ours "
+        f"({counted})"
     )
     if args.json:
         print(json.dumps(result))

@@ -202,9 +202,13 @@ def check_adapter_fits(
     """
     check_shape(file, config.sizes(), config.switches())
     check_identities(file, fingerprint, tokenizer_sha256, encoder)
-    model = meta_decoder(config, file.config)
+    check_tensors(file, meta_decoder(config, file.config))
+
+
+def check_tensors(file: AdapterFile, model: Decoder) -> None:
+    """Raise CheckpointError unless the file's tensors are those of a decoder that holds an adapter of its method."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.adapter_parameters()}
-    given = {name: tuple(tensor.shape) for name, tensor in file.config.unpack(file.tensors, config).items()}
+    given = {name: tuple(tensor.shape) for name, tensor in file.config.unpack(file.tensors, model.config).items()}
     if wrong := sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)):
         name = wrong[0]
         raise CheckpointError(

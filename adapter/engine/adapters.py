@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapter.adapter_file import check_adapter_fits, put_tensors
+from adapter.adapter_file import check_identities, check_shape, check_tensors, put_tensors
 from adapter.adapter_formats import read_adapter
 from adapter.adaption import Adaption, Gate
 from adapter.base.binding import meta_decoder
@@ -84,7 +84,8 @@ class AdapterStore:
         cache_bytes: memory for the prompts' keys and values of named adapters; the last one used is kept regardless.
         """
         self._model = model
-        self._identities = {"fingerprint": fingerprint, "tokenizer_sha256": tokenizer_sha256, "encoder": encoder}
+        self._identities = fingerprint, tokenizer_sha256, encoder
+        self._holder = meta_decoder(model.config)  # a base without weights, for the parts of an adapter that is read
         self._cache_bytes = cache_bytes
         self._sources: dict[str, AdapterSource] = {}
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # least recently used first
@@ -167,9 +168,12 @@ class AdapterStore:
                 f"{source.path}: full fine-tuning made this a base of its own, which cannot share a batch with "
                 "adapters of another: serve it alone"
             )
-        check_adapter_fits(file, self._model.config, **self._identities)
-        holder = meta_decoder(self._model.config, file.config)  # the adapter's parts without a base
-        put_tensors(holder, file.config.unpack(file.tensors, self._model.config))
+        config, holder = self._model.config, self._holder
+        check_shape(file, config.sizes(), config.switches())
+        check_identities(file, *self._identities)
+        holder.add_adapter(file.config)
+        check_tensors(file, holder)
+        put_tensors(holder, file.config.unpack(file.tensors, config))
         device = self._model.tok_embeddings.weight.device
         for part in holder.adapter_modules:
             part.to(device)

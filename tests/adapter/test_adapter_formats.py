@@ -187,7 +187,7 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b'{"peft_type": "LORA"}', "JSON"),
+        (b'{"peft_type": "IA3"}', "JSON"),
         (b"\xef\xbb\xbf\n[1, 2]", "JSON"),
         (b"GGUF\3\0\0\0" + bytes(64), "a GGUF file"),
         (b"PAR1" + bytes(64), "a Parquet file"),
@@ -335,8 +335,8 @@ def test_peft_folders_that_are_refused(peft_folder: tuple[Path, Tensor], tmp_pat
     config = json.loads((adapter / "adapter_config.json").read_text())
     with pytest.raises(CheckpointError, match=r"without PEFT's adapter_config\.json"):
         read_adapter(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LORA"}))
-    with pytest.raises(CheckpointError, match="peft_type is 'LORA'"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(CheckpointError, match="peft_type is 'IA3'"):
         read_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "adapter_len": K + 1}))
     with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):

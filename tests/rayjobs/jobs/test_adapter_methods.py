@@ -124,5 +124,5 @@ def test_a_run_is_evaluated_told_and_exported(
         exported = read_adapter(read_json(tmp_path / "as_peft" / "result.json")["out"])
         assert all(torch.equal(exported.tensors[name], file.tensors[name]) for name in file.tensors)
         return
-    again = settings(tiny_base, records, tmp_path, "two", *WORDS[method], *rates, "zero.stage=3", "scale.workers=2")
+    again = settings(tiny_base, records, tmp_path, "two", *WORDS[method], *rates, "zero.stage=3", "scale.workers=1")
     assert adapter_train.run(again)["val_loss"] == pytest.approx(result["val_loss"], abs=1e-4)

@@ -34,7 +34,8 @@ from cafo.tensor_file import read_tensor_file
 
 FORMAT = "cafo-cache-1"
 
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE, _AFFINITIES_AT_ONCE = 2048, 1 << 23
+"""images that are predicted together, and affinities of each source: fewer images where there are many keys"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +106,8 @@ class Cache:
     def combine_in_blocks(self, features: Mapping[str, Tensor]) -> Combination:
         """Return `combine` for any number of images, block by block and without gradients."""
         rows = max(len(features[self.zero_shot_source]), 1)
-        blocks = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, rows, _ROWS_AT_ONCE)]
+        size = max(1, min(_ROWS_AT_ONCE, _AFFINITIES_AT_ONCE // max(len(self.labels), 1)))
+        blocks = [slice(i, i + size) for i in range(0, rows, size)]
         parts = [self.combine({n: f[block] for n, f in features.items()}) for block in blocks]
         return Combination(
             torch.cat([part.base for part in parts]),

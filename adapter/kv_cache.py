@@ -45,7 +45,7 @@ class KVCache:
         return 2 * config.n_layers * slots * length * config.n_kv_heads * config.head_dim * dtype.itemsize
 
     def places(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Where `write` stores tokens of these slots (N,) and positions (N,): (N · G,)."""
+        """The places (N · G,) of tokens in these slots (N,) at these positions (N,), for `write`."""
         heads = torch.arange(self.config.n_kv_heads, device=slots.device)
         rows = slots[:, None] * self.config.n_kv_heads + heads
         return (rows * self.length + positions[:, None]).flatten()
@@ -152,7 +152,8 @@ class Step:
         for number, chunk in enumerate(self.chunks):
             stop = start + chunk.stop - chunk.start
             adapted = layer >= self._first_adapted[1 + number]
-            parts.append(self._read_chunk(layer, chunk, adapted, *(x[:, :, start:stop] for x in (q, k, v)), attend))
+            new = (q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop])
+            parts.append(self._read_chunk(layer, chunk, adapted, new, attend))
             start = stop
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -171,10 +172,13 @@ class Step:
         return y.reshape(n_rows, config.n_heads, config.head_dim).transpose(0, 1)[None]
 
     def _read_chunk(
-        self, layer: int, chunk: Chunk, adapted: bool, q: Tensor, k: Tensor, v: Tensor, attend: Attend
+        self, layer: int, chunk: Chunk, adapted: bool, new: tuple[Tensor, Tensor, Tensor], attend: Attend
     ) -> Tensor:
-        """Attention of a chunk's tokens, (1, H, T, D), to the tokens before them and to each other."""
-        slot, mask = slice(chunk.slot, chunk.slot + 1), None
+        """Attention of a chunk's tokens, (1, H, T, D), to the tokens before them and to each other.
+
+        new: the chunk's queries, keys and values.
+        """
+        (q, k, v), slot, mask = new, slice(chunk.slot, chunk.slot + 1), None
         window = self.cache.config.sliding_window if layer in self.cache.config.sliding_layers else None
         if chunk.start:
             k, v = self.cache.read(layer, slot, chunk.stop)

@@ -41,7 +41,7 @@ class AdapterSource:
 
 
 class RowAdapter(NamedTuple):
-    """What the engine needs of a sequence's adapter."""
+    """The adapter of a sequence, as the engine needs it."""
 
     prompts: AdapterPrompts | None
     """None for an adapter without prompts, and for the base alone."""
@@ -131,7 +131,7 @@ class AdapterStore:
             raise UnknownAdapterError(f"there is no adapter {name!r}; known: {listed}")
 
     def get(self, name: str | None, image: Tensor | None = None) -> RowAdapter:
-        """What a sequence needs of an adapter. image: the features (F,) of the sequence's image, if it has one.
+        """Return an adapter as a sequence needs it. image: the features (F,) of the sequence's image, if it has one.
 
         Raises CheckpointError for a file that cannot be read or does not fit the base, UnknownAdapterError for a name
         that is not registered, AdapterError for features that the adapter cannot read.

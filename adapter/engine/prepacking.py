@@ -18,6 +18,7 @@ from adapter.decoder import Decoder, Head
 from adapter.errors import AdapterError
 from adapter.linear import Linear
 from adapter.loss import summed_cross_entropy
+from adapter.methods.base import Delta
 
 TYPICAL_ROWS = 16
 """The number of tokens that oneDNN chooses blocks for; they serve others as well."""
@@ -27,6 +28,8 @@ INT8_ROWS = 8
 
 class PrepackedLinear(nn.Module):
     """A frozen linear layer with its weight in oneDNN's blocks. It may hold a delta, as `adapter.linear.Linear`."""
+
+    delta: Delta | None
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -62,6 +65,10 @@ class PrepackedHead(nn.Module):
 
 class FewRowsInt8Linear(Int8Linear):
     """An int8 layer that expands its weight for many tokens only."""
+
+    values: Tensor
+    ones: Tensor
+    row_scales: Tensor
 
     def __init__(self, layer: Int8Linear) -> None:
         nn.Module.__init__(self)

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Requests to the engine, and its answers."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Request:
     n: int = 1
     """Number of continuations."""
     repeat: int = 0
-    """How many equal prompts with the same seed precede this one: they get other random numbers."""
+    """Number of equal prompts with the same seed that precede this one; each gets other random numbers."""
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What a step added to one continuation."""
+    """The part that a step adds to one continuation."""
 
     choice: int
     """Number of the continuation within its request, from 0."""

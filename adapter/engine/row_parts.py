@@ -80,7 +80,9 @@ class PartRows:
         n_tokens = sum(n for _, n in owners)
         for kind, name in (("deltas", "delta"), ("shifts", "shift")):
             for path in dict.fromkeys(path for parts in everyone for path in getattr(parts, kind)):
-                groups = [(getattr(p, kind)[path], tokens) for p, tokens in rows.items() if path in getattr(p, kind)]
+                groups: list[tuple[Any, Any]] = [
+                    (getattr(p, kind)[path], tokens) for p, tokens in rows.items() if path in getattr(p, kind)
+                ]
                 part: Any = None
                 if groups and groups[0][1] is None:
                     part = groups[0][0]

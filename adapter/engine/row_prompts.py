@@ -22,7 +22,7 @@ from adapter.kv_cache import Attend, Reads, additive, prepend_visible
 
 @dataclass(frozen=True, eq=False)
 class AdapterPrompts:
-    """What the attention of a sequence needs of its adapter."""
+    """The prompts of a sequence's adapter, as its attention needs them."""
 
     keys_values: Tensor
     """(L, 2G, K, D), keys before values, lowest adapted layer first, in the base's dtype."""
@@ -91,8 +91,9 @@ class PromptRows:
         """Copy one slot's prompts to another."""
         self._keys_values[:, target] = self._keys_values[:, source]
         self._factors[:, target] = self._factors[:, source]
-        for held in (self._first_layers, self._n_prompts, self._joins_words):
-            held[target] = held[source]  # type: ignore[index]
+        self._first_layers[target] = self._first_layers[source]
+        self._n_prompts[target] = self._n_prompts[source]
+        self._joins_words[target] = self._joins_words[source]
         self._masks.clear()
 
     def first_layer(self, slots: slice) -> int:
@@ -110,8 +111,8 @@ class PromptRows:
         for slot in range(slots.start, slots.stop):
             if self._joins_words[slot] and layer >= self._first_layers[slot]:
                 row = slice(slot - slots.start, slot - slots.start + 1)
-                own = (x[row, :, : self._n_prompts[slot]] for x in (keys, values))
-                words[row] = _attend_jointly(row, *own, reads, attend)
+                n = self._n_prompts[slot]
+                words[row] = _attend_jointly(row, keys[row, :, :n], values[row, :, :n], reads, attend)
         return words
 
     def _mask(self, slots: slice, n_prompts: int) -> Tensor | None:

@@ -15,7 +15,7 @@ CONTEXT_TOKENS = 8
 WINDOW_TOKENS = 32
 """New tokens that are decoded together, before the window moves on."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What bytes are read as that are no character yet."""
+"""The character that bytes are read as while they are no character yet."""
 
 
 class TextStream:

@@ -27,7 +27,7 @@ class EngineWorker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.error: Exception | None = None
-        """What ended the engine, if it failed."""
+        """The error that ended the engine; None while it runs."""
         self._closed = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -13,6 +13,7 @@ from adapter.base.checkpoint import load_decoder
 from adapter.decoder import Decoder
 from adapter.engine.adapters import AdapterStore, UnknownAdapterError
 from adapter.engine.engine import Engine
+from adapter.engine.prepacking import prepack_weights
 from adapter.engine.request import Event, QueueFullError, Request
 from adapter.errors import AdapterError, CheckpointError
 from adapter.generate import generate
@@ -293,7 +294,7 @@ def test_wrong_requests_are_refused_at_once(folder, settings, message):
 
 
 @pytest.mark.slow
-def test_64_requests_to_a_real_llama_answer_as_each_does_alone(smollm2, tmp_path):
+def test_mixed_requests_to_a_real_llama_answer_as_each_does_alone(smollm2, tmp_path):
     model, config = load_decoder(smollm2), GenerationConfig(max_new_tokens=5, temperature=0)
     tokenizer = load_tokenizer(smollm2)
     for seed in range(3):
@@ -304,10 +305,11 @@ def test_64_requests_to_a_real_llama_answer_as_each_does_alone(smollm2, tmp_path
             torch.nn.init.normal_(adaption.gate, std=0.1)
         extract_adapter(model).save(tmp_path / f"{seed}.safetensors")
     model.remove_adapter()
+    prepack_weights(model)
     engine = Engine(model, tokenizer, slots=16, max_length=96, prefill_tokens=64)
     texts = ["The capital of France is", "Once upon a time, in a land far away,", "2 + 2 =", "Dear Sir or Madam,"]
     requests = []
-    for i in range(64):
+    for i in range(32):
         name = [None, "0", "1", "2"][i // 4 % 4]
         prompt = tokenizer.encode(texts[i % 4] + " well," * (i // 16), bos=True, eos=False)
         requests.append(Request(prompt=prompt, adapter=name, config=config, stop=["\n\n"]))

@@ -159,14 +159,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         ours = Ours(Path(name))
         memory = measure_memory(ours, Path(name))
+        print(
+            f"{N_REGISTERED} registered adapters of {memory['file_kib']:.0f} KiB, each used once: the process grew from "
+            f"{memory['before_mib']:.0f} to {memory['after_mib']:.0f} MiB; {memory['cached_mib']:.0f} MiB are cached",
+            flush=True,
+        )
         rates = measure_speed(ours, given.tokens, given.rounds, Clock(given.cpu_time))
     one_by_one = rates["16 adapters, one by one"]
     rows = [[name, f"{rate:.1f}", f"{rate / one_by_one:.2f}"] for name, rate in rates.items()]
     print(markdown_table(["", "tokens/s", "times one by one"], rows))
-    print(
-        f"{N_REGISTERED} registered adapters of {memory['file_kib']:.0f} KiB, each used once: the process grew from "
-        f"{memory['before_mib']:.0f} to {memory['after_mib']:.0f} MiB; {memory['cached_mib']:.0f} MiB of it are cached"
-    )
     if given.json:
         print(json.dumps({"tokens_per_s": rates, "memory": memory}))
 

@@ -160,8 +160,8 @@ def main() -> None:
         ours = Ours(Path(name))
         memory = measure_memory(ours, Path(name))
         print(
-            f"{N_REGISTERED} registered adapters of {memory['file_kib']:.0f} KiB, each used once: the process grew from "
-            f"{memory['before_mib']:.0f} to {memory['after_mib']:.0f} MiB; {memory['cached_mib']:.0f} MiB are cached",
+            f"{N_REGISTERED} registered adapters of {memory['file_kib']:.0f} KiB, each used once: the process grew "
+            f"from {memory['before_mib']:.0f} to {memory['after_mib']:.0f} MiB; {memory['cached_mib']:.0f} MiB cached",
             flush=True,
         )
         rates = measure_speed(ours, given.tokens, given.rounds, Clock(given.cpu_time))

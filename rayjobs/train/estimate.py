@@ -21,11 +21,13 @@ import torch
 from adapter.base.binding import meta_decoder
 from adapter.base.memory import base_bytes
 from adapter.base.quantization import PRECISIONS
+from adapter.batching import collate
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.errors import RecordError
 from adapter.loss import CHUNK_ROWS, IGNORE
 from adapter.methods.base import AdapterMethod
+from adapter.packing import pack
 from adapter.records.encoding import encode_record, encode_text
 from adapter.records.example import Example, count_labels
 from adapter.templates import Template
@@ -163,27 +165,30 @@ class _Step(NamedTuple):
     """The work of one worker in one step, on average."""
 
     tokens: float
-    """padding included"""
+    """that are computed: a prefix that records share counts once, and neither padding nor the last label does"""
     rows: float
     """of a micro-batch"""
     width: float
-    """tokens of a row, padding included"""
+    """computed tokens of a row"""
     labelled: float
-    """share of the tokens that is labelled"""
+    """labels per computed token"""
 
 
 def _mean_step(plan: TrainingPlan, examples: Sequence[Example], draws: int = 16) -> _Step:
-    """Draw steps of records that have the lengths of the examples, and divide them as the workers do."""
-    rng, micro_batches, labels = random.Random(0), [], 0
+    """Draw steps of the examples, divide them as the workers do, and count what is computed."""
+    rng, micro_batches, labels, tokens, rows = random.Random(0), 0, 0, 0, 0
     for _ in range(draws):
         batch = rng.choices(examples, k=plan.global_batch)
         labels += sum(count_labels(example.label_spans) for example in batch)
         lengths = [len(example.ids) for example in batch]
         for of_worker in assign_micro_batches(lengths, plan.token_budget, plan.workers):
-            micro_batches += [[lengths[i] for i in part] for part in of_worker if part]
-    tokens = sum(len(micro) * max(micro) for micro in micro_batches)
-    rows = sum(map(len, micro_batches))
-    return _Step(tokens / draws / plan.workers, rows / len(micro_batches), tokens / rows, labels / tokens)
+            for part in filter(None, of_worker):
+                padded = collate([batch[i].ids for i in part], [batch[i].label_spans for i in part])
+                drawn_before = [i for i in range(len(part)) if any(batch[part[i]] is batch[part[j]] for j in range(i))]
+                tokens += len(pack(*padded, alone=torch.tensor(drawn_before, dtype=torch.int64)).tokens)
+                rows += len(part)
+                micro_batches += 1
+    return _Step(tokens / draws / plan.workers, rows / micro_batches, tokens / rows, labels / tokens)
 
 
 class _Cost(NamedTuple):

@@ -1,4 +1,4 @@
-"""Run both methods in less than five minutes on two cores: real scans, tiny models trained first, and a real LLaMA.
+"""Run both methods within five minutes on two idle cores: real scans, tiny models trained first, and a real LLaMA.
 
 A tiny CLIP, a tiny DINO and two tiny LLaMAs take the place of full-size models. SmolLM2-135M-Instruct is a real one; it
 comes out of the package index. The ordinary jobs follow: cafo, adapter-train and adapter-eval. What exists in the cache

@@ -129,7 +129,9 @@ class KeyTrainer:
         steps = training.epochs * -(-self.images // training.batch)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, max(steps, 1))
         self._rng = torch.Generator().manual_seed(training.seed)
-        self._keep = keep
+        for key in self.keys.values():  # as AdamW's first step would make them, but where `keep` puts them
+            moments = {name: keep(torch.zeros_like(key)) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[key] = {"step": torch.tensor(0.0), **moments}
 
     def run_epoch(self) -> float:
         """Train for one epoch. Returns its mean loss.
@@ -152,10 +154,6 @@ class KeyTrainer:
             self._schedule.step()
             total_loss += loss.item() * len(rows)
         self._optimizer.zero_grad(set_to_none=True)  # gradients are as large as the keys
-        if self.epoch == 1:
-            for state in self._optimizer.state.values():
-                moments = {name: value for name, value in state.items() if value.shape}  # the step counter has none
-                state.update({name: self._keep(moment) for name, moment in moments.items()})
         return total_loss / self.images
 
     def copy_keys(self) -> dict[str, Tensor]:

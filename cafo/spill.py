@@ -55,7 +55,8 @@ class Spill:
             if self._bytes <= _BYTES_IN_MEMORY or not size or tensors[0].device.type != "cpu":
                 return list(tensors)
             try:
-                mapped = self._write(torch.cat([tensor.flatten() for tensor in tensors]))
+                flat = [tensor.flatten() for tensor in tensors]
+                mapped = self._write(torch.cat(flat) if len(flat) > 1 else flat[0])  # of one there is no copy
             except OSError as error:
                 raise CafoError(
                     f"the search keeps what it needs of its images in {tempfile.gettempdir()}, which cannot be written "

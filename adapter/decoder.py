@@ -69,7 +69,7 @@ class AttentionInputs(NamedTuple):
     images: Images | None
     """The image tokens (n, C) and their rows (n,); None where no row has an image."""
     packing: Packing | None
-    """Where packed tokens stand in the rows; None where the hidden states are rows already."""
+    """The places of packed tokens in the rows; None where the hidden states are rows already."""
 
 
 class Attention(nn.Module):

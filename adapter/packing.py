@@ -41,7 +41,7 @@ class Packing(NamedTuple):
 
     def to(self, device: torch.device) -> "Packing":
         """The same packing on a device."""
-        return Packing(*(one if one is None else one.to(device, non_blocking=True) for one in self))
+        return self._make(None if one is None else one.to(device, non_blocking=True) for one in self)
 
     def last(self) -> "Packing":
         """The packing for the last layer, whose output is needed of the predicting tokens alone."""
@@ -122,6 +122,13 @@ def pack(tokens: Tensor, labels: Tensor, alone: Tensor | None = None) -> Packing
     first = np.flatnonzero(is_first)
     again = np.flatnonzero(computed & ~is_first)
     predicting, labelled = np.unique(places[:, :-1][is_labelled[:, 1:]], return_inverse=True)
-    found = map(torch.from_numpy, (ids[is_first], first % T, places, first, again, predicting))
-    once = len(predicting) == len(labelled)
-    return Packing(*found, None if once else torch.from_numpy(labelled), torch.from_numpy(targets[is_labelled]))
+    return Packing(
+        tokens=torch.from_numpy(ids[is_first]),
+        positions=torch.from_numpy(first % T),
+        places=torch.from_numpy(places),
+        first=torch.from_numpy(first),
+        again=torch.from_numpy(again),
+        predicting=torch.from_numpy(predicting),
+        labelled=None if len(predicting) == len(labelled) else torch.from_numpy(labelled),
+        targets=torch.from_numpy(targets[is_labelled]),
+    )

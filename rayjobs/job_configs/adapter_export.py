@@ -18,8 +18,8 @@ class Config:
     adapter: ModelPath
     """Adapter file, of this project's own format or of any that it reads."""
     format: Literal["v1", "litgpt", "peft"]
-    """Format to write: `v1`, the official v1 file; `litgpt`, litgpt's adapter file; `peft`, a folder for PEFT, of prompts
-    or of a LoRA."""
+    """Format to write: `v1`, the official v1 file; `litgpt`, litgpt's adapter file; `peft`, a folder for PEFT, of
+    prompts or of a LoRA."""
     gate: Literal["tanh", "identity"] = "identity"
     """For v1: the function that the reading code applies to gates, `identity` as the official inference code, or `tanh`
     as the official training code."""

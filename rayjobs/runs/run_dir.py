@@ -90,10 +90,14 @@ def versions() -> dict[str, str]:
     """The versions of Python, of the libraries and of this code that results depend on."""
     names = ("torch", "ray", "deepspeed", "pyarrow", "open_clip_torch", "sentencepiece", "numpy")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True)
+    try:
+        described = subprocess.run(git, capture_output=True, text=True)
+        commit = described.stdout.strip() if described.returncode == 0 else "unknown"
+    except FileNotFoundError:  # git is not installed, as in an image without it
+        commit = "unknown"
     return {
         "python": platform.python_version(),
         "rayjobs": rayjobs.__version__,
         **{name: metadata.version(name) for name in names},
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
+        "commit": commit,
     }

@@ -8,7 +8,7 @@ import pytest
 from rayjobs.config import load
 from rayjobs.jobs import adapter_train
 from rayjobs.runs.record import finish_run, write_result
-from rayjobs.runs.run_dir import open_run
+from rayjobs.runs.run_dir import open_run, versions
 from rayjobs.storage.files import read_json
 from rayjobs.train.resume_check import PROVENANCE_FILE, lock_run
 
@@ -43,3 +43,8 @@ def test_a_result_holds_no_credentials(tmp_path: Path) -> None:
         "list": "s3://***@bucket/list.json",
         "rows": [{"at": 1.5}],
     }
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert versions()["commit"] == "unknown"

@@ -41,7 +41,8 @@ class Packing(NamedTuple):
 
     def to(self, device: torch.device) -> "Packing":
         """The same packing on a device."""
-        return self._make(None if one is None else one.to(device, non_blocking=True) for one in self)
+        moved = {name: one.to(device) for name, one in self._asdict().items() if one is not None}
+        return self._replace(**moved)
 
     def last(self) -> "Packing":
         """The packing for the last layer, whose output is needed of the predicting tokens alone."""

@@ -61,6 +61,7 @@ class _Loaded:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of the adapter's tensors, computed keys and values among them."""
         modules = [*self.adaptions, *([] if self.vision is None else [self.vision])]
         held = [one.n_bytes for one in self.adapter if one is not None]
         return sum(held) + sum(p.nbytes for module in modules for p in module.parameters())

@@ -162,11 +162,17 @@ class Work:
         return 7 * self.shape.n_layers * self.passes
 
     def operations(self, rows: int, length: int, labels: int) -> float:
-        """Return the operations of one micro-batch of padded rows, forward and backward."""
-        dim, layers = self.shape.dim, self.shape.n_layers
-        matrices = 2 * self.layer * layers * self.passes * rows * length
+        """Return the operations of one micro-batch of rows that share no prefix, forward and backward.
+
+        The last token of a row predicts nothing and is left out, as is in the last layer, behind its attention, every
+        token without a label.
+        """
+        dim, layers, tokens = self.shape.dim, self.shape.n_layers, rows * (length - 1)
+        behind_attention = dim * dim + 3 * dim * self.shape.hidden_dim
+        matrices = 2 * self.layer * layers * self.passes * tokens
+        matrices -= 2 * 2 * behind_attention * max(0, tokens - labels)
         attention = 2 * dim * rows * length**2 * (layers + 2.5 * self.adapted)  # half of each square is masked
-        return matrices + attention + 4 * dim * self.shape.vocab_size * labels
+        return matrices + attention + 4 * dim * self.shape.vocab_size * min(labels, tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ class Packing(NamedTuple):
     """(n,) the place, b T + t, where each packed token stands first."""
     again: Tensor
     """The places where a packed token stands again."""
+    repeated: Tensor
+    """The packed token at each place of `again`."""
     predicting: Tensor
     """(p,) the packed tokens that predict a label."""
     labelled: Tensor | None
@@ -74,7 +76,7 @@ class _Spread(torch.autograd.Function):
         packing, rows = ctx.packing, upstream[0].flatten(0, 1)
         grad = rows.index_select(0, packing.first)
         if len(packing.again):
-            grad.index_add_(0, packing.places.flatten()[packing.again], rows.index_select(0, packing.again))
+            grad.index_add_(0, packing.repeated, rows.index_select(0, packing.again))
         return grad, None
 
 
@@ -129,6 +131,7 @@ def pack(tokens: Tensor, labels: Tensor, alone: Tensor | None = None) -> Packing
         places=torch.from_numpy(places),
         first=torch.from_numpy(first),
         again=torch.from_numpy(again),
+        repeated=torch.from_numpy(places.flatten()[again]),
         predicting=torch.from_numpy(predicting),
         labelled=None if len(predicting) == len(labelled) else torch.from_numpy(labelled),
         targets=torch.from_numpy(targets[is_labelled]),

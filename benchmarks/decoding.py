@@ -59,7 +59,7 @@ def ours(name: str, *, prepacked: bool) -> tuple[Decoder, Contestant]:
 
 
 def peers(name: str) -> Contestant:
-    """What generates by transformers in a precision."""
+    """Generation by transformers, in one precision."""
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=PRECISIONS[name].dtype).eval()
 
     def run(prompts: list[list[int]], n: int) -> list[list[int]]:

@@ -45,7 +45,7 @@ FRAMES = """<meta name="color-scheme" content="light dark">
 
 
 def seen(page: Path, folder: Path, scheme: str) -> list[dict[str, Any]]:
-    """What a browser makes of a page at each of WIDTHS, with all its folds open."""
+    """Measurements of a page in a browser at each of WIDTHS, with all its folds open."""
     assert BROWSER
     text = escape(page.read_text())
     frames = [

@@ -36,30 +36,27 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
-def pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-    """Pad sequences of ids on the right, (B, T) int64. width: T; by default the length of the longest sequence.
+def pad(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Pad sequences of ids on the right to the length of the longest, (B, T) int64.
 
     Padding is 0. No real token attends to it, so which id it is does not matter.
     """
-    tokens = torch.zeros(len(sequences), width or max(map(len, sequences)), dtype=torch.int64)
+    tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
     for row, ids in zip(tokens, sequences, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     return tokens
 
 
 def collate(
-    sequences: Sequence[Sequence[int]],
-    label_spans: Sequence[Sequence[Sequence[int]]],
-    *,
-    width: int | None = None,
+    sequences: Sequence[Sequence[int]], label_spans: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[Tensor, Tensor]:
     """Pad sequences of ids (see `pad`) and label them. Returns tokens and labels, each (B, T) int64.
 
     label_spans: the (first, one past the last) tokens of each sequence that are labelled; all others, and padding, get
-    IGNORE. width: as in `pad`. Without any sequence the result is one row of padding, which a worker runs to keep in
+    IGNORE. Without any sequence the result is one row of padding, which a worker runs to keep in
     step.
     """
-    tokens = pad(sequences, width) if sequences else torch.zeros(1, width or 1, dtype=torch.int64)
+    tokens = pad(sequences) if sequences else torch.zeros(1, 1, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE)
     for row, (ids, spans) in enumerate(zip(sequences, label_spans, strict=True)):
         for start, end in spans:

@@ -43,9 +43,9 @@ def test_collate_pads_on_the_right_and_labels_the_spans():
     tokens, labels = collate([[5, 6, 7, 9, 3], [8]], [[(1, 2), (3, 5)], [(0, 1)]])
     assert torch.equal(tokens, torch.tensor([[5, 6, 7, 9, 3], [8, 0, 0, 0, 0]]))
     assert torch.equal(labels, torch.tensor([[IGNORE, 6, IGNORE, 9, 3], [8, *[IGNORE] * 4]]))
-    tokens, labels = collate([[5, 6]], [[]], width=3)
-    assert torch.equal(tokens, torch.tensor([[5, 6, 0]]))
-    assert torch.equal(labels, torch.full((1, 3), IGNORE))
+    tokens, labels = collate([[5, 6]], [[]])
+    assert torch.equal(tokens, torch.tensor([[5, 6]]))
+    assert torch.equal(labels, torch.full((1, 2), IGNORE))
 
 
 def test_collate_of_nothing_is_one_row_of_padding():

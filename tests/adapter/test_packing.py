@@ -17,7 +17,7 @@ B, T, V = 6, 19, GQA["vocab_size"]
 
 
 def batch():
-    """Rows that begin alike in several ways; the first of two equal ones has its last label earlier, and one has none."""
+    """Rows that begin alike in several ways; of two equal ones the first has labels up to 15 alone; one has none."""
     tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
     tokens[1, :9], tokens[4, :12], tokens[5] = tokens[0, :9], tokens[0, :12], tokens[2]
     labels = tokens.clone()

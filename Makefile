@@ -1,6 +1,8 @@
 # Everything runs in .venv, made on first use; PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes: all tests on the Ray cluster run in one, the other files in the other.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo install test test-slow test-models coverage lab docs check bench clean
 
@@ -10,16 +12,16 @@ demo: .venv/installed ## Both methods on a world small enough for a laptop, offl
 install: .venv/installed ## Only the environment
 
 test: .venv/installed-test ## The tests that say that everything works
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/installed-test ## The tests that take long: more faults, a bucket, the commands of the documents, pretrained models
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-models: .venv/installed-test ## Fetches the pretrained models of make test-slow, 120 MB; it does so itself otherwise
 	$(BIN)/python -m tests.real_models
 
 coverage: .venv/installed-test ## All tests, and which lines they do not reach
-	$(BIN)/python -m pytest -m "slow or not slow" --durations=30 --cov=adapter --cov=cafo --cov=rayjobs --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "slow or not slow" --durations=30 --cov=adapter --cov=cafo --cov=rayjobs --cov-report=term-missing:skip-covered
 
 lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
 	$(BIN)/python -m pytest tests/cluster_lab

@@ -39,10 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Tiny products gain nothing from a second thread, and threads that wait for one another on busy cores are slow.
     """
-    writer = config.get_terminal_writer()
-    writer.fullwidth = writer.fullwidth  # pytest's own lines keep the width of the terminal
+    if config.pluginmanager.has_plugin("terminalreporter"):  # the processes of pytest-xdist have none
+        writer = config.get_terminal_writer()
+        writer.fullwidth = writer.fullwidth  # pytest's own lines keep the width of the terminal
     os.environ |= {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Names which tests stay together where pytest-xdist runs several processes: a file, or all on the Ray cluster."""
+    on_cluster = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("cluster" if item.path in on_cluster else item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,8 @@ class Cache:
     ensemble: Ensemble = field(default_factory=Ensemble)
     calibration: Calibration | None = None
     """from held-out images at these α, β and ensemble; None if there were none"""
+    key_names: tuple[str, ...] = ()
+    """(M,) the keys' images by name, such as the path below the data set's folder; empty if they are not known"""
 
     def __post_init__(self) -> None:
         entries = len(self.labels)
@@ -73,6 +75,8 @@ class Cache:
                 f"labels run from {int(self.labels.min())} to {int(self.labels.max())}, "
                 f"but the class list has {len(self.class_names)} names"
             )
+        if self.key_names and len(self.key_names) != entries:
+            raise CafoError(f"{entries} keys need {entries} names of images or none, got {len(self.key_names)}")
         if self.classifier.ndim != 2 or self.classifier.shape[1] != len(self.class_names):
             raise CafoError(
                 f"a classifier for {len(self.class_names)} classes has shape (C, {len(self.class_names)}), "
@@ -202,6 +206,8 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "beta": repr(cache.beta),
         "ensemble": json.dumps(asdict(cache.ensemble)),
     }
+    if cache.key_names:
+        header["key_names"] = json.dumps(cache.key_names)
     if cache.calibration is not None:
         tensors["held_out_scores"] = cache.calibration.scores.cpu().contiguous()
         header["temperature"] = repr(cache.calibration.temperature)
@@ -237,4 +243,5 @@ def _build_cache(header: Mapping[str, str], tensors: dict[str, Tensor]) -> Cache
         beta=float(header["beta"]),
         ensemble=Ensemble(**ensemble),
         calibration=calibration,
+        key_names=tuple(json.loads(header.get("key_names", "[]"))),
     )

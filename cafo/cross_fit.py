@@ -130,7 +130,8 @@ class _Fold:
         spill: Spill,
     ) -> None:
         self.cache, self.images, self.kept, self.spill = cache, images, kept, spill
-        smaller = replace(cache, keys={n: k[kept] for n, k in cache.keys.items()}, labels=cache.labels[kept])
+        keys = {name: k[kept] for name, k in cache.keys.items()}
+        smaller = replace(cache, keys=keys, labels=cache.labels[kept], key_names=())
         rows = {name: _Rows(v, kept) for name, v in views.items()}
         self.trainer = KeyTrainer(smaller, rows, smaller.labels, training, spill.keep_one)
         self.best_keys: dict[str, Tensor] = {}

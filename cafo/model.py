@@ -139,6 +139,7 @@ class CaFo:
             class_names=dataset.class_names,
             zero_shot_source=clip_name,
             encoders={name: encoder.identity for name, encoder in loaded.items()},
+            key_names=tuple(item.path for _, item in images),
         )
         training = config.training or KeyTraining(seed=seed)
         most = max(Counter(item.label for item in choice.items).values(), default=0)

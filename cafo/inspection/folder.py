@@ -114,6 +114,7 @@ def inspect_folder(model: CaFo, data: Dataset | str | Path, *, seed: int = 1) ->
         model.cache,
         keys={name: features[name] for name in model.cache.keys},
         labels=torch.tensor([item.label for item in items], dtype=torch.int64),
+        key_names=tuple(item.path for item in items),
     )
     images = TrainingImages(features=features, rows=torch.arange(len(items)), groups=torch.tensor(groups))
     return FolderInspection(paths=paths, cache=cache, images=images, check=check_training_labels(cache, images))

@@ -45,7 +45,7 @@ from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
 from rayjobs.tune.rivals import open_rivals
-from rayjobs.tune.selection import ChosenSetting, best_choice, check_reference, reference_method
+from rayjobs.tune.selection import CHOSEN, ChosenSetting, best_choice, check_reference, read_chosen, reference_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +69,10 @@ def check(settings: Config) -> Evaluation:
     folder = resolve_path(settings.sweep)
     if not (folder / cafo_tune.SWEEP).is_file():
         raise ConfigError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
-    if not (folder / "chosen.json").is_file():
+    if not (folder / CHOSEN).is_file():
         raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
     swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(_read_run(folder))})
-    try:
-        chosen = [ChosenSetting.from_json(choice) for choice in read_json(folder / "chosen.json")["chosen"]]
-    except (LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{folder / 'chosen.json'} is no choice ({error}); run cafo-tune again to write it") from error
+    chosen = read_chosen(folder)
     check_reference(settings.reference, (choice.method for choice in chosen))
     return Evaluation(settings=settings, swept=swept, chosen=chosen)
 

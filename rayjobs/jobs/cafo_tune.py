@@ -38,7 +38,14 @@ from rayjobs.tune.images import duplicate_notices
 from rayjobs.tune.inputs import SweepInputs, share_inputs, write_few_shot
 from rayjobs.tune.rivals import check_rivals, enumerate_rivals, open_rivals, reads_sentences
 from rayjobs.tune.search_space import Setting, enumerate_settings, enumerate_trials
-from rayjobs.tune.selection import ChosenSetting, best_choice, choose_settings, edge_notices, remove_other_caches
+from rayjobs.tune.selection import (
+    CHOSEN,
+    ChosenSetting,
+    best_choice,
+    choose_settings,
+    edge_notices,
+    remove_other_caches,
+)
 from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import TrialResult
 
@@ -130,7 +137,7 @@ def run(settings: Config) -> dict[str, Any]:
     remove_other_caches(folder, chosen)
     write_search_surfaces(folder, chosen, shared, settings.search)
     write_json(
-        folder / "chosen.json",
+        folder / CHOSEN,
         {"chosen_on": _describe_choices(select), "chosen": [choice.to_json() for choice in chosen]},
     )
     notices += [*edge_notices(chosen, settings.search), *hurtful_notices(results, chosen)]

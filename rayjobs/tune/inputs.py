@@ -141,7 +141,7 @@ def share_inputs(inputs: SweepInputs, select: Mapping[int, Select]) -> SharedInp
             for key, classifier in inputs.classifiers.items()
             if classifier.embeddings is not None
         },
-        files=tuple(files) if inputs.rivals else (),
+        files=tuple(files),
         projections={
             name: (weight.numpy(), None if bias is None else bias.numpy())
             for name, (weight, bias) in inputs.projections.items()

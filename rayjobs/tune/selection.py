@@ -7,9 +7,13 @@ from typing import Any, Literal
 
 from cafo.choice_names import Select
 from cafo.estimate import Estimate
-from rayjobs.errors import ConfigError
+from rayjobs.errors import ConfigError, DataError
+from rayjobs.storage.files import read_json
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
+
+CHOSEN = "chosen.json"
+"""File of a run: the settings that a sweep has chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,19 @@ class ChosenSetting:
         setting = Setting(**{**values["setting"], "encoders": tuple(values["setting"]["encoders"])})
         trials = tuple(ChosenTrial(**trial) for trial in values["seeds"])
         return cls(**{**values, "setting": setting, "seeds": trials})
+
+
+def read_chosen(folder: Path) -> list[ChosenSetting]:
+    """Read the choices of a sweep's run folder.
+
+    Raises:
+        DataError: the file is missing, or is no choice.
+    """
+    path = folder / CHOSEN
+    try:
+        return [ChosenSetting.from_json(choice) for choice in read_json(path)["chosen"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no choice ({error}); run cafo-tune again to write it") from error
 
 
 def choose_settings(

@@ -76,7 +76,7 @@ class SharedInputs:
     prompts: Mapping[tuple[str, Sentences], np.ndarray] = field(default_factory=dict)
     """(encoder, sentences) → each class's sentences, (N, P, C), where a rival reads them"""
     files: tuple[TrainingFile, ...] = ()
-    """(M'): the image of each row of `views`; empty without rivals"""
+    """(M'): the image of each row of `views`"""
     projections: Mapping[str, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict)
     """encoder → weight and bias of its last layer, where a rival trains it; `views`, `val` and `plain` then have what
     comes before it too, under the name of `unprojected_source`"""
@@ -201,7 +201,7 @@ def run_trial(
     }
     if device != "cpu":
         views = {name: on_host.to(device) for name, on_host in views.items()}
-    untrained = _untrained_cache(trial, shared, views, torch.from_numpy(shared.labels[rows]).to(device), device)
+    untrained = _untrained_cache(trial, shared, views, rows, device)
     curve: list[float] = []
 
     def after_epoch(epoch: Epoch) -> None:
@@ -269,14 +269,14 @@ def training_images(
 
 
 def _untrained_cache(
-    trial: Trial, shared: SharedInputs, views: Mapping[str, SharedRows], labels: Tensor, device: str
+    trial: Trial, shared: SharedInputs, views: Mapping[str, SharedRows], rows: np.ndarray, device: str
 ) -> Cache:
     """The cache whose keys are the mean features of the images, at the setting's initial α and β."""
     setting = trial.setting
     zero_shot_source = setting.encoders[0]
     return Cache(
         keys={name: rows.keys() for name, rows in views.items()},
-        labels=labels,
+        labels=torch.from_numpy(shared.labels[rows]).to(device),
         classifier=shared_tensor(shared.classifiers[zero_shot_source, setting.sentences]).to(device),
         class_names=shared.class_names,
         zero_shot_source=zero_shot_source,
@@ -284,6 +284,7 @@ def _untrained_cache(
         alpha=setting.alpha,
         beta=setting.beta,
         ensemble=table5(setting.encoders)[setting.ensemble],
+        key_names=tuple(shared.files[row].path for row in rows) if shared.files else (),
     )
 
 

@@ -86,12 +86,14 @@ def test_a_saved_cache_is_read_back_equal(tmp_path):
         beta=0.1 + 0.2,
         encoders={"clip": "RN50-abc"},
         ensemble=Ensemble(sources=("clip", "dino"), temperature=3.0, scales={"dino": 0.5}),
+        key_names=tuple(f"{label}/é {row}.jpg" for row, label in enumerate(cache.labels.tolist())),
     )
     path = tmp_path / "cache.safetensors"
     save_cache(chosen, path)
     loaded = load_cache(path)
     assert (loaded.alpha, loaded.beta, loaded.ensemble) == (chosen.alpha, chosen.beta, chosen.ensemble)
     assert (loaded.class_names, loaded.encoders) == (chosen.class_names, chosen.encoders)
+    assert loaded.key_names == chosen.key_names
     assert torch.equal(loaded.logits(features), chosen.logits(features))
     assert [p.name for p in tmp_path.iterdir()] == ["cache.safetensors"]
 
@@ -118,6 +120,8 @@ def test_errors_of_loading_name_the_cause(tmp_path):
 
 def test_shapes_that_do_not_fit_are_errors():
     cache, features, _ = make()
+    with pytest.raises(CafoError, match="names of images or none, got 1"):
+        replace(cache, key_names=("a.jpg",))
     with pytest.raises(ValueError, match="class list"):
         replace(cache, class_names=("a", "b"))
     with pytest.raises(ValueError, match="21 labels need keys"):

@@ -53,6 +53,9 @@ def test_a_few_images_teach_the_classes(model: CaFo, photos: Path) -> None:
     assert np.mean([p.class_name == item.class_name for p, item in zip(predicted, test, strict=True)]) > 0.8
     assert all(1 / 3 <= p.probability <= 1 for p in predicted)
     assert len(model.cache.labels) == 6
+    of_keys = zip(model.cache.key_names, model.cache.labels.tolist(), strict=True)
+    assert {(path, label) for path, label in of_keys} <= {(item.path, item.label) for item in dataset.train}
+    assert len(set(model.cache.key_names)) == 6
 
 
 def test_logits_are_those_of_the_cache_on_each_image_alone(model: CaFo, photos: Path) -> None:

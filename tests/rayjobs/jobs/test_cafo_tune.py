@@ -155,6 +155,9 @@ def test_a_sweep_resumes_and_is_the_same_without_test_images(
             cache = load_cache(folder / "trials" / seed["trial"] / "cache.safetensors")
             assert (cache.alpha, cache.beta) == (seed["alpha"], seed["beta"])
             assert len(cache.labels) == 4 * (cell["shots"] + cell["setting"]["generated"])
+            choice = read_json(folder / "few_shot" / f"shots{cell['shots']}-seed{seed['seed']}.json")["items"]
+            assert cache.key_names[: len(choice)] == tuple(path for path, _, _ in choice)
+            assert len(cache.key_names) == len(cache.labels)
     few = read_json(folder / "few_shot" / "shots3-seed1.json")["items"]
     assert {tuple(item) for item in few} < set(dataset.train)
 

@@ -71,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if args.verbose:
             logger.error("%s", traceback.format_exc())
-        for line in describe_error(error).splitlines():
+        message = describe_error(error)
+        if str(Path("examples").absolute()) in message and not Path("examples").exists():
+            message += "; `rayjobs example-data` makes ./examples"
+        for line in message.splitlines():
             logger.error("rayjobs %s: error: %s", args.job, line)
         return USER_ERROR
 

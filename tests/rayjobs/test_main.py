@@ -240,6 +240,16 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_way_out(
         assert "cannot be made: no such file or directory; name one where you may write" in err
 
 
+def test_who_has_no_examples_yet_is_told_what_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (("adapter-train", "--config", "notes"), ("adapter-tune", "--config", "methods")):
+        code, _, err = run(capsys, *words, "--dry-run")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.endswith("; `rayjobs example-data` makes ./examples\n")
+
+
 def test_an_error_of_the_system_is_told_without_its_number(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,15 @@ from rayjobs.tune.figures import plot_chosen, write_prediction_examples
 from rayjobs.tune.identity import check_same_caches
 from rayjobs.tune.images import SweepImage, duplicate_notices, read_images
 from rayjobs.tune.rivals import open_rivals
-from rayjobs.tune.selection import CHOSEN, ChosenSetting, best_choice, check_reference, read_chosen, reference_method
+from rayjobs.tune.selection import (
+    CHOSEN,
+    SWEEP,
+    ChosenSetting,
+    best_choice,
+    check_reference,
+    read_chosen,
+    reference_method,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +75,11 @@ class Evaluation:
 def check(settings: Config) -> Evaluation:
     """Read what the sweep has chosen. Raises ConfigError if it has not chosen yet, or for an unknown reference."""
     folder = resolve_path(settings.sweep)
-    if not (folder / cafo_tune.SWEEP).is_file():
-        raise ConfigError(f"{folder} is no run of cafo-tune: there is no {cafo_tune.SWEEP}")
+    if not (folder / SWEEP).is_file():
+        raise ConfigError(f"{folder} is no run of cafo-tune: there is no {SWEEP}")
     if not (folder / CHOSEN).is_file():
         raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
-    swept = load(cafo_tune.Config, {**read_json(folder / cafo_tune.SWEEP), "run": to_dict(_read_run(folder))})
+    swept = load(cafo_tune.Config, {**read_json(folder / SWEEP), "run": to_dict(_read_run(folder))})
     chosen = read_chosen(folder)
     check_reference(settings.reference, (choice.method for choice in chosen))
     return Evaluation(settings=settings, swept=swept, chosen=chosen)

@@ -40,6 +40,7 @@ from rayjobs.tune.rivals import check_rivals, enumerate_rivals, open_rivals, rea
 from rayjobs.tune.search_space import Setting, enumerate_settings, enumerate_trials
 from rayjobs.tune.selection import (
     CHOSEN,
+    SWEEP,
     ChosenSetting,
     best_choice,
     choose_settings,
@@ -48,9 +49,6 @@ from rayjobs.tune.selection import (
 )
 from rayjobs.tune.sweep import TrialPool, run_sweep
 from rayjobs.tune.trial import TrialResult
-
-SWEEP = "sweep.json"
-"""The settings that a sweep's results depend on; config.yaml has those of the job that was started, perhaps cafo's."""
 
 
 def settings_to_try(settings: Config) -> list[Setting]:

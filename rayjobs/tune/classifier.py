@@ -11,11 +11,13 @@ from cafo.calibration import Calibration
 from cafo.methods import saved
 from cafo.methods.saved import FewShotClassifier, load_classifier
 from cafo.prediction import used_encoders, used_part
+from rayjobs.config import load
 from rayjobs.data.feature_store import open_encoders
 from rayjobs.errors import ConfigError, ProvenanceError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, encoder_of
 from rayjobs.storage.download import cached_path
-from rayjobs.tune.selection import ChosenSetting, ChosenTrial, best_choice
+from rayjobs.storage.files import read_json
+from rayjobs.tune.selection import SWEEP, ChosenSetting, ChosenTrial, best_choice, read_chosen
 from rayjobs.tune.trial import CACHE, RIVAL, open_classifier
 
 
@@ -64,12 +66,28 @@ class OpenedClassifier:
         opened = open_encoders(self.configs(encoders), unprojected)
         infos = {source: opened[source] for source in self.sources}
         for name, info in infos.items():
-            if (before := self.classifier.encoders.get(name)) != info.identity:
-                raise ProvenanceError(
-                    f"encoders.{encoder_of(name)}: {self.file} was fitted with {before}, the weights are now "
-                    f"{info.identity}; put back the weights that it was fitted with"
-                )
+            self.check_encoder(name, info.identity)
         return infos
+
+    def check_encoder(self, source: str, identity: str) -> None:
+        """Raise ProvenanceError if features of a source come from another encoder than the one it was fitted with."""
+        if (before := self.classifier.encoders.get(source)) != identity:
+            raise ProvenanceError(
+                f"encoders.{encoder_of(source)}: {self.file} was fitted with {before}, the weights are now {identity}; "
+                "put back the weights that it was fitted with"
+            )
+
+
+def open_run(folder: Path) -> tuple[OpenedClassifier, dict[str, VisionEncoderConfig]]:
+    """Open the best classifier that a run of cafo-tune or cafo has chosen; also return the run's encoders.
+
+    Raises:
+        ConfigError, DataError: the run has not chosen, or its files are damaged.
+        CafoError: the classifier cannot be read.
+    """
+    swept = read_json(folder / SWEEP)
+    encoders = {name: load(VisionEncoderConfig, values) for name, values in swept.get("encoders", {}).items()}
+    return open_chosen(folder, read_chosen(folder), method=None, shots=None, seed=None), encoders
 
 
 def open_chosen(

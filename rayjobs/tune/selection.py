@@ -12,6 +12,9 @@ from rayjobs.storage.files import read_json
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
 
+SWEEP = "sweep.json"
+"""File of a run: the settings that a sweep's results depend on; config.yaml has those of the job that was started,
+perhaps cafo's."""
 CHOSEN = "chosen.json"
 """File of a run: the settings that a sweep has chosen."""
 

@@ -1,0 +1,123 @@
+"""POST /v1/images/classifications: an image's likeliest classes by a saved classifier, and what decided.
+
+A request is JSON, or a form as browsers send it:
+
+    {"model": "pets", "image": "data:image/png;base64,…", "top": 3}
+    curl -F model=pets -F image=@cat.jpg localhost:8000/v1/images/classifications
+
+The answer:
+
+    {"object": "image.classification", "model": "pets", "data": [{"label": "cat", "probability": 0.97}, …],
+     "margin": 0.95, "calibrated": true, "evidence": {"label": "cat", "rival": "lynx", "difference": 4.1, "text": 1.2,
+     "images": [{"name": "cat/7.jpg", "label": "cat", "weight": 2.2}, …], "other_images": 0.7}}
+
+`text`, the weights of `images` and `other_images` add up to `difference`, that of the logits of `label` and `rival`.
+GET gives the list of the classifiers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from email.parser import BytesParser
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rayjobs.serve.api_errors import ApiError, JsonResponse
+from rayjobs.serve.classification import Asked, ClassificationWorker
+from rayjobs.serve.image_input import ImageLimits, decode_bytes, decode_text
+
+PATH = "/v1/images/classifications"
+
+_AT_ONCE = 4
+"""Images that are decoded at a time: each takes a few bytes for every pixel."""
+
+
+class ClassificationRequest(BaseModel):
+    """The body of a request, less its image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(max_length=512)
+    top: int = Field(default=5, ge=1, le=1000)
+    evidence: int = Field(default=5, ge=0, le=100)
+    coverage: float | None = Field(default=None, gt=0, lt=1)
+
+
+class ImageRoutes:
+    """The endpoint of a worker's classifiers."""
+
+    def __init__(self, worker: ClassificationWorker, limits: ImageLimits | None = None) -> None:
+        self.worker, self.limits = worker, limits or ImageLimits()
+        self._decoding = asyncio.Semaphore(_AT_ONCE)
+
+    def routes(self) -> list[Route]:
+        """Return the routes to mount. What they refuse is raised as ApiError."""
+        return [Route(PATH, self.classify, methods=["POST"]), Route(PATH, self.show, methods=["GET"])]
+
+    async def show(self, request: Request) -> Response:
+        """List the classifiers by name."""
+        names = await asyncio.to_thread(self.worker.classifiers.paths)
+        models = [{"id": name, "object": "model", "owned_by": "rayjobs"} for name in names]
+        return JsonResponse({"object": "list", "data": models})
+
+    async def classify(self, request: Request) -> Response:
+        """Classify the image of a request."""
+        fields, image = read_request(request.headers.get("content-type", ""), await request.body())
+        asked = Asked(top=fields.top, evidence=fields.evidence, coverage=fields.coverage)
+        async with self._decoding:
+            future = await asyncio.to_thread(self._submit, fields.model, image, asked)
+        answer = await asyncio.wrap_future(future)
+        return JsonResponse({"object": "image.classification", "model": fields.model, **answer})
+
+    def _submit(self, name: str, image: str | bytes, asked: Asked) -> Any:
+        decoded = decode_text(image, self.limits) if isinstance(image, str) else decode_bytes(image, self.limits)
+        return self.worker.submit(name, decoded, asked)
+
+
+def read_request(content_type: str, body: bytes) -> tuple[ClassificationRequest, str | bytes]:
+    """Return a request's fields, and its image: as text from JSON, as bytes from a form.
+
+    Raises ApiError for a body that is neither, or lacks a field, or has one of the wrong type or of an unknown name.
+    """
+    values: Any
+    if content_type.partition(";")[0].strip().lower() == "multipart/form-data":
+        values = _read_form(content_type, body)
+    else:
+        try:
+            values = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(f"the body is neither JSON nor a form with files: {error}"[:200]) from error
+    if not isinstance(values, dict):
+        raise ApiError("the body must be a JSON object with model and image")
+    image = values.pop("image", None)
+    if not isinstance(image, str | bytes):
+        raise ApiError("image must be there once: base64, a data URL, or a form's file", param="image")
+    try:
+        return ClassificationRequest.model_validate(values), image
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(part) for part in first["loc"])[:80]
+        raise ApiError(f"{param}: {first['msg']}", param=param) from error
+
+
+def _read_form(content_type: str, body: bytes) -> dict[str, str | bytes]:
+    """Return a form's fields; `image` as bytes. One that comes twice counts as missing."""
+    try:
+        form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
+        parts = form.get_payload() if form.is_multipart() else []
+        fields: dict[str, Any] = {}
+        for part in parts if isinstance(parts, list) else []:
+            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+            if not isinstance(name, str) or not isinstance(content, bytes) or name in fields:
+                raise ApiError("a form has parts that are named, each once, and are not forms themselves")
+            fields[name] = content if name == "image" else content.decode()
+    except (ValueError, LookupError, RecursionError) as error:
+        if isinstance(error, ApiError):
+            raise
+        raise ApiError("the body is no form with files, as its content type says") from error
+    return fields

@@ -1,7 +1,7 @@
 """Read the own format of adapters: what the header states, checked against the tensors (see `adapter.adapter_file`)."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from adapter.adapter_file import (
+    FORMAT,
     PROJECTION_PREFIX,
     PROMPT_VERSION,
     VERSION,
@@ -19,6 +20,7 @@ from adapter.adapter_file import (
     to_float32,
 )
 from adapter.adaption import AdaptionConfig
+from adapter.base.tensor_files import read_metadata
 from adapter.decoder_config import SIZES
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
@@ -27,12 +29,30 @@ from adapter.methods.registry import METHODS
 from adapter.templates import parse_template
 
 
+def read_header(path: str | Path) -> AdapterFile:
+    """What a file in the own format states, without its tensors, which stay unread.
+
+    Raises CheckpointError, naming the file, for a file in another format or with a damaged header.
+    """
+    header = read_metadata(Path(path))
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not an adapter in this project's own format")
+    return _parse_header(Path(path), header)
+
+
 def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> AdapterFile:
     """The content of a file in the own format, given its header and tensors.
 
     Raises CheckpointError, naming the file, if the version or the method is unknown, the header is damaged, or the
     tensors of prompts are not those that the header states. Those of other methods are compared with their base.
     """
+    file = _parse_header(path, header)
+    if header["version"] == str(PROMPT_VERSION):
+        _check_prompts(path, tensors, file.config)
+    return replace(file, tensors={name: to_float32(tensor) for name, tensor in tensors.items()})
+
+
+def _parse_header(path: Path, header: dict[str, str]) -> AdapterFile:
     if header.get("version") not in (str(PROMPT_VERSION), str(VERSION)):
         raise CheckpointError(
             f"{path}: format version {header.get('version')!r}; this code reads versions {PROMPT_VERSION} and {VERSION}"
@@ -49,11 +69,9 @@ def parse_adapter(path: Path, header: dict[str, str], tensors: dict[str, Tensor]
             raise AdapterError(f"base_shape holds {sorted(unknown)}")
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: its header is damaged ({error!r})") from error
-    if of_prompts:
-        _check_prompts(path, tensors, config)
     return AdapterFile(
         config=config,
-        tensors={name: to_float32(tensor) for name, tensor in tensors.items()},
+        tensors={},
         base_shape=base_shape,
         base_switches=switches,
         base_fingerprint=header.get("base_fingerprint") or None,

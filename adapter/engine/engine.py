@@ -151,6 +151,7 @@ class Engine:
             sequence.held += 1
         for chunk in chunks:
             self._active[chunk.slot].held = chunk.stop
+        self._read_prompt_logprobs(hidden, len(lengths), chunks)
         self._choose(hidden, len(lengths), chunks)
         self._compact()
 
@@ -203,6 +204,20 @@ class Engine:
     def _next_waiting(self) -> Sequence | None:
         with self._lock:
             return self._waiting.popleft() if self._waiting else None
+
+    def _read_prompt_logprobs(self, hidden: torch.Tensor, n_continued: int, chunks: Many[Chunk]) -> None:
+        """Give the log-probabilities of prompts to the requests that want them. hidden: of all tokens, (N, C)."""
+        end = n_continued
+        for chunk in chunks:
+            start, end = end, end + chunk.stop - chunk.start
+            sequence = self._active[chunk.slot]
+            handle, n_top = sequence.handle, sequence.handle.request.prompt_logprobs
+            if n_top is None or sequence.choice != 0:
+                continue
+            targets = sequence.prompt[chunk.start + 1 : chunk.stop + 1]  # the last token predicts the answer's first
+            if targets:
+                logits = self.model.output(hidden[start : start + len(targets)])
+                handle.prompt_logprobs += log_probabilities(logits, targets, [n_top] * len(targets))
 
     def _choose(self, hidden: torch.Tensor, n_continued: int, chunks: Many[Chunk]) -> None:
         """Choose a token for every sequence whose prompt has been read. hidden: of all tokens of the step, (N, C)."""

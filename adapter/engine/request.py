@@ -38,6 +38,8 @@ class Request:
     """Strings that end a continuation; none of them is part of its text."""
     logprobs: int | None = None
     """Number of likeliest tokens to return with each chosen one; None for no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """Number of likeliest tokens to return with each token of the prompt; None for no log-probabilities of it."""
     n: int = 1
     """Number of continuations."""
     repeat: int = 0
@@ -48,8 +50,9 @@ class Request:
             raise AdapterError(f"top_k must be 0 (no limit) or a positive number, got {self.top_k}")
         if self.n < 1 or self.repeat < 0:
             raise AdapterError(f"n must be at least 1 and repeat at least 0, got n={self.n}, repeat={self.repeat}")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise AdapterError(f"logprobs must be None or at least 0, got {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (number := getattr(self, name)) is not None and number < 0:
+                raise AdapterError(f"{name} must be None or at least 0, got {number}")
         if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
             raise AdapterError(f"stop must be a list of strings that are not empty, got {self.stop!r:.60}")
 
@@ -65,7 +68,7 @@ class Event:
     text: str = ""
     """The text that became certain with it."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """One for each of `ids`, if they were asked for."""
+    """One for each of `ids`, and one for the stop id that ended the continuation, if they were asked for."""
     finish: FinishReason | None = None
     """Why the continuation ended; None while it goes on."""
 
@@ -90,6 +93,9 @@ class Handle:
     def __init__(self, request: Request, on_event: OnEvent | None = None) -> None:
         self.request = request
         self.choices = [Choice() for _ in range(request.n)]
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """One for each token of the prompt but the first, given those before it, if they were asked for; complete
+        with the first event."""
         self.error: Exception | None = None
         """Why the request failed."""
         self.cancelled = False

@@ -48,7 +48,7 @@ class Sequence:
         """Take the chosen token, and tell the handle what is new."""
         self.last = token
         if token in self.stop_ids:
-            self.end("stop")
+            self._tell("stop", [], "", [] if logprob is None else [logprob])
             return
         self.n_chosen += 1
         text = self._stream.push(token) if self._stream else ""

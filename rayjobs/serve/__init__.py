@@ -1,0 +1,17 @@
+"""A server of one frozen base, its adapters and saved classifiers, by the OpenAI API.
+
+| module | what lives there |
+|---|---|
+| `settings` | the sections of a server's config |
+| `app` | the routes, as an ASGI application that needs no Ray |
+| `guard` | what every request must pass: token, origin, sizes, number |
+| `api_errors` | errors in OpenAI's shape |
+| `bodies` | the requests' JSON |
+| `adapter_folder` | the adapters of a folder of runs, found again and again |
+| `text_model` | the base, its adapters and its engine: prompts in, events out |
+| `generation` | requests in the engine, awaited |
+| `completions`, `chat` | the answers of the two text endpoints |
+| `logprobs` | log-probabilities in their shapes |
+| `metrics` | counters for Prometheus |
+| `deployment` | the application on Ray Serve |
+"""

@@ -83,7 +83,7 @@ class Guard:
             return
         if self._ongoing >= self._limits.requests:
             raise ApiError(
-                f"{self._ongoing} requests are being answered, at most {self._limits.requests} may be: come again later",
+                f"{self._ongoing} requests are being answered, as many as may be: come again later",
                 status=429,
                 code="too_many_requests",
             )

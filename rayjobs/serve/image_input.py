@@ -27,7 +27,7 @@ _DATA_URL = re.compile(r"data:(image/[\w.+-]+)?(;[\w.+=-]+)*;base64,", re.IGNORE
 class ImageLimits:
     """The largest images that are taken."""
 
-    bytes: int = 20_000_000
+    bytes: int = 10 * 2**20
     """Size of the file."""
     pixels: int = 40_000_000
     """Width x height, which is known before any pixel is decoded."""

@@ -22,12 +22,13 @@ import json
 from email.parser import BytesParser
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from rayjobs.serve.api_errors import ApiError, JsonResponse
+from rayjobs.serve.bodies import parse_body
 from rayjobs.serve.classification import Asked, ClassificationWorker
 from rayjobs.serve.image_input import ImageLimits, decode_bytes, decode_text
 
@@ -37,12 +38,13 @@ _AT_ONCE = 4
 """Images that are decoded at a time: each takes a few bytes for every pixel."""
 
 
-class ClassificationRequest(BaseModel):
-    """The body of a request, less its image."""
+class ClassificationBody(BaseModel):
+    """The body of a request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: str = Field(max_length=512)
+    image: str
     top: int = Field(default=5, ge=1, le=1000)
     evidence: int = Field(default=5, ge=0, le=100)
     coverage: float | None = Field(default=None, gt=0, lt=1)
@@ -79,43 +81,31 @@ class ImageRoutes:
         return self.worker.submit(name, decoded, asked)
 
 
-def read_request(content_type: str, body: bytes) -> tuple[ClassificationRequest, str | bytes]:
+def read_request(content_type: str, body: bytes) -> tuple[ClassificationBody, str | bytes]:
     """Return a request's fields, and its image: as text from JSON, as bytes from a form.
 
     Raises ApiError for a body that is neither, or lacks a field, or has one of the wrong type or of an unknown name.
     """
-    values: Any
-    if content_type.partition(";")[0].strip().lower() == "multipart/form-data":
-        values = _read_form(content_type, body)
-    else:
-        try:
-            values = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(f"the body is neither JSON nor a form with files: {error}"[:200]) from error
-    if not isinstance(values, dict):
-        raise ApiError("the body must be a JSON object with model and image")
-    image = values.pop("image", None)
-    if not isinstance(image, str | bytes):
-        raise ApiError("image must be there once: base64, a data URL, or a form's file", param="image")
-    try:
-        return ClassificationRequest.model_validate(values), image
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"])[:80]
-        raise ApiError(f"{param}: {first['msg']}", param=param) from error
+    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+        fields = parse_body(ClassificationBody, body)
+        return fields, fields.image
+    form = _read_form(content_type, body)
+    image = form.pop("image", b"")
+    texts = {name: content.decode(errors="replace") for name, content in form.items()}
+    return parse_body(ClassificationBody, json.dumps({**texts, "image": "in the form"}).encode()), image
 
 
-def _read_form(content_type: str, body: bytes) -> dict[str, str | bytes]:
-    """Return a form's fields; `image` as bytes. One that comes twice counts as missing."""
+def _read_form(content_type: str, body: bytes) -> dict[str, bytes]:
+    """Return the contents of a form by name."""
     try:
         form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
         parts = form.get_payload() if form.is_multipart() else []
-        fields: dict[str, Any] = {}
+        fields: dict[str, bytes] = {}
         for part in parts if isinstance(parts, list) else []:
             name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
             if not isinstance(name, str) or not isinstance(content, bytes) or name in fields:
-                raise ApiError("a form has parts that are named, each once, and are not forms themselves")
-            fields[name] = content if name == "image" else content.decode()
+                raise ApiError("the parts of a form must have a name each, once, and be no forms themselves")
+            fields[name] = content
     except (ValueError, LookupError, RecursionError) as error:
         if isinstance(error, ApiError):
             raise

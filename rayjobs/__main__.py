@@ -28,8 +28,9 @@ from rayjobs.storage.paths import check_reachable, resolve_path
 
 logger = logging.getLogger("rayjobs")
 
-DONE, USER_ERROR = 0, 2
-"""Exit codes, beside INTERRUPTED. Any other exception keeps its traceback, and Python then exits with 1."""
+DONE, DIFFERENT, USER_ERROR = 0, 1, 2
+"""Exit codes, beside INTERRUPTED. DIFFERENT is that of `verify` for a run that is not as its record says. Any other
+exception keeps its traceback, and Python then exits with 1."""
 
 JOBS = {
     "adapter-train": "train an adapter on a frozen decoder, on instruction records",
@@ -46,9 +47,10 @@ JOBS = {
     "cafo": "run CaFo from end to end: descriptions, generated images, features, tuning, test accuracy",
     "cafo-inspect": "explain a chosen classifier, find wrong labels and duplicates, say what to label next",
     "cafo-predict": "label any number of images with a chosen classifier",
+    "serve": "serve a base, many adapters and saved classifiers by the OpenAI API",
     "demo": "run both methods on tiny models and data, offline, on two cores",
 }
-COMMANDS = (*JOBS, "report", "runs", "configs", "example-data")
+COMMANDS = (*JOBS, "report", "runs", "verify", "configs", "example-data")
 """The jobs, and the commands that run none."""
 
 
@@ -111,6 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="list runs with their state and result")
     runs.add_argument("storage", nargs="?", default="runs", help="folder of all runs")
     runs.set_defaults(command=list_runs, parser=runs, verbose=False)
+    check = commands.add_parser("verify", help="check a finished run's files, and make a part of its training again")
+    check.add_argument("run", help="folder of a run")
+    check.add_argument("--step", type=int, help="checkpoint from which to train up to the next; 0 for the beginning")
+    check.set_defaults(command=verify_run, parser=check, verbose=False)
     configs = commands.add_parser("configs", help="list the configs of this package, or copy one")
     configs.add_argument("action", nargs="?", choices=("list", "copy"), default="list", help="what to do")
     configs.add_argument("name", nargs="?", help="config to copy")
@@ -234,6 +240,17 @@ def list_runs(args: argparse.Namespace) -> int:
     else:
         print("\n".join("\t".join(row) for row in rows))
     return DONE
+
+
+def verify_run(args: argparse.Namespace) -> int:
+    """Print a line for each thing in which a finished run differs from its record; return DIFFERENT if there is one."""
+    from rayjobs.verify import verify
+
+    check_reachable(args.run)
+    differences = verify(resolve_path(args.run), args.step)
+    for line in differences:
+        print(printable(line))
+    return DIFFERENT if differences else DONE
 
 
 def write_examples(args: argparse.Namespace) -> int:

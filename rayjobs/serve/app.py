@@ -26,14 +26,12 @@ from rayjobs.serve.chat import ChatCompletions
 from rayjobs.serve.completions import Completions
 from rayjobs.serve.guard import App, Guard
 from rayjobs.serve.metrics import Metrics
-from rayjobs.serve.settings import LimitsConfig
 from rayjobs.serve.text_model import TextModel
 
 
 def create_app(
     model: TextModel,
     *,
-    limits: LimitsConfig | None = None,
     token_sha256: str | None = None,
     routes: Sequence[BaseRoute] = (),
     metrics: Metrics | None = None,
@@ -59,7 +57,7 @@ def create_app(
         Route("/v1/unload_lora_adapter", server.unload_adapter, methods=["POST"]),
     ]
     router = Router([*text_routes, *routes], redirect_slashes=False, default=_unknown)
-    return Guard(router, limits=limits or LimitsConfig(), metrics=metrics, token_sha256=token_sha256)
+    return Guard(router, limits=model.limits, metrics=metrics, token_sha256=token_sha256)
 
 
 class _Server:

@@ -9,6 +9,9 @@ from pydantic import Field
 
 from rayjobs.config import config
 from rayjobs.errors import ConfigError
+from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.image_conditioning import VisionConfig
+from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import LocalPath
 
 
@@ -21,6 +24,18 @@ class AdaptersConfig:
     removed later is noticed. null serves the base alone."""
     cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Memory for adapters, in bytes; the least recently used leave first."""
+
+
+@config
+class CachesConfig:
+    """The saved classifiers of CaFo that are served."""
+
+    folder: LocalPath | None = None
+    """Folder of runs of cafo-tune and cafo; each is served under its name. null serves none."""
+    image_bytes: int = Field(default=20_000_000, ge=1)
+    """Size of the largest image, in bytes; of those in conversations too."""
+    image_pixels: int = Field(default=40_000_000, ge=1)
+    """Width x height of the largest image."""
 
 
 @config
@@ -93,9 +108,35 @@ class ReplicasConfig:
     autoscaling: dict[str, Any] | None = None
     """Ray Serve's `autoscaling_config`, such as {min_replicas: 1, max_replicas: 4, target_ongoing_requests: 8}."""
     cpus: float = Field(default=1.0, ge=0)
-    """CPUs that each replica reserves."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs that each replica reserves; it runs on the CPU without one."""
+    """CPUs that each replica reserves, and threads that it computes with."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs that each replica reserves; without one it runs on the CPU. null takes 1 if the cluster has any, else 0."""
+
+    @property
+    def several(self) -> bool:
+        """There may be more than one replica."""
+        return self.number > 1 or self.autoscaling is not None
+
+
+@config
+class ServedConfig:
+    """What is served, and how."""
+
+    base: BaseModelConfig
+    adapters: AdaptersConfig = AdaptersConfig()
+    vision: VisionConfig | None = None
+    """Image encoder that adapters were trained with which read images; null serves text alone."""
+    caches: CachesConfig = CachesConfig()
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+    server: ServerConfig = ServerConfig()
+    replicas: ReplicasConfig = ReplicasConfig()
+
+    @property
+    def base_name(self) -> str:
+        """The base's name in requests."""
+        path = self.base.path.partition("@")[0] if is_hub_path(self.base.path) else self.base.path
+        return self.server.name or path.rstrip("/").rpartition("/")[2] or "base"
 
 
 def is_loopback(host: str) -> bool:

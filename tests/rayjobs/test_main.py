@@ -43,7 +43,7 @@ def given(tiny_base: Path, records: Path, tmp_path: Path) -> dict[str, str]:
 def test_help_tells_every_field_with_its_default(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, job, "--help")
     assert code == 0
-    assert "run.name  (text, " in out or "sweep  (path, required)" in out or job == "adapter-push"
+    assert "run.name  (text, " in out or "sweep  (path, required)" in out or job in ("adapter-push", "serve")
     assert "--dry-run" in out
 
 

@@ -1,0 +1,178 @@
+"""The application on Ray Serve: replicas, each with the base and an engine of its own, behind one HTTP address."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayjobs.cluster.device import worker_device
+from rayjobs.config import load, to_dict
+from rayjobs.config_fields import config_fields
+from rayjobs.errors import DataError
+from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
+from rayjobs.serve.settings import ServedConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayjobs.serve.guard import App
+    from rayjobs.serve.text_model import TextModel
+
+APPLICATION = "rayjobs"
+"""Name of the application in Ray Serve."""
+SPARE_REQUESTS = 16
+"""Requests beyond the limit that a replica is given, so that it answers them with 429, and `/health` at all times."""
+
+
+class Replica:
+    """One replica: an application with its model, which Ray Serve calls."""
+
+    def __init__(self, settings: ServedConfig, device: str, token_sha256: str | None) -> None:
+        self._settings, self._token_sha256, self._device = settings, token_sha256, device
+        self._model = load_text_model(settings, device)
+
+    def __serve_build_asgi_app__(self) -> App:
+        return build_application(self._settings, self._model, self._device, self._token_sha256)
+
+    def check_health(self) -> None:
+        """Raise RuntimeError if the engine has stopped: Ray Serve then starts another replica in place of this one."""
+        if not self._model.worker.healthy:
+            raise RuntimeError(f"the engine has stopped: {self._model.worker.error!r}")
+
+
+def load_text_model(settings: ServedConfig, device: str) -> TextModel:
+    """Load the base, find its adapters, and start the engine. Raises what `BaseModelConfig.load` raises."""
+    from rayjobs.serve.text_model import TextModel
+
+    conditioning = settings.vision.open() if settings.vision else None
+    reader = ImageReader(settings, conditioning, device) if conditioning else None
+    return TextModel(
+        settings.base.load(None, device),
+        name=settings.base_name,
+        adapters=settings.adapters,
+        engine=settings.engine,
+        limits=settings.limits,
+        read_image=None if reader is None else reader.read,
+        encoder=None if conditioning is None else conditioning.encoder.identity,
+    )
+
+
+def build_application(settings: ServedConfig, model: TextModel, device: str, token_sha256: str | None) -> App:
+    """The application of a model, with the page and, if there are caches, the endpoint of images."""
+    from rayjobs.serve.app import create_app
+    from rayjobs.serve.classification import ClassificationWorker
+    from rayjobs.serve.classifiers import ClassifierFolder
+    from rayjobs.serve.image_input import ImageLimits
+    from rayjobs.serve.images import ImageRoutes
+    from rayjobs.serve.static_page import page_routes
+
+    routes = list(page_routes())
+    caches = settings.caches
+    if caches.folder is not None:
+        worker = ClassificationWorker(ClassifierFolder(caches.folder, device=device))
+        limits = ImageLimits(bytes=caches.image_bytes, pixels=caches.image_pixels)
+        routes += ImageRoutes(worker, limits).routes()
+    return create_app(model, token_sha256=token_sha256, routes=routes, shared=settings.replicas.several)
+
+
+class ImageReader:
+    """Turns the images of conversations into features."""
+
+    def __init__(self, settings: ServedConfig, conditioning: ImageConditioning, device: str) -> None:
+        from rayjobs.serve.image_input import ImageLimits
+
+        self._limits = ImageLimits(bytes=settings.caches.image_bytes, pixels=settings.caches.image_pixels)
+        self._preprocess = conditioning.encoder.preprocess
+        self._featurizer = ImageFeaturizer(conditioning.encoder, device)
+        self._lock = threading.Lock()
+
+    def read(self, url: str) -> Tensor:
+        """The features (F,) of the image in a data URL. Raises ApiError for what is no image or too large a one."""
+        from rayjobs.serve.image_input import decode_text
+
+        with self._lock:  # one at a time: decoded images are large
+            pixels = self._preprocess(decode_text(url, self._limits, "messages"))
+            return self._featurizer.features([pixels.numpy().tobytes()])[0]
+
+
+def bind(settings: ServedConfig, gpus: float) -> Any:
+    """The Serve application of some settings, whose replicas reserve this many GPUs each.
+
+    Raises ConfigError if the server's address needs a token and the environment has none.
+    """
+    from ray import serve
+
+    replicas, limits = settings.replicas, settings.limits
+    scale: dict[str, Any] = {"num_replicas": replicas.number}
+    if replicas.autoscaling is not None:
+        scale = {"autoscaling_config": replicas.autoscaling}
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="replica",
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus},
+        max_ongoing_requests=limits.requests + SPARE_REQUESTS,
+        max_queued_requests=limits.requests,
+        **scale,
+    )
+    return deployment.bind(settings, worker_device({"GPU": gpus}), settings.server.token_sha256())
+
+
+def build_app(arguments: Mapping[str, Any]) -> Any:
+    """The Serve application of a config file, for `serve deploy`: the arguments are the settings as plain values."""
+    settings = load(ServedConfig, dict(arguments))
+    return bind(settings, settings.replicas.gpus or 0.0)
+
+
+def serve_config(settings: ServedConfig, gpus: float) -> dict[str, Any]:
+    """Ray Serve's config file of some settings, as plain values. It holds no token."""
+    values = to_dict(settings)
+    arguments = {name: values[name] for name in config_fields(ServedConfig)}  # without what a job adds
+    arguments["replicas"]["gpus"] = gpus
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": settings.server.host, "port": settings.server.port},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": f"{__name__}:{build_app.__name__}",
+                "args": arguments,
+            }
+        ],
+    }
+
+
+def start(settings: ServedConfig, gpus: float) -> None:
+    """Start the server on the connected cluster, and return once it answers.
+
+    Raises RuntimeError if its replicas cannot be started, with the traceback of one of them in the message.
+    """
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": settings.server.host, "port": settings.server.port},
+        logging_config=quiet,
+    )
+    serve.run(bind(settings, gpus), name=APPLICATION, route_prefix="/", logging_config=quiet)
+
+
+def stop() -> None:
+    """End the server, after the requests that it is answering."""
+    from ray import serve
+
+    serve.shutdown()
+
+
+def check_folders(settings: ServedConfig) -> dict[str, str]:
+    """The folders that are served, by their settings. Raises DataError for one that is not there."""
+    folders = {"adapters.folder": settings.adapters.folder, "caches.folder": settings.caches.folder}
+    given = {name: folder for name, folder in folders.items() if folder is not None}
+    for name, folder in given.items():
+        if not Path(folder).is_dir():
+            raise DataError(f"{name}: there is no folder {folder}; name the folder of your runs, such as runs/")
+    return given

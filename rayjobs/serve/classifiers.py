@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from rayjobs.errors import DataError
 from rayjobs.models.encoder import VisionEncoderConfig, encoder_of, load_vision_encoder
 from rayjobs.serve.api_errors import ApiError
 
@@ -136,9 +135,3 @@ class ClassifierFolder:
         unprojected = source != encoder_of(source)
         opened.check_encoder(source, f"{encoder.identity}-unprojected" if unprojected else encoder.identity)
         return FeatureSource(encoder, unprojected)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise DataError if a folder of classifiers is not there."""
-    if not folder.is_dir():
-        raise DataError(f"caches.folder: there is no folder {folder}; name the folder of your runs, such as runs/")

@@ -31,7 +31,7 @@ async function call(path, options = {}) {
   if (answer.status === 401) { at("token-form").hidden = false; at("token").focus(); }
   let message = `${answer.status} ${answer.statusText}`;
   try { message = (await answer.json()).error.message; } catch { /* not an answer of this server */ }
-  throw new Error(message);
+  throw Object.assign(new Error(message), {status: answer.status});
 }
 
 const post = (path, body, signal) => call(path, {
@@ -54,12 +54,16 @@ async function loadModels() {
     showAttach();
     at("token-form").hidden = true;
   } catch (error) { tell("chat-status", error.message, true); }
+  let names = [];
   try {
-    const names = (await (await call("v1/images/classifications")).json()).data.map(one => one.id);
-    fill(at("classifier"), names);
-    at("image-file").disabled = !names.length;
-    if (!names.length) tell("images-status", "This server has no classifiers: start it with caches.folder.");
-  } catch (error) { tell("images-status", error.message, true); at("image-file").disabled = true; }
+    names = (await (await call("v1/images/classifications")).json()).data.map(one => one.id);
+    if (!names.length) tell("images-status", "There is no classifier in the server's caches.folder.");
+  } catch (error) {
+    const none = error.status === 404;
+    tell("images-status", none ? "This server has no classifiers: start it with caches.folder." : error.message, !none);
+  }
+  fill(at("classifier"), names);
+  at("image-file").disabled = !names.length;
 }
 
 function showAttach() {

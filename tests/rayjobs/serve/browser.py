@@ -1,4 +1,4 @@
-"""Chromium without a window, driven through its DevTools, and a server of an ASGI application to look at."""
+"""Chromium without a window, driven through its DevTools."""
 
 import asyncio
 import base64
@@ -7,43 +7,18 @@ import json
 import os
 import re
 import shutil
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import uvicorn
 
 from tests.waiting import PATIENCE_S
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 FLAGS += ["--disable-component-update", "--disable-quic", "--hide-scrollbars", "--remote-debugging-port=0"]
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Serve an application on a free port of this machine; yield its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-    started = threading.Event()
-
-    async def run() -> None:
-        serving = asyncio.create_task(server.serve())
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        started.set()
-        await serving
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    started.wait()
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Tab:

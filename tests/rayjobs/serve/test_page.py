@@ -17,7 +17,8 @@ from rayjobs.serve.images import PATH, ImageRoutes
 from rayjobs.serve.settings import EngineConfig
 from rayjobs.serve.static_page import FILES, page_routes
 from rayjobs.serve.text_model import TextModel
-from tests.rayjobs.serve.browser import BROWSER, browser_tab, serving
+from tests.rayjobs.serve.browser import BROWSER, browser_tab
+from tests.rayjobs.serve.serving import listening
 from tests.rayjobs.serve.test_images import SPECS, encoded, make_cache, picture, save_cache
 
 HOSTILE = "<img src=x onerror=document.title='hit'> & <script>document.title='hit'</script>"
@@ -95,7 +96,7 @@ def test_a_conversation_and_a_classification(app: Any, tmp_path: Path, width: in
             assert await tab.value("document.title") == "rayjobs serve"
             assert tab.complaints == []
 
-    with serving(app) as url:
+    with listening(app) as url:
         asyncio.run(use(url))
 
 

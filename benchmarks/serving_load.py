@@ -1,8 +1,8 @@
 """Measure a server under load: times to the first token and to the whole answer, tokens per second, errors, memory.
 
-Without --url and --pid of a running one, a server of SmolLM2-135M-Instruct in float32 with 16 adapters (28 layers, 10 prompts each) is started in
-a process of its own, without Ray. The load comes from this process, over HTTP, as streamed completions of prompts of 8
-to 71 tokens, which ask for a fixed number of new tokens:
+Without --url and --pid of a running one, a server of SmolLM2-135M-Instruct in float32 with 16 adapters (28 layers, 10
+prompts each) is started in a process of its own, without Ray. The load comes from this process, over HTTP, as streamed
+completions of prompts of 8 to 71 tokens, which ask for a fixed number of new tokens:
 
     16 adapters            each request names the next one; at each --concurrency
     1 adapter              all requests name the same one; at the largest concurrency

@@ -71,7 +71,7 @@ def build_application(settings: ServedConfig, model: TextModel, device: str, tok
     routes = list(page_routes())
     caches = settings.caches
     if caches.folder is not None:
-        worker = ClassificationWorker(ClassifierFolder(caches.folder, device=device))
+        worker = ClassificationWorker(ClassifierFolder(caches.folder, encoders=caches.encoders, device=device))
         limits = ImageLimits(bytes=caches.image_bytes, pixels=caches.image_pixels)
         routes += ImageRoutes(worker, limits).routes()
     return create_app(model, token_sha256=token_sha256, routes=routes, shared=settings.replicas.several)

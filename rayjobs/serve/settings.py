@@ -10,6 +10,7 @@ from pydantic import Field
 from rayjobs.config import config
 from rayjobs.errors import ConfigError
 from rayjobs.models.base_model import BaseModelConfig
+from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.models.image_conditioning import VisionConfig
 from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import LocalPath
@@ -31,8 +32,11 @@ class CachesConfig:
     """The saved classifiers of CaFo that are served."""
 
     folder: LocalPath | None = None
-    """Folder of runs of cafo-tune and cafo; each is served under its name. null serves none."""
-    image_bytes: int = Field(default=20_000_000, ge=1)
+    """Folder of runs of cafo-tune and cafo, of each of which the best classifier is served, under the run's name. With
+    `encoders`, the files NAME.safetensors in it that CaFo.save wrote are served too, as NAME. null serves none."""
+    encoders: dict[str, VisionEncoderConfig] = Field(default_factory=dict)
+    """Image encoders by name, for such files. Those of a run are known, and may be replaced here."""
+    image_bytes: int = Field(default=10 * 2**20, ge=1)
     """Size of the largest image, in bytes; of those in conversations too."""
     image_pixels: int = Field(default=40_000_000, ge=1)
     """Width x height of the largest image."""

@@ -223,7 +223,8 @@ def check_shape(file: AdapterFile, actual: Mapping[str, int], switches: Mapping[
     actual: `DecoderConfig.sizes` of the base. switches: `DecoderConfig.switches` of the base; not
     compared if None.
     """
-    expected = {**file.config.sizes(file.tensors), **file.base_shape}
+    implied = file.config.sizes(file.tensors) if file.tensors else {}  # of a header alone, only what it states
+    expected = {**implied, **file.base_shape}
     if wrong := [f"{k} {value}, this base has {actual[k]}" for k, value in expected.items() if actual[k] != value]:
         raise CheckpointError(f"the adapter was made for another base: it wants {'; '.join(wrong)}")
     if switches is not None and file.base_switches is not None:

@@ -77,6 +77,15 @@ class AdapterFolder:
         """The adapter of a name, as of the last look."""
         return self._found.get(name)
 
+    def find(self, name: str) -> FoundAdapter | None:
+        """The adapter of a name as it is now: a file that has come, changed or gone is noticed."""
+        found = self._found.get(name)
+        if found is None:
+            self.look()
+        elif _stamp(found.path) != found.stamp:
+            self.look(at_once=True)
+        return self._found.get(name)
+
     def why_not(self, name: str) -> str:
         """The reason for which a run's adapter is not served; empty if nothing is known of such a run."""
         if name in self._unloaded:
@@ -123,12 +132,9 @@ class AdapterFolder:
             path = Path(place) / ADAPTER_FILE
             relative = Path(place).relative_to(self._folder)
             name = self._folder.name if relative == Path() else relative.as_posix()
-            try:
-                status = path.stat()
-            except OSError:  # removed meanwhile
-                continue
-            if name.isprintable() and name != self._taken:
-                yield name, (path, (status.st_size, status.st_mtime_ns, status.st_ino))
+            stamp = _stamp(path)
+            if stamp is not None and name.isprintable() and name != self._taken:
+                yield name, (path, stamp)
 
     def _take(self, name: str, path: Path, stamp: _Stamp) -> None:
         """Serve a file under its name, unless it is served already or cannot be."""
@@ -158,3 +164,12 @@ class AdapterFolder:
     def _drop(self, name: str) -> None:
         self._found.pop(name)
         self._store.remove(name)
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """The stamp of a file; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino

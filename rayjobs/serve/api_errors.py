@@ -9,9 +9,9 @@ from starlette.responses import Response
 from adapter.engine.adapters import UnknownAdapterError
 from adapter.engine.request import QueueFullError
 from adapter.engine.worker import EngineStoppedError
-from adapter.errors import AdapterError
+from adapter.errors import AdapterError, CheckpointError
 from cafo.errors import CafoError
-from rayjobs.errors import UserError
+from rayjobs.errors import StorageError, UserError
 
 RETRY_AFTER_S = 1
 """Seconds after which a client that was told to come again should do so."""
@@ -23,7 +23,8 @@ class ApiError(UserError):
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         """param: the key of the body that is wrong. code: a name of the error for programs."""
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param = status, param
+        self.code = "invalid_value" if code is None and status == 400 else code
 
     def body(self) -> dict[str, Any]:
         """The error as JSON values."""
@@ -67,6 +68,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(str(error), status=404, param="model", code="model_not_found")
         case EngineStoppedError():
             return ApiError(str(error), status=503, code="engine_stopped")
+        case CheckpointError() | StorageError():  # their messages name files of the server
+            return ApiError("the model cannot be read; the server's log says why", status=503, code="model_not_loaded")
         case AdapterError() | CafoError() | UserError():
-            return ApiError(str(error), code="invalid_value")
+            return ApiError(str(error))
     return ApiError("the server failed on this request; its log says why", status=500, code="internal_error")

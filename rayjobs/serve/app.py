@@ -56,8 +56,10 @@ def create_app(
         Route("/v1/load_lora_adapter", server.load_adapter, methods=["POST"]),
         Route("/v1/unload_lora_adapter", server.unload_adapter, methods=["POST"]),
     ]
-    router = Router([*text_routes, *routes], redirect_slashes=False, default=_unknown)
-    return Guard(router, limits=model.limits, metrics=metrics, token_sha256=token_sha256)
+    every = [*text_routes, *routes]
+    router = Router(every, redirect_slashes=False, default=_unknown)
+    paths = [route.path for route in every if isinstance(route, Route)]
+    return Guard(router, limits=model.limits, metrics=metrics, token_sha256=token_sha256, paths=paths)
 
 
 class _Server:

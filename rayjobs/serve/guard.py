@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,9 +34,19 @@ API, METRICS = "/v1/", "/metrics"
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: App, *, limits: LimitsConfig, metrics: Metrics, token_sha256: str | None = None) -> None:
-        """token_sha256: of the token that requests must send, in hexadecimal; None for a loopback address."""
+    def __init__(
+        self,
+        app: App,
+        *,
+        limits: LimitsConfig,
+        metrics: Metrics,
+        token_sha256: str | None = None,
+        paths: Collection[str] = (),
+    ) -> None:
+        """token_sha256: of the token that requests must send, in hexadecimal; None for a loopback address. paths: those
+        that are counted under their own name."""
         self._app, self._limits, self._metrics, self._token_sha256 = app, limits, metrics, token_sha256
+        self._paths = frozenset(paths)
         self._ongoing = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -68,7 +78,7 @@ class Guard:
             if status == 0:
                 await error_response(answer)(scope, receive, send_and_see)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(route, str(status or "left")).inc()
             if scope["method"] == "POST":
                 self._metrics.request_s.observe(time.monotonic() - began)

@@ -102,10 +102,7 @@ class TextModel:
         """
         if name == self.name:
             return None
-        if (found := self.adapters.get(name)) is None:
-            self.adapters.look()
-            found = self.adapters.get(name)
-        if found is None:
+        if (found := self.adapters.find(name)) is None:
             why = self.adapters.why_not(name)
             message = f"the model {name!r:.80} is not served: {why or '/v1/models lists those that are'}"
             raise ApiError(message, status=404, param="model", code="model_not_found")

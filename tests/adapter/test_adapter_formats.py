@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from adapter.adapter_file import AdapterFile, apply_adapter, extract_adapter
 from adapter.adapter_formats import read_adapter
+from adapter.adapter_header import read_header
 from adapter.adaption import AdaptionConfig, Gate
 from adapter.base.checkpoint import load_decoder
 from adapter.decoder import Decoder
@@ -81,6 +82,9 @@ def test_own_form_round_trip(tmp_path: Path, gate: Gate) -> None:
     again = read_adapter(path)
     assert same(again, file)
     assert again.config == model.adapter
+    stated = read_header(path)
+    assert (stated.config, stated.base_shape, stated.extra) == (again.config, again.base_shape, again.extra)
+    assert not stated.tensors
     assert (again.base_fingerprint, again.tokenizer_sha256, again.extra) == (
         "f1",
         "t1",

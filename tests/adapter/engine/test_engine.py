@@ -272,6 +272,36 @@ def test_removing_an_adapter_does_not_disturb_the_sequences_that_have_it(folder)
     assert handle.choices[0].ids == alone(folder, request)
 
 
+@torch.no_grad()
+def test_log_probabilities_of_prompts_are_those_of_the_plain_forward(folder):
+    """Of prompts that are read in parts, beside others, and once for all continuations."""
+    engine, prompts = engine_of(folder, slots=3, prefill_tokens=4), [[3, 5, 8, 1, 2, 9, 4], [7], [2, 6]]
+    config = GenerationConfig(max_new_tokens=3, temperature=0)
+    requests = [
+        Request(prompt=prompt, adapter="v2", config=config, stop_ids=(), prompt_logprobs=2, n=2) for prompt in prompts
+    ]
+    handles = [engine.submit(request) for request in requests]
+    engine.run()
+    model = llama(SHAPE)
+    apply_adapter(model, read_adapter(folder / "v2.safetensors"))
+    for prompt, handle in zip(prompts, handles, strict=True):
+        expected = model(torch.tensor([prompt]))[0].log_softmax(-1)
+        assert [one.id for one in handle.prompt_logprobs] == prompt[1:]
+        for row, token, found in zip(expected[:-1], prompt[1:], handle.prompt_logprobs, strict=True):
+            assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+            assert [id for id, _ in found.top] == row.topk(2).indices.tolist()
+
+
+def test_the_stop_id_has_a_log_probability_and_is_no_part_of_the_answer(folder):
+    config = GenerationConfig(max_new_tokens=5, temperature=0)
+    (ids,) = generate(llama(SHAPE), [[3, 5]], config, eos_ids=())
+    engine = engine_of(folder)
+    handle = engine.submit(Request(prompt=[3, 5], config=config, stop_ids={ids[2]}, logprobs=0))
+    engine.run()
+    (choice,) = handle.choices
+    assert (choice.ids, [one.id for one in choice.logprobs]) == (ids[:2], ids[:3])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -284,6 +314,7 @@ def test_removing_an_adapter_does_not_disturb_the_sequences_that_have_it(folder)
         ({"prompt": [1], "top_k": -1}, "top_k must be 0"),
         ({"prompt": [1], "n": 0}, "n must be at least 1"),
         ({"prompt": [1], "logprobs": -1}, "logprobs must be None or at least 0"),
+        ({"prompt": [1], "prompt_logprobs": -1}, "prompt_logprobs must be None or at least 0"),
     ],
 )
 def test_wrong_requests_are_refused_at_once(folder, settings, message):

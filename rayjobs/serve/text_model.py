@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -61,14 +61,10 @@ class TextModel:
         self.name, self.tokenizer, self._read_image = name, model.tokenizer, read_image
         if engine.prepack:
             model.prepack_weights()
-        identities: dict[str, Any] = {
-            "fingerprint": model.fingerprint,
-            "tokenizer_sha256": model.tokenizer.sha256,
-            "encoder": encoder,
-        }
+        identities = {"fingerprint": model.fingerprint, "tokenizer_sha256": model.tokenizer.sha256}
         store = AdapterStore(model.model, cache_bytes=adapters.cache_bytes, **identities)
         folder = None if adapters.folder is None else Path(adapters.folder)
-        self.adapters = AdapterFolder(folder, store, model.model, taken=name, **identities)
+        self.adapters = AdapterFolder(folder, store, model.model, encoder=encoder, taken=name, **identities)
         self.engine = Engine(
             model.model,
             model.tokenizer,

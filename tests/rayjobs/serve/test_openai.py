@@ -14,7 +14,7 @@ from tests.rayjobs.serve.serving import ADAPTERS, alone, to_float64
 from tests.waiting import wait_until
 
 NAMES = ["tiny", *ADAPTERS]
-QUESTION = "Write the red house"
+QUESTION = "the red house"
 
 
 @pytest.fixture(scope="module")

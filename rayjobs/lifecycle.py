@@ -1,4 +1,4 @@
-"""Wrap a job's run(): keep its run record, close its trackers, write its report and a model card."""
+"""Wrap a job's run(): keep its run record, close its trackers, write its digests, its report and a model card."""
 
 import functools
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import replace_paths
 from rayjobs.errors import describe_error
+from rayjobs.runs.file_digests import write_digests
 from rayjobs.runs.record import State, finish_run, read_record
 from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
@@ -56,6 +57,7 @@ def _record_success(settings: Any, result: dict[str, Any]) -> None:
     if finish_run(folder, settings.JOB, "done"):
         write_json(folder / HARDWARE_FILE, describe_hardware())  # again, because Ray's cluster is known by now
         log_outcome(folder, settings.run.track, "done", result)
+        write_digests(folder)
     record = read_record(folder)
     if record and record.state != "running":  # while it runs, this job was a part of another, which reports later
         _report(folder)

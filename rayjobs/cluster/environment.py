@@ -33,6 +33,9 @@ BEHAVIOUR = {
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
     # Collect the workers' reports every 0.1 s. The default of 2 s delays runs with short steps.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Ask every second whether a node is announced to be taken away. The default is 5 s, of the half minute that some
+    # clouds leave.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Try again after 10 s, with fewer workers if the run is elastic, when there is no room for them. Default: 60 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # Tokenizers warn about threads in forked processes unless this is set either way. Ray parallelizes over processes.

@@ -59,6 +59,7 @@ FREE_TO_CHANGE = (
     "data.max_rejected_fraction",
     "train.token_budget",
     "train.checkpoint_activations",
+    "train.checkpoint_every_s",
     "train.checkpoint_every_steps",
     "vision.batch",
 )

@@ -6,6 +6,7 @@ The controller is a process on the driver's node.
 import json
 import math
 import re
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 
 from rayjobs.runs.trackers import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
 from rayjobs.storage.files import read_jsonl, write_jsonl
@@ -74,12 +76,16 @@ class Event:
 
 
 class EventLog(ray.train.UserCallback):
-    """Appends to a file, which the driver reads, what the workers are doing and what has happened to them."""
+    """Appends to a file, which the driver reads, what the workers are doing and what has happened to them.
 
-    def __init__(self, path: Path, max_failures: int) -> None:
-        """max_failures: failures from which the run recovers, -1 for any number."""
-        self.path, self.max_failures = path, max_failures
-        self.failures, self.saved_step, self.last_step = 0, 0, 0
+    A node that is taken away, with or without notice, is counted apart from failures, as Ray Train counts it.
+    """
+
+    def __init__(self, path: Path, max_failures: int, max_preemptions: int) -> None:
+        """max_failures, max_preemptions: failures and preemptions from which the run recovers, -1 for any number."""
+        self.path, self.max_failures, self.max_preemptions = path, max_failures, max_preemptions
+        self.failures, self.preemptions, self.saved_step, self.last_step = 0, 0, 0, 0
+        self.is_noticed = self.is_down = False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Note what the workers say that they do now, the steps that they made and the newest checkpoint."""
@@ -88,8 +94,9 @@ class EventLog(ray.train.UserCallback):
             self._note_resume(report["resumed_at"], report["passed_over"])
         if report.get("rows"):
             self.last_step = report["rows"][-1]["step"]
-        if checkpoint is not None:
-            self.saved_step = self.last_step
+        self.saved_step = report.get("saved_step", self.saved_step)
+        if "preemption" in report:
+            self._note_notice(**report["preemption"])
         if "doing" in report or "started" in report:
             self._append(Event(doing=report.get("doing", ""), started=report.get("started", {})))
 
@@ -97,18 +104,40 @@ class EventLog(ray.train.UserCallback):
         """Tell of damaged checkpoints, and of the step that the run goes on from in place of the one that was told."""
         for message in passed_over:
             self._append(Event(message=message))
-        if step != self.saved_step and (self.failures or passed_over):
-            self._append(Event(message=f"went on from step {step}{_lost(self.last_step - step)}"))
-        self.saved_step = step
-        self.last_step = step
+        lost = _lost(self.last_step - step)
+        if self.is_noticed and not self.is_down:  # Ray ends the workers at the deadline, which is no exception
+            self.preemptions += 1
+            self._append(Event(message=f"the workers were started again without it; going on from step {step}{lost}"))
+        elif step != self.saved_step and (self.failures or self.preemptions or passed_over):
+            self._append(Event(message=f"went on from step {step}{lost}"))
+        self.saved_step = self.last_step = step
+        self.is_noticed = self.is_down = False
+
+    def _note_notice(self, nodes: int, deadline_ms: int | None) -> None:
+        """Tell that nodes will be taken away. deadline_ms: milliseconds since 1970; None if it is not known."""
+        self.is_noticed = True
+        which = "a node will be taken away" if nodes == 1 else f"{nodes} nodes will be taken away"
+        left_s = "" if deadline_ms is None else f" in {max(0, round(deadline_ms / 1000 - time.time()))} s"
+        self._append(Event(message=f"{which}{left_s}; every step is saved until then"))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Note that workers have died, why, from which step the run goes on and how many steps are lost."""
-        self.failures += 1
-        reason = describe_death(str(next(iter(worker_exceptions.values()))))
+        """Note that workers have died, why, from which step the run goes on and how many steps are lost.
+
+        Ray calls it again and again until the last worker has ended; only the first call counts.
+        """
+        if self.is_down:
+            return
+        self.is_down = True
+        if any(map(is_preemption, worker_exceptions.values())):
+            self.preemptions += 1
+            count, most, reason = self.preemptions, self.max_preemptions, "its node was taken away"
+        else:
+            self.failures += 1
+            reason = describe_death(str(next(iter(worker_exceptions.values()))))
+            count, most = self.failures, self.max_failures
         who = "a worker" if len(worker_exceptions) == 1 else f"{len(worker_exceptions)} workers"
         message = f"{who} died ({reason})" + (f" after step {self.last_step}" if self.last_step else "")
-        if self.max_failures < 0 or self.failures <= self.max_failures:
+        if most < 0 or count <= most:
             message += f"; going on from step {self.saved_step}{_lost(self.last_step - self.saved_step)}"
         self._append(Event(doing=STARTING, message=message))
 
@@ -124,6 +153,12 @@ def _lost(steps: int) -> str:
 def read_events(path: Path) -> list[Event]:
     """The events that an `EventLog` has written so far."""
     return [Event(**row) for row in read_jsonl(path)] if path.exists() else []
+
+
+def is_preemption(error: Exception) -> bool:
+    """Return whether a worker ended because its node was drained and taken away, as Ray Train decides it."""
+    cause = getattr(error, "health_check_failure", error)  # Ray Train wraps what its poll of the worker raised
+    return isinstance(cause, RayActorError) and cause.preempted
 
 
 def describe_death(error: str) -> str:

@@ -1,12 +1,16 @@
-"""Save and restore training checkpoints, one directory each.
+"""Save and restore training checkpoints, one directory each, in Ray Train's folder.
 
-Ray Train copies the directories to the run's storage, keeps the last two and records them in a file of its own. Resume
-uses the newest checkpoint that can be read completely; damaged ones are reported to the driver and skipped.
+A worker writes them; Ray Train is told of each once it is there, keeps the last two and records them in a file of its
+own. The position is written last and holds the digest of the state, so that an unfinished directory and a changed byte
+are noticed. Resume uses the newest checkpoint that is whole, whether Ray Train was told of it or not; damaged ones are
+reported to the driver and skipped.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +18,14 @@ import ray.train
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray.train import Checkpoint
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from rayjobs.errors import StorageError
-from rayjobs.storage.files import atomic_path
 
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
+DAMAGE = (SafetensorError, KeyError, ValueError, FileNotFoundError)
+"""What `read_checkpoint` raises for a checkpoint that is not whole."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +40,32 @@ class TrainingCheckpoint(NamedTuple):
     ended between the checkpoint and their report."""
 
 
-def write_checkpoint(folder: str | Path, checkpoint: TrainingCheckpoint) -> None:
-    with atomic_path(Path(folder) / STATE_FILE) as temporary:  # save_file alone gives a file that only its owner reads
-        save_file(checkpoint.state, temporary)
-    (Path(folder) / POSITION_FILE).write_text(json.dumps({"step": checkpoint.step, "rows": checkpoint.rows}))
+class StoredCheckpoint(NamedTuple):
+    """A checkpoint that is whole, and where it is."""
+
+    place: Checkpoint
+    content: TrainingCheckpoint
+
+
+def write_checkpoint(storage: str, content: TrainingCheckpoint) -> StoredCheckpoint:
+    """Write a checkpoint into a new directory of Train's folder.
+
+    storage: a path or URI. Raises OSError, for instance for a full disk; nothing is then left of the directory.
+    """
+    files, path = FileSystem.from_uri(storage)
+    folder = f"{path}/{new_checkpoint_name(storage, content.step)}"
+    state = save(content.state)
+    position = {"step": content.step, "rows": content.rows, "state_sha256": hashlib.sha256(state).hexdigest()}
+    try:
+        files.create_dir(folder)
+        for name, data in ((STATE_FILE, state), (POSITION_FILE, json.dumps(position).encode())):
+            with files.open_output_stream(f"{folder}/{name}") as stream:
+                stream.write(data)
+    except BaseException:
+        with suppress(OSError):
+            files.delete_dir(folder)
+        raise
+    return StoredCheckpoint(Checkpoint(folder, files), content)
 
 
 def new_checkpoint_name(storage: str, step: int) -> str:
@@ -70,42 +97,74 @@ def list_checkpoints(storage: str) -> list[Checkpoint]:
     return [Checkpoint(f"{path}/{name}", files) for name in newest_first]
 
 
+def read_checkpoint(place: Checkpoint) -> TrainingCheckpoint:
+    """Read a checkpoint. Raises one of `DAMAGE` if it is not whole, OSError if its storage does not answer."""
+    data = read_bytes(place.filesystem, f"{place.path}/{STATE_FILE}")
+    position = json.loads(read_bytes(place.filesystem, f"{place.path}/{POSITION_FILE}"))
+    written = position.get("state_sha256")  # which earlier checkpoints lack
+    if written and written != hashlib.sha256(data).hexdigest():
+        raise ValueError(f"the bytes of {STATE_FILE} have changed since it was written")
+    return TrainingCheckpoint(load(data), position["step"], position["rows"])
+
+
 def newest_readable(
     checkpoints: Iterable[Checkpoint], tell: Callable[[str], object] = logger.warning
-) -> TrainingCheckpoint | None:
+) -> StoredCheckpoint | None:
     """Return the first checkpoint that can be read completely; `tell` is given a sentence for each damaged one.
 
     Raises OSError if a storage does not answer: the checkpoint may be whole, and resuming from an older one, or from
     none, would lose work.
     """
-    for checkpoint in checkpoints:
+    for place in checkpoints:
         try:
-            state = load(read_bytes(checkpoint.filesystem, f"{checkpoint.path}/{STATE_FILE}"))
-            position = json.loads(read_bytes(checkpoint.filesystem, f"{checkpoint.path}/{POSITION_FILE}"))
-            return TrainingCheckpoint(state, position["step"], position["rows"])
-        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
-            tell(f"{checkpoint.path} is damaged ({error}); resuming from the checkpoint before it")
+            return StoredCheckpoint(place, read_checkpoint(place))
+        except DAMAGE as error:
+            tell(f"{place.path} is damaged ({error}); resuming from the checkpoint before it")
     return None
 
 
-def find_resumable(storage: str, tell: Callable[[str], object]) -> TrainingCheckpoint | None:
+class Resumable(NamedTuple):
+    """The checkpoint from which a run resumes."""
+
+    content: TrainingCheckpoint
+    unreported: Checkpoint | None
+    """Its place, if Ray Train was not told of it before the workers ended: it can be told now, and then removes it
+    when there are newer ones."""
+
+
+def find_resumable(storage: str, tell: Callable[[str], object]) -> Resumable | None:
     """Return the checkpoint from which this run resumes; None at its start. Call it in a Train worker.
 
-    storage: Train's folder, a path or URI. Its listing is used if Ray's own record is lost. tell: as for
-    `newest_readable`. Raises StorageError if checkpoints were reported and none can be read: to start again would
-    overwrite the run's metrics.
+    storage: Train's folder, a path or URI. tell: as for `newest_readable`. What a crash has left of a checkpoint that
+    was being written is removed. Raises StorageError if checkpoints were reported and none can be read: to start again
+    would overwrite the run's metrics.
     """
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
-    reported = [one.checkpoint for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)]
-    checkpoint = newest_readable(reported[::-1] or list_checkpoints(storage), tell)
-    if reported and checkpoint is None:
+    reported = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)}
+    remove_unfinished(storage, reported)
+    newest = newest_readable(list_checkpoints(storage), tell)
+    if reported and newest is None:
         raise StorageError(
             f"{storage}: none of the {len(reported)} checkpoints can be read; remove that folder to let the same "
             "command train from the beginning"
         )
-    return checkpoint
+    if newest is None:
+        return None
+    return Resumable(newest.content, None if Path(newest.place.path).name in reported else newest.place)
+
+
+def remove_unfinished(storage: str, reported: Collection[str]) -> None:
+    """Remove the directories whose writing was cut off: they have no position, and are not among those reported.
+
+    storage: Train's folder, a path or URI. reported: names of directories.
+    """
+    for place in list_checkpoints(storage):
+        position = place.filesystem.get_file_info(f"{place.path}/{POSITION_FILE}")
+        if Path(place.path).name not in reported and position.type == FileType.NotFound:
+            place.filesystem.delete_dir(place.path)
 
 
 def read_bytes(files: FileSystem, path: str) -> bytes:
+    """Return the content of a file."""
     with files.open_input_stream(path) as stream:
         return bytes(stream.read())

@@ -31,8 +31,11 @@ class TrainConfig:
     """Seed for prompt initialisation and record shuffling."""
     checkpoint_activations: bool = False
     """Recompute the adapted layers in the backward pass, which saves memory and takes about a third more time."""
-    checkpoint_every_steps: int = Field(default=200, ge=1)
-    """Save a checkpoint every N steps. A failure costs the steps since the last checkpoint."""
+    checkpoint_every_s: float | None = Field(default=60, gt=0)
+    """Save a checkpoint every so many seconds, in the background; null saves none by time. A failure costs the steps
+    since the last checkpoint."""
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """Save a checkpoint also every N steps; null saves none by steps. The last step is always saved."""
     validate_every_steps: int | None = Field(default=None, ge=1)
     """Validate every N steps, and also before the first step and after the last; null validates once an epoch."""
 

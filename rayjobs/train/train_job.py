@@ -28,6 +28,8 @@ class TrainJob:
     train: TrainConfig
     optimizer: OptimizerConfig
     zero: ZeroConfig
+    stop_after: int | None = None
+    """Step after which the workers stop, for a part of the training; None for its end."""
 
     def sampler(self, split: str) -> ElasticBatchSampler:
         return ElasticBatchSampler(
@@ -44,6 +46,11 @@ class TrainJob:
     @property
     def total_steps(self) -> int:
         return self.train.total_steps(self.sampler("train").steps_per_epoch)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the workers stop."""
+        return self.stop_after or self.total_steps
 
     @property
     def peak_lr(self) -> float:

@@ -43,7 +43,7 @@ WAITING_AFTER_S = 30.0
 
 
 def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig, times: StartTimes) -> dict[str, Tensor]:
-    """Train, or resume the run in `folder`, and return the final trainable state.
+    """Train, or resume the run in `folder`, and return the trainable state after the last step.
 
     times: what was needed so far; the phases up to the first step are added to it.
 
@@ -53,11 +53,11 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig, tim
     delete_truncated_snapshot(storage)
     with synced, tempfile.TemporaryDirectory(prefix="rayjobs-") as temporary:
         events = Path(temporary) / "events.jsonl"
-        callbacks = [MetricsLog(synced, track), EventLog(events, scale.max_failures)]
+        callbacks = [MetricsLog(synced, track), EventLog(events, scale.max_failures, scale.max_preemptions)]
         trainer = build_trainer(job, scale, folder, callbacks)
         monitor = Monitor(synced.local / "metrics.jsonl", events, scale, times)
-        result = run_with_progress(trainer, monitor, job.total_steps)
-    return read_result(result, storage, job.total_steps)
+        result = run_with_progress(trainer, monitor, job.last_step)
+    return read_result(result, storage, job.last_step)
 
 
 def build_trainer(
@@ -176,15 +176,15 @@ def run_with_progress(trainer: TorchTrainer, monitor: Monitor, total_steps: int)
     return result
 
 
-def read_result(result: ray.train.Result, storage: str, total_steps: int) -> dict[str, Tensor]:
+def read_result(result: ray.train.Result, storage: str, steps: int) -> dict[str, Tensor]:
     """Return the trainable state of the last checkpoint, or raise the error that the workers returned."""
     returned: WorkerResult | None = result.return_value  # None if Ray found the run finished and started no worker
     if returned and returned.error:
         raise returned.error
     final = newest_readable([result.checkpoint] if result.checkpoint else list_checkpoints(storage))
-    if final is None or final.step < total_steps:
+    if final is None or final.content.step < steps:
         raise StorageError(f"{storage}: the last checkpoint cannot be read; the same command makes it again")
-    return final.state
+    return final.content.state
 
 
 def last_step(metrics: Path) -> tuple[int, str]:

@@ -2,15 +2,15 @@
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from adapter.errors import AdapterError
 from rayjobs.cluster.shared_storage import assert_shared_storage
@@ -18,7 +18,8 @@ from rayjobs.data.loader import MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
 from rayjobs.train.callbacks import TRAINING
-from rayjobs.train.checkpoint import TrainingCheckpoint, find_resumable, new_checkpoint_name, write_checkpoint
+from rayjobs.train.checkpoint import Resumable, TrainingCheckpoint, find_resumable
+from rayjobs.train.checkpoint_writer import CheckpointWriter
 from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.train.metric_rows import MetricRows
 from rayjobs.train.start_times import StartTimes
@@ -49,6 +50,13 @@ class WorkerResult:
 
     steps: int = 0
     error: UserError | AdapterError | None = None
+
+
+class Due(NamedTuple):
+    """What all workers do after a step."""
+
+    report: bool
+    checkpoint: bool
 
 
 class AgreedError(Exception):
@@ -85,39 +93,44 @@ class TrainingLoop:
         if self.device.type == "cpu":
             torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         self.sampler = job.sampler("train")
-        self.step = 0
+        self.step, self.last_step = 0, job.last_step
         self.rows = MetricRows()
         self.passed_over: list[str] = []
-        self.seen_preemption: ray.train.PreemptionInfo | None = None
+        self.writer = CheckpointWriter(storage)
+        self.preemption: ray.train.PreemptionInfo | None = None
 
     def run(self) -> int:
         """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
-        ray.train.report({"doing": "loading the model"})
-        times = StartTimes()
-        self.check_folders()
-        self.setup()
-        self.resume()
-        times.end("loading the model")
-        validates = self.step == 0 and self.job.validates_after(0)
-        doing = "validating before the first step" if validates else TRAINING
-        ray.train.report({"doing": doing, "resumed_at": self.step, "passed_over": self.passed_over})
-        if validates:
-            self.log_validation()
-            times.end("validating")
-        self.step_began = self.reported = time.monotonic()
-        steps = range(self.step, self.job.total_steps)
+        with self.writer:
+            ray.train.report({"doing": "loading the model"})
+            times = StartTimes()
+            self.check_folders()
+            self.setup()
+            unreported = self.resume()
+            times.end("loading the model")
+            validates = self.step == 0 and self.job.validates_after(0)
+            doing = "validating before the first step" if validates else TRAINING
+            send({"doing": doing, "resumed_at": self.step, "passed_over": self.passed_over}, unreported)
+            if validates:
+                self.log_validation()
+                times.end("validating")
+            self.train(times)
+        return self.step
+
+    def train(self, times: StartTimes) -> None:
+        """Make the steps that are left. times: the phases before, to which that of the first step is added."""
+        self.step_began = self.reported = self.saved = time.monotonic()
+        steps = range(self.step, self.last_step)
         for micro_batches in group_by_step(load_micro_batches(self.sampler, self.rank, self.world, steps)):
-            report_due = self.train_step(micro_batches)
+            due = self.train_step(micro_batches)
             if self.step == steps.start + 1:
                 times.end("the first step")
                 ray.train.report({"started": times.seconds})
             if self.job.validates_after(self.step):
                 self.log_validation()
-            self.report(report_due)
+            self.end_step(due)
             self.step_began = time.monotonic()
-        if self.rows.unreported:  # those of a last checkpoint: no step was left that would report them
-            ray.train.report({"rows": self.rows.unreported})
-        return self.step
+        self.report(wait=True)
 
     def check_folders(self) -> None:
         """Raise the StorageError of a node that does not see the run's folder or the token store."""
@@ -142,12 +155,17 @@ class TrainingLoop:
         self.engine = Engine(model, job.zero, job.optimizer)
         self.featurizer = ImageFeaturizer(job.encoder, self.device)
 
-    def resume(self) -> None:
-        """Load the newest checkpoint. Rank 0 chooses and reads it, so that all workers resume from the same step."""
+    def resume(self) -> Checkpoint | None:
+        """Load the newest checkpoint. Rank 0 chooses and reads it, so that all workers resume from the same step.
+
+        Returns, on rank 0, its place if Ray Train was not told of it.
+        """
+        found: Resumable | None = None
         newest: list[TrainingCheckpoint | UserError | None] = [None]
         if self.rank == 0:
             try:
-                newest = [find_resumable(self.storage, self.passed_over.append)]
+                found = find_resumable(self.storage, self.passed_over.append)
+                newest = [found and found.content]
             except UserError as error:
                 newest = [error]
         dist.broadcast_object_list(newest, device=self.device)
@@ -155,16 +173,19 @@ class TrainingLoop:
         if isinstance(checkpoint, UserError):
             raise AgreedError(checkpoint)
         if checkpoint is None:
-            return
+            return None
         try:
             self.engine.load_state(checkpoint.state)
         except UserError as error:  # the state of another adapter, as every worker finds before any communication
             raise AgreedError(error) from error
         self.step = checkpoint.step
         self.rows.resume(checkpoint.rows, checkpoint.step)
+        return found and found.unreported
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> bool:
-        """Make one optimizer step and log it; return whether a report is due.
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Due:
+        """Make one optimizer step and log it; return what is due after it.
+
+        Rank 0's clock decides, and the sum of the losses, which all workers wait for anyway, carries its decision.
 
         Raises AgreedError with a NonFiniteLossError, before the weights are changed, if the loss is infinite or NaN.
         """
@@ -177,14 +198,12 @@ class TrainingLoop:
             self.engine.backward(loss)
             losses.append(loss.detach())
         local_loss = torch.stack(losses).sum().item()  # the step's only wait for the device
-        report_due = self.rank == 0 and time.monotonic() - self.reported > REPORT_EVERY_S
+        due = self.due_after(self.step + 1) if self.rank == 0 else Due(report=False, checkpoint=False)
         tokens = sum(micro.n_tokens for micro in micro_batches)
         idle = waited / (time.monotonic() - self.step_began)
-        sums = torch.tensor(
-            [local_loss, float(report_due), float(tokens), idle], dtype=torch.float64, device=self.engine.device
-        )
+        sums = torch.tensor([local_loss, tokens, idle, *due], dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(sums)
-        loss, any_due, all_tokens, all_idle = sums.tolist()
+        loss, all_tokens, all_idle, *flags = sums.tolist()
         if not math.isfinite(loss):
             self.stop_at_nonfinite_loss(loss, lr, micro_batches, losses)
         self.engine.step(lr)
@@ -199,7 +218,17 @@ class TrainingLoop:
             workers=self.world,
         )
         self.rows.add(asdict(metrics))
-        return bool(any_due)
+        return Due(*map(bool, flags))
+
+    def due_after(self, step: int) -> Due:
+        """Return what is due after a step, by rank 0's clock. A checkpoint by time waits until the last is written."""
+        now, train = time.monotonic(), self.job.train
+        by_time = train.checkpoint_every_s is not None and now - self.saved >= train.checkpoint_every_s
+        by_step = train.checkpoint_every_steps is not None and step % train.checkpoint_every_steps == 0
+        return Due(
+            report=self.writer.is_done or now - self.reported > REPORT_EVERY_S,
+            checkpoint=by_step or (by_time and self.writer.is_idle) or step == self.last_step,
+        )
 
     def stop_at_nonfinite_loss(
         self, loss: float, lr: float, micro_batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]
@@ -208,7 +237,7 @@ class TrainingLoop:
         pairs = zip(micro_batches, losses, strict=True)
         local_ids = [id for micro, part in pairs if not part.isfinite() for id in micro.ids]
         ids = sorted(id for part in gather_objects(local_ids) for id in part)
-        ray.train.report({"rows": self.rows.unreported})
+        self.report(wait=True)
         raise AgreedError(
             NonFiniteLossError(
                 f"the loss became {loss} at step {self.step + 1} (lr {lr:.3g}) on records with ids {ids}; the weights "
@@ -221,42 +250,52 @@ class TrainingLoop:
         loss = validation_loss(self.engine, self.featurizer, self.job, self.rank, self.world)
         self.rows.add({"step": self.step, "val_loss": loss})
 
-    def report(self, due: bool) -> None:
-        """Report metrics if `due`, with a checkpoint if one is due too. All workers report at the same steps."""
-        checkpoint_due = self.step % self.job.train.checkpoint_every_steps == 0 or self.step == self.job.total_steps
-        if checkpoint_due or (due and self.is_newly_preempted()):
-            self.report_checkpoint()
-        elif due:
-            ray.train.report({"rows": self.rows.unreported})
-        else:
-            return
-        self.rows.forget_reported()
-        self.reported = time.monotonic()
+    def end_step(self, due: Due) -> None:
+        """Report metrics and begin a checkpoint, where they are due. All workers do it after the same steps.
 
-    def is_newly_preempted(self) -> bool:
-        """Return whether a node of this run is about to be taken away that no earlier call reported.
+        From the notice that a node will be taken away until it is, every step is saved.
+        """
+        if due.report and self.preemption is None:
+            self.notice_preemption()
+        saves = due.checkpoint or self.preemption is not None
+        if saves or due.report:
+            self.report(wait=saves)
+        if saves:
+            self.begin_checkpoint()
+
+    def notice_preemption(self) -> None:
+        """Note and report whether a node of this run is about to be taken away.
 
         All workers get the same answer, and wait for each other: hence this is asked with reports, not at every step.
         """
-        info = ray.train.get_preemption_info()
-        is_new = info is not None and info != self.seen_preemption
-        self.seen_preemption = info
-        return is_new
+        self.preemption = ray.train.get_preemption_info()
+        if self.preemption is not None:
+            nodes, deadline_ms = self.preemption.preempted_node_ids, self.preemption.deadline_ms
+            ray.train.report({"preemption": {"nodes": len(nodes), "deadline_ms": deadline_ms}})
 
-    def report_checkpoint(self) -> None:
-        """Report with a checkpoint, which rank 0 writes. Gathering the state takes all workers."""
+    def report(self, *, wait: bool) -> None:
+        """Report the metrics so far, and the last checkpoint if it has been written since.
+
+        wait: wait for one that is being written. Raises OSError on rank 0 if it could not be written.
+        """
+        written = self.writer.take(wait=wait)
+        saved = {"saved_step": written.content.step} if written else {}
+        send({"rows": self.rows.unreported, **saved}, written and written.place)
+        self.rows.forget_reported()
+        self.reported = time.monotonic()
+
+    def begin_checkpoint(self) -> None:
+        """Copy the training state, which takes all workers, and let rank 0 write it while the next steps are made."""
         state = self.engine.state()
         check_finite(state, self.step)
-        if self.rank:
-            ray.train.report({"rows": self.rows.unreported})
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(folder, TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
-            ray.train.report(
-                {"rows": self.rows.unreported},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=new_checkpoint_name(self.storage, self.step),
-            )
+        if self.rank == 0:
+            self.writer.start(TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
+        self.saved = time.monotonic()
+
+
+def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Report to Ray Train's controller, with a checkpoint that is in Train's folder already."""
+    ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def check_finite(state: Mapping[str, torch.Tensor], step: int) -> None:

@@ -97,6 +97,12 @@ class Cluster:
         )
         return self.on_dashboard("python", "-c", code).split()[-1]
 
+    def drain(self, host: int, notice_s: int) -> None:
+        """Announce, on a host, that it will be taken away, as its owner does who reads a cloud's notice there."""
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command = ["ray", "drain-node", *why, "--deadline-remaining-seconds", str(notice_s)]
+        self.hosts.run(host, "env", "RAY_AUTH_MODE=token", *command)
+
     def of_ray(self, host: int) -> list[psutil.Process]:
         return [one for one in self.processes(host) if "ray" in " ".join(one.cmdline()[:2])]
 
@@ -177,6 +183,7 @@ class Training:
         "train.token_budget=1024",
         "train.epochs=5",
         "train.warmup_epochs=1",
+        "train.checkpoint_every_s=null",
         "train.checkpoint_every_steps=25",
         "zero.stage=3",
         "scale.workers=2",

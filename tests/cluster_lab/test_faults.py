@@ -1,6 +1,7 @@
 """Machines, links and disks that fail in the middle of training: each run ends with the undisturbed one's adapter."""
 
 import os
+import re
 import time
 
 import pytest
@@ -37,6 +38,25 @@ def test_worker_host_without_power(onprem: Cluster, run: Training, undisturbed: 
     with onprem.timed("the host switched on again, until Ray has it back"):
         onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
     run.ends_well()
+    run.is_as(undisturbed)
+
+
+def test_worker_host_drained_and_then_without_power(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    """As a spot machine is after its notice. No checkpoint is due but those that the notice makes."""
+    notice_s, host = 10, next(host for host in run.workers_on() if host in WORKERS)
+    onprem.drain(host, notice_s)
+    onprem.wait_for(lambda: run.checkpoints()[-1][0] % 25 != 0, "a checkpoint beside the regular ones", notice_s)
+    time.sleep(notice_s - 1)
+    mark = run.mark()
+    onprem.hosts.power_off(host)
+    run.goes_on(mark, "worker host drained, and without power 10 s later")
+    onprem.hosts.power_on(host)
+    with onprem.timed("the drained host switched on again, until Ray has it back"):
+        onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
+    told = run.ends_well()
+    assert re.search(r"a node will be taken away in \d+ s; every step is saved until then", told), told
+    lost = re.findall(r"going on from step \d+(?:, (\d+) steps? (?:is|are) lost)?$", told, re.MULTILINE)
+    assert [int(steps or 0) <= 1 for steps in lost] == [True], told
     run.is_as(undisturbed)
 
 

@@ -1,35 +1,43 @@
-"""Checkpoints that a crash or a full disk has damaged."""
+"""Checkpoints: written in the background, and damaged by a crash, a full disk or a changed byte."""
 
 import json
 import os
+import resource
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from rayjobs.errors import NonFiniteLossError
+from rayjobs.train import checkpoint_writer
 from rayjobs.train.checkpoint import (
     POSITION_FILE,
     STATE_FILE,
+    StoredCheckpoint,
     TrainingCheckpoint,
     list_checkpoints,
     new_checkpoint_name,
     newest_readable,
+    remove_unfinished,
     write_checkpoint,
 )
+from rayjobs.train.checkpoint_writer import CheckpointWriter
 from rayjobs.train.ray_workarounds import delete_truncated_snapshot
 from rayjobs.train.worker import AgreedError, check_finite
+from tests.waiting import PATIENCE_S
+
+
+def content(step: int) -> TrainingCheckpoint:
+    return TrainingCheckpoint({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}])
 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
     """Train's folder with the checkpoints of steps 10, 20 and 30."""
     for step in (20, 10, 30):
-        folder = tmp_path / f"checkpoint_{step:08d}"
-        folder.mkdir()
-        write_checkpoint(
-            folder, TrainingCheckpoint({"prompt": torch.full((5, 7), float(step))}, step, [{"step": step}])
-        )
+        write_checkpoint(str(tmp_path), content(step))
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     return tmp_path
 
@@ -40,15 +48,97 @@ def test_a_truncated_file_costs_one_checkpoint_and_is_reported(
 ) -> None:
     whole = newest_readable(list_checkpoints(str(storage)))
     assert whole is not None
-    assert whole.step == 30
+    assert whole.content.step == 30
     newest = max(storage.glob("checkpoint_0*"))
     os.truncate(newest / name, size)
     kept = newest_readable(list_checkpoints(str(storage)))
     assert kept is not None
-    assert kept.step == 20
-    assert kept.rows == [{"step": 20}]
-    assert torch.equal(kept.state["prompt"], torch.full((5, 7), 20.0))
+    assert kept.content.step == 20
+    assert kept.content.rows == [{"step": 20}]
+    assert torch.equal(kept.content.state["prompt"], torch.full((5, 7), 20.0))
     assert f"{newest} is damaged" in caplog.text
+
+
+def test_a_changed_byte_costs_one_checkpoint(storage: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a number: the file still has the form of a checkpoint."""
+    path = max(storage.glob("checkpoint_0*")) / STATE_FILE
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    kept = newest_readable(list_checkpoints(str(storage)))
+    assert kept is not None
+    assert kept.content.step == 20
+    assert "the bytes of state.safetensors have changed since it was written" in caplog.text
+
+
+def test_the_directory_of_a_checkpoint_that_was_cut_off_is_removed(storage: Path) -> None:
+    """It has no position, which is written last. Ray Train's own record of a checkpoint keeps its directory."""
+    cut, recorded = storage / "checkpoint_00000040", storage / "checkpoint_00000030"
+    cut.mkdir()
+    (cut / STATE_FILE).write_bytes(b"x")
+    (recorded / POSITION_FILE).unlink()
+    remove_unfinished(str(storage), {recorded.name})
+    assert names(storage) == ["checkpoint_00000030", "checkpoint_00000020", "checkpoint_00000010"]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may be longer than 100 bytes, as on a disk that is nearly full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_nothing_is_left_of_a_checkpoint_that_cannot_be_written(full_disk: None, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File too large"):
+        write_checkpoint(str(tmp_path), content(40))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_returns_what_it_has_written_once(tmp_path: Path) -> None:
+    with CheckpointWriter(str(tmp_path)) as writer:
+        assert writer.is_idle
+        assert writer.take(wait=True) is None
+        for step in (10, 20):
+            writer.start(content(step))
+            assert not writer.is_idle
+            written = writer.take(wait=True)
+            assert written is not None
+            assert written.content.step == step
+            assert newest_readable([written.place]) is not None
+            assert writer.take(wait=True) is None
+        writer.start(content(30))
+    assert names(tmp_path)[0] == "checkpoint_00000030", "the block's end waits for it"
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = threading.Event()
+
+    def slow(storage: str, content: TrainingCheckpoint) -> StoredCheckpoint:
+        assert written.wait(PATIENCE_S)
+        return write_checkpoint(storage, content)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", slow)
+    with CheckpointWriter(str(tmp_path)) as writer:
+        writer.start(content(10))
+        assert writer.take(wait=False) is None
+        assert not writer.is_done
+        written.set()
+        assert writer.take(wait=True) is not None
+
+
+def test_an_error_of_writing_is_raised_and_never_lost(full_disk: None, tmp_path: Path) -> None:
+    with CheckpointWriter(str(tmp_path)) as writer:
+        writer.start(content(10))
+        with pytest.raises(OSError, match="File too large"):
+            writer.take(wait=True)
+        assert writer.is_idle
+    with pytest.raises(OSError, match="File too large"), CheckpointWriter(str(tmp_path)) as writer:
+        writer.start(content(10))
+    writer = CheckpointWriter(str(tmp_path))
+    writer.start(content(10))
+    writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # what ended the training is told instead
 
 
 def test_a_state_that_is_not_finite_is_not_saved() -> None:
@@ -63,10 +153,10 @@ def test_a_state_that_is_not_finite_is_not_saved() -> None:
 def test_others_can_read_a_checkpoint_if_the_umask_lets_them(storage: Path) -> None:
     umask = os.umask(0o027)
     try:
-        write_checkpoint(storage, TrainingCheckpoint({"prompt": torch.zeros(5)}, 1, []))
+        folder = Path(write_checkpoint(str(storage), content(40)).place.path)
     finally:
         os.umask(umask)
-    assert {(storage / name).stat().st_mode & 0o777 for name in (STATE_FILE, POSITION_FILE)} == {0o640}
+    assert {(folder / name).stat().st_mode & 0o777 for name in (STATE_FILE, POSITION_FILE)} == {0o640}
 
 
 def test_a_missing_file_costs_one_checkpoint_and_nothing_left_is_a_fresh_start(storage: Path) -> None:
@@ -102,12 +192,10 @@ def test_names_sort_by_step_and_are_never_used_twice(storage: Path) -> None:
 def test_a_run_begun_with_ray_s_own_names_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
     """Those of rayjobs 0.1.0, named after the time, are older than any that is named after its step."""
     for step, name in ((5, "2025-12-31_23-00-00.1"), (7, "2026-01-01_00-00-00.5"), (9, "00000009")):
-        folder = tmp_path / f"checkpoint_{name}"
-        folder.mkdir()
-        write_checkpoint(folder, TrainingCheckpoint({"prompt": torch.zeros(5)}, step, []))
+        Path(write_checkpoint(str(tmp_path), content(step)).place.path).rename(tmp_path / f"checkpoint_{name}")
         resumed = newest_readable(list_checkpoints(str(tmp_path)))
         assert resumed is not None
-        assert resumed.step == step
+        assert resumed.content.step == step
 
 
 def test_a_snapshot_that_ray_could_not_read_is_deleted(storage: Path) -> None:

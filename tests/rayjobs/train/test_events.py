@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from rayjobs.cluster.capacity import Capacity
 from rayjobs.config import load
 from rayjobs.console import setup_logging
-from rayjobs.train import start_times, trainer
-from rayjobs.train.callbacks import EventLog, describe_death, read_events
+from rayjobs.train import callbacks, start_times, trainer
+from rayjobs.train.callbacks import EventLog, describe_death
 from rayjobs.train.config import ScaleConfig
 from rayjobs.train.start_times import StartTimes
 from rayjobs.train.trainer import Monitor
@@ -51,7 +54,7 @@ class Watched:
     def __init__(self, folder: Path, *scale: str) -> None:
         self.metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
         settings = load(ScaleConfig, None, scale)
-        self.callback = EventLog(events, settings.max_failures)
+        self.callback = EventLog(events, settings.max_failures, settings.max_preemptions)
         self.monitor = Monitor(self.metrics, events, settings, StartTimes())
 
     def report(self, *rows: dict[str, Any], checkpoint: Any = None, **other: Any) -> None:
@@ -95,17 +98,19 @@ def test_a_death_is_one_line_with_the_step_from_which_the_run_goes_on(
     setup_logging()
     watched = Watched(tmp_path, "max_failures=1")
     watched.report(doing="training", resumed_at=40)
-    watched.report({"step": 41}, {"step": 50}, checkpoint="of step 50")
-    watched.report({"step": 51})
+    watched.report({"step": 41}, {"step": 50})
+    watched.report({"step": 51}, saved_step=50)
     for errors in ({1: RuntimeError(RAYS_TEXT)}, {0: RuntimeError(RAYS_TEXT), 1: RuntimeError(RAYS_TEXT)}):
         watched.callback.after_exception(None, errors)
+        watched.callback.after_exception(None, errors)  # Ray repeats it until the last worker has ended
         watched.monitor.refresh()
         watched.monitor.refresh()
+        watched.report(doing="training", resumed_at=50)
+        watched.report({"step": 51})
     assert capsys.readouterr().err.splitlines() == [
         "train: a worker died (its process was ended) after step 51; going on from step 50, 1 step is lost",
         "train: 2 workers died (its process was ended) after step 51",  # more than max_failures
     ]
-    assert read_events(tmp_path / "events.jsonl")[-1].doing == "starting"
 
 
 def test_a_damaged_checkpoint_is_told_with_the_step_that_the_run_went_on_from(
@@ -114,8 +119,8 @@ def test_a_damaged_checkpoint_is_told_with_the_step_that_the_run_went_on_from(
     setup_logging()
     watched = Watched(tmp_path, "max_failures=2")
     watched.report(doing="training", resumed_at=0)
-    watched.report({"step": 40}, checkpoint="of step 40")
-    watched.report({"step": 80}, checkpoint="of step 80")
+    watched.report({"step": 41}, saved_step=40)
+    watched.report({"step": 81}, saved_step=80)
     watched.report({"step": 93})
     watched.callback.after_exception(None, {1: RuntimeError(RAYS_TEXT)})
     watched.report(doing="training", resumed_at=40, passed_over=["checkpoint_80 is damaged (why)"])
@@ -128,6 +133,36 @@ def test_a_damaged_checkpoint_is_told_with_the_step_that_the_run_went_on_from(
         "train: went on from step 40, 53 steps are lost",
         "train: a worker died (its process was ended) after step 40; going on from step 40",
     ]
+
+
+def test_preemptions_are_told_and_counted_apart_from_failures(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node with a deadline, at which Ray ends the workers without an error; and two that die before theirs."""
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda: 1000.0))
+    setup_logging()
+    watched = Watched(tmp_path, "max_failures=0", "max_preemptions=2")
+    watched.report(doing="training", resumed_at=0)
+    watched.report({"step": 41}, preemption={"nodes": 1, "deadline_ms": 1_110_000})
+    watched.report({"step": 58}, saved_step=57)
+    watched.report(doing="training", resumed_at=57)
+    reclaimed = RayActorError(preempted=True)
+    for step in (60, 70):
+        watched.report({"step": step}, preemption={"nodes": 2, "deadline_ms": None})
+        watched.callback.after_exception(None, {0: WorkerHealthCheckFailedError("", reclaimed), 1: RuntimeError("x")})
+        if step == 60:
+            watched.report(doing="training", resumed_at=60)
+    watched.monitor.refresh()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: a node will be taken away in 110 s; every step is saved until then",
+        "train: the workers were started again without it; going on from step 57, 1 step is lost",
+        "train: 2 nodes will be taken away; every step is saved until then",
+        "train: 2 workers died (its node was taken away) after step 60; going on from step 57, 3 steps are lost",
+        "train: went on from step 60",
+        "train: 2 nodes will be taken away; every step is saved until then",
+        "train: 2 workers died (its node was taken away) after step 70",  # more than max_preemptions
+    ]
+    assert watched.callback.failures == 0
 
 
 def test_the_time_to_the_first_step_is_accounted_for_once(

@@ -4,7 +4,6 @@ Each image is decoded once for all encoders. Legend: n images of a part, V views
 S side of its images.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,8 +23,8 @@ from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.console import Progress
+from rayjobs.data.feature_part import write_part
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
-from rayjobs.storage.files import write_parquet
 from rayjobs.storage.paths import resolve_path
 
 REJECTED_IMAGES = pa.list_(pa.struct([("path", pa.string()), ("reason", pa.string())]))
@@ -172,7 +171,7 @@ class PartEncoder:
         for name, path in task.outputs.items():
             column = kinds.index(self.infos[name].preprocess)
             features = self._encode(name, table[f"pixels{column}"][0].as_buffer(), len(rows) * views)
-            _write_part(path, rows, features, views, [(image["path"], image["reason"]) for image in rejected])
+            write_part(path, rows, features, views, [(image["path"], image["reason"]) for image in rejected])
         return pa.table({"images": [len(task.paths)]})
 
     def _encode(self, name: str, pixels: pa.Buffer, count: int) -> np.ndarray:
@@ -199,13 +198,3 @@ def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
 def _distinct_preprocessing(preprocess: Mapping[str, Preprocess], names: Iterable[str]) -> list[Preprocess]:
     """Return the preprocessing of the named encoders, each once; its index is the number of its pixel column."""
     return list(dict.fromkeys(preprocess[name] for name in names))
-
-
-def _write_part(
-    path: str, rows: list[int], features: np.ndarray, views: int, rejected: Sequence[tuple[str, str]]
-) -> None:
-    """Write one encoder's file of a part: a row for each image with the features of all its views, (V * C,)."""
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), views * features.shape[1])
-    columns = pa.table({"row": pa.array(rows, pa.int64()), "features": flat})
-    metadata = {"views": str(views), "rejected": json.dumps(rejected)}
-    write_parquet(path, columns.replace_schema_metadata(metadata))

@@ -2,31 +2,32 @@
 
 A store is a folder for each (list of images, encoder). Its name is a fingerprint of all that the features depend on:
 the path and content of each file, the encoder's identity (weights, preprocessing, precision), the views and their seed.
-It consists of Parquet parts that begin at fixed positions of the list and are written atomically. So a restart encodes
-only the missing parts, and two runs that fill one store at once write the same bytes.
+It consists of parts (`rayjobs.data.feature_part`) that begin at fixed positions of the list and whose files are written
+atomically, the index last. So a restart encodes only the missing parts, and two runs that fill one store at once write
+the same bytes.
 
 Legend: n images, V views, C width of an encoder's features.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cafo.errors import EncoderError
 from rayjobs.data.config import FeaturesConfig
 from rayjobs.data.feature_encoding import PartTask, encode_parts
+from rayjobs.data.feature_part import FeaturePart, part_name, read_part
 from rayjobs.data.image_list import ImageList
-from rayjobs.data.image_source import IMAGES_PER_PART, part_name, read_part
+from rayjobs.data.image_source import IMAGES_PER_PART
 from rayjobs.errors import DataError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder, unprojected_source
+from rayjobs.storage.counted_reader import CountedReader
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
@@ -175,7 +176,7 @@ class FeatureStore:
             files = [[item.path, contents[images.root][item.path]] for item in images.items]
             views = [images.views, augmentation if images.views else None, VIEWS_PER_PART]
             folders[images.role] = {
-                name: self.cache / "features" / fingerprint(["features", 2, encoder.identity, views, files])[:20]
+                name: self.cache / "features" / fingerprint(["features", 3, encoder.identity, views, files])[:20]
                 for name, encoder in self.encoders.items()
             }
         return folders
@@ -218,38 +219,29 @@ def _part_starts(images: ImageList) -> range:
 
 def _read_features(images: ImageList, folders: Mapping[str, Path], contents: tuple[str | None, ...]) -> Features:
     """Read the features of the images that every encoder could read."""
-    parts = [part_name(start) for start in _part_starts(images)]
+    names, reader = [part_name(start) for start in _part_starts(images)], CountedReader()
+    parts = {encoder: [read_part(str(folder / name), reader) for name in names] for encoder, folder in folders.items()}
     rejected: dict[str, RejectedImage] = {}
-    readable: list[set[int]] = []
-    for folder in folders.values():
-        rows: set[int] = set()
-        for part in parts:
-            table = read_part(folder / part, columns=["row"])
-            rows.update(table["row"].to_pylist())
-            for path, reason in json.loads(table.schema.metadata[b"rejected"]):
-                rejected.setdefault(path, RejectedImage(images.role, path, reason))
-        readable.append(rows)
+    for path, reason in chain.from_iterable(part.rejected for of_encoder in parts.values() for part in of_encoder):
+        rejected.setdefault(path, RejectedImage(images.role, path, reason))
+    readable = [{image for part in of_encoder for image in part.images} for of_encoder in parts.values()]
     common = sorted(set.intersection(*readable))
     return Features(
         rows=tuple(common),
-        values={name: _read_values([folder / part for part in parts], common) for name, folder in folders.items()},
+        values={encoder: _read_values(of_encoder, common, reader) for encoder, of_encoder in parts.items()},
         rejected=tuple(rejected.values()),
-        stores={name: folder.name for name, folder in folders.items()},
+        stores={encoder: folder.name for encoder, folder in folders.items()},
         contents=contents,
     )
 
 
-def _read_values(parts: Sequence[Path], rows: Sequence[int]) -> np.ndarray:
-    """Read the features of some rows from the parts of a store: (V, n, C) float32, allocated once."""
+def _read_values(parts: Sequence[FeaturePart], images: Sequence[int], reader: CountedReader) -> np.ndarray:
+    """Read the features of some images from the parts of a store: (V, n, C) float32, allocated once."""
     values, position = np.empty((0, 0, 0), np.float32), 0
     for part in parts:
-        table = read_part(part)
-        table = table.filter(pc.is_in(table["row"], pa.array(rows, pa.int64())))
-        views = int(table.schema.metadata[b"views"])
-        width = table.schema.field("features").type.list_size // views
         if not values.size:
-            values = np.empty((views, len(rows), width), np.float32)
-        flat = table["features"].combine_chunks().flatten().to_numpy()
-        values[:, position : position + len(table)] = flat.reshape(len(table), views, width).swapaxes(0, 1)
-        position += len(table)
+            values = np.empty((part.views, len(images), part.width), np.float32)
+        features = part.read(reader)[np.isin(part.images, images)]  # (n of the part, V, C)
+        values[:, position : position + len(features)] = features.swapaxes(0, 1)
+        position += len(features)
     return values

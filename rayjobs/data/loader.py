@@ -13,6 +13,20 @@ from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
 
 
+@dataclass(frozen=True)
+class DataRead:
+    """What a worker has read of the training data."""
+
+    bytes: int = 0
+    """bytes of the index, the records and the images"""
+    records: int = 0
+    images: int = 0
+    """images decoded, or features read; one that is read twice counts twice"""
+
+    def __add__(self, other: "DataRead") -> "DataRead":
+        return DataRead(self.bytes + other.bytes, self.records + other.records, self.images + other.images)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """The records that a worker runs through forward and backward at once: B records of at most T tokens."""
@@ -33,6 +47,8 @@ class MicroBatch:
     """(B, T) int64, `adapter.loss.IGNORE` where a token has no label"""
     images: list[bytes | None]
     """each record's image as an `ImageSource` returns it"""
+    read: DataRead
+    """what was read since the worker's micro-batch before"""
 
 
 def load_micro_batches(sampler: ElasticBatchSampler, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:
@@ -68,7 +84,7 @@ def load_micro_batches(sampler: ElasticBatchSampler, rank: int, world: int, step
 
 def collate_micro_batch(micro: dict[str, Any]) -> MicroBatch:
     """Return a row of `rayjobs.data.sampler.MICRO_BATCH_SCHEMA` as tensors."""
-    rows = micro.pop("rows")
+    rows, read = micro.pop("rows"), DataRead(**micro.pop("read"))
     tokens, labels = collate([row["tokens"] for row in rows], [row["label_spans"] for row in rows])
     return MicroBatch(
         **micro,
@@ -77,4 +93,5 @@ def collate_micro_batch(micro: dict[str, Any]) -> MicroBatch:
         tokens=tokens,
         labels=labels,
         images=[row["image"] for row in rows],
+        read=read,
     )

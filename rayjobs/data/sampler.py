@@ -12,29 +12,46 @@ For W workers, a step is cut into a multiple of W micro-batches, of which the la
 worker j mod W. The cut does not change the gradient of the step. So every record is trained on once per epoch, one
 worker computes what many do, and a run can resume at any step with any number of workers.
 
+A worker reads the records and images of its own micro-batches, and the index of the window, with the lengths of all its
+records: about three bytes a record.
+
 A source with weight w contributes w × its size records per epoch. It is read in passes; each pass is a new permutation,
 and an epoch continues in the pass where the previous one ended. So the counts of any two records of a source never
 differ by more than one.
 
-Memory is bounded by one window. The code runs in Ray Data tasks, so it does not import torch, which takes seconds.
+Memory is bounded by the index of a window and by `RECORDS_READ_TOGETHER` records. The code runs in Ray Data tasks, so
+it does not import torch, which takes seconds.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from adapter.batching import micro_batches
-from adapter.records.example import count_labels
-from rayjobs.data.image_source import ImageSource
-from rayjobs.data.token_store import TOKEN_SCHEMA, Split, TokenStore, part_source, source_of
-from rayjobs.storage.files import read_parquet
+from rayjobs.data.image_source import ImageReader, ImageSource
+from rayjobs.data.token_part import RecordIndex, read_index, read_records
+from rayjobs.data.token_store import Split, TokenStore, part_source, source_of
+from rayjobs.storage.counted_reader import CountedReader
 
-RECORD_SCHEMA = pa.schema([*[field for field in TOKEN_SCHEMA if field.name != "image"], ("image", pa.large_binary())])
-"""A record with the bytes of its image, from an `ImageSource`, in place of the image's index."""
+RECORDS_READ_TOGETHER = 4096
+"""Records of the steps whose part of a worker is read at once."""
+
+RECORD_SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("label_spans", pa.list_(pa.list_(pa.int32()))),  # [first, one past the last] of the tokens that have labels
+        ("image", pa.large_binary()),  # its bytes from an `ImageSource`; null without one
+    ]
+)
+
+READ_SCHEMA = pa.schema([("bytes", pa.int64()), ("records", pa.int64()), ("images", pa.int64())])
+"""What a worker has read: bytes, records, images. An image that is read twice counts twice."""
 
 MICRO_BATCH_SCHEMA = pa.schema(
     [
@@ -42,6 +59,7 @@ MICRO_BATCH_SCHEMA = pa.schema(
         ("last", pa.bool_()),  # this is the worker's last micro-batch of the step
         ("step_labels", pa.int64()),  # labelled tokens of the step over all workers: the denominator of the loss
         ("rows", pa.list_(pa.struct(RECORD_SCHEMA))),  # empty in a micro-batch that keeps the workers in step
+        ("read", pa.struct(READ_SCHEMA)),  # what was read since the micro-batch before
     ]
 )
 
@@ -98,23 +116,34 @@ class ElasticBatchSampler:
         first = epoch_start + window * self.steps_per_window
         return range(first, min(first + self.steps_per_window, epoch_start + self.steps_per_epoch))
 
-    def rows(self, epoch: int, window: int) -> pa.Table:
-        """Return the records of a window, in the order in which they are trained on."""
+    def read_window(self, epoch: int, window: int, reader: CountedReader) -> RecordIndex:
+        """Return the index of a window's records, in the order in which they are trained on."""
         slices = self._slices(epoch)
         if self.seed is not None:
             shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(slices)).tolist()
             slices = [slices[i] for i in shuffled]
         size = self.steps_per_window * self.global_batch
-        table = self._read_range(slices, start=window * size, size=size)
+        index = self._read_range(slices, start=window * size, size=size, reader=reader)
         if self.seed is not None:
-            table = table.take(np.random.default_rng([self.seed, epoch, window + 1]).permutation(table.num_rows))
-        return table
+            index = index.take(np.random.default_rng([self.seed, epoch, window + 1]).permutation(len(index.table)))
+        return index
 
-    def read_image(self, row: dict[str, Any], epoch: int) -> bytes | None:
-        """Return the bytes of a record's image for a worker; None if it has none or images are left out."""
-        if self.images is None or row["image"] is None:
-            return None
-        return self.images.read(source_of(row["id"]), row["image"], None if self.seed is None else epoch)
+    def read_images(self, records: Sequence[dict[str, Any]], epoch: int, images: ImageReader | None) -> int:
+        """Put the bytes of its image into each record in place of the image's index; return the number of images.
+
+        images: reader of the images; None leaves them out.
+        """
+        if images is None:
+            for record in records:
+                record["image"] = None
+        pictured = [record for record in records if record["image"] is not None]
+        if images is None or not pictured:
+            return 0
+        wanted = [(source_of(record["id"]), record["image"]) for record in pictured]
+        contents = images.read(wanted, None if self.seed is None else epoch)
+        for record, content in zip(pictured, contents, strict=True):
+            record["image"] = content
+        return len(pictured)
 
     @cached_property
     def _parts_of_sources(self) -> dict[int, list[tuple[str, int]]]:
@@ -123,6 +152,10 @@ class ElasticBatchSampler:
         for name, rows in self.store.parts[self.split]:
             parts.setdefault(part_source(name), []).append((name, rows))
         return parts
+
+    @cached_property
+    def _rows_of_parts(self) -> dict[str, int]:
+        return dict(self.store.parts[self.split])
 
     def _records_per_epoch(self, source: int) -> int:
         size = sum(rows for _, rows in self._parts_of_sources[source])
@@ -157,19 +190,22 @@ class ElasticBatchSampler:
             rows.append(permutation[max(0, begin) : end])
         return np.sort(np.concatenate(rows))
 
-    def _read_range(self, slices: Sequence[PartSlice], start: int, size: int) -> pa.Table:
-        """Read up to `size` rows from position `start` of the slices, laid one after the other."""
-        skip, tables, rows_read = start, [], 0
+    def _read_range(self, slices: Sequence[PartSlice], start: int, size: int, reader: CountedReader) -> RecordIndex:
+        """Return the index of up to `size` rows from position `start` of the slices, laid one after the other."""
+        positions, files, in_files = [], [], 0
+        skip, missing = start, size
         for part in slices:
             if skip >= part.count:
                 skip -= part.count
                 continue
-            table = read_parquet(f"{self.store.folder}/{part.file}")
-            tables.append((table if part.rows is None else table.take(part.rows)).slice(skip, size - rows_read))
-            rows_read, skip = rows_read + tables[-1].num_rows, 0
-            if rows_read == size:
+            rows = np.arange(part.count) if part.rows is None else part.rows
+            files.append(part.file)
+            positions.append(rows[skip : skip + missing] + in_files)
+            in_files += self._rows_of_parts[part.file]
+            missing, skip = missing - len(positions[-1]), 0
+            if not missing:
                 break
-        return pa.concat_tables(tables)
+        return read_index(self.store.folder, files, reader).take(np.concatenate(positions))
 
 
 def _slice_parts(parts: Sequence[tuple[str, int]], rows: np.ndarray) -> list[PartSlice]:
@@ -198,18 +234,27 @@ def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) 
     Returns:
         For each worker, its micro-batches as lists of positions in `lengths`.
     """
-    batches = micro_batches(lengths, token_budget)
-    most = -(-len(batches) // world) * world
+    longest_first = sorted(lengths, reverse=True)
+    most = -(-_count_micro_batches(longest_first, token_budget) // world) * world
     fits, too_small = token_budget, 0  # bisect for the smallest budget that gives no more than `most` micro-batches
     while fits - too_small > 1:
         budget = (too_small + fits) // 2
-        smaller = micro_batches(lengths, budget)
-        if len(smaller) <= most:
-            batches, fits = smaller, budget
+        if _count_micro_batches(longest_first, budget) <= most:
+            fits = budget
         else:
             too_small = budget
+    batches = micro_batches(lengths, fits)
     batches += [[] for _ in range(-len(batches) % world)]
     return [batches[rank::world] for rank in range(world)]
+
+
+def _count_micro_batches(longest_first: Sequence[int], token_budget: int) -> int:
+    """Return how many micro-batches `adapter.batching.micro_batches` cuts records of these lengths into."""
+    count = place = 0
+    while place < len(longest_first):
+        place += max(1, token_budget // max(1, longest_first[place]))
+        count += 1
+    return count
 
 
 def window_micro_batches(
@@ -225,23 +270,55 @@ def window_micro_batches(
         world: number of workers.
     """
     epoch, window = int(batch["epoch"][0]), int(batch["window"][0])
-    table, window_steps = sampler.rows(epoch, window), sampler.steps(epoch, window)
-    for step in window_steps:
-        if step not in steps:
-            continue
-        rows = table.slice((step - window_steps.start) * sampler.global_batch, sampler.global_batch).to_pylist()
-        lengths = [len(row["tokens"]) for row in rows]
-        step_labels = sum(count_labels(row["label_spans"]) for row in rows)
-        batches = assign_micro_batches(lengths, sampler.token_budget, world)[rank]
-        for i in {i for positions in batches for i in positions}:
-            rows[i]["image"] = sampler.read_image(rows[i], epoch)
-        micros = [
-            {
-                "step": step,
-                "last": number == len(batches) - 1,
-                "step_labels": step_labels,
-                "rows": [rows[i] for i in positions],
-            }
-            for number, positions in enumerate(batches)
-        ]
-        yield pa.Table.from_pylist(micros, MICRO_BATCH_SCHEMA)
+    reader = CountedReader()
+    index, window_steps = sampler.read_window(epoch, window, reader), sampler.steps(epoch, window)
+    images = None if sampler.images is None else sampler.images.open(reader)
+    wanted = [step for step in window_steps if step in steps]
+    together = max(1, RECORDS_READ_TOGETHER // sampler.global_batch)
+    bytes_told = 0
+    for begin in range(0, len(wanted), together):
+        cuts = []
+        for step in wanted[begin : begin + together]:
+            first = (step - window_steps.start) * sampler.global_batch
+            cuts.append(_cut_step(index, step, first, sampler, rank, world))
+        places = np.concatenate([place for cut in cuts for place in cut.places])
+        records = iter(read_records(index.take(places), reader))
+        for cut in cuts:
+            batches = [list(islice(records, len(place))) for place in cut.places]
+            of_step = [record for listed in batches for record in listed]
+            n_images = sampler.read_images(of_step, epoch, images)
+            read = {"bytes": reader.bytes - bytes_told, "records": len(of_step), "images": n_images}
+            bytes_told = reader.bytes
+            yield pa.Table.from_pylist(
+                [
+                    {
+                        "step": cut.step,
+                        "last": number == len(batches) - 1,
+                        "step_labels": cut.labels,
+                        "rows": rows,
+                        "read": dict.fromkeys(READ_SCHEMA.names, 0) if number else read,
+                    }
+                    for number, rows in enumerate(batches)
+                ],
+                MICRO_BATCH_SCHEMA,
+            )
+
+
+class _StepCut(NamedTuple):
+    """A worker's part of a step."""
+
+    step: int
+    labels: int
+    """labelled tokens of the step over all workers"""
+    places: list[np.ndarray]
+    """of each micro-batch, the positions of its records in the index of the window"""
+
+
+def _cut_step(
+    index: RecordIndex, step: int, first: int, sampler: ElasticBatchSampler, rank: int, world: int
+) -> _StepCut:
+    """Return a worker's part of the step whose records begin at position `first` of the index."""
+    table = index.table.slice(first, sampler.global_batch)
+    batches = assign_micro_batches(table["tokens"].to_pylist(), sampler.token_budget, world)[rank]
+    places = [np.array(positions, np.int64) + first for positions in batches]
+    return _StepCut(step, sum(table["labels"].to_pylist()), places)

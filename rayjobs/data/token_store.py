@@ -1,8 +1,9 @@
 """Records as tokens on disk: read and encoded once by Ray Data, then streamed by every epoch of every run.
 
-A store is a folder whose name is a fingerprint of all that its content depends on. It has Parquet parts for each split,
-and `index.json`, which is written last: a folder without it is unfinished and is made again. The reader cuts chunks at
-fixed positions, so a store does not depend on the machine or the parallelism that made it.
+A store is a folder whose name is a fingerprint of all that its content depends on. It has parts for each split
+(`rayjobs.data.token_part`), and `index.json`, which is written last: a folder without it is unfinished and is made
+again. The reader cuts chunks at fixed positions, so a store does not depend on the machine or the parallelism that made
+it.
 """
 
 import json
@@ -15,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
 import ray.data
 
 from adapter.records.encoding import encode_record, encode_text
@@ -29,11 +29,13 @@ from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import source_templates
+from rayjobs.data.token_part import write_part
 from rayjobs.data.trained_records import is_held_out
 from rayjobs.errors import DataError
 from rayjobs.models.base_model import open_tokenizer
 from rayjobs.runs.run_dir import REJECTED_FILE
-from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl, write_parquet
+from rayjobs.storage.counted_reader import CountedReader
+from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
@@ -43,15 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
-
-TOKEN_SCHEMA = pa.schema(
-    [
-        ("id", pa.int64()),  # source * ROWS_PER_SOURCE + position of the record in the source
-        ("tokens", pa.list_(pa.int32())),
-        ("label_spans", pa.list_(pa.list_(pa.int32()))),  # [first, one past the last] of the tokens that have labels
-        ("image", pa.int64()),  # index of the image in the source's list; null without one
-    ]
-)
 
 RECORDS_PER_CHUNK = 1024
 ROWS_PER_SOURCE = 1 << 40
@@ -208,7 +201,7 @@ def _store_key(
             for source, template in zip(sources, templates, strict=True)
         ],
         "images": images,
-        "format": 5,
+        "format": 6,
     }
     return fingerprint(identity)[:20]
 
@@ -301,7 +294,7 @@ def _write_chunk(
         rows[side] += [{"id": id, "tokens": e.ids, "label_spans": e.label_spans, "image": image} for e in examples]
     for side, listed in rows.items():
         if listed:
-            write_parquet(folder / _part_name(side, first), pa.Table.from_pylist(listed, TOKEN_SCHEMA))
+            write_part(f"{folder}/{_part_name(side, first)}", listed)
     return {
         "first": [first],
         "records": [len(records)],
@@ -326,7 +319,7 @@ def _changes(examples: Sequence[Example]) -> Counter[str]:
 @lru_cache(maxsize=64)
 def _check_image(root: str, path: str, preprocess: Any) -> None:
     """Decode and preprocess an image, so that a broken one is found before training."""
-    preprocess(read_image(root, path))
+    preprocess(read_image(root, path, CountedReader()))
 
 
 @lru_cache(maxsize=1)

@@ -78,6 +78,11 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -118,6 +123,29 @@ def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = 
 
     with atomic_path(path) as temporary:
         pq.write_table(table if schema is None else table.cast(schema), temporary)
+
+
+def write_index(path: str | Path, table: pa.Table) -> None:
+    """Write a table of integers as a Parquet file of few bytes a row: each value as its difference from the last."""
+    import pyarrow.parquet as pq
+
+    encoding = dict.fromkeys(table.column_names, "DELTA_BINARY_PACKED")
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, use_dictionary=False, column_encoding=encoding, write_statistics=False)
+
+
+def parse_index(content: bytes, path: str | Path) -> pa.Table:
+    """Return the table of a file that `write_index` wrote. Raises DataError if the file is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); delete the folder {str(path).rpartition('/')[0]}, and the next run makes "
+            "it again"
+        ) from error
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:

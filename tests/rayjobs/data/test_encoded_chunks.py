@@ -15,8 +15,9 @@ from rayjobs.data import token_store
 from rayjobs.data.loader import collate_micro_batch
 from rayjobs.data.records import DataConfig
 from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
+from rayjobs.data.token_part import read_index, read_records
 from rayjobs.data.token_store import SHORTENED, TOO_LONG, UNLABELLED, TokenStore
-from rayjobs.storage.files import read_parquet
+from rayjobs.storage.counted_reader import CountedReader
 from tests.adapter.chat_templates import GEMMA_RAISES, THINKING
 
 
@@ -42,7 +43,8 @@ def write(folder: Path, base: Path, records: list[Any], template: Template, max_
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     (part,) = folder.glob("train-*.parquet")
-    return read_parquet(part).to_pylist()
+    reader = CountedReader()
+    return read_records(read_index(str(folder), [part.name], reader), reader)
 
 
 def test_sequences_are_those_of_the_library_and_what_they_lost_is_counted(

@@ -4,19 +4,20 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import load
+from rayjobs.data.feature_part import part_name, write_part
 from rayjobs.data.image_features import prepare_image_source
-from rayjobs.data.image_source import ImageSource, StoredFeatures, part_name
+from rayjobs.data.image_source import ImageSource, StoredFeatures
 from rayjobs.data.records import RecordsConfig
 from rayjobs.jobs import adapter_train
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
-from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.storage.counted_reader import CountedReader
+from rayjobs.storage.files import write_json, write_jsonl
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def make_source(folder: Path, vision: list[str], *more: str) -> ImageSource:
 
 
 def pixels_of(source: ImageSource, epoch: int | None) -> np.ndarray:
-    return np.frombuffer(source.read(0, 0, epoch), np.float32).reshape(3, 32, 32)
+    (content,) = source.open(CountedReader()).read([(0, 0)], epoch)
+    return np.frombuffer(content, np.float32).reshape(3, 32, 32)
 
 
 def test_augmentation_shows_other_pixels_in_every_epoch_and_mirrors_only_with_flips(
@@ -85,10 +87,31 @@ def test_a_missing_image_is_named(folder: Path, vision: list[str]) -> None:
     streamed = make_source(folder, vision, "mode=streamed")
     (folder / "ramp.png").unlink()
     with pytest.raises(ValueError, match=r"ramp\.png: cannot be decoded"):
-        streamed.read(0, 0, None)
-    features = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)
-    write_parquet(folder / part_name(0), pa.table({"row": [1], "features": features}))
-    stored = StoredFeatures(folders={0: folder}, lists=folder / "images.json")
-    assert np.frombuffer(stored.read(0, 1, None), np.float32).tolist() == [1, 2]
+        streamed.open(CountedReader()).read([(0, 0)], None)
+    write_part(str(folder / part_name(0)), [1], np.float32([[1, 2]]), 1, [])
+    stored = StoredFeatures(folders={0: folder}, lists=folder / "images.json").open(CountedReader())
+    (content,) = stored.read([(0, 1)], None)
+    assert np.frombuffer(content, np.float32).tolist() == [1, 2]
     with pytest.raises(ValueError, match=r"ramp\.png: could be read when"):
-        stored.read(0, 0, None)
+        stored.read([(0, 0)], None)
+
+
+def test_only_the_wanted_features_are_read(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    tables = {number: rng.normal(size=(64, 5)).astype(np.float32) for number in (0, 64)}
+    for first, table in tables.items():
+        write_part(str(folder / part_name(first)), range(first, first + 64), table, 1, [])
+    reader = CountedReader()
+    source = StoredFeatures(folders={3: folder}, lists=folder / "images.json").open(reader)
+    wanted = [(3, 70), (3, 2), (3, 127), (3, 2), (3, 3)]
+    for _ in range(2):
+        found = np.stack([np.frombuffer(content, np.float32) for content in source.read(wanted, 1)])
+        assert np.array_equal(found, np.concatenate([tables[0], tables[64]])[[70, 2, 127, 2, 3]])
+    indexes = sum((folder / part_name(first)).stat().st_size for first in tables)
+    assert reader.bytes == indexes + 2 * 4 * 5 * 4, "each index once; of the features four rows a time"
+
+
+def test_the_bytes_of_a_streamed_image_are_counted(folder: Path, vision: list[str]) -> None:
+    reader = CountedReader()
+    make_source(folder, vision, "mode=streamed").open(reader).read([(0, 0), (0, 0)], None)
+    assert reader.bytes == 2 * (folder / "ramp.png").stat().st_size

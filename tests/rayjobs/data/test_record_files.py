@@ -18,6 +18,7 @@ from rayjobs.config import load
 from rayjobs.data.image_source import read_image
 from rayjobs.data.records import DataConfig, Source
 from rayjobs.errors import ConfigError, DataError, StorageError
+from rayjobs.storage.counted_reader import CountedReader
 from tests.hub_server import Hub, serve_hub, use_hub
 
 
@@ -253,9 +254,9 @@ def test_images_of_a_data_set_on_the_hub(hub: Hub) -> None:
     hub.add("org/pictures", {"a.jsonl": json.dumps(record).encode(), "img/a.png": pixels.getvalue()}, kind="dataset")
     read = source("org/pictures")
     assert read.image_paths() == ["img/a.png"]
-    assert read_image(read.images, "img/a.png").size == (5, 7)
+    assert read_image(read.images, "img/a.png", CountedReader()).size == (5, 7)
     with pytest.raises(ImageError, match=r"img/b\.png: no such file in hf://datasets/org/pictures"):
-        read_image(read.images, "img/b.png")
+        read_image(read.images, "img/b.png", CountedReader())
 
 
 def test_what_the_hub_does_not_have(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 """The order of training, without Ray: every record once, even steps, nothing that knows the number of workers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
+from rayjobs.data import sampler as sampler_module
 from rayjobs.data.sampler import ElasticBatchSampler, assign_micro_batches, window_micro_batches
-from rayjobs.data.token_store import ROWS_PER_SOURCE, TOKEN_SCHEMA, TokenStore
-from rayjobs.storage.files import write_parquet
+from rayjobs.data.token_part import write_part
+from rayjobs.data.token_store import ROWS_PER_SOURCE, TokenStore
+from rayjobs.storage.counted_reader import CountedReader
 
 PARTS = (31, 1, 47, 22)  # 101 records, which divide evenly into nothing
 
@@ -24,7 +26,7 @@ def store(tmp_path: Path) -> TokenStore:
             listed.append({"id": id, "tokens": [id] * length, "label_spans": [[int(rng.integers(1, length)), length]]})
             id += 1
         name = f"train-{listed[0]['id']:014x}.parquet"
-        write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
+        write_part(f"{tmp_path}/{name}", listed)
         parts.append((name, rows))
     return TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
 
@@ -78,11 +80,51 @@ def test_a_step_is_the_same_for_any_number_of_workers(store: TokenStore) -> None
     assert steps(1) == steps(2) == steps(4)
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_the_order_is_that_of_the_equations(store: TokenStore, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    monkeypatch.setattr(sampler_module, "RECORDS_READ_TOGETHER", 13)
+    sampler, parts, first = make_sampler(store), [], 0
+    for size in PARTS:
+        parts.append(list(range(first, first + size)))
+        first += size
+    lengths = {row["id"]: len(row["tokens"]) for micro in walk(sampler, 1, range(15))[0] for row in micro["rows"]}
+    expected: list[list[list[int]]] = [[] for _ in range(world)]
+    for epoch in range(2):
+        order = np.random.default_rng([5, epoch]).permutation(len(PARTS))
+        ids = [id for part in order for id in parts[part]]
+        for window in range(5):  # of 3 steps of 7 records
+            of_window = ids[21 * window : 21 * window + 21]
+            shuffled = np.random.default_rng([5, epoch, window + 1]).permutation(len(of_window))
+            of_window = [of_window[i] for i in shuffled]
+            for step in range(0, len(of_window), 7):
+                of_step = of_window[step : step + 7]
+                dealt = assign_micro_batches([lengths[id] for id in of_step], 64, world)
+                for rank in range(world):
+                    expected[rank] += [[of_step[i] for i in micro] for micro in dealt[rank]]
+    found = walk(sampler, world, range(30))
+    assert [[[row["id"] for row in micro["rows"]] for micro in worker] for worker in found] == expected
+
+
 def test_resuming_in_the_middle_gives_the_rest(store: TokenStore) -> None:
     sampler = make_sampler(store)
     whole, rest = walk(sampler, 2, range(30)), walk(sampler, 2, range(11, 30))
     for rank in range(2):
-        assert rest[rank] == [micro for micro in whole[rank] if micro["step"] >= 11]
+        expected = [micro for micro in whole[rank] if micro["step"] >= 11]
+        assert [{**micro, "read": None} for micro in rest[rank]] == [{**micro, "read": None} for micro in expected]
+
+
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_a_worker_reads_its_own_records_and_the_index_of_each_window(store: TokenStore, world: int) -> None:
+    sampler, folder = make_sampler(store, images=IndexedImages()), Path(store.folder)
+    for worker in walk(sampler, world, range(15)):
+        own = [row for micro in worker for row in micro["rows"]]
+        windows = [sampler.read_window(0, window, CountedReader()) for window in range(sampler.windows_per_epoch)]
+        index_bytes = sum((folder / name).stat().st_size for index in windows for name in index.files)
+        read = Counter[str]()
+        for micro in worker:
+            read.update(micro["read"])
+        record_bytes = sum(4 * (len(row["tokens"]) + 2 * len(row["label_spans"])) for row in own)
+        assert read == {"bytes": index_bytes + record_bytes, "records": len(own), "images": 0}
 
 
 def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> None:
@@ -96,7 +138,7 @@ def test_labels_of_a_step_are_counted_over_all_workers(store: TokenStore) -> Non
 def test_epochs_and_seeds_differ_and_repeat(store: TokenStore) -> None:
     def ids(seed: int | None, epoch: int) -> list[int]:
         sampler = make_sampler(store, seed=seed, shuffle_records=1000)
-        return sampler.rows(epoch, 0)["id"].to_pylist()
+        return sampler.read_window(epoch, 0, CountedReader()).table["id"].to_pylist()
 
     assert ids(5, 0) == ids(5, 0)
     assert ids(5, 0) != ids(5, 1)
@@ -111,7 +153,7 @@ def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None
         for rows in sizes:
             listed = [{"id": first + i, "tokens": [1, 2, 3], "label_spans": [[1, 3]]} for i in range(rows)]
             name = f"train-{first:014x}.parquet"
-            write_parquet(tmp_path / name, pa.Table.from_pylist(listed, TOKEN_SCHEMA))
+            write_part(f"{tmp_path}/{name}", listed)
             parts.append((name, rows))
             first += rows
     store = TokenStore(folder=str(tmp_path), parts={"train": parts, "val": []}, rejected=0)
@@ -132,8 +174,11 @@ def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None
 class IndexedImages:
     """An image source whose bytes name the image that was asked for."""
 
-    def read(self, source: int, index: int, epoch: int | None) -> bytes:
-        return f"{source} {index} {epoch}".encode()
+    def open(self, reader: CountedReader) -> "IndexedImages":
+        return self
+
+    def read(self, images: Sequence[tuple[int, int]], epoch: int | None) -> list[bytes]:
+        return [f"{source} {index} {epoch}".encode() for source, index in images]
 
 
 def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> None:
@@ -141,13 +186,16 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
     listed = [
         {"id": first + i, "tokens": [1, 2, 3], "label_spans": [[1, 3]], "image": i if i % 2 else None} for i in range(9)
     ]
-    write_parquet(tmp_path / f"train-{first:014x}.parquet", pa.Table.from_pylist(listed, TOKEN_SCHEMA))
+    write_part(f"{tmp_path}/train-{first:014x}.parquet", listed)
     parts = {"train": [(f"train-{first:014x}.parquet", 9)], "val": []}
     sampler = make_sampler(TokenStore(folder=str(tmp_path), parts=parts, rejected=0), images=IndexedImages())
     for epoch in (0, 1):
         steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
         for worker in walk(sampler, 2, steps):
             for micro in worker:
+                if micro["read"]["records"]:  # told with the first micro-batch of a step
+                    of_step = [row for other in worker if other["step"] == micro["step"] for row in other["rows"]]
+                    assert micro["read"]["images"] == sum(row["image"] is not None for row in of_step)
                 for row in micro["rows"]:
                     place = row["id"] - first
                     assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)

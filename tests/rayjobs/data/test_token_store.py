@@ -54,7 +54,9 @@ def test_equal_records_of_every_format_are_on_one_side(tmp_path: Path, tiny_base
         rows += [{"instruction": f"cat {i}", "output": "dog"}] * 2
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_chunks(tmp_path, tiny_base, tmp_path / "a.jsonl", val_fraction=0.4)
-    sides = {side: read_parquet(next(tmp_path.glob(f"{side}-*")))["id"].to_pylist() for side in ("train", "val")}
+    sides = {
+        side: read_parquet(next(tmp_path.glob(f"{side}-*.parquet")))["id"].to_pylist() for side in ("train", "val")
+    }
     assert sorted(sides["train"] + sides["val"]) == list(range(len(rows)))
     for ids in sides.values():
         assert {id ^ 1 for id in ids} == set(ids)  # a record and its duplicate differ in the last bit of their ids

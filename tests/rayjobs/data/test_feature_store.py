@@ -5,31 +5,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from rayjobs.data import text_classifier
+from rayjobs.data.feature_part import read_part, write_part
 from rayjobs.data.feature_store import open_encoders
-from rayjobs.data.image_source import read_part
 from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder
-from rayjobs.storage.files import write_parquet
+from rayjobs.storage.counted_reader import CountedReader
 from rayjobs.storage.fingerprint import fingerprint
 from tests.rayjobs.cafo_dataset import make_dataset
 
 
 @pytest.mark.parametrize("length", [0, 40, -8])
 def test_a_feature_file_that_was_cut_short_is_named(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "part-00000000.parquet"
-    write_parquet(path, pa.table({"row": np.arange(90), "features": np.arange(90.0)}))
-    assert len(read_part(path)) == 90
-    path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(
-        ValueError, match=r"part-00000000\.parquet is no whole feature file .*delete it, and the next run"
-    ):
-        read_part(path)
+    path, reader = tmp_path / "part-00000000.parquet", CountedReader()
+    features = np.arange(60, dtype=np.float32).reshape(30, 2)
+    write_part(str(path), [*range(4), *range(5, 16)], features, 2, [("4.png", "broken")])
+    part = read_part(str(path), reader)
+    assert (part.images, part.rejected) == ((0, 1, 2, 3, *range(5, 16)), (("4.png", "broken"),))
+    assert np.array_equal(part.read(reader), features.reshape(15, 2, 2))
+    for file in (path.with_suffix(".bin"), path):
+        file.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(ValueError, match=rf"{file.name} .*delete the folder {tmp_path}, and the next run"):
+            read_part(str(path), reader).read(reader)
+    with pytest.raises(ValueError, match=r"part-00000000\.bin was cut short.*delete the folder"):
+        part.read_rows([3, 14], reader)
 
 
 def test_a_classifier_file_that_was_cut_short_is_named(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ class Tab:
     async def send(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the DevTools protocol; return its result."""
         number = next(self._numbers)
-        self._waiting[number] = asyncio.get_running_loop().create_future()
+        answered = self._waiting[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_str(json.dumps({"id": number, "method": method, "params": params}))
-        answer = await asyncio.wait_for(self._waiting.pop(number), PATIENCE_S)
+        answer = await asyncio.wait_for(answered, PATIENCE_S)
         assert "error" not in answer, f"{method}: {answer}"
         return answer.get("result", {})
 
@@ -44,7 +44,7 @@ class Tab:
         async for message in self._socket:
             event = json.loads(message.data)
             if "id" in event:
-                self._waiting[event["id"]].set_result(event)
+                self._waiting.pop(event["id"]).set_result(event)
             elif event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.complaints.append(json.dumps(event["params"]))
 

@@ -20,6 +20,7 @@ from rayjobs.serve.text_model import TextModel
 from tests.rayjobs.serve.browser import BROWSER, browser_tab
 from tests.rayjobs.serve.serving import listening
 from tests.rayjobs.serve.test_images import SPECS, encoded, make_cache, picture, save_cache
+from tests.waiting import PATIENCE_S
 
 HOSTILE = "<img src=x onerror=document.title='hit'> & <script>document.title='hit'</script>"
 GROUNDS = {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}
@@ -61,7 +62,7 @@ def test_a_conversation_and_a_classification(app: Any, tmp_path: Path, width: in
     image.save(tmp_path / "picture.png")
 
     async def use(url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
             (classifier,) = (await client.get(PATH)).json()["data"]
             body = {"model": classifier["id"], "image": encoded(image), "evidence": 6}
             expected = (await client.post(PATH, json=body)).json()

@@ -301,7 +301,10 @@ def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
 def check_finite(state: Mapping[str, torch.Tensor], step: int) -> None:
     """Raise AgreedError with a NonFiniteLossError if a tensor of the training state, which all workers have, is not
     finite: a loss that is finite may have had a gradient that is not, and no run could go on from such a checkpoint."""
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+    doubtful = {
+        name: tensor for name, tensor in state.items() if not tensor.sum().isfinite()
+    }  # a sum is ten times faster
+    if broken := [name for name, tensor in doubtful.items() if not tensor.isfinite().all()]:
         raise AgreedError(
             NonFiniteLossError(
                 f"{broken[0]} is no longer finite after step {step}, which is not saved. With a lower "

@@ -147,7 +147,7 @@ def test_a_state_that_is_not_finite_is_not_saved() -> None:
         check_finite(state, 30)
     assert isinstance(raised.value.error, NonFiniteLossError)
     assert str(raised.value.error).startswith("prompt.exp_avg is no longer finite after step 30, which is not saved.")
-    check_finite({"prompt": torch.zeros(5, 7)}, 30)
+    check_finite({"prompt": torch.zeros(5, 7), "large": torch.full((3,), 3e38)}, 30)
 
 
 def test_others_can_read_a_checkpoint_if_the_umask_lets_them(storage: Path) -> None:

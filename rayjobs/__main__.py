@@ -34,7 +34,9 @@ exception keeps its traceback, and Python then exits with 1."""
 
 JOBS = {
     "adapter-train": "train an adapter on a frozen decoder, on instruction records",
-    "adapter-eval": "measure held-out loss or ScienceQA accuracy, with or without an adapter",
+    "adapter-eval": "measure held-out loss, answers, or ScienceQA accuracy, with or without an adapter",
+    "adapter-harness": "run tasks of lm-evaluation-harness, with or without an adapter",
+    "adapter-judge": "let a language model compare the answers of two runs, pair by pair",
     "adapter-tune": "sweep the settings of adapter-train: the paper's ablations, or a search",
     "adapter-generate": "generate responses to one instruction, to a file of them, or interactively",
     "adapter-export": "write an adapter in the official v1 format, litgpt's or PEFT's",

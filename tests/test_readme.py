@@ -40,6 +40,7 @@ NEEDED = {
     "a 7B model, OpenAI's CLIP": 1,
     "a cluster": 6,
     "a cluster, a bucket": 1,
+    "an endpoint": 1,
     "Caltech101": 2,
     "the demo's models": 1,
     "features of one's own": 3,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayjobs.data.records import RecordsConfig
+from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.errors import DataError
 from rayjobs.storage.files import read_json, write_json
 
@@ -48,9 +48,14 @@ def trained_digests(records: RecordsConfig) -> set[int]:
 def held_out_records(records: RecordsConfig) -> Iterator[dict[str, Any]]:
     """Yield the usable records that a run with these settings keeps for validation, in order."""
     for source in records.all_sources():
-        for record in source.read():
-            if "rejected" not in record and (source.role == "val" or is_held_out(record, records.held_out_fraction)):
-                yield record
+        yield from held_out_of(source, records.held_out_fraction)
+
+
+def held_out_of(source: Source, fraction: float) -> Iterator[dict[str, Any]]:
+    """Yield the usable records of one source that are kept for validation, in order: all of one that is for it."""
+    for record in source.read():
+        if "rejected" not in record and (source.role == "val" or is_held_out(record, fraction)):
+            yield record
 
 
 def write_digests(path: str | Path, digests: set[int]) -> None:

@@ -1,4 +1,4 @@
-"""Small files for every example of the documents: records in each format, labelled photos, a tiny base and a tiny CLIP.
+"""Small files for every example of the documents: records, tasks, labelled photos, a tiny base and a tiny CLIP.
 
 They are made from the demo's world, without a network: the base copies notes of three digits, and the records teach it
 to write them in words; the photos are drawings of digits, and CLIP has seen printed digits. What exists stays.
@@ -14,6 +14,7 @@ from rayjobs.console import Progress
 from rayjobs.demo import notes
 from rayjobs.demo.config import TinyClipConfig, TinyLlamaConfig
 from rayjobs.storage.files import atomic_folder, make_folder, write_json, write_jsonl, write_parquet, write_text
+from rayjobs.storage.yaml_file import write_yaml
 
 RECORDS, HELD_OUT, SEED = 400, 60, 1
 PHOTOS, NEW_PHOTOS = 16, 2
@@ -31,6 +32,7 @@ def write_example_data(
     make_folder(folder)
     parts: list[tuple[str, str, Callable[[Path], None]]] = [
         ("records", "instruction records, the same in JSON, JSON lines, CSV, Parquet and as chats", _write_records),
+        ("tasks", "tasks of lm-evaluation-harness on the records", lambda new: _write_tasks(new, folder / "records")),
         ("photos", f"{PHOTOS} labelled images of each of ten classes", lambda new: _draw(new, PHOTOS, SEED)),
         ("new_photos", f"{NEW_PHOTOS} other images of each class", lambda new: _draw(new, NEW_PHOTOS, SEED + 1)),
         ("base", "a tiny LLaMA in Hugging Face's format", lambda new: _train_llama(llama, new)),
@@ -59,6 +61,26 @@ def _write_records(folder: Path) -> None:
     write_jsonl(folder / "questions.jsonl", [{key: record[key] for key in ("instruction", "input")} for record in test])
     template = {"with_input": notes.TEMPLATE.with_input, "without_input": notes.TEMPLATE.without_input}
     write_json(folder / "template.json", template)
+
+
+def _write_tasks(folder: Path, records: Path) -> None:
+    """Write two tasks: the words of a note are generated, or chosen over the note as it stands."""
+    data: dict[str, Any] = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(records / "test.json")}},
+        "test_split": "test",
+        "doc_to_text": "Instruction: {{instruction}} Input: {{input}} Response:",
+    }
+    write: dict[str, Any] = {"output_type": "generate_until", "doc_to_target": "{{output}}"}
+    write["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": 8}
+    write["metric_list"] = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+    choose: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_target": 0}
+    choose["doc_to_choice"] = ["{{output}}", "{{input}}"]
+    choose["metric_list"] = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+    ]
+    for name, task in (("notes_write", write), ("notes_choose", choose)):
+        write_yaml(folder / f"{name}.yaml", {"task": name, "tag": "notes", **data, **task})
 
 
 def _csv(records: list[dict[str, str]]) -> str:

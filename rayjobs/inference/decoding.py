@@ -7,8 +7,9 @@ from pydantic import Field
 from adapter.generation_config import GenerationConfig
 from rayjobs.config import config
 
-Reading = Literal["generate", "likelihood"]
-"""The way a problem of ScienceQA is answered: by a generated text, or by the option with the highest likelihood."""
+Reading = Literal["generate", "likelihood", "normalised"]
+"""The way a problem of ScienceQA is answered: by a generated text, by the option whose answer has the highest
+likelihood, or by the option whose own text has the highest likelihood per byte."""
 
 
 @config
@@ -23,3 +24,11 @@ class DecodingConfig(GenerationConfig):
     """Sample from the most likely tokens whose probabilities add up to this."""
     seed: int = Field(default=0, ge=0)
     """Sampling seed."""
+
+
+@config
+class GreedyDecodingConfig(DecodingConfig):
+    """Decoding settings of answers that are measured."""
+
+    temperature: float = Field(default=0, ge=0)
+    """Sampling temperature; 0 is greedy decoding."""

@@ -1,6 +1,10 @@
 """Evaluate on ScienceQA: generate every problem's answer, or score its options by likelihood; then the paper's table.
 
 Decoding is greedy. An answer is read out of the generated text; a text that names no option counts as wrong.
+
+Options are scored by the likelihood of `The answer is (B).`, or by that of each option's own text, which is divided by
+the text's bytes in UTF-8, because a longer text is less likely whatever it says (`acc_norm` of lm-evaluation-harness,
+which leaves out the end token that is counted here).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +38,7 @@ PREDICTIONS = pa.schema(
         ("predicted", pa.string()),  # the option's letter; null if the text names none, or the best options are tied
         ("answer", pa.string()),
         ("correct", pa.bool_()),
-        ("log_likelihoods", pa.list_(pa.float64())),  # of every option's answer, if options were scored
+        ("log_likelihoods", pa.list_(pa.float64())),  # of every option's answer or text, if options were scored
         ("error", pa.string()),  # why the problem could not be put to the model
         ("shortened", pa.bool_()),  # whether its context lost its beginning to fit into the window
         ("image_error", pa.string()),  # why its image could not be read; it was then answered without
@@ -76,9 +80,9 @@ class AnswerProblems:
 
     def _encode(self, record: Record, model: AdaptedModel, window: int) -> tuple[list[Example], str]:
         """The problem with its own answer, or with each option's if options are scored; or why it does not fit."""
-        outputs = [record["output"]] if self.reading == "generate" else record["outputs"]
+        outputs = {"generate": [record["output"]], "likelihood": record["outputs"], "normalised": record["choices"]}
         try:
-            return [self._example(record, output, model, window) for output in outputs], ""
+            return [self._example(record, output, model, window) for output in outputs[self.reading]], ""
         except RecordError as error:
             return [], str(error)
 
@@ -97,8 +101,10 @@ class AnswerProblems:
             predicted = read_answer(text, record["choices"])
         elif outputs:
             scores = [-loss for loss in outputs]
-            best = max(scores)
-            predicted = scores.index(best) if scores.count(best) == 1 else None
+            ranked = scores
+            if self.reading == "normalised":
+                ranked = [s / max(1, len(choice.encode())) for s, choice in zip(scores, record["choices"], strict=True)]
+            predicted = ranked.index(max(ranked)) if ranked.count(max(ranked)) == 1 else None
         return {
             "pid": record["pid"],
             "text": text,

@@ -9,7 +9,7 @@ from rayjobs.config import config
 from rayjobs.data.records import RecordsConfig
 from rayjobs.errors import ConfigError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
-from rayjobs.inference.decoding import Reading
+from rayjobs.inference.decoding import GreedyDecodingConfig, Reading
 from rayjobs.runs.run_dir import RunConfig
 
 
@@ -19,14 +19,16 @@ class Config(AdapterSourceConfig):
 
     JOB: ClassVar = "adapter-eval"
 
-    task: Literal["loss", "scienceqa"] = "loss"
-    """Measure: held-out `loss`, or accuracy on `scienceqa`, which reads one ScienceQA folder, its test split unless
-    data.path names another."""
+    task: Literal["loss", "answers", "scienceqa"] = "loss"
+    """Measure: held-out `loss`; generated `answers` beside the records' own, by exact match, ROUGE-L and chrF; or
+    accuracy on `scienceqa`, which reads one ScienceQA folder, its test split unless data.path names another."""
     reading: Reading = "generate"
-    """Prediction of scienceqa: `generate` a text and read the answer out of it, or take the option with the highest
-    `likelihood`."""
+    """Prediction of scienceqa: `generate` a text and read the answer out of it; take the option whose letter has the
+    highest `likelihood`; or, `normalised`, the option whose own text has the highest log-likelihood per byte."""
+    decoding: GreedyDecodingConfig = GreedyDecodingConfig()
+    """Decoding of task=answers."""
     batch_size: int = Field(default=16, ge=1)
-    """Problems of scienceqa per batch of a worker."""
+    """Problems or answers per batch of a worker."""
     data: RecordsConfig | None = None
     """Records to score; null with `split`."""
     split: Literal["val"] | None = None

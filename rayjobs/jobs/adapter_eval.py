@@ -1,8 +1,9 @@
 """Measure a base, with or without an adapter, on held-out records, with a pool of workers.
 
-task=loss: cross-entropy and perplexity of the records' outputs. task=scienceqa: accuracy in the paper's eight classes;
-the same command resumes an interrupted run and keeps the predictions that are there. Records that cannot be used are
-set aside one by one.
+task=loss: cross-entropy and perplexity of the records' outputs. task=answers: generated answers beside the records'
+own, by exact match, ROUGE-L and chrF, with every answer in answers.parquet. task=scienceqa: accuracy in the paper's
+eight classes. The same command resumes an interrupted run and keeps the answers that are there. Records that cannot be
+used are set aside one by one.
 
 Records that the adapter was trained on are refused unless `allow_training_records` is set; the result then says how
 many they are. They are known by content, from the run that the adapter lies in.
@@ -14,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from adapter.adapter_file import AdapterFile
 from adapter.records.scienceqa import PROBLEMS, Problem, read_problems
 from adapter.templates import Template, template_fields
 from rayjobs.cluster.ray_init import connect
+from rayjobs.config import to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.record_files import Role
@@ -25,10 +29,22 @@ from rayjobs.data.records import DataConfig, RecordsConfig, Source, check_source
 from rayjobs.data.rejected import check_rejected_share
 from rayjobs.data.templates import describe_sources, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, Split, prepare_tokens
-from rayjobs.data.trained_records import held_out_records, is_held_out
+from rayjobs.data.trained_records import held_out_of, held_out_records, is_held_out
 from rayjobs.errors import ConfigError, DataError
-from rayjobs.inference.batch import IDENTITY, BatchGenerator
+from rayjobs.inference.answer_metrics import AnswerScorer
+from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record
+from rayjobs.inference.instructions import ANSWERS, AnswerInstructions
 from rayjobs.inference.loss import LOSSES, record_losses, summarize_losses
+from rayjobs.inference.record_answers import (
+    ANSWERED,
+    ANSWERS_FILE,
+    Question,
+    answered_rows,
+    read_questions,
+    rejected_questions,
+    summarize_answers,
+    usable,
+)
 from rayjobs.inference.result_identity import data_identity, model_identity
 from rayjobs.inference.scienceqa import (
     MAX_ANSWER_TOKENS,
@@ -70,6 +86,8 @@ class Checked(NamedTuple):
     """the image encoder; None if images are left out"""
     saved: AdapterFile | None
     """the adapter; None for the base alone"""
+    window: int
+    """tokens of the base's window"""
     overlap: Overlap
     """the records among those to be scored that the adapter was trained on"""
 
@@ -98,8 +116,10 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
     else:
         check_sources(sources)
     templates = source_templates(sources, open_tokenizer(tokenizer), saved)
+    if settings.task == "answers":
+        AnswerScorer()
     overlap = check_overlap(settings, records, problems)
-    return Checked(tokenizer, records, sources, templates, problems, conditioning, saved, overlap)
+    return Checked(tokenizer, records, sources, templates, problems, conditioning, saved, window, overlap)
 
 
 def scienceqa_source(settings: Config, records: RecordsConfig) -> Source:
@@ -175,7 +195,8 @@ def run(settings: Config) -> dict[str, Any]:
     """Measure; return and write `result.json`, with every record's loss or prediction beside it as Parquet."""
     checked = check(settings)
     overlap = checked.overlap
-    result = measure_scienceqa(settings, checked) if settings.task == "scienceqa" else measure_loss(settings, checked)
+    measure = {"loss": measure_loss, "answers": measure_answers, "scienceqa": measure_scienceqa}[settings.task]
+    result = measure(settings, checked)
     result["headline"] += overlap.label
     result["records_trained_on"] = "unknown" if overlap.trained_on is None else overlap.trained_on
     if overlap.trained_on != 0:
@@ -220,6 +241,47 @@ def measure_loss(settings: Config, checked: Checked) -> dict[str, Any]:
     write_parquet(folder / "losses.parquet", losses, LOSSES)
     left_out = {"rejected_records": store.rejected, "images_left_out": store.images_left_out}
     return {**summarize_losses(losses), **left_out}
+
+
+def measure_answers(settings: Config, checked: Checked) -> dict[str, Any]:
+    """Answer every record in its own template; write `answers.parquet`."""
+    conditioning, pieces, scorer = checked.conditioning, open_tokenizer(checked.tokenizer), AnswerScorer()
+    model, asked = model_identity(settings, conditioning), list[tuple[list[Question], BatchGenerator]]()
+    for source, template in zip(checked.sources, checked.templates, strict=True):
+        records = held_out_of(source, checked.records.held_out_fraction) if settings.split else source.read()
+        questions = list(read_questions(records, template, pieces, checked.window))
+        identity = {
+            **model,
+            **data_identity(usable(questions), source.images, reads_images=conditioning is not None),
+            "template": template_fields(template),
+            "decoding": to_dict(settings.decoding),
+            "batch_size": settings.batch_size,
+        }
+        generator = BatchGenerator(
+            task=AnswerInstructions(template, settings.decoding),
+            schema=ANSWERS,
+            parts=settings.run.folder / "parts" / str(len(asked)),
+            identity=identity,
+            chunk_size=settings.batch_size,
+            model=settings,
+            conditioning=conditioning,
+            image_root=source.images,
+            pool=settings.scale,
+        )
+        check_provenance(generator.parts / IDENTITY, identity)  # before anything of a finished run is overwritten
+        asked.append((questions, generator))
+    folder, rows, rejected = open_run(settings.run, settings), list[Record](), list[dict[str, str]]()
+    for questions, generator in asked:
+        records = usable(questions)
+        answers = generator.run(records).to_pylist() if records else []
+        answered = answered_rows(questions, answers, scorer)
+        rows, rejected = rows + answered, rejected + rejected_questions(answered, questions)
+    write_parquet(folder / ANSWERS_FILE, pa.Table.from_pylist(rows, ANSWERED))
+    write_jsonl(folder / REJECTED_FILE, rejected)
+    reasons = [f"{row['record']}: {row['reason']}" for row in rejected]
+    share, listed = checked.records.max_rejected_fraction, str(folder / REJECTED_FILE)
+    check_rejected_share(reasons, len(rows), share, "data.max_rejected_fraction", listed=listed)
+    return summarize_answers(rows, scorer)
 
 
 def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:

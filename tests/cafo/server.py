@@ -13,9 +13,9 @@ from PIL import Image
 
 
 @contextmanager
-def serve(fail_first=0, answers_at_once=1, refuse="\0"):
+def serve(fail_first=0, answers_at_once=1, refuse="\0", answer=None):
     """Yield (base URL, requests); each request is recorded as its path, key and body. Images of prompts with
-    `refuse` in them are refused for their content."""
+    `refuse` in them are refused for their content. answer: makes the one answer to the text of a chat."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -37,9 +37,9 @@ def serve(fail_first=0, answers_at_once=1, refuse="\0"):
                 return self.reply(
                     200, {"created": 0, "data": [{"b64_json": base64.b64encode(buffer.getvalue()).decode()}]}
                 )
-            texts = [
-                f"answer {len(requests)}.{i}\n to {body['messages'][-1]['content']}" for i in range(answers_at_once)
-            ]
+            asked = body["messages"][-1]["content"]
+            texts = [f"answer {len(requests)}.{i}\n to {asked}" for i in range(answers_at_once)]
+            texts = texts if answer is None else [answer(asked)]
             choices = [
                 {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
                 for i, text in enumerate(texts)

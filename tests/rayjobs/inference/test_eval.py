@@ -166,6 +166,37 @@ def test_figures_on_training_records_are_called_that(
     assert read_json(config.run.folder / "result.json") == result
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_answers_are_compared_with_the_records_own(
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("rouge_score")
+    rows = read_jsonl(records)
+    base = AdaptedModel.from_pretrained(tiny_base)
+    said = base.answer_records(rows, max_new_tokens=5, temperature=0)
+    held_out = [{**row, "output": text or "x"} for row, text in zip(rows, said, strict=True)]
+    held_out[::2] = [{**row, "output": "seven"} for row in held_out[::2]]
+    write_jsonl(tmp_path / "asked.jsonl", [*held_out[:30], {"instruction": "cat " * 2000, "output": "sat"}])
+    given = {"path": [str(tmp_path / "asked.jsonl")]}
+    decoding = {"max_new_tokens": 5, "temperature": 0}
+    config = settings(tiny_base, given, tmp_path, task="answers", decoding=decoding)
+    result = adapter_eval.run(config)
+    right = sum(row["output"].strip() == text for row, text in zip(held_out[:30], said, strict=False))
+    assert 0 < right < 30
+    assert (result["answers"], result["rejected_records"]) == (30, 1)
+    assert result["exact_match"] == pytest.approx(100 * right / 30, abs=1e-3)
+    table = pq.read_table(config.run.folder / "answers.parquet").to_pylist()
+    assert [row["answer"] for row in table] == [*said[:30], None]
+    assert result["rouge_l"] == pytest.approx(sum(row["rouge_l"] for row in table[:30]) / 30, abs=1e-3)
+    assert "leaves no room" in table[30]["error"]
+    assert "ROUGE-L" in (config.run.folder / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"other settings \(decoding\.max_new_tokens was 5, now 6\)"):
+        adapter_eval.run(
+            settings(tiny_base, given, tmp_path, task="answers", decoding={**decoding, "max_new_tokens": 6})
+        )
+
+
 @pytest.mark.ray
 def test_more_problems_than_the_share_that_cannot_be_put_stop_the_run_with_their_list(
     cluster: None, tiny_base: Path, tmp_path: Path

@@ -11,6 +11,7 @@ import torch
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
+from adapter.records.example import encode_answered
 from adapter.records.scienceqa import TEMPLATE, Problem, read_problems
 from rayjobs.config import load, to_dict
 from rayjobs.inference.batch import GenerationWorker, read_pixels
@@ -182,7 +183,27 @@ def test_likelihoods_are_the_models_own_and_images_change_them(settings: adapter
         assert row["log_likelihoods"][1] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("reading", ["generate", "likelihood"])
+def test_an_option_s_own_text_counts_by_its_bytes(trained_llama: Path) -> None:
+    base = AdaptedModel.from_pretrained(trained_llama)
+    choices = ("red", "a big red house on the hill, naïvely", "seven")
+    problem = Problem(
+        pid="1", question="the cat", choices=choices, answer=0, hint="", image="", subject="social science", grade=1
+    )
+    (row,) = AnswerProblems(TEMPLATE, "normalised", 512)(base, [problem_record(problem)], [None])
+    record = problem.record()
+    prompt = TEMPLATE.render(record["instruction"], record["input"])
+    expected = []
+    for choice in choices:
+        begin, answer = encode_answered(prompt, choice, base.tokenizer)
+        log_p = base.model(torch.tensor([begin + answer]))[0].log_softmax(-1)
+        expected.append(sum(log_p[len(begin) + i - 1, id].item() for i, id in enumerate(answer)))
+    assert row["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+    per_byte = [total / len(choice.encode()) for total, choice in zip(expected, choices, strict=True)]
+    assert per_byte.index(max(per_byte)) != expected.index(max(expected)), "the length decides"
+    assert row["predicted"] == "ABC"[per_byte.index(max(per_byte))]
+
+
+@pytest.mark.parametrize("reading", ["generate", "likelihood", "normalised"])
 def test_context_gives_way_and_options_never(trained_llama: Path, scienceqa: Path, reading: Reading) -> None:
     """A problem that is too long for question and options to fit is told, and counts as unanswered: never as an A."""
     base = AdaptedModel.from_pretrained(trained_llama)
@@ -198,7 +219,7 @@ def test_context_gives_way_and_options_never(trained_llama: Path, scienceqa: Pat
     assert "options would be lost" in rows[2]["error"]
     assert [row["error"] for row in rows[1::2]] == ["", ""]
     assert all((row["predicted"], row["correct"]) == (None, False) for row in rows[::2])
-    if reading == "likelihood":
+    if reading != "generate":
         assert rows[1]["log_likelihoods"] != rows[3]["log_likelihoods"]
 
 

@@ -1,17 +1,18 @@
-"""Train adapters over a search space of adapter-train's settings with Ray Tune, such as the paper's ablations.
+"""Train adapters over a search space of adapter-train's settings with Ray Tune: the paper's ablations, or a search.
 
 Each trial is an ordinary adapter-train run in `trials/`. The best setting is chosen on validation loss, or on the
-accuracy of the ScienceQA problems that `sweep.scienceqa` names. `sweep.compare` puts the values of one hyperparameter,
-such as adapter.method, beside each other, each with the learning rate that is best for it (`comparison.md`). The same
-command resumes an interrupted sweep: finished trials are not run again, and an interrupted one continues from its last
-checkpoint.
+accuracy of the ScienceQA problems that `sweep.scienceqa` names, and written as `best.yaml`, a config of adapter-train.
+`sweep.method=optuna` searches, and stops weak trials early; otherwise all settings of a grid are trained.
+`sweep.compare` puts the values of one hyperparameter, such as adapter.method, beside each other, each with the learning
+rate that is best for it (`comparison.md`). The same command resumes an interrupted sweep: finished trials are not run
+again, an interrupted one continues from its last checkpoint, and a search comes to the same end.
 """
 
 import functools
 import itertools
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,52 @@ from typing import Any
 import pyarrow as pa
 from ray import tune
 
+from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.worker_pool import WorkerRange
-from rayjobs.config import load, to_dict
-from rayjobs.console import show_table
+from rayjobs.config import to_dict
+from rayjobs.console import Progress, show_table
 from rayjobs.errors import ConfigError
 from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_eval, adapter_train
+from rayjobs.jobs.adapter_tune_trials import (
+    evaluation_settings,
+    known_outcome,
+    results_of,
+    train_point,
+    trial_folder,
+    trial_settings,
+)
 from rayjobs.lifecycle import job
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import open_run
-from rayjobs.storage.files import read_jsonl, write_parquet
-from rayjobs.storage.fingerprint import fingerprint
+from rayjobs.storage.credentials import mask_credentials
+from rayjobs.storage.files import write_parquet, write_text
+from rayjobs.storage.yaml_file import dump_yaml
+from rayjobs.tune.adapter_study import AdapterStudy
 from rayjobs.tune.adapter_sweep import (
-    AdapterTrial,
-    AdapterTrialResult,
+    AdapterSweepProgress,
     compare_values,
-    describe_overrides,
+    compared_values,
     enumerate_overrides,
     plot_first_steps,
-    read_adapter_result,
-    run_trials,
+    plot_settings,
+    run_points,
+    sample_overrides,
     summarize,
+    table_columns,
     write_table,
 )
+from rayjobs.tune.adapter_trial import AdapterTrial, AdapterTrialResult, Point, describe_overrides
+from rayjobs.tune.search_space import Range
+
+BEST_CONFIG = "best.yaml"
 
 
 def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
-    """Check the settings of every trial; return the trials. Raises a UserError for the first problem.
+    """Check the settings of every trial, or of some that have every value of a search; return these trials.
+
+    Raises a UserError for the first problem.
 
     weights: False to leave the weights of a base on the hub there.
     """
@@ -57,14 +76,10 @@ def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
             f"sweep.axes cannot hold {', '.join(fixed)}: seeds are given as sweep.seeds, and every trial has a folder "
             "of its own"
         )
-    if (name := settings.sweep.compare) and (name not in settings.sweep.axes or settings.sweep.method != "grid"):
-        raise ConfigError(
-            f"sweep.compare is {name}: it must be one of sweep.axes ({', '.join(settings.sweep.axes)}), and "
-            "sweep.method grid, so that every value meets the same others"
-        )
-    trials = [
-        AdapterTrial(*pair) for pair in itertools.product(enumerate_overrides(settings.sweep), settings.sweep.seeds)
-    ]
+    _check_method(settings)
+    sweep = settings.sweep
+    tried = sample_overrides(sweep) if sweep.method == "optuna" else enumerate_overrides(sweep)
+    trials = [AdapterTrial(*pair) for pair in itertools.product(tried, sweep.seeds)]
     opened: dict[str, adapter_train.Inputs] = {}
     for trial in trials:
         own = trial_settings(settings, trial)
@@ -76,143 +91,154 @@ def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
     return trials
 
 
+def _check_method(settings: Config) -> None:
+    """Raise ConfigError for settings of the sweep that its method has no use for."""
+    sweep, searched = settings.sweep, settings.sweep.method == "optuna"
+    ranges = [name for name, axis in sweep.axes.items() if isinstance(axis, Range)]
+    if ranges and not searched:
+        raise ConfigError(f"sweep.axes: {ranges[0]} is a range, which needs sweep.method optuna; or give it values")
+    for name in ranges:
+        axis = sweep.axes[name]
+        if isinstance(axis, Range) and axis.low > axis.high:
+            raise ConfigError(f"sweep.axes: {name} is a range from {axis.low} to {axis.high}: low is above high")
+    if (name := sweep.compare) and (name not in sweep.axes or sweep.method == "each" or name in ranges):
+        raise ConfigError(
+            f"sweep.compare is {name}: it must be one of sweep.axes ({', '.join(sweep.axes)}) with a list of values, "
+            "and sweep.method grid or optuna, so that every value meets the same others"
+        )
+    if searched and len(sweep.axes) == (sweep.compare is not None):
+        raise ConfigError(f"sweep.axes has {sweep.compare} alone, which is compared: name something to search too")
+    if searched and not (settings.data.val_sources() or settings.data.held_out_fraction):
+        raise ConfigError(
+            "sweep.method optuna searches on held-out loss, and no record is held out: give data.val_path, or a "
+            "data.val_fraction above 0"
+        )
+
+
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
-    trials = check(settings, weights=False)
-    seeds = ", ".join(map(str, settings.sweep.seeds))
-    rows = [[describe_overrides(overrides), seeds] for overrides in enumerate_overrides(settings.sweep)]
-    different = len({_folder(settings, trial) for trial in trials})
-    title = f"{len(trials)} trials, {different} of them different, {settings.sweep.at_once} at once"
+    trials, sweep = check(settings, weights=False), settings.sweep
+    seeds = ", ".join(map(str, sweep.seeds))
+    if sweep.method == "optuna":
+        searched = [
+            [name, f"{axis.low:g} to {axis.high:g}" if isinstance(axis, Range) else ", ".join(map(str, axis))]
+            for name, axis in sweep.axes.items()
+        ]
+        count = max(len(compared_values(sweep)), 1) * sweep.samples
+        title = f"up to {count} settings, each with seeds {seeds}, {sweep.at_once} at once"
+        show_table(title, ["hyperparameter", "values"], searched)
+        return
+    rows = [[describe_overrides(overrides), seeds] for overrides in enumerate_overrides(sweep)]
+    different = len({trial_folder(settings, trial) for trial in trials})
+    title = f"{len(trials)} trials, {different} of them different, {sweep.at_once} at once"
     show_table(title, ["setting", "seeds"], rows)
 
 
 @job
 def run(settings: Config) -> dict[str, Any]:
-    """Run the sweep; return and write `result.json`, with `results.parquet`, `table.md` and a plot beside it."""
-    trials = check(settings)
+    """Run the sweep; return and write `result.json`, with `results.parquet`, `best.yaml`, tables and plots."""
+    check(settings)
     folder = open_run(settings.run, settings)
-    different: dict[Path, AdapterTrial] = {}
-    for trial in trials:  # equal settings have one folder
-        different.setdefault(_folder(settings, trial), trial)
-    left = [trial for trial in different.values() if not finished_results(settings, [trial])]
-    if left:
-        connect(folder, settings.run.cache_folder)
-        worker = _worker_resources(settings)
-        adapter_train.prepare(trial_settings(settings, left[0]))  # once, before trials do it at the same time
-        run_trials(
-            tune.with_parameters(train_trial, settings=settings, trials=left, worker=worker),
-            len(left),
-            folder / "tune",
-            settings.sweep.at_once,
-            len(different),
-            functools.partial(finished_results, settings, list(different.values())),
-        )
-    results = finished_results(settings, trials)
+    points = run_search(settings, folder) if settings.sweep.method == "optuna" else run_grid(settings, folder)
+    measured = [(point, results_of(settings, point)) for point in points]
+    summary = write_tables(settings, folder, measured)
+    best = next(point for point in points if point.setting == summary["best"])
+    write_best(settings, best.trials[0], summary["headline"])
+    summary["best_adapter"] = str(trial_folder(settings, best.trials[0]) / adapter_train.ADAPTER_FILE)
+    write_result(folder, summary)
+    runs = {point.setting: [folder / "trials" / result.run for result in results] for point, results in measured}
+    plot_first_steps(folder / "first_steps.png", runs.items())
+    if settings.sweep.method != "each":
+        plot_settings(folder, settings.sweep.axes, [(point.overrides, results) for point, results in measured])
+    rows = summary.get("compared") or summary["settings"]
+    columns = table_columns(rows)
+    show_table(settings.run.name, columns, [[row.get(name, "") for name in columns] for row in rows])
+    return summary
+
+
+def write_tables(
+    settings: Config, folder: Path, measured: Sequence[tuple[Point, Sequence[AdapterTrialResult]]]
+) -> dict[str, Any]:
+    """Write `results.parquet`, `table.md` and `comparison.md`; return what `result.json` begins with."""
+    results = [result for _, of_point in measured for result in of_point]
     write_parquet(folder / "results.parquet", pa.Table.from_pylist([result.row() for result in results]))
     summary = summarize(results)
     write_table(folder / "table.md", summary["settings"])
     if name := settings.sweep.compare:
-        overrides = enumerate_overrides(settings.sweep)
-        summary["compared"] = compare_values(results, {describe_overrides(one): str(one[name]) for one in overrides})
+        values = {point.setting: str(point.overrides[name]) for point, _ in measured}
+        summary["compared"] = compare_values(results, values)
         write_table(folder / "comparison.md", summary["compared"])
-    write_result(folder, summary)
-    plot_first_steps(folder / "first_steps.png", _runs_by_setting(settings))
-    rows = summary.get("compared") or summary["settings"]
-    show_table(settings.run.name, list(rows[0]), [list(row.values()) for row in rows])
     return summary
 
 
-def trial_settings(settings: Config, trial: AdapterTrial) -> adapter_train.Config:
-    """A trial's settings for adapter-train; equal settings have the same run folder.
-
-    Raises ConfigError for a hyperparameter that does not exist, or a value that it cannot take.
-    """
-    common = {name: value for name, value in to_dict(settings).items() if name != "sweep"}
-    own = load(adapter_train.Config, common, {**trial.overrides, "train.seed": trial.seed})
-    values = to_dict(own)
-    changed = {
-        name: _nested(values, name) for name in trial.overrides if _nested(values, name) != _nested(common, name)
-    }
-    name = f"seed{trial.seed}-{fingerprint([changed, trial.seed])[:10]}"
-    storage, cache = str(settings.run.folder / "trials"), str(settings.run.cache_folder)
-    return replace(own, run=replace(own.run, name=name, storage=storage, cache=cache))
-
-
-def evaluation_settings(
-    settings: Config, trained: adapter_train.Config, adapter: str | None = None
-) -> adapter_eval.Config:
-    """The settings that measure a trial's adapter; without the adapter, as far as they are known before training."""
-    source = {"split": "val", **{k: v for k, v in to_dict(settings.sweep.scienceqa).items() if v is not None}}
-    values = to_dict(trained)
-    return load(
-        adapter_eval.Config,
-        {
-            "base": values["base"],
-            "vision": values["vision"] if adapter else None,
-            "adapter": adapter,
-            "task": "scienceqa",
-            "allow_training_records": True,  # a problem that stands in both splits stops no sweep
-            "data": {"path": [source], "template": trained.data.template, "max_length": trained.data.max_length},
-            "scale": {name: values["scale"][name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
-            "run": {**values["run"], "name": "eval", "storage": str(trained.run.folder)},
-        },
-    )
-
-
-def evaluation_identity(settings: Config, trained: adapter_train.Config) -> str | None:
-    """Fingerprint of what a trial's accuracy depends on besides its adapter; None if accuracy is not measured."""
-    if settings.sweep.scienceqa is None:
-        return None
-    evaluation = evaluation_settings(settings, trained)
-    checked = adapter_eval.check(evaluation)
-    identity = adapter_eval.task_identity(evaluation, checked, reads_images=trained.vision is not None)
-    return fingerprint(identity)[:10]
-
-
-def finished_results(settings: Config, trials: Sequence[AdapterTrial]) -> list[AdapterTrialResult]:
-    """The results of those trials that are trained, and measured on what the sweep measures on now."""
-    results = []
-    for trial in trials:
-        own = trial_settings(settings, trial)
-        result = read_adapter_result(own.run.folder)
-        if result and result.evaluated_on == evaluation_identity(settings, own):
-            results.append(replace(result, setting=describe_overrides(trial.overrides)))
-    return results
-
-
-def train_trial(
-    point: dict[str, int], *, settings: Config, trials: Sequence[AdapterTrial], worker: Mapping[str, float]
-) -> None:
-    """Tune's trainable: train and measure the trial of this number, and write its `trial.json`.
-
-    worker: the resources that each of its training workers reserves.
-    """
-    trial = trials[point["trial"]]
+def write_best(settings: Config, trial: AdapterTrial, headline: str) -> None:
+    """Write `best.yaml`: adapter-train's settings of the best trial, for a run of its own beside the sweep."""
     own = trial_settings(settings, trial)
-    scale = {**to_dict(own.scale), "cpus_per_worker": worker["CPU"], "gpus_per_worker": worker.get("GPU", 0)}
-    own = load(adapter_train.Config, {**to_dict(own), "scale": scale})
-    trained = adapter_train.run(own)
-    rows = [row for row in read_jsonl(own.run.folder / "metrics.jsonl") if "loss" in row]
-    losses = [row["loss"] for row in rows]
-    result = AdapterTrialResult(
-        setting=describe_overrides(trial.overrides),
-        seed=trial.seed,
-        run=own.run.name,
-        trainable_parameters=trained["trainable_parameters"],
-        first_loss=losses[0],
-        peak_loss=max(losses),
-        final_loss=statistics.mean(losses[-10:]),
-        val_loss=trained["val_loss"],
-        evaluated_on=evaluation_identity(settings, own),
-        adapter_bytes=(own.run.folder / adapter_train.ADAPTER_FILE).stat().st_size,
-        tokens_per_s=statistics.median(row["tokens_per_s"] for row in rows),
-    )
-    if settings.sweep.scienceqa is not None:
-        evaluation = evaluation_settings(settings, own, str(own.run.folder / adapter_train.ADAPTER_FILE))
-        evaluation = replace(evaluation, run=replace(evaluation.run, name=f"eval-{result.evaluated_on}"))
-        result = replace(result, accuracy=adapter_eval.run(evaluation)["accuracy"])
-    result.write(own.run.folder)
-    tune.report(result.row())
+    own = replace(own, run=replace(settings.run, name=f"{settings.run.name}_best"))
+    path = settings.run.folder / BEST_CONFIG
+    comment = f"# rayjobs adapter-train --config {path}\n# The setting that {settings.run.name} chose: {headline}.\n"
+    write_text(path, comment + dump_yaml(mask_credentials(to_dict(own))))
+
+
+def run_grid(settings: Config, folder: Path) -> list[Point]:
+    """Train every setting of a grid with every seed; return a point for each setting."""
+    sweep = settings.sweep
+    points = [
+        Point(trials=[AdapterTrial(overrides, seed) for seed in sweep.seeds])
+        for overrides in enumerate_overrides(sweep)
+    ]
+    different: dict[Path, Point] = {}
+    for trial in itertools.chain.from_iterable(point.trials for point in points):  # equal settings have one folder
+        different.setdefault(trial_folder(settings, trial), Point(trials=[trial]))
+    left = [point for point in different.values() if not results_of(settings, point)]
+    if left:
+        with sweep_progress(settings, different.values(), len(different)) as progress:
+            run_left(settings, folder, left, left[0].trials[0], progress)
+    return points
+
+
+def run_search(settings: Config, folder: Path) -> list[Point]:
+    """Search for the best setting, of each value of `sweep.compare` if there is one; return what was suggested."""
+    sweep = settings.sweep
+    compared = [{}] if sweep.compare is None else [{sweep.compare: value} for value in compared_values(sweep)]
+    points: list[Point] = []
+    with sweep_progress(settings, points, len(compared) * sweep.samples * len(sweep.seeds)) as progress:
+        for fixed in compared:
+            study = AdapterStudy(sweep, fixed, functools.partial(known_outcome, settings), points)
+            if study.advance():
+                run_left(settings, folder, study, points[-1].trials[0], progress)
+    return points
+
+
+@contextmanager
+def sweep_progress(settings: Config, points: Iterable[Point], total: int) -> Iterator[AdapterSweepProgress]:
+    """Show how many of `total` trials are over while the sweep runs. `points` may still grow."""
+
+    def read_results() -> list[AdapterTrialResult]:
+        return [result for point in points for result in results_of(settings, point)]
+
+    with Progress("tune", unit="trials", total=total, done=len(read_results())) as bar, reraise_user_errors():
+        progress = AdapterSweepProgress(bar, read_results)
+        progress.update()
+        yield progress
+
+
+def run_left(
+    settings: Config,
+    folder: Path,
+    points: Sequence[Point] | AdapterStudy,
+    first: AdapterTrial,
+    progress: AdapterSweepProgress,
+) -> None:
+    """Run points, or a study, on the cluster.
+
+    first: the trial whose tokens and image features are made once, before trials do it at the same time.
+    """
+    connect(folder, settings.run.cache_folder)
+    worker = _worker_resources(settings)
+    adapter_train.prepare(trial_settings(settings, first))
+    train = tune.with_parameters(train_point, settings=settings, worker=worker)
+    run_points(train, points, folder / "tune", settings.sweep.at_once, progress)
 
 
 def _refuse_test_split(settings: Config, trained: adapter_train.Config) -> None:
@@ -230,23 +256,3 @@ def _worker_resources(settings: Config) -> dict[str, float]:
     """Resources of each training worker with which the workers of all simultaneous trials fit into the cluster."""
     workers = settings.scale.workers.max * settings.sweep.at_once
     return replace(settings.scale, workers=WorkerRange(min=workers, max=workers)).resources()
-
-
-def _runs_by_setting(settings: Config) -> list[tuple[str, list[Path]]]:
-    """Each setting's name, and the run folders of its seeds."""
-    return [
-        (
-            describe_overrides(overrides),
-            [_folder(settings, AdapterTrial(overrides, seed)) for seed in settings.sweep.seeds],
-        )
-        for overrides in enumerate_overrides(settings.sweep)
-    ]
-
-
-def _folder(settings: Config, trial: AdapterTrial) -> Path:
-    return trial_settings(settings, trial).run.folder
-
-
-def _nested(values: Any, name: str) -> Any:
-    """The value of a dotted name in nested mappings, some of which may be null."""
-    return functools.reduce(lambda section, key: (section or {}).get(key), name.split("."), values)

@@ -1,16 +1,14 @@
-"""A sweep over adapter-train's settings: the settings to try, results of trials, the best setting, table and plot."""
+"""A sweep over adapter-train's settings: its grid, the best setting, tables, plots, and its run with Ray Tune."""
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from ray import tune
 
-from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE
 from rayjobs.console import Progress
 from rayjobs.errors import DataError
@@ -18,116 +16,63 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.canvas import LineEnd, name_ends, panel
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.palette import LINES
+from rayjobs.reporting.report import read_metrics
+from rayjobs.reporting.sweep_plots import importance_bars, parallel_coordinates
 from rayjobs.reporting.tables import markdown_table, mean_and_deviation
-from rayjobs.storage.files import read_json, read_jsonl, write_json, write_text
+from rayjobs.storage.files import write_text
 from rayjobs.storage.hub_model import format_bytes
+from rayjobs.tune.adapter_study import TOP_SHARE, AdapterStudy, Axis, distinct, importances
+from rayjobs.tune.adapter_trial import (
+    COLUMNS,
+    AdapterTrialResult,
+    Point,
+    comparison_metric,
+    mean_figure,
+    mean_objective,
+)
+from rayjobs.tune.search_space import Range
 from rayjobs.tune.sweep_config import SweepConfig
 from rayjobs.tune.tuner import run_tuner
 
-ADAPTER_TRIAL_FILE = "trial.json"
 FIRST_STEPS = 50
 """Steps of the loss plot: an unstable start shows in them."""
 
 
-class AdapterTrial(NamedTuple):
-    """A setting, as overrides of the config, and a training seed."""
-
-    overrides: dict[str, Any]
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterTrialResult:
-    """The result of a trial: a row of `results.parquet`, and its `trial.json`."""
-
-    setting: str
-    seed: int
-    run: str
-    """the name of its run folder in `trials/`"""
-    trainable_parameters: int
-    first_loss: float
-    peak_loss: float
-    final_loss: float
-    """mean training loss of the last ten logged steps"""
-    val_loss: float | None
-    evaluated_on: str | None
-    """fingerprint of the problems that `accuracy` was measured on"""
-    accuracy: float | None = None
-    """on ScienceQA, in percent; None if the sweep does not measure it"""
-    adapter_bytes: int | None = None
-    """size of the adapter's file; None in results of older versions, like the next"""
-    tokens_per_s: float | None = None
-    """median over the steps, of all workers"""
-
-    def row(self) -> dict[str, Any]:
-        """The values as plain data, without the accuracy if it was not measured."""
-        return {name: value for name, value in asdict(self).items() if name != "accuracy" or value is not None}
-
-    def write(self, folder: Path) -> None:
-        write_json(folder / ADAPTER_TRIAL_FILE, self.row())
-
-
-_RESULTS = TypeAdapter(AdapterTrialResult)
-
-
-class Metric(NamedTuple):
-    """A figure of the results, by which settings can be compared."""
-
-    name: str
-    mode: Literal["min", "max"]
-    digits: int
-
-
-ACCURACY = Metric("accuracy", "max", 2)
-VAL_LOSS = Metric("val_loss", "min", 4)
-FINAL_LOSS = Metric("final_loss", "min", 4)
-SPEED = Metric("tokens_per_s", "max", 0)
-COLUMNS = (Metric("first_loss", "min", 4), Metric("peak_loss", "min", 4), FINAL_LOSS, VAL_LOSS, ACCURACY, SPEED)
-
-
 def enumerate_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
-    """The settings to try, in order, as overrides of the config."""
+    """The settings of a grid, or of one hyperparameter after the other, in order, as overrides of the config."""
+    axes = {name: axis for name, axis in sweep.axes.items() if not isinstance(axis, Range)}
     if sweep.method == "each":
-        return [{name: value} for name, values in sweep.axes.items() for value in values]
-    return [dict(zip(sweep.axes, values, strict=True)) for values in itertools.product(*sweep.axes.values())]
+        return [{name: value} for name, values in axes.items() for value in values]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def describe_overrides(overrides: dict[str, Any]) -> str:
-    """A setting's name in tables and plots, such as `n_layers 10, method zero_init`."""
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in overrides.items())
+def sample_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """Settings that show whether all values of the axes are allowed: each with the first values of the others."""
+    axes = {name: [axis.low, axis.high] if isinstance(axis, Range) else axis for name, axis in sweep.axes.items()}
+    first = {name: values[0] for name, values in axes.items()}
+    return [first] + [{**first, name: value} for name, values in axes.items() for value in values[1:]]
 
 
-def read_adapter_result(folder: Path) -> AdapterTrialResult | None:
-    """The result of the trial whose run folder this is; None if it is not finished.
-
-    Raises DataError for a file that lacks a value; values that this version does not know are left out.
-    """
-    path = folder / ADAPTER_TRIAL_FILE
-    if not path.exists():
-        return None
-    try:
-        return _RESULTS.validate_python(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        raise DataError(
-            f"{path} is not the result of a trial: {field}{first['msg']}; remove this file, and the same command makes "
-            "it again"
-        ) from error
-
-
-def comparison_metric(results: Sequence[AdapterTrialResult]) -> Metric:
-    """Accuracy if it was measured, else validation loss, else training loss."""
-    if results[0].accuracy is not None:
-        return ACCURACY
-    return FINAL_LOSS if results[0].val_loss is None else VAL_LOSS
+def finished_settings(results: Sequence[AdapterTrialResult]) -> list[AdapterTrialResult]:
+    """The results of those settings of which every trial finished."""
+    others = {result.setting for result in results if result.status != "finished"}
+    return [result for result in results if result.setting not in others]
 
 
 def best_setting(results: Sequence[AdapterTrialResult]) -> tuple[str, str]:
-    """The setting with the best mean over seeds, the first one on ties; and a phrase of it with that mean."""
-    metric = comparison_metric(results)
+    """The setting with the best mean over seeds, the first one on ties; and a phrase of it with that mean.
+
+    Settings with a trial that was stopped or diverged do not count. Raises DataError if there are no others.
+    """
+    finished = finished_settings(results)
+    if not finished:
+        raise DataError(
+            "no setting of the sweep can be chosen, because of each a trial's loss was no longer finite: lower the "
+            "values of optimizer.base_lr, or set optimizer.clip_norm"
+        )
+    metric = comparison_metric(finished)
     values: dict[str, list[float]] = {}
-    for result in results:
+    for result in finished:
         values.setdefault(result.setting, []).append(getattr(result, metric.name))
     sign = 1 if metric.mode == "max" else -1
     best = max(values, key=lambda setting: sign * statistics.mean(values[setting]))
@@ -141,7 +86,11 @@ def summarize(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
         _summary_row(setting, [result for result in results if result.setting == setting])
         for setting in dict.fromkeys(result.setting for result in results)
     ]
-    return {"headline": f"best: {phrase}", "best": best, "trials": len(results), "settings": rows}
+    ends = Counter(result.status for result in results)
+    if set(ends) == {"finished"}:
+        rows = [{name: cell for name, cell in row.items() if name != "status"} for row in rows]
+    trials = {"trials": len(results), **{f"{end}_trials": ends[end] for end in ("stopped", "diverged") if ends[end]}}
+    return {"headline": f"best: {phrase}", "best": best, **trials, "settings": rows}
 
 
 def compare_values(results: Sequence[AdapterTrialResult], values: Mapping[str, str]) -> list[dict[str, str]]:
@@ -152,14 +101,18 @@ def compare_values(results: Sequence[AdapterTrialResult], values: Mapping[str, s
     """
     rows = []
     for value in dict.fromkeys(values.values()):
-        of_value = [result for result in results if values[result.setting] == value]
-        best, _ = best_setting(of_value)
-        rows.append(_summary_row(best, [result for result in of_value if result.setting == best]))
+        of_value = finished_settings([result for result in results if values[result.setting] == value])
+        if of_value:
+            best, _ = best_setting(of_value)
+            row = _summary_row(best, [result for result in of_value if result.setting == best])
+            rows.append({name: cell for name, cell in row.items() if name != "status"})
     return rows
 
 
 def _summary_row(setting: str, results: Sequence[AdapterTrialResult]) -> dict[str, str]:
-    row = {"setting": setting, "trainable parameters": f"{results[0].trainable_parameters:,}"}
+    row = {"setting": setting, "status": ", ".join(dict.fromkeys(result.describe_status() for result in results))}
+    if (trainable := results[0].trainable_parameters) is not None:
+        row["trainable parameters"] = f"{trainable:,}"
     if (size := results[0].adapter_bytes) is not None:
         row["adapter"] = format_bytes(size)
     for metric in COLUMNS:
@@ -171,8 +124,14 @@ def _summary_row(setting: str, results: Sequence[AdapterTrialResult]) -> dict[st
 
 def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """Write the rows of `summarize` as a Markdown table."""
-    columns = list(rows[0])
+    columns = table_columns(rows)
     write_text(path, markdown_table(columns, [[row.get(name, "") for name in columns] for row in rows]))
+
+
+def table_columns(rows: Sequence[dict[str, str]]) -> list[str]:
+    """The columns of rows, in the order of the row that has most of them, then those of the others."""
+    fullest = max(rows, key=len)
+    return list(dict.fromkeys(name for row in (fullest, *rows) for name in row))
 
 
 def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> None:
@@ -185,58 +144,94 @@ def plot_first_steps(path: Path, runs: Iterable[tuple[str, Sequence[Path]]]) -> 
     for number, (setting, folders) in enumerate(runs):
         colour, seeds = LINES[number % len(LINES)], max(seeds, len(folders))
         for i, folder in enumerate(folders):
-            losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row][:FIRST_STEPS]
+            losses = [row["loss"] for row in read_metrics(folder) if "loss" in row][:FIRST_STEPS]
             axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1)
             if i == 0 and losses:
                 ends.append(LineEnd(len(losses), losses[-1], setting, colour))
+    caption = f"Each line is the loss of one run: {len(ends)} settings, {seeds} seeds of each in the same colour."
+    if len(ends) > plots.NAMED_RUNS:
+        caption += f" The {plots.NAMED_RUNS} that end lowest are named."
+        ends = sorted(ends, key=lambda end: end.y)[: plots.NAMED_RUNS]
     if ends:
         name_ends(figure, axes, ends)
-    caption = f"Each line is the loss of one run: {len(ends)} settings, {seeds} seeds of each in the same colour."
     save_plot(path, f"training loss of the first {FIRST_STEPS} steps", plots.Drawing(figure, caption))
 
 
+def plot_settings(
+    folder: Path, axes: Mapping[str, Axis], settings: Sequence[tuple[Mapping[str, Any], Sequence[AdapterTrialResult]]]
+) -> None:
+    """Plot the settings of a search as parallel coordinates, and the importance of the hyperparameters.
+
+    Nothing is plotted of fewer than two finished settings, and no importance with one hyperparameter.
+
+    Args:
+        folder: the run folder.
+        axes: the search space.
+        settings: (overrides, results of its seeds) of each setting.
+    """
+    figures = [mean_figure(results) for _, results in settings]
+    finished = [(overrides, results) for overrides, results in settings if mean_objective(results) is not None]
+    if len(finished) < 2:
+        return
+    metric = comparison_metric(finished[0][1])
+    known = [value for value in figures if value is not None]
+    best = figures.index(min(known) if metric.mode == "min" else max(known))
+    name = metric.name.replace("_", " ")
+    drawing = parallel_coordinates([overrides for overrides, _ in settings], figures, name, best=best)
+    save_plot(folder / "settings.png", "settings", drawing)
+    shares = importances(axes, [(overrides, mean_objective(results) or 0.0) for overrides, results in finished])
+    if len(shares) > 1:
+        drawing = importance_bars(shares, len(finished), TOP_SHARE)
+        save_plot(folder / "importance.png", "importance of the hyperparameters", drawing)
+
+
 class AdapterSweepProgress(tune.Callback):
-    """Shows in the progress bar how many trials are finished, and the best setting so far."""
+    """Shows in the progress bar how many trials are over, and the best setting so far."""
 
     def __init__(self, bar: Progress, read_results: Callable[[], Sequence[AdapterTrialResult]]) -> None:
         self.bar, self.read_results = bar, read_results
 
     def update(self) -> None:
         results = self.read_results()
-        self.bar.update(len(results), f"best: {best_setting(results)[1]}" if results else "")
+        self.bar.update(len(results), f"best: {best_setting(results)[1]}" if finished_settings(results) else "")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.update()
 
 
-def run_trials(
+def run_points(
     train: Callable[..., None],
-    count: int,
+    points: Sequence[Point] | AdapterStudy,
     folder: Path,
     concurrent_trials: int,
-    total: int,
-    read_results: Callable[[], Sequence[AdapterTrialResult]],
+    progress: AdapterSweepProgress,
 ) -> None:
-    """Run `train({"trial": i})` for every i < count with Ray Tune. Raises the first trial's error.
+    """Run `train({"point": point})` for every point with Ray Tune. Raises the first trial's error.
 
     Args:
         train: Tune's trainable; its workers reserve their own resources.
+        points: the points, or the study that suggests them.
         folder: where Tune keeps the experiment's state while it runs.
-        total: trials of the sweep, of which the others are finished.
-        read_results: reads the results of the finished trials.
     """
     # the trainable itself runs on the head node, where it and Ray Train's controller are as safe as this job
     on_head = tune.PlacementGroupFactory([{"CPU": 0, HEAD_RESOURCE: 0.001}])
-    bar = Progress("tune", unit="trials", total=total, done=total - count)
-    with bar, reraise_user_errors():
-        progress = AdapterSweepProgress(bar, read_results)
-        progress.update()
-        errors = run_tuner(
-            tune.with_resources(train, on_head),
-            {"trial": tune.grid_search(list(range(count)))},
-            folder,
-            tune.TuneConfig(max_concurrent_trials=concurrent_trials),
-            progress,
-        )
-        if errors:
-            raise errors[0]
+    searched = isinstance(points, AdapterStudy)
+    errors = run_tuner(
+        tune.with_resources(train, on_head),
+        None if searched else {"point": tune.grid_search(list(points))},
+        folder,
+        tune.TuneConfig(
+            max_concurrent_trials=concurrent_trials,
+            search_alg=points if searched else None,
+            num_samples=points.sweep.samples if searched else 1,
+        ),
+        progress,
+    )
+    if errors:
+        raise errors[0]
+
+
+def compared_values(sweep: SweepConfig) -> list[Any]:
+    """The values that `sweep.compare` puts beside each other; none without it."""
+    axis = sweep.axes[sweep.compare] if sweep.compare else []
+    return [] if isinstance(axis, Range) else list(distinct(axis))

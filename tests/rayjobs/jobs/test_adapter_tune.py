@@ -1,23 +1,41 @@
 """adapter-tune: ordinary training runs side by side, taken up again, and tabled by setting."""
 
 import json
+import math
 import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from rayjobs.__main__ import main
 from rayjobs.config import load
 from rayjobs.errors import ConfigError, DataError, ProvenanceError
-from rayjobs.jobs import adapter_tune
+from rayjobs.jobs import adapter_train, adapter_tune
 from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
+from rayjobs.jobs.adapter_tune_trials import results_of
 from rayjobs.storage.files import write_json
 from rayjobs.train.resume_check import lock_run
-from rayjobs.tune.adapter_sweep import AdapterTrial, AdapterTrialResult, enumerate_overrides, read_adapter_result
+from rayjobs.tune.adapter_study import AdapterStudy
+from rayjobs.tune.adapter_sweep import enumerate_overrides
+from rayjobs.tune.adapter_trial import (
+    AdapterTrial,
+    AdapterTrialResult,
+    Point,
+    outcome,
+    read_adapter_result,
+    step_to_stop_at,
+)
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
 from tests.rayjobs.pages import page_text
+
+SEARCH = {"method": "optuna", "axes": {"optimizer.base_lr": {"low": 0.1, "high": 10}, "adapter.n_layers": [1, 2, 3]}}
 
 
 def settings(tiny_base: Path, records: Path, storage: Path, **sweep: object) -> adapter_tune.Config:
@@ -66,12 +84,102 @@ def test_what_cannot_be_swept_is_told_before_anything_starts(
         ({"scienceqa": {"path": str(tmp_path / "nowhere")}}, r"nowhere/problems\.json: no such file"),
         ({"scienceqa": test}, "test is not for choosing"),
         ({"axes": {"data.val_path": [[{**test, "format": "scienceqa"}]]}}, "test is not for choosing"),
+        ({"axes": {"optimizer.base_lr": {"low": 0.1, "high": 1}}}, "is a range, which needs sweep.method optuna"),
+        ({**SEARCH, "axes": {"optimizer.base_lr": {"low": 1, "high": 0.1}}}, r"1\.0 to 0\.1: low is above high"),
+        ({**SEARCH, "compare": "optimizer.base_lr"}, r"sweep\.compare is optimizer\.base_lr: it must be one of"),
+        ({**SEARCH, "axes": {"adapter.n_layers": [1]}, "compare": "adapter.n_layers"}, "something to search too"),
+        ({**SEARCH, "axes": {"adapter.n_layers": [1, 4]}}, r"adapter\.n_layers is 4, but .* has 3 layers"),
     ]:
         with pytest.raises(ValueError, match=message):
             adapter_tune.run(settings(tiny_base, records, tmp_path, **sweep))
     assert not (tmp_path / "sweep").exists()
     adapter_tune.plan(settings(tiny_base, records, tmp_path, scienceqa={"path": questions}, seeds=[0, 1]))
     assert "4 trials, 4 of them different" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_search_without_held_out_records_is_refused_and_one_with_them_is_planned(
+    tiny_base: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = settings(tiny_base, records, tmp_path, **SEARCH, samples=6, seeds=[0, 1])
+    with pytest.raises(ConfigError, match=r"no record is held out: give data\.val_path"):
+        adapter_tune.check(replace(search, data=replace(search.data, val_fraction=0)))
+    adapter_tune.plan(replace(search, sweep=replace(search.sweep, compare="adapter.n_layers")))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "up to 18 settings, each with seeds 0, 1, 1 at once" in shown
+    assert "optimizer.base_lr 0.1 to 10 adapter.n_layers 1, 2, 3" in shown
+
+
+def formula(trial: AdapterTrial, point: Point) -> AdapterTrialResult:
+    """The result of a trial of `SEARCH` without training: best at rate 1 and three layers, and divergent above 5."""
+    rate, layers = trial.overrides["optimizer.base_lr"], trial.overrides["adapter.n_layers"]
+    end = abs(math.log10(rate)) + 1 / layers + 0.01 * trial.seed
+    curve = [(step, end + 1 / step) for step in range(1, 6)]
+    last = step_to_stop_at(curve, point.limits_of(point.trials.index(trial)))
+    curve = curve[:last]
+    return AdapterTrialResult(
+        setting=point.setting,
+        seed=trial.seed,
+        run="",
+        status="diverged" if rate > 5 else "finished" if last is None else "stopped",
+        val_loss=curve[-1][1] if last is None and rate <= 5 else None,
+        first_loss=1.0,
+        peak_loss=1.0,
+        final_loss=1.0,
+        steps=len(curve),
+        seconds=1.0,
+        val_steps=[step for step, _ in curve],
+        val_losses=[loss for _, loss in curve],
+    )
+
+
+def run_by_formula(most: int) -> Callable[..., None]:
+    """A stand-in for `run_left`, which is killed at its trial number `most`."""
+
+    def run_left(config: adapter_tune.Config, folder: Path, study: AdapterStudy, *_: Any) -> None:
+        nonlocal most
+        number = 0
+        while isinstance(suggested := study.suggest(str(number)), dict):
+            point = suggested["point"]
+            while not point.is_over(results := results_of(config, point)):
+                if not most:
+                    raise KeyboardInterrupt
+                most -= 1
+                trial = point.trials[len(results)]
+                own = adapter_tune.trial_settings(config, trial)
+                replace(formula(trial, point), run=own.run.name).write(own.run.folder)
+            study.on_trial_complete(str(number), outcome(results))
+            number += 1
+
+    return run_left
+
+
+def test_a_search_that_was_killed_ends_as_if_it_had_not_been_and_its_best_config_can_be_run(
+    tiny_base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(name: str) -> adapter_tune.Config:
+        return settings(tiny_base, records, tmp_path / name, **SEARCH, samples=12, seeds=[0, 1], keep_first=3)
+
+    monkeypatch.setattr(adapter_tune, "run_left", run_by_formula(most=-1))
+    whole = adapter_tune.run(search("whole"))
+    ends = Counter(row["status"].partition(" ")[0].rstrip(",") for row in whole["settings"])
+    assert ends["stopped"] >= 2
+    assert ends["diverged"] >= 1
+
+    monkeypatch.setattr(adapter_tune, "run_left", run_by_formula(most=7))
+    with pytest.raises(KeyboardInterrupt):
+        adapter_tune.run(search("killed"))
+    monkeypatch.setattr(adapter_tune, "run_left", run_by_formula(most=-1))
+    resumed = adapter_tune.run(search("killed"))
+    assert {**resumed, "best_adapter": ""} == {**whole, "best_adapter": ""}
+
+    folder = search("killed").run.folder
+    figures = {"settings.png", "importance.png", "first_steps.png", "table.md", "results.parquet"}
+    assert figures <= {path.name for path in folder.iterdir()}
+    best = load(adapter_train.Config, folder / "best.yaml")
+    rate, layers = best.optimizer.base_lr, best.adapter.n_layers
+    assert resumed["best"] == f"base_lr {rate}, n_layers {layers}"
+    assert best.run.folder == folder.parent / "sweep_best"
+    assert main(["adapter-train", "--config", str(folder / "best.yaml"), "--dry-run"]) == 0
 
 
 def test_trials_of_other_records_at_the_same_path_are_refused(tiny_base: Path, records: Path, tmp_path: Path) -> None:

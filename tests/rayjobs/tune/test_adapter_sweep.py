@@ -3,15 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from rayjobs.tune.adapter_sweep import (
-    AdapterTrialResult,
-    best_setting,
-    compare_values,
-    comparison_metric,
-    read_adapter_result,
-    summarize,
-    write_table,
-)
+import pytest
+
+from rayjobs.errors import DataError
+from rayjobs.reporting.figures import read_figures
+from rayjobs.tune.adapter_sweep import best_setting, compare_values, plot_settings, summarize, write_table
+from rayjobs.tune.adapter_trial import AdapterTrialResult, comparison_metric, outcome, read_adapter_result
+from rayjobs.tune.search_space import Range
 
 RESULT = AdapterTrialResult(
     setting="n_layers 1",
@@ -74,3 +72,58 @@ def test_values_are_compared_each_at_its_best_setting() -> None:
     rows = compare_values(results, values)
     assert [row["setting"] for row in rows] == ["method lora, base_lr 1.0", "method bias, base_lr 0.1"]
     assert (rows[0]["val loss"], rows[0]["adapter"], rows[0]["tokens per s"]) == ("2.30 ± 0.14", "2.0 kB", "7 ± 0")
+
+
+def test_a_setting_with_a_trial_that_was_stopped_or_diverged_is_not_chosen_and_is_told(
+    tmp_path: Path,
+) -> None:
+    stopped = replace(RESULT, setting="b", status="stopped", steps=40, val_loss=None, trainable_parameters=None)
+    half = [
+        replace(RESULT, setting="c", val_loss=0.1),
+        replace(RESULT, setting="c", seed=1, status="diverged", steps=7),
+    ]
+    summary = summarize([stopped, *half, RESULT])
+    assert (summary["best"], summary["stopped_trials"], summary["diverged_trials"]) == ("n_layers 1", 1, 1)
+    write_table(tmp_path / "table.md", summary["settings"])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].startswith("| setting | status | trainable parameters | first loss |")
+    assert [line.split(" | ")[1] for line in lines[2:]] == [
+        "stopped at step 40",
+        "finished, diverged at step 7",
+        "finished",
+    ]
+    with pytest.raises(DataError, match=r"lower the values of optimizer\.base_lr"):
+        best_setting([stopped, *half])
+    assert [row["setting"] for row in compare_values([stopped, RESULT], {"b": "b", "n_layers 1": "a"})] == [
+        "n_layers 1"
+    ]
+
+
+def test_a_search_minimizes_the_mean_held_out_loss_or_maximizes_the_accuracy() -> None:
+    seeds = [replace(RESULT, val_loss=loss, steps=10, seconds=2.0) for loss in (2.0, 4.0)]
+    first = replace(seeds[0], val_steps=[5, 10], val_losses=[3.0, 2.0])
+    assert outcome([first, seeds[1]]) == {"objective": 3.0, "curve": [[5, 3.0], [10, 2.0]], "steps": 20, "seconds": 4.0}
+    assert outcome([replace(result, accuracy=40.0) for result in seeds])["objective"] == -40.0
+    assert outcome([replace(first, status="stopped")])["objective"] is None
+
+
+def test_settings_and_importances_are_plotted_and_few_settings_are_called_few(tmp_path: Path) -> None:
+    axes = {"optimizer.base_lr": Range(low=0.01, high=1.0), "adapter.targets": [["wq"], ["wq", "wv"]]}
+    rates = [0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0]
+    settings = [
+        (
+            {"optimizer.base_lr": rate, "adapter.targets": axes["adapter.targets"][i % 2]},
+            [replace(RESULT, val_loss=rate)],
+        )
+        for i, rate in enumerate(rates)
+    ]
+    settings[3][1][0] = replace(RESULT, status="stopped", val_loss=None)
+    plot_settings(tmp_path, axes, settings)
+    shown, importance = read_figures(tmp_path)
+    assert shown.caption == (
+        "Each line is one of 8 settings, through its values and its val loss; the best one is red. "
+        "The 1 dotted ones were stopped or diverged."
+    )
+    assert importance.caption.endswith("7 settings are few for 2 hyperparameters: take it as a hint.")
+    drawing = (tmp_path / "settings.svg").read_text()
+    assert all(f">{name}<" in drawing for name in ("base_lr", "targets", "val loss", "0.01"))

@@ -34,6 +34,10 @@ from cafo.errors import EncoderError, refuse_text
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cafo.methods.base import Projection
+from cafo.multi_scale import multi_scale_features
+
+LARGE_SIDE = 64
+"""Side in pixels from which the layout of images in memory is chosen for speed."""
 
 
 class Encoder(Protocol):
@@ -146,8 +150,9 @@ class ImageEncoder:
     ) -> None:
         self.name, self.preprocess = name, preprocess
         self.identity = encoder_identity(architecture or name, network, preprocess, precision)
-        self.network = _freeze(network, precision, device)
         side = preprocess.size
+        self._layout = _choose_layout(network, side, device)
+        self.network = _freeze(network, precision, device, self._layout)
         self.width = self.encode_image(torch.zeros(1, 3, side, side), check=False).shape[1]
 
     @torch.no_grad()
@@ -157,7 +162,7 @@ class ImageEncoder:
         Raises:
             EncoderError: features that are not finite, unless `check` is false.
         """
-        features = F.normalize(self.network(_match_weights(batch, self.network)).flatten(1).float(), dim=-1)
+        features = F.normalize(self.network(self._prepare(batch)).flatten(1).float(), dim=-1)
         if check:
             self._check_finite(features)
         return features
@@ -173,10 +178,15 @@ class ImageEncoder:
             EncoderError: more blocks than the ViT has, a network without `forward_intermediates`, or features that are
                 not finite.
         """
-        scales = _multi_scale(self.network, _match_weights(batch, self.network), blocks)
+        scales = multi_scale_features(self.network, self._prepare(batch), blocks)
         features = [feature.float() for feature in scales]
         self._check_finite(torch.cat(features, dim=1))
         return features
+
+    def _prepare(self, batch: Tensor) -> Tensor:
+        """Move a batch to the device, the type and the layout of the weights."""
+        weight = next(self.network.parameters(), batch)  # an encoder of kind pixels has no weights
+        return batch.to(device=weight.device, dtype=weight.dtype, memory_format=self._layout)
 
     def _check_finite(self, features: Tensor) -> None:
         if not (finite := features.isfinite().all(dim=-1)).all():
@@ -201,7 +211,7 @@ class ClipEncoder(ImageEncoder):
         identity = encoder_identity(architecture, model, preprocess, precision)
         super().__init__(model.visual, name=name, preprocess=preprocess, precision=precision, device=device)  # type: ignore[arg-type]
         self.identity = identity  # of image and text encoder, since the classifier depends on both
-        self.model, self.tokenizer = _freeze(model, precision, device), tokenizer
+        self.model, self.tokenizer = _freeze(model, precision, device, self._layout), tokenizer
 
     @torch.no_grad()
     def encode_text(self, sentences: Sequence[str]) -> Tensor:
@@ -228,7 +238,7 @@ class ClipEncoder(ImageEncoder):
             EncoderError: the image encoder does not end with one linear layer, or features are not finite.
         """
         network, _ = self._split
-        features = network(_match_weights(batch, network)).flatten(1).float()
+        features = network(self._prepare(batch)).flatten(1).float()
         self._check_finite(features)
         return features
 
@@ -256,53 +266,21 @@ def encoder_identity(architecture: str, module: nn.Module, preprocess: Preproces
     return f"{type(module).__name__}-{digest.hexdigest()[:16]}"
 
 
-def _freeze(module: nn.Module, precision: str, device: str | torch.device) -> nn.Module:
+def _freeze(module: nn.Module, precision: str, device: str | torch.device, layout: torch.memory_format) -> nn.Module:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    frozen = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return frozen.to(memory_format=layout)  # type: ignore[call-overload]
 
 
-def _match_weights(batch: Tensor, module: nn.Module) -> Tensor:
-    """Move a batch to the device and type of a module's weights."""
-    weight = next(module.parameters(), batch)  # an encoder of kind pixels has no weights
-    return batch.to(device=weight.device, dtype=weight.dtype)
+def _choose_layout(module: nn.Module, side: int, device: str | torch.device) -> torch.memory_format:
+    """Return how images and kernels lie in memory: channels last where that is faster.
 
-
-def _multi_scale(network: Any, batch: Tensor, blocks: int) -> list[Tensor]:
-    if isinstance(network, open_clip.timm_model.TimmModel):
-        network = network.trunk
-    if isinstance(network, open_clip.transformer.VisionTransformer):
-        outputs = network.forward_intermediates(
-            batch,
-            indices=_even_blocks(blocks, network.transformer.layers),
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        return [prefix[:, 0] for prefix in outputs["image_intermediates_prefix"]]
-    if isinstance(network, open_clip.modified_resnet.ModifiedResNet):
-        outputs = network.forward_intermediates(batch, indices=[1, 2, 3, 4])  # 0 is the stem
-        return [m.mean(dim=(2, 3)) for m in outputs["image_intermediates"]] + [outputs["image_features"]]
-    if isinstance(network, timm.models.VisionTransformer):
-        pairs: Any = network.forward_intermediates(
-            batch,
-            indices=_even_blocks(blocks, len(network.blocks)),
-            return_prefix_tokens=True,
-            output_fmt="NLC",
-            intermediates_only=True,
-        )
-        return [prefix[:, 0] if network.num_prefix_tokens else patches.mean(dim=1) for patches, prefix in pairs]
-    if not hasattr(network, "forward_intermediates"):
-        raise EncoderError(f"{type(network).__name__} has no `forward_intermediates`, so no features at several scales")
-    final, maps = network.forward_intermediates(batch, output_fmt="NCHW")
-    stages = maps[1:] if isinstance(network, timm.models.ResNet) else maps  # a ResNet's first map is its stem
-    return [m.mean(dim=(2, 3)) for m in stages] + [network.forward_head(final).flatten(1)]
-
-
-def _even_blocks(blocks: int, depth: int) -> list[int]:
-    """Return evenly spaced block numbers that end with the last: 4 of 12 → 2, 5, 8, 11."""
-    if not 1 <= blocks <= depth:
-        raise EncoderError(f"cannot take {blocks} blocks of an encoder with {depth}")
-    return [round((i + 1) * depth / blocks) - 1 for i in range(blocks)]
+    It is faster for convolutions on a CPU, which then need no copies between their own layout and another. A
+    transformer has one convolution only. Small images are fast as they are, and keep the last bits of their features.
+    """
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in module.modules())
+    faster = torch.device(device).type == "cpu" and convolutions > 1 and side >= LARGE_SIDE
+    return torch.channels_last if faster else torch.contiguous_format
 
 
 def _load_pixels(side: str, precision: Precision, device: str | torch.device) -> ImageEncoder:

@@ -238,7 +238,13 @@ class Preprocess:
     def view(
         self, image: Image.Image, key: str, index: int, seed: int, *, min_area: float = 0.5, flips: bool = True
     ) -> Tensor:
-        """Return augmented view number `index` of an image: (3, S, S) float32. Equal arguments give equal tensors.
+        """Return an augmented view of an image: (3, S, S) float32. The arguments are those of `crop_view`."""
+        return self._tensor(self.crop_view(image, key, index, seed, min_area=min_area, flips=flips))
+
+    def crop_view(
+        self, image: Image.Image, key: str, index: int, seed: int, *, min_area: float = 0.5, flips: bool = True
+    ) -> Image.Image:
+        """Return an augmented view before its normalisation: an RGB image of side S. Equal arguments give equal images.
 
         Args:
             image: the image.
@@ -253,7 +259,7 @@ class Preprocess:
         left, top, width, height, flip = box
         crop = image.crop((left, top, left + width, top + height))
         crop = crop.resize((self.size, self.size), _FILTERS[self.interpolation])
-        return self._tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and flips else crop)
+        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and flips else crop
 
     def _tensor(self, image: Image.Image) -> Tensor:
         return self.normalise(torch.from_numpy(np.array(image)))

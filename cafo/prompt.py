@@ -11,7 +11,7 @@ Legend: C width of CLIP's features, N classes, T sentences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -198,18 +198,38 @@ def zero_shot_classifier(
     Raises:
         CafoError: classes without a sentence, or with something else than a list of sentences; they are named.
     """
-    import torch
-    from torch.nn import functional as F
+    embeddings = list(encode_sentences(encoder, prompts, class_names))
+    return average_sentences(encoder, prompts, class_names, embeddings)
 
+
+def encode_sentences(
+    encoder: TextEncoder, prompts: Mapping[str, Sequence[str]], class_names: Sequence[str]
+) -> Iterator[Tensor]:
+    """Yield the embeddings of the classes' sentences, class by class: (T, C) in batches. Arguments and errors are those
+    of `zero_shot_classifier`."""
     refuse_text(class_names, "class_names")
     for name in class_names:
         _check_sentences(name, prompts.get(name, []), "prompts")
     if without := [name for name in class_names if not prompts.get(name)]:
         raise CafoError(f"no sentence for {len(without)} of {len(class_names)} classes: {', '.join(without[:20])}")
     texts = [text for name in class_names for text in prompts[name]]
+    for i in range(0, len(texts), _TEXTS_PER_BATCH):
+        yield encoder.encode_text(texts[i : i + _TEXTS_PER_BATCH]).cpu()
+
+
+def average_sentences(
+    encoder: TextEncoder,
+    prompts: Mapping[str, Sequence[str]],
+    class_names: Sequence[str],
+    embeddings: Sequence[Tensor],
+) -> Classifier:
+    """Return the classifier of the batches that `encode_sentences` has yielded for the same arguments."""
+    import torch
+    from torch.nn import functional as F
+
+    texts = [text for name in class_names for text in prompts[name]]
     counts = [len(prompts[name]) for name in class_names]
-    batches = [texts[i : i + _TEXTS_PER_BATCH] for i in range(0, len(texts), _TEXTS_PER_BATCH)]
-    features = torch.cat([encoder.encode_text(batch).cpu() for batch in batches])  # (T, C)
+    features = torch.cat(list(embeddings))  # (T, C)
     means = torch.stack([part.mean(dim=0) for part in features.split(counts)])
     truncated = tuple(text for text in texts if encoder.is_truncated(text))
     weights = F.normalize(means, dim=-1).T.contiguous()

@@ -1,11 +1,14 @@
 """Encode parts of image lists with Ray Data: tasks decode the images, a pool of actors encodes them and writes files.
 
-Each image is decoded once for all encoders. Legend: n images of a part, V views, C width of an encoder's features,
-S side of its images.
+Each image is decoded once for all encoders, and cropped once for those that crop it alike. Crops travel as bytes, a
+quarter of their size in float32, and are normalised where they are encoded.
+
+Legend: n images of a part, V views, C width of an encoder's features, S side of its images.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 from ray.data import ActorPoolStrategy
 
 from cafo.errors import ImageError
-from cafo.images import Preprocess, load_image
+from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess, load_image
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
@@ -58,15 +61,15 @@ class PartTask:
         task = table["task"][0].as_py()
         return cls(**{**task, "outputs": {output["encoder"]: output["path"] for output in task["outputs"]}})
 
-    def preprocess_image(self, preprocess: Preprocess, image: Image.Image, path: str) -> list[np.ndarray]:
-        """Return the views of an image, each (3, S, S) float32: V augmented ones, or the plain one if V is 0."""
+    def crop_image(self, preprocess: Preprocess, image: Image.Image, path: str) -> list[np.ndarray]:
+        """Return the views of an image, each (S, S, 3) uint8: V augmented ones, or the plain one if V is 0."""
         if not self.views:
-            return [preprocess(image).numpy()]
+            return [np.asarray(preprocess.crop(image))]
         views = (
-            preprocess.view(image, path, i, self.seed, min_area=self.min_area, flips=self.flips)
+            preprocess.crop_view(image, path, i, self.seed, min_area=self.min_area, flips=self.flips)
             for i in range(self.views)
         )
-        return [view.numpy() for view in views]
+        return [np.asarray(view) for view in views]
 
 
 def encode_parts(
@@ -106,14 +109,14 @@ def encode_parts(
             compute=ActorPoolStrategy(size=workers),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            fn_constructor_args=(dict(encoders), batch, worker_device(resources)),
+            fn_constructor_args=(dict(encoders), batch, worker_device(resources), encoder_threads(workers)),
         )
         for row in written.iter_rows():
             progress.advance(row["images"])
 
 
 def decode_part(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Table:
-    """Decode the images of a part and preprocess their views.
+    """Decode the images of a part and crop their views.
 
     Args:
         table: one row with a `PartTask`.
@@ -121,10 +124,10 @@ def decode_part(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Tab
 
     Returns:
         The row with `rows`, the positions of the images that could be read; `rejected`, the others; and a column
-        `pixels<i>` of (n * V, 3, S, S) float32 for each distinct preprocessing of the encoders that lack the part.
+        `pixels<i>` of (n * V, S, S, 3) uint8 for each way in which the encoders that lack the part crop images.
     """
     task = PartTask.from_row(table)
-    kinds = _distinct_preprocessing(preprocess, task.outputs)
+    kinds = _distinct_crops(preprocess, task)
     views: list[list[np.ndarray]] = [[] for _ in kinds]
     rows: list[int] = []
     rejected: list[dict[str, str]] = []
@@ -137,7 +140,7 @@ def decode_part(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Tab
             continue
         rows.append(row)
         for kind, kind_views in zip(kinds, views, strict=True):
-            kind_views += task.preprocess_image(kind, image, path)
+            kind_views += task.crop_image(kind, image, path)
     pixels = [b"".join(view.tobytes() for view in kind_views) for kind_views in views]
     # All rows need the same columns, also where fewer encoders lack the part.
     pixels += [b""] * (len(preprocess) - len(pixels))
@@ -155,7 +158,8 @@ def decode_part(table: pa.Table, preprocess: Mapping[str, Preprocess]) -> pa.Tab
 class PartEncoder:
     """A Ray Data actor that holds the encoders, encodes decoded parts and writes their files."""
 
-    def __init__(self, encoders: Mapping[str, EncoderInfo], batch: int, device: str) -> None:
+    def __init__(self, encoders: Mapping[str, EncoderInfo], batch: int, device: str, threads: int = 1) -> None:
+        use_threads(threads, device)
         self.infos, self.batch = encoders, batch
         specs = dict.fromkeys(info.spec for info in encoders.values())
         loaded = {spec: load_vision_encoder(spec, device) for spec in specs}
@@ -165,25 +169,42 @@ class PartEncoder:
         """Write the missing files of one part; return the number of its images."""
         task = PartTask.from_row(table)
         assert_shared_storage(*(resolve_path(path).parent for path in task.outputs.values()))
-        kinds = _distinct_preprocessing({name: info.preprocess for name, info in self.infos.items()}, task.outputs)
+        kinds = _distinct_crops({name: info.preprocess for name, info in self.infos.items()}, task)
         rows, rejected = table["rows"][0].as_py(), table["rejected"][0].as_py()
         views = max(task.views, 1)
         for name, path in task.outputs.items():
-            column = kinds.index(self.infos[name].preprocess)
+            column = kinds.index(_crop_of(self.infos[name].preprocess, task))
             features = self._encode(name, table[f"pixels{column}"][0].as_buffer(), len(rows) * views)
             write_part(path, rows, features, views, [(image["path"], image["reason"]) for image in rejected])
         return pa.table({"images": [len(task.paths)]})
 
     def _encode(self, name: str, pixels: pa.Buffer, count: int) -> np.ndarray:
-        """Encode `count` views (count, 3, S, S): (count, C) float32."""
+        """Encode `count` views (count, S, S, 3) uint8: (count, C) float32."""
         encoder, info = self.encoders[name], self.infos[name]
         side = encoder.preprocess.size
-        images = np.frombuffer(pixels, np.float32).reshape(count, 3, side, side)
+        images = np.frombuffer(pixels, np.uint8).reshape(count, side, side, 3)
         features = [
-            info.features(encoder, torch.tensor(images[at : at + self.batch])).numpy()
+            info.features(encoder, encoder.preprocess.normalise(torch.tensor(images[at : at + self.batch]))).numpy()
             for at in range(0, max(count, 1), self.batch)
         ]
         return np.concatenate(features)
+
+
+def encoder_threads(workers: int) -> int:
+    """Return the threads of an encoder without a GPU: the cluster's CPUs, divided among the encoders.
+
+    Decoding runs beside them and needs a small part of a CPU.
+    """
+    return max(1, int(ray.cluster_resources().get("CPU", 1) // workers))
+
+
+def use_threads(threads: int, device: str) -> None:
+    """Let PyTorch compute on so many threads in this process, or on as many as the node has cores, if these are fewer.
+
+    device: the device of the model; nothing is changed for one on a GPU.
+    """
+    if device == "cpu":
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
 def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
@@ -195,6 +216,12 @@ def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
     return 0.9 if spare >= 0.9 * len(ray.nodes()) else 0.4
 
 
-def _distinct_preprocessing(preprocess: Mapping[str, Preprocess], names: Iterable[str]) -> list[Preprocess]:
-    """Return the preprocessing of the named encoders, each once; its index is the number of its pixel column."""
-    return list(dict.fromkeys(preprocess[name] for name in names))
+def _distinct_crops(preprocess: Mapping[str, Preprocess], task: PartTask) -> list[Preprocess]:
+    """Return the ways in which a task's encoders crop images, each once; its index is the number of its column."""
+    return list(dict.fromkeys(_crop_of(preprocess[name], task) for name in task.outputs))
+
+
+def _crop_of(preprocess: Preprocess, task: PartTask) -> Preprocess:
+    """Return a preprocessing with standard values in place of those that the crops of a task do not depend on."""
+    crop = replace(preprocess, mean=CLIP_MEAN, std=CLIP_STD)
+    return replace(crop, resize=crop.size, mode="shortest") if task.views else crop

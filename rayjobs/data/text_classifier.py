@@ -1,20 +1,23 @@
 """CLIP's zero-shot classifier of a set of sentences, computed once and cached in a file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ray
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cafo.encoder_spec import EncoderSpec
-from cafo.prompt import sentences_by_class, zero_shot_classifier
+from cafo.prompt import average_sentences, encode_sentences, sentences_by_class
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.console import Progress
+from rayjobs.data.feature_encoding import encoder_threads, use_threads
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
 from rayjobs.storage.download import cached_path
@@ -68,9 +71,12 @@ def prepare_classifier(
     path = cache / "classifiers" / f"{fingerprint(identity)[:20]}.safetensors"
     if not path.exists() or (each and not _sentences_path(path).exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        task = ray.remote(_write_classifier).options(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))
-        with reraise_user_errors():
-            ray.get(task.remote(path, encoder.spec, prompts, list(names), worker_device(resources), each))
+        reserved = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
+        task = ray.remote(_write_classifier).options(num_returns="streaming", **reserved)
+        total, device = sum(len(prompts[name]) for name in names), worker_device(resources)
+        with reraise_user_errors(), Progress("encode", unit="sentences", total=total) as progress:
+            for done in task.remote(path, encoder.spec, prompts, list(names), device, encoder_threads(1), each):
+                progress.advance(ray.get(done))
     weights, counts = _read(path, "weights")
     classifier = ClassifierFile(path.stem, weights, int(counts["sentences"]), int(counts["truncated"]))
     if not each:
@@ -99,14 +105,29 @@ def _read(path: Path, name: str) -> tuple[Tensor, Mapping[str, str]]:
 
 
 def _write_classifier(
-    path: Path, spec: EncoderSpec, prompts: Mapping[str, Sequence[str]], names: list[str], device: str, each: bool
-) -> None:
+    path: Path,
+    spec: EncoderSpec,
+    prompts: Mapping[str, Sequence[str]],
+    names: list[str],
+    device: str,
+    threads: int,
+    each: bool,
+) -> Iterator[int]:
+    """Encode the sentences and write the files; yield the number of sentences of each batch when it is encoded."""
     from cafo.encoders import ClipEncoder
 
     assert_shared_storage(path.parent)
     encoder = load_vision_encoder(spec, device)
     assert isinstance(encoder, ClipEncoder)
-    classifier = zero_shot_classifier(encoder, prompts, names)
+    before, embeddings = torch.get_num_threads(), []
+    use_threads(threads, device)
+    try:
+        for batch in encode_sentences(encoder, prompts, names):
+            embeddings.append(batch)
+            yield len(batch)
+    finally:
+        use_threads(before, device)  # Ray runs other tasks in this process
+    classifier = average_sentences(encoder, prompts, names, embeddings)
     counts = {"sentences": str(classifier.sentences), "truncated": str(len(classifier.truncated))}
     if each:
         with atomic_path(_sentences_path(path)) as temporary:

@@ -30,7 +30,7 @@ from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.console import Progress
-from rayjobs.data.feature_encoding import decoding_cpus
+from rayjobs.data.feature_encoding import decoding_cpus, encoder_threads, use_threads
 from rayjobs.data.image_reading import Unit, read_pixels
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
 from rayjobs.storage.files import atomic_path, read_parquet, write_jsonl, write_parquet
@@ -107,6 +107,7 @@ def predict_units(
     """
     kinds = _distinct([info.preprocess for info in how.encoders.values()])
     workers, resources = how.pool.workers.max, how.pool.resources()
+    actors = min(workers, len(units))
     rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
     with (
         ray_data_context(preserve_order=False),
@@ -128,10 +129,16 @@ def predict_units(
             Predictor,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(workers, len(units))),
+            compute=ActorPoolStrategy(size=actors),
             num_cpus=resources["CPU"],
             num_gpus=resources.get("GPU", 0),
-            fn_constructor_args=(ray.put(classifier), calibration, how, worker_device(resources)),
+            fn_constructor_args=(
+                ray.put(classifier),
+                calibration,
+                how,
+                worker_device(resources),
+                encoder_threads(actors),
+            ),
         )
         for row in written.iter_rows():
             progress.advance(row["images"])
@@ -141,7 +148,10 @@ def predict_units(
 class Predictor:
     """An actor that holds the encoders and the classifier, and writes a shard per call."""
 
-    def __init__(self, classifier: Any, calibration: Calibration | None, how: Predicting, device: str) -> None:
+    def __init__(
+        self, classifier: Any, calibration: Calibration | None, how: Predicting, device: str, threads: int = 1
+    ) -> None:
+        use_threads(threads, device)
         self.classifier: Classifier = ray.get(classifier) if isinstance(classifier, ray.ObjectRef) else classifier
         self.device = device if isinstance(self.classifier, Cache) else "cpu"
         if isinstance(self.classifier, Cache):

@@ -367,3 +367,18 @@ def test_a_pickle_of_objects_is_refused_without_advice_to_run_it(tmp_path):
         EncoderError, match=r"\(it holds argparse\.Namespace, and a pickle can run code; .* state dict alone"
     ):
         load_encoder(EncoderSpec(kind="timm", name="test_resnet", weights=str(tmp_path / "x.pt")))
+
+
+@pytest.mark.parametrize(("name", "faster"), [("test_resnet", True), ("test_vit", False)])
+def test_convolutions_on_a_cpu_lie_channels_last_and_give_the_same_features(name: str, faster: bool) -> None:
+    encoder = load_encoder(EncoderSpec(kind="timm", name=name, weights="random:3"))
+    side = encoder.preprocess.size
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    got = encoder.encode_image(images)
+    kernels = [part.weight for part in encoder.network.modules() if isinstance(part, torch.nn.Conv2d)]
+    large = [kernel for kernel in kernels if kernel.shape[1] > 1 and kernel.shape[2] > 1]
+    assert large
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) == faster for kernel in large)
+    assert torch.equal(got, encoder.encode_image(images.to(memory_format=torch.channels_last)))
+    plain = encoder.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    torch.testing.assert_close(got, torch.nn.functional.normalize(plain(images), dim=1), rtol=1e-4, atol=1e-6)

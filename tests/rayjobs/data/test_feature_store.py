@@ -65,12 +65,13 @@ def test_the_sentences_of_a_classifier_are_kept_when_they_are_wanted(
         def options(self, **_: Any) -> "Task":
             return self
 
-        def remote(self, *given: Any) -> None:
+        def remote(self, *given: Any) -> list[int]:
             written.append(given[-1])
-            text_classifier._write_classifier(*given)
+            return list(text_classifier._write_classifier(*given))
 
     monkeypatch.setattr(text_classifier.ray, "remote", lambda function: Task())
     monkeypatch.setattr(text_classifier.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(text_classifier, "encoder_threads", lambda workers: 1)
     alone = prepare_classifier(info, prompts, names, tmp_path, {"CPU": 1})
     assert alone.embeddings is None
     for _ in range(2):

@@ -31,6 +31,10 @@ class ResourceError(UserError):
     """Workers that can never fit into the cluster, or a run that another process holds."""
 
 
+class LeaseLostError(ResourceError):
+    """A run folder that another process has taken over from this one."""
+
+
 class StorageError(UserError, OSError):
     """A path or URL that cannot be reached, read or written."""
 

@@ -11,10 +11,11 @@ from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import replace_paths
 from rayjobs.errors import describe_error
 from rayjobs.runs.file_digests import write_digests
-from rayjobs.runs.record import State, finish_run, read_record
+from rayjobs.runs.record import State, finish_run, forget_run, leave_run, read_record
 from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
 from rayjobs.storage.hub import pin
+from rayjobs.storage.lease import lost_lease
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
 
     `run` takes the job's config, which names the job in `JOB` and the run in `run`. A model on the hub is pinned to its
     present commit first, so that all workers read the same files and the run folder says which.
+
+    If another process has taken over the run folder, nothing is written any more and LeaseLostError is raised.
     """
 
     @functools.wraps(run)
@@ -33,12 +36,18 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
         if hasattr(settings, "__pydantic_fields__"):  # a job that is given more than its config has pinned it itself
             settings = replace_paths(settings, pin)
         try:
-            result = run(settings)
-        except BaseException as error:
-            _record_failure(settings, error)
-            raise
-        _record_success(settings, result)
-        return result
+            try:
+                result = run(settings)
+            except BaseException as error:
+                if lost := lost_lease(settings.run.folder):
+                    forget_run(settings.run.folder)
+                    raise lost from None
+                _record_failure(settings, error)
+                raise
+            _record_success(settings, result)
+            return result
+        finally:
+            leave_run(settings.run.folder)
 
     return run_and_record
 

@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 LEFT_OUT = re.compile(
     r"(^|/)(run|versions|hardware|config|seconds-.*|settings|source|checkpoint_manager_snapshot|figures)\.(json|yaml)$"
-    r"|(^|/)(tensorboard|train|parts|tune)/|\.(svg|html|lock|ya?ml)$|(^|/)\.[^/]*$|/lock$"
+    r"|(^|/)(tensorboard|train|parts|tune|\.lease)/|\.(svg|html|lock|ya?ml)$|(^|/)\.[^/]*$|/lock$"
     r"|(^|/)(classes|confusion|landscape|shots|sources|curves|loss|lr|tokens|val|busy)[^/]*\.png$"
 )
 TIMINGS = {

@@ -4,7 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, autoscaled_by_kubernetes, find_autoscaler_config
+from rayjobs.cluster.ray_workarounds import (
+    HEAD_RESOURCE,
+    autoscaled_by_kubernetes,
+    find_autoscaler_config,
+    find_kuberay_config,
+)
 
 Resources = Mapping[str, float]
 """Amounts by resource name, such as {"CPU": 8, "GPU": 1}."""
@@ -21,7 +26,7 @@ class Capacity:
     max_added: int = 0
     is_upper_limit: bool = True
     """True if `nodes` and `addable` are all that the cluster can have. False if the autoscaler's configuration cannot
-    be read (Kubernetes, or not on the head node), or while on-premises nodes are not connected."""
+    be read (not on the head node, or not allowed), or while on-premises nodes are not connected."""
 
     def total(self, resource: str) -> float:
         """Return the largest amount of a resource that the cluster can have."""
@@ -52,7 +57,7 @@ def cluster_capacity() -> Capacity:
     heads = [node for node in alive if HEAD_RESOURCE in node["Resources"]]
     present = Capacity(nodes=tuple(node["Resources"] for node in alive))
     context = ray.get_runtime_context()
-    config = find_autoscaler_config(context.gcs_address)
+    config = find_autoscaler_config(context.gcs_address) or find_kuberay_config()
     if config is not None and config["provider"]["type"] == "local":
         configured = min(config["max_workers"], len(config["provider"].get("worker_ips", [])))
         return replace(present, is_upper_limit=len(alive) > configured)

@@ -1,9 +1,11 @@
 """Environment variables that Ray, DeepSpeed and other libraries read. Only this module writes `os.environ`."""
 
 import os
+import secrets
 from collections.abc import Callable
 
 from rayjobs.console import verbose
+from rayjobs.storage.lease_files import DRIVER_VARIABLE, driver_id
 
 QUIET = {
     "DS_LOG_LEVEL": "error",  # DeepSpeed logs its whole configuration at level INFO.
@@ -56,6 +58,11 @@ def environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in variables.items()}
 
 
+def worker_environment() -> dict[str, str]:
+    """Return the variables for every worker: `environment()`, and the driver on whose behalf it writes into runs."""
+    return {**environment(), DRIVER_VARIABLE: driver_id()}
+
+
 def set_environment(*, show_library_output: bool = False) -> None:
     """Set the variables of `environment()` in this process. Ray and DeepSpeed read some of them when imported."""
     if show_library_output:
@@ -69,6 +76,16 @@ def set_auth_mode(mode: str) -> None:
     Ray reads the variable when it is imported.
     """
     os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE") or mode
+
+
+def set_local_token() -> None:
+    """Give a cluster that this process starts a token of its own, which its processes then ask of one another.
+
+    Ray alone would write one into the home folder, for all clusters of the user. What RAY_AUTH_MODE, RAY_AUTH_TOKEN and
+    RAY_AUTH_TOKEN_PATH say is kept. Ray reads these variables when a cluster is started.
+    """
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def worker_setup() -> Callable[[], None]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.cluster import environment as environment_module
-from rayjobs.cluster.environment import environment, set_auth_mode, set_environment, worker_setup
-from rayjobs.cluster.ray_workarounds import discard_stderr
+from rayjobs.cluster.environment import set_environment, set_local_token, worker_environment, worker_setup
+from rayjobs.cluster.ray_workarounds import discard_stderr, on_loopback_only
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
 from rayjobs.storage.paths import is_url
@@ -42,17 +42,17 @@ def _start_or_join() -> None:
 
     local = "RAY_ADDRESS" not in os.environ
     if local:
-        set_auth_mode("disabled")
+        set_local_token()
     # The hook runs before a worker knows the driver's import path, and would import another copy of rayjobs or none.
     ray.cloudpickle.register_pickle_by_value(environment_module)
     try:
-        with nullcontext() if verbose() else discard_stderr():
+        with on_loopback_only() if local else nullcontext(), nullcontext() if verbose() else discard_stderr():
             ray.init(
                 address="local" if local else None,
                 include_dashboard=False if local else None,
                 logging_level="INFO" if verbose() else "ERROR",
                 log_to_driver=verbose(),
-                runtime_env={"env_vars": environment(), "worker_process_setup_hook": worker_setup()},
+                runtime_env={"env_vars": worker_environment(), "worker_process_setup_hook": worker_setup()},
             )
     finally:
         ray.cloudpickle.unregister_pickle_by_value(environment_module)

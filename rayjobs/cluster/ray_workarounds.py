@@ -17,6 +17,9 @@ from rayjobs.storage.yaml_file import parse_yaml
 HEAD_RESOURCE = "node:__internal_head__"
 """The resource that only the head node has. Ray has no public way to tell which node is the head."""
 
+KUBERNETES_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+"""The file in which Kubernetes names the namespace of a pod."""
+
 _UPLOAD_FOLDER = re.compile(r'/[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/')
 
 
@@ -52,6 +55,41 @@ def find_autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
         if arguments.get("--gcs-address") == gcs_address and "--autoscaling-config" in arguments:
             return parse_yaml(Path(arguments["--autoscaling-config"]).expanduser().read_text())
     return None
+
+
+def find_kuberay_config() -> dict[str, Any] | None:
+    """Return the limits of a KubeRay cluster in the form of a cluster file; None if this process cannot see them.
+
+    They are in the cluster's RayCluster object, which the pod of the head may read if its autoscaler is enabled. Ray's
+    autoscaler reads it in the same way, and Ray has no public way to ask for the limits.
+    """
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
+    name = os.environ.get("RAY_CLUSTER_NAME")
+    if not name or not autoscaled_by_kubernetes():
+        return None
+    try:
+        namespace = KUBERNETES_NAMESPACE.read_text().strip()
+        return _derive_autoscaling_config_from_ray_cr(KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}"))
+    except OSError:  # the pod's account may not read it, or the API does not answer
+        return None
+
+
+@contextmanager
+def on_loopback_only() -> Iterator[None]:
+    """Let a cluster that is started in this block listen on 127.0.0.1 only, as Ray does on Windows and macOS.
+
+    On Linux, Ray takes the address of this machine even if it is told to use 127.0.0.1.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def autoscaled_by_kubernetes() -> bool:

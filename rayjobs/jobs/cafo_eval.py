@@ -121,8 +121,8 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     check_same_caches(trials, names, own_dataset.class_names, identities)
     connect(run_folder, swept.run.cache_folder)
     resources = settings.scale.resources()  # workers that can never run are refused before test is opened
-    record_opening(folder, chosen, list(targets))
     start_run(run_folder, settings.JOB)
+    record_opening(folder, chosen, list(targets))
 
     store = FeatureStore(
         encoders=encoders,

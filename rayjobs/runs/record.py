@@ -15,9 +15,11 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from rayjobs.console import printable
-from rayjobs.errors import DataError, ResourceError
+from rayjobs.errors import DataError
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.lease import hold, release
+from rayjobs.storage.lease_files import process_lives
 
 logger = logging.getLogger(__name__)
 
@@ -52,29 +54,22 @@ class RunRecord:
 
     def now(self) -> "RunRecord":
         """The record with its present state: `cut off` if the driver ended without recording an end."""
-        gone = self.host == socket.gethostname() and not self._driver_lives()
+        gone = self.host == socket.gethostname() and not process_lives(self.pid, self.pid_since)
         return replace(self, state="cut off") if self.state == "running" and gone else self
-
-    def _driver_lives(self) -> bool:
-        try:
-            began = psutil.Process(self.pid).create_time()
-        except psutil.NoSuchProcess:
-            return False
-        return not self.pid_since or abs(began - self.pid_since) < 5  # adjusting the clock moves it a little
 
 
 _RECORDS = TypeAdapter(RunRecord)
 
 
 def start_run(folder: Path, job: str) -> bool:
-    """Write the record of a job that begins to run in `folder`.
+    """Hold `folder` for this process, and write the record of a job that begins to run there.
 
     Returns False and writes nothing if this process is running another job there: the new one is then a part of its
-    run. Raises ResourceError if another process of this machine is running there.
+    run. Raises ResourceError if another process is running there, on whatever machine.
     """
     if _jobs_here.get(str(folder), job) != job:
         return False
-    refuse_second_process(folder)
+    hold(folder)
     before = read_record(folder)
     record = RunRecord(
         job=job,
@@ -90,16 +85,6 @@ def start_run(folder: Path, job: str) -> bool:
     (folder / REPORT_FILE).unlink(missing_ok=True)  # it shows the state of an earlier start
     _jobs_here[str(folder)] = job
     return True
-
-
-def refuse_second_process(folder: Path) -> None:
-    """Raise ResourceError if another process of this machine is running in `folder`."""
-    record = read_record(folder)
-    if record and record.now().state == "running" and record.host == socket.gethostname() and record.pid != os.getpid():
-        raise ResourceError(
-            f"{folder} is being run by process {record.pid} of {record.host}: let it end, stop it, or choose another "
-            "run.name"
-        )
 
 
 def finish_run(folder: Path, job: str, state: State, error: str = "") -> bool:
@@ -118,6 +103,18 @@ def finish_run(folder: Path, job: str, state: State, error: str = "") -> bool:
     first_line = printable(error).strip().partition("\n")[0] if state == "failed" else ""
     write_json(folder / RECORD_FILE, asdict(replace(record, state=state, error=first_line, seconds=seconds)))
     return True
+
+
+def leave_run(folder: Path) -> None:
+    """Let `folder` go for other processes, unless this process still runs a job there, of which another was a part."""
+    if str(folder) not in _jobs_here:
+        release(folder)
+
+
+def forget_run(folder: Path) -> None:
+    """End this process's part in a run that another has taken over: its record is the other's by now."""
+    _jobs_here.pop(str(folder), None)
+    release(folder)
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from rayjobs.storage.lease import check_lease
 from rayjobs.storage.paths import is_url, upload_file
 
 
@@ -30,8 +31,14 @@ class SyncedFolder:
         return self.local / name
 
     def send(self, *, now: bool = False) -> None:
-        """Upload the files that have grown, if it is time or `now`. Raises StorageError; a later call tries again."""
-        if self.local == self.folder or not (now or time.monotonic() - self.uploaded_at > self.UPLOAD_EVERY_S):
+        """Upload the files that have grown, if it is time or `now`. Raises StorageError; a later call tries again.
+
+        Raises LeaseLostError if another driver has taken over the folder.
+        """
+        if not (now or time.monotonic() - self.uploaded_at > self.UPLOAD_EVERY_S):
+            return
+        check_lease(self.folder / "file")
+        if self.local == self.folder:
             return
         # Files in subfolders go first, so that a list of images arrives after the images that it names.
         for file in sorted(self.local.rglob("*"), key=lambda file: -len(file.parts)):

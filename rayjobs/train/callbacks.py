@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError
 
 from rayjobs.runs.trackers import TensorBoard, TrackConfig, Tracker, log_all, numbers, open_trackers
 from rayjobs.storage.files import read_jsonl, write_jsonl
+from rayjobs.storage.lease import check_lease
 from rayjobs.storage.sync import SyncedFolder
 
 STARTING, TRAINING = "starting", "training"
@@ -40,6 +41,7 @@ class MetricsLog(ray.train.UserCallback):
         rows = metrics[0].get("rows")
         if not rows:
             return
+        check_lease(self.synced.folder / "metrics.jsonl")
         path = self.synced.fetch("metrics.jsonl")
         first_step = rows[0]["step"]
         if first_step <= self.last_step and path.exists():  # the run has resumed from an earlier step

@@ -22,6 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rayjobs.errors import StorageError
+from rayjobs.storage.lease import check_lease
+from rayjobs.storage.paths import resolve_path
 
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 DAMAGE = (SafetensorError, KeyError, ValueError, FileNotFoundError)
@@ -50,16 +52,19 @@ class StoredCheckpoint(NamedTuple):
 def write_checkpoint(storage: str, content: TrainingCheckpoint) -> StoredCheckpoint:
     """Write a checkpoint into a new directory of Train's folder.
 
-    storage: a path or URI. Raises OSError, for instance for a full disk; nothing is then left of the directory.
+    storage: a path or URI. Raises OSError, for instance for a full disk, and LeaseLostError if another driver has taken
+    over the run; nothing is then left of the directory.
     """
     files, path = FileSystem.from_uri(storage)
-    folder = f"{path}/{new_checkpoint_name(storage, content.step)}"
+    name = new_checkpoint_name(storage, content.step)
+    folder = f"{path}/{name}"
     state = save(content.state)
     position = {"step": content.step, "rows": content.rows, "state_sha256": hashlib.sha256(state).hexdigest()}
     try:
         files.create_dir(folder)
-        for name, data in ((STATE_FILE, state), (POSITION_FILE, json.dumps(position).encode())):
-            with files.open_output_stream(f"{folder}/{name}") as stream:
+        for file, data in ((STATE_FILE, state), (POSITION_FILE, json.dumps(position).encode())):
+            check_lease(resolve_path(f"{storage}/{name}/{file}"))
+            with files.open_output_stream(f"{folder}/{file}") as stream:
                 stream.write(data)
     except BaseException:
         with suppress(OSError):

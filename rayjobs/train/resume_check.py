@@ -11,9 +11,10 @@ from typing import Any
 from rayjobs.config import to_dict
 from rayjobs.errors import NonFiniteLossError, ProvenanceError
 from rayjobs.runs.provenance import Change, comparable, find_changes, refuse_changes
-from rayjobs.runs.record import RESULT_FILE, read_record, refuse_second_process
+from rayjobs.runs.record import RESULT_FILE, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE, PROVENANCE_FILE, VERSIONS_FILE, versions
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.lease import hold
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.train.checkpoint import list_checkpoints
 from rayjobs.train.trainer import EXPERIMENT
@@ -48,12 +49,12 @@ def check_same_run(folder: Path, settings: Any, identity: Mapping[str, Any], fre
 
 
 def lock_run(folder: Path, settings: Any, identity: Mapping[str, Any], free: tuple[str, ...]) -> None:
-    """Record the identity of the run that now begins or goes on in `folder`; log what differs from what was recorded.
+    """Hold `folder`, and record the identity of the run that now begins or goes on in it; log what differs from before.
 
     Changes with which a run goes on stay in the record. Raises what `check_same_run` raises, and ResourceError if
     another process is running there.
     """
-    refuse_second_process(folder)
+    hold(folder)
     changes = check_same_run(folder, settings, identity, free)
     provenance = _provenance(folder)
     differences = "; ".join(map(str, changes))

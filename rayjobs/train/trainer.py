@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from rayjobs.cluster.capacity import cluster_capacity
-from rayjobs.cluster.environment import environment
+from rayjobs.cluster.environment import worker_environment
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.console import Progress, verbose
 from rayjobs.errors import StorageError
@@ -84,7 +84,7 @@ def build_trainer(
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=[*callbacks, RefreshClusterResources()],
-            worker_runtime_env={"env_vars": environment()},
+            worker_runtime_env={"env_vars": worker_environment()},
             logging_config=ray.train.LoggingConfig(log_level="INFO" if verbose() else "CRITICAL"),
         ),
     )

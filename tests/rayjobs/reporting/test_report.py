@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
 import pyarrow as pa
 import pytest
 
@@ -313,22 +312,6 @@ def test_a_driver_that_is_gone_was_cut_off(tmp_path: Path) -> None:
     assert read_record(folder).now().state == "cut off", "another process has its pid by now"
     write_json(folder / RECORD_FILE, record)
     assert read_record(folder).now().state == "running"
-
-
-def test_a_run_has_one_driver_at_a_time(tmp_path: Path) -> None:
-    folder = a_run(tmp_path, "one")
-    record = json.loads((folder / RECORD_FILE).read_text())
-    with subprocess.Popen(["sleep", "60"]) as other:
-        its = {**record, "pid": other.pid, "pid_since": psutil.Process(other.pid).create_time()}
-        write_json(folder / RECORD_FILE, its)
-        with pytest.raises(ValueError, match=f"one is being run by process {other.pid} of "):
-            a_run(tmp_path, "one")
-        for harmless in ({"state": "interrupted"}, {"host": "elsewhere"}, {"pid_since": 1.0}):
-            write_json(folder / RECORD_FILE, its | harmless)
-            a_run(tmp_path, "one")
-        write_json(folder / RECORD_FILE, its)
-        other.kill()
-    a_run(tmp_path, "one")
 
 
 def test_the_command_line_lists_runs_and_writes_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,181 @@
+"""Hold a folder for one process, local or at a URL: leases with a heartbeat, which every write is checked against.
+
+The lease of a folder is its file `.lease/NUMBER.json` with the highest number. Whoever wants the folder makes the file
+of the next number, which all local file systems, S3 and Google's storage let one process do only. The holder rewrites
+its file every `HEARTBEAT_S`, with a counter. Another process takes the folder over if the holder has released it, if it
+sees on the same machine that the holder is gone, or if by its own clock the file has not changed for `EXPIRES_S`:
+clocks of two machines are never compared.
+
+Before each write into the folder, the writer reads who holds it (`check_lease`), and a process that was taken over from
+writes no more, whatever had stopped it. The check and the write are two requests. A write whose check was made before
+the takeover, and which then takes longer than `EXPIRES_S`, is not prevented.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from rayjobs.errors import LeaseLostError, ResourceError
+from rayjobs.storage.lease_files import DRIVER_VARIABLE, Entry, Holder, LeaseFiles, driver_id, this_machine
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+EXPIRES_S = 40.0
+POLL_S = 2.0
+
+
+class Lease:
+    """A folder that this process holds: a thread writes its heartbeat until it is released or lost."""
+
+    def __init__(self, folder: Path, number: int, holder: Holder) -> None:
+        self.folder, self.files, self.number, self.holder = folder, LeaseFiles(folder), number, holder
+        self.lost: LeaseLostError | None = None
+        self._ended = threading.Event()
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._thread = threading.Thread(target=self._beat_until_ended, name=f"lease of {folder}", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise LeaseLostError if another process holds the folder by now, StorageError if that cannot be read."""
+        newest = self.files.newest()
+        if newest is None or (newest.number == self.number and _is_same(newest.holder, self.holder)):
+            return  # None: the folder was removed; what is written makes it again
+        self.lost = LeaseLostError(_describe_loss(self.folder, newest.holder))
+        raise self.lost
+
+    def beat(self) -> None:
+        """Write the heartbeat. Raises LeaseLostError if another process holds the folder by now, and StorageError."""
+        self.check()
+        if self.files.read(self.number) is not None:
+            self.holder = replace(self.holder, beat=self.holder.beat + 1)
+            self.files.write(self.number, self.holder)
+
+    def release(self) -> None:
+        """Let the folder go, so that the next process need not wait."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(OSError, LeaseLostError):  # then the next process waits
+            self.check()
+            if self.files.read(self.number) is not None:
+                self.files.write(self.number, replace(self.holder, released=True))
+
+    def _beat_until_ended(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S) and not self.lost:
+            try:
+                self.beat()
+            except LeaseLostError:
+                if self._in_main_thread:
+                    # It may wait for hours before it writes something. A signal also ends its waiting for a lock.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+            except OSError as error:
+                logger.warning("the lease of %s was not renewed: %s", self.folder, error)
+
+
+_held: dict[str, Lease] = {}
+
+
+def hold(folder: Path) -> None:
+    """Hold a folder for this process until `release`; nothing happens if it does so already.
+
+    Waits up to `EXPIRES_S` to see whether a holder on another machine lives. Raises ResourceError if the folder is held
+    by another process, StorageError if the lease cannot be read or written.
+    """
+    lease = _held.get(str(folder))
+    if lease is not None and not lease.lost:
+        return
+    files = LeaseFiles(folder)
+    before = files.newest()
+    if before is not None:
+        before = _wait_until_free(files, before)
+    number, holder = (before.number if before else 0) + 1, Holder.here(before and before.holder)
+    if not files.create(number, holder):
+        newest = files.newest()
+        raise ResourceError(_describe_held(folder, newest and newest.holder))
+    files.remove_below(number)
+    _held[str(folder)] = Lease(folder, number, holder)
+
+
+def release(folder: Path) -> None:
+    """Let a folder go that this process may hold."""
+    lease = _held.pop(str(folder), None)
+    if lease is not None:
+        lease.release()
+
+
+def lost_lease(folder: Path) -> LeaseLostError | None:
+    """Return the error of a folder that this process held and another has taken over; None otherwise."""
+    lease = _held.get(str(folder))
+    if lease is None:
+        return None
+    with suppress(LeaseLostError, OSError):
+        lease.check()
+    return lease.lost
+
+
+def check_lease(path: Path) -> None:
+    """Check, before a file is written, that no other driver has taken over the folder that holds it.
+
+    A path in a folder that nobody holds passes. Raises LeaseLostError, and StorageError if the lease cannot be read.
+    """
+    for folder in path.parents:
+        if lease := _held.get(str(folder)):
+            return lease.check()
+    is_worker = DRIVER_VARIABLE in os.environ
+    leased = _find_leased(path.parent) if is_worker else None
+    if leased is not None:
+        newest = LeaseFiles(leased).newest()
+        holder = newest and newest.holder
+        if holder and driver_id() in holder.superseded:
+            raise LeaseLostError(_describe_loss(leased, holder))
+
+
+@lru_cache(maxsize=4096)
+def _find_leased(folder: Path) -> Path | None:
+    """Return the folder itself or the nearest one above it that has leases, for a worker."""
+    for one in (folder, *folder.parents):
+        with suppress(OSError):  # a bucket may be closed above the folder
+            if LeaseFiles(one).numbers():
+                return one
+    return None
+
+
+def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:
+    """Return the newest lease when it is free. Raises ResourceError as soon as its holder is known to live."""
+    folder, holder = files.folder.parent, seen.holder
+    if holder and holder.is_gone():
+        return seen
+    if holder and holder.machine == this_machine():
+        raise ResourceError(_describe_held(folder, holder))
+    logger.info("%s is held by %s: seeing for %.0f s whether it lives", folder, holder or "a process", EXPIRES_S)
+    deadline = time.monotonic() + EXPIRES_S
+    while time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        now = files.newest() or seen
+        if now.holder and now.holder.released:
+            return now
+        if now != seen:
+            raise ResourceError(_describe_held(folder, now.holder))
+    return seen
+
+
+def _describe_held(folder: Path, holder: Holder | None) -> str:
+    return f"{folder} is being run by {holder or 'another process'}: let it end, stop it, or choose another run.name"
+
+
+def _describe_loss(folder: Path, holder: Holder | None) -> str:
+    return (
+        f"{folder} is now run by {holder or 'another process'}, which saw no sign of this process for "
+        f"{EXPIRES_S:.0f} s; this one writes no more there: let the other end, or choose another run.name"
+    )
+
+
+def _is_same(one: Holder | None, other: Holder) -> bool:
+    return one is None or (one.driver, one.machine, one.pid) == (other.driver, other.machine, other.pid)

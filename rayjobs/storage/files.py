@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter import atomic_file
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
+from rayjobs.storage.lease import check_lease
 from rayjobs.storage.paths import is_url, resolve_path, upload_file
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ def _as_storage_error(path: str | Path, action: str) -> Iterator[None]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary local path; it becomes `path` if the block succeeds and is removed if the block fails.
 
-    For a URL, the finished file is uploaded in one request. Raises StorageError, for instance for a full disk.
+    For a URL, the finished file is uploaded in one request. Raises StorageError, for instance for a full disk, and
+    LeaseLostError in a run folder that another driver has taken over.
     """
     path = resolve_path(path)
     if not is_url(path):
         make_folder(path.parent)
         with _as_storage_error(path, "written"), atomic_file.atomic_path(path) as temporary:
             yield temporary
+            check_lease(path)
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
+        check_lease(path)
         upload_file(Path(folder) / path.name, path)
 
 

@@ -21,7 +21,7 @@ from cafo.dataset_checks import check_class_names, check_disjoint, check_items, 
 from cafo.dataset_layouts import PHOTO_TEMPLATES, check_templates
 from cafo.errors import DatasetError, refuse_text
 from cafo.files import as_path, read_json
-from cafo.items import Item
+from cafo.items import Item, leads_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +165,10 @@ def _parse_items(entries: Any, where: str) -> tuple[Item, ...]:
     for number, entry in enumerate(entries):
         match entry:
             case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
+                if leads_out(path):
+                    raise DatasetError(
+                        f"{where}, entry {number}: {path!r} leads out of the folder of the images; give a path below it"
+                    )
                 items.append(Item(path, label, name))
             case _:
                 raise DatasetError(f"{where}, entry {number}: {entry!r} is not [path, label, class name]")

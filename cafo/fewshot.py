@@ -15,7 +15,7 @@ from typing import Literal
 from cafo.datasets import stable_uniform
 from cafo.errors import CafoError, DatasetError, refuse_text
 from cafo.files import read_json, write_json
-from cafo.items import Item
+from cafo.items import Item, leads_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,5 +123,7 @@ def load(path: str | Path, class_names: Sequence[str]) -> FewShot:
         raise DatasetError(
             f"{path} has images of {', '.join(strangers[:5])}, and the class list has no such class; choose again"
         )
+    if outside := [file for file, _ in chosen if leads_out(file)]:
+        raise CafoError(f"{path}: {outside[0]!r} leads out of the folder of the images; choose again")
     items = sorted((Item(file, label_of[name], name) for file, name in chosen), key=lambda item: item.label)
     return FewShot(shots=shots, seed=seed, items=tuple(items), short=short)

@@ -12,3 +12,8 @@ class Item(NamedTuple):
     """relative to the data set's `image_root`, with forward slashes"""
     label: int
     class_name: str
+
+
+def leads_out(path: str) -> bool:
+    """Return whether a path leads out of the folder that it is relative to."""
+    return path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/")

@@ -80,3 +80,10 @@ def check_text(value: Any, name: str) -> str:
             "no text; repair or remove the record"
         ) from error
     return value
+
+
+def check_below(path: str, name: str) -> str:
+    """Return a path that stays below the folder it is relative to. Raises RecordError, which names it, otherwise."""
+    if path.startswith(("/", "\\")) or ".." in path.replace("\\", "/").split("/"):
+        raise RecordError(f"{name} is {path!r:.80}, which leads out of the folder of the images; give a path below it")
+    return path

@@ -19,7 +19,7 @@ from typing import Any
 
 from adapter.errors import RecordError
 from adapter.records.chat import chat_record
-from adapter.records.files import is_table, read_rows
+from adapter.records.files import check_below, is_table, read_rows
 from adapter.records.instruction import completion_record, instruction_record, text_record
 from adapter.records.row import Row, rejected_record
 
@@ -123,7 +123,9 @@ def _parse(row: Any, format: str, columns: Mapping[str, str], answered: bool) ->
         if column not in row:
             hint = f"; it looks like a record of the format {found}" if found not in ("", format) else ""
             raise RecordError(f"the record has no {column!r}; its columns are {', '.join(map(repr, row))}{hint}")
-    return _PARSERS[format](row, answered)
+    record = _PARSERS[format](row, answered)
+    check_below(record.get("image", ""), "'image'")
+    return record
 
 
 def _format_of(row: Mapping[str, Any], columns: Mapping[str, str], answered: bool) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from adapter.errors import AdapterError, RecordError
 from adapter.file_kind import check_content
-from adapter.records.files import check_text
+from adapter.records.files import check_below, check_text
 from adapter.records.row import rejected_record
 from adapter.templates import PromptTemplate
 
@@ -163,14 +163,15 @@ def _problem(pid: str, fields: dict[str, Any], split: str) -> Problem:
             raise wrong(key, "text or null")
     for name, value in (("'hint'", hint), ("'image'", image), *((f"choice {c!r:.60}", str(c)) for c in choices)):
         check_text(value, name)
+    # A mini split lists problems of a whole split, whose folder has the images.
+    image = check_below(f"images/{fields.get('split') or split}/{pid}/{image}", "'image'") if image else ""
     return Problem(
         pid=pid,
         question=fields["question"],
         choices=tuple(str(choice) for choice in choices),
         answer=answer,
         hint=hint if hint.strip() else "",
-        # A mini split lists problems of a whole split, whose folder has the images.
-        image=f"images/{fields.get('split') or split}/{pid}/{image}" if image else "",
+        image=image,
         subject=fields["subject"],
         grade=int(grade[1]),
     )

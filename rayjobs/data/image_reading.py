@@ -27,7 +27,7 @@ from cafo.errors import ImageError
 from cafo.images import Preprocess, load_image
 from rayjobs.data.image_collection import Container, ImageFile, RejectedImage, open_parquet
 from rayjobs.errors import StorageError, is_user_error
-from rayjobs.storage.credentials import mask_credentials
+from rayjobs.storage.credentials import mask_credentials, mask_url
 from rayjobs.storage.files import write_json
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.storage.paths import is_url, resolve_path
@@ -208,7 +208,7 @@ def _decode(shard: _Shard, preprocess: Sequence[Preprocess]) -> pa.Table:
     rejected: list[RejectedImage] = []
     pixels = [bytearray() for _ in preprocess]
     for entry in _fetch_all(shard.entries):
-        source, path = mask_credentials(entry.source), mask_credentials(entry.path)
+        source, path = mask_url(entry.source), mask_url(entry.path)
         if isinstance(entry.content, RejectedImage):
             rejected.append(RejectedImage(source, path, mask_credentials(entry.content.reason)))
             continue

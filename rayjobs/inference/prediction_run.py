@@ -17,7 +17,7 @@ from rayjobs.data.image_collection import Collection, ImageFile
 from rayjobs.data.image_reading import Unit
 from rayjobs.errors import ProvenanceError
 from rayjobs.inference.prediction import COUNTS, PREDICTIONS, REJECTED, Output, read_shard
-from rayjobs.storage.credentials import mask_credentials
+from rayjobs.storage.credentials import mask_url
 from rayjobs.storage.files import read_json, read_jsonl, write_json
 from rayjobs.storage.paths import resolve_path
 
@@ -85,7 +85,7 @@ def record_states(output: Output, work: Work) -> None:
     """Record the digests of the files that are about to be read."""
     path = resolve_path(output.folder) / SOURCES
     before = read_json(path) if path.exists() else {}
-    write_json(path, {**before, **{mask_credentials(file): state for file, state in work.states.items()}})
+    write_json(path, {**before, **{mask_url(file): state for file, state in work.states.items()}})
 
 
 def forget_rejected(output: Output) -> None:
@@ -139,7 +139,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _key(image: ImageFile) -> tuple[str, str]:
-    return mask_credentials(image.source), mask_credentials(image.path)
+    return mask_url(image.source), mask_url(image.path)
 
 
 def _done_images(folder: Path, output: Output, shards: Sequence[str]) -> set[tuple[str, str]]:
@@ -170,7 +170,7 @@ def _digest(file: str) -> str:
 def _check_states(folder: Path, states: dict[str, str]) -> None:
     path = folder / SOURCES
     before = read_json(path) if path.exists() else {}
-    if changed := [file for file, state in states.items() if before.get(mask_credentials(file), state) != state]:
+    if changed := [file for file, state in states.items() if before.get(mask_url(file), state) != state]:
         raise ProvenanceError(
             f"{', '.join(changed)}: the file is another than when its predictions began; put it back, or choose "
             "another run.name"

@@ -10,6 +10,7 @@ from rayjobs.inference.class_descriptions import DescriptionConfig
 from rayjobs.inference.class_images import ImageGenerationConfig
 from rayjobs.job_configs.cafo_tune import Config as CafoTuneConfig
 from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.runs.run_dir import FolderName
 
 
 @config
@@ -30,7 +31,7 @@ class Config(CafoTuneConfig):
     """Describe the classes first, in the run's subfolder `prompt`; null uses data.prompts as it is."""
     generate: GenerateStep | None = None
     """Generate images next, in the run's subfolder `generate`; null uses data.generated as it is."""
-    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
+    targets: dict[FolderName, ImageDatasetConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name, to measure distribution shift."""
     reference: str | None = None
     """Row of the table that others are compared with, seed by seed. Null compares with `CaFo` or, if no row has this

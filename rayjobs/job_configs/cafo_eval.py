@@ -7,6 +7,7 @@ from pydantic import Field
 from rayjobs.cluster.worker_pool import WorkerPoolConfig
 from rayjobs.config import config
 from rayjobs.data.image_dataset import ImageDatasetConfig
+from rayjobs.runs.run_dir import FolderName
 from rayjobs.storage.paths import AnyPath
 
 
@@ -18,7 +19,7 @@ class Config:
 
     sweep: AnyPath
     """Run folder of a cafo-tune sweep; the results are written into its subfolder `test`."""
-    targets: dict[str, ImageDatasetConfig] = Field(default_factory=dict)
+    targets: dict[FolderName, ImageDatasetConfig] = Field(default_factory=dict)
     """Other test sets with the same classes, by name, to measure distribution shift."""
     reference: str | None = None
     """Row of the table that others are compared with, seed by seed. Null compares with `CaFo` or, if no row has this

@@ -13,6 +13,7 @@ from rayjobs.reporting.canvas import FONT, every_script, plain_text
 from rayjobs.reporting.palette import themed
 from rayjobs.reporting.plots import Drawing
 from rayjobs.storage.files import atomic_path, read_json, write_json, write_text
+from rayjobs.storage.paths import inside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +59,12 @@ def read_figures(folder: Path) -> list[SavedFigure]:
     if not path.is_file():
         return []
     try:
-        return [SavedFigure(**entry) for entry in read_json(path)]
-    except TypeError as error:
+        saved = [SavedFigure(**entry) for entry in read_json(path)]
+        for figure in saved:
+            inside(folder, figure.file)
+    except (TypeError, AttributeError) as error:
         raise DataError(f"{path} is no list of figures: {error}") from error
+    return saved
 
 
 def unlisted_figures(folder: Path) -> list[SavedFigure]:

@@ -49,7 +49,7 @@ class HubPath:
     def parse(cls, path: str | Path) -> "HubPath":
         """The parts of an `hf://` path. Raises ConfigError for one that is malformed."""
         match = _PATH.fullmatch(str(path).rstrip("/"))
-        if match is None:
+        if match is None or ".." in str(path).split("/"):
             raise ConfigError(
                 f"{path}: a path on the hub is {HUB}org/name, {HUB}org/name@revision, {HUB}org/name/file or "
                 f"{HUB}datasets/org/name"

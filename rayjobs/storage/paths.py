@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from rayjobs.errors import ConfigError, StorageError
+from rayjobs.errors import ConfigError, DataError, StorageError
 from rayjobs.storage.credentials import drop_mask
 from rayjobs.storage.hub import HUB, HubPath, is_hub_id, is_hub_path, pin
 
@@ -81,6 +81,13 @@ def remove_folder(folder: Path) -> None:
         remote.fs.rm(remote.path, recursive=True)
     else:
         shutil.rmtree(folder)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the file of this name in a folder or below it. Raises DataError for a name that leads out of it."""
+    if not name or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+        raise DataError(f"{folder}: the name {name!r} leads out of this folder, so its file is not opened")
+    return folder / name
 
 
 @contextmanager

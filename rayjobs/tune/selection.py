@@ -9,6 +9,7 @@ from cafo.choice_names import Select
 from cafo.estimate import Estimate
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.storage.files import read_json
+from rayjobs.storage.paths import inside
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
 
@@ -81,9 +82,11 @@ class ChosenSetting:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ChosenSetting":
-        """Read a choice as `chosen.json` holds it."""
+        """Read a choice as `chosen.json` holds it. Raises DataError for a trial's name that leads out of its folder."""
         setting = Setting(**{**values["setting"], "encoders": tuple(values["setting"]["encoders"])})
         trials = tuple(ChosenTrial(**trial) for trial in values["seeds"])
+        for trial in trials:
+            inside(Path("trials"), trial.trial)
         return cls(**{**values, "setting": setting, "seeds": trials})
 
 

@@ -17,8 +17,15 @@ from rayjobs.storage.paths import resolve_path
         ("https://host/x?sig=abc%2F&sv=2024", "https://host/x?sig=***&sv=2024"),
         ("https://host/x?a=1&X-Amz-Signature=abc#b", "https://host/x?a=1&X-Amz-Signature=***#b"),
         ("https://host/v1?api_key=abc", "https://host/v1?api_key=***"),
+        ("https://host/v1?key=abc&n=1", "https://host/v1?key=***&n=1"),
         ("run.track.mlflow='http://u:p@h' run.name=a", "run.track.mlflow='http://***@h' run.name=a"),
         ("http://u:p@h and http://v:q@i", "http://***@h and http://***@i"),
+        ("rayjobs adapter-train track.api_key=abc run.name=a", "rayjobs adapter-train track.api_key=*** run.name=a"),
+        ("password='a b' rest", "password=*** rest"),
+        ("{'api_key': 'abc', \"token\": \"d/e\"}", "{'api_key': ***, \"token\": ***}"),
+        ("Authorization: Bearer abcdefgh.ijkl", "Authorization: Bearer ***"),
+        ("invalid key sk-proj-0123456789abcdef0123", "invalid key ***"),
+        ("hf_ABCDEFGHIJKLMNOPQRST is not allowed", "*** is not allowed"),
     ],
 )
 def test_credentials_are_masked(url: str, masked: str) -> None:
@@ -36,11 +43,26 @@ def test_credentials_are_masked(url: str, masked: str) -> None:
         "user@host: a",
         "memory://x",
         "https://host/@scope?tokens",
+        "train.token_budget=600 base.tokenizer=/a/tokenizer.model key_variable=OPENAI_API_KEY",
+        "unexpected token: 'abcdefghij' of 'tokens': 'abc'",
+        "send the header Authorization: Bearer TOKEN",
         "",
     ],
 )
 def test_anything_else_stays(text: str) -> None:
     assert mask_credentials(text) == text
+
+
+def test_values_under_a_secret_name_and_those_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "correct horse")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "no secret")
+    monkeypatch.setenv("SHORT_TOKEN", "test")
+    given = {
+        "client": {"API_KEY": "abc", "access_key": "", "tokens": "x"},
+        "at": ["the correct horse", "a test, no secret"],
+    }
+    masked = {"client": {"API_KEY": "***", "access_key": "", "tokens": "x"}, "at": ["the ***", "a test, no secret"]}
+    assert mask_credentials(given) == masked
 
 
 def test_a_masked_url_is_read_with_the_credentials_of_the_environment() -> None:

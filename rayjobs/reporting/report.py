@@ -29,6 +29,7 @@ from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
 from rayjobs.storage.yaml_file import read_yaml
+from rayjobs.storage.paths import inside
 
 logger = logging.getLogger(__name__)
 Content = TypeVar("Content")
@@ -214,7 +215,7 @@ def _examples(folder: Path) -> Iterator[Section]:
     for path in (folder / EXAMPLES, folder / "test" / EXAMPLES):
         examples = _json(path)
         images = [
-            ((path.parent / entry["file"]).read_bytes(), entry["caption"]) for entry in examples.get("images", [])
+            (inside(path.parent, entry["file"]).read_bytes(), entry["caption"]) for entry in examples.get("images", [])
         ]
         if images:
             yield Gallery("examples", images, examples["note"])

@@ -1,10 +1,16 @@
 """The parts of `benchmarks.gpu` that do not train: the machine itself, generation, an image encoder, CaFo's search."""
 
+from dataclasses import replace
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapter.generate import generate
 from benchmarks.gpu_setup import Figures, Sizes, add_adapter, random_decoder, timed
+from cafo.encoder_spec import Precision
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""Precisions of the encoder."""
 
 
 def machine(sizes: Sizes, device: str) -> Figures:
@@ -48,13 +54,11 @@ def decode(sizes: Sizes, device: str) -> Figures:
 
 def encode(sizes: Sizes, device: str) -> Figures:
     """Measure a CLIP's image encoder on images that lie on the device, in float32 and bf16."""
-    from cafo.encoder_spec import EncoderSpec
     from cafo.encoders import load_encoder
 
-    figures: Figures = {"encoder": sizes.encoder, "batch": sizes.images}
-    for precision in ("fp32", "bf16"):
-        spec = EncoderSpec(kind="clip", name=sizes.encoder, weights="random:0", precision=precision)
-        encoder = load_encoder(spec, device)
+    figures: Figures = {"encoder": sizes.encoder.name, "batch": sizes.images}
+    for precision in PRECISIONS:
+        encoder = load_encoder(replace(sizes.encoder, precision=precision), device)
         side = encoder.preprocess.size
         images = torch.randn(sizes.images, 3, side, side, device=device)
         with FlopCounterMode(display=False) as counted:

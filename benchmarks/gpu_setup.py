@@ -18,6 +18,7 @@ from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from benchmarks.cafo_search import Scale
 from benchmarks.scaling import LLAMA_7B
+from cafo.encoder_spec import EncoderSpec
 
 ROUNDS = 5
 """Times that each thing is measured, after one time that warms up; figures are medians."""
@@ -41,8 +42,7 @@ class Sizes:
     copied_bytes: int
     decoding: tuple[int, ...]
     new_tokens: int
-    encoder: str
-    """a CLIP in open_clip's spelling"""
+    encoder: EncoderSpec
     images: int
     """in a batch of the encoder"""
     search: Scale
@@ -59,7 +59,7 @@ SIZES = {
         copied_bytes=4 << 30,
         decoding=(1, 64),
         new_tokens=32,
-        encoder="ViT-B-16",
+        encoder=EncoderSpec(kind="clip", name="ViT-B-16", weights="random:0"),
         images=256,
         search=Scale(classes=1000, keys_per_class=24, images=10_000, required_ratio=0),
     ),
@@ -73,7 +73,7 @@ SIZES = {
         copied_bytes=1 << 16,
         decoding=(1, 3),
         new_tokens=3,
-        encoder="ViT-S-32-alt",
+        encoder=EncoderSpec(kind="timm", name="test_vit", weights="random:0"),
         images=1,
         search=Scale(classes=5, keys_per_class=3, images=40, required_ratio=0),
     ),

@@ -19,11 +19,13 @@ def test_parts_measure_at_a_tiny_size() -> None:
         "machine": gpu_parts.machine(TINY, "cpu"),
         "train": trained,
         "decode": gpu_parts.decode(TINY, "cpu"),
+        "encode": gpu_parts.encode(TINY, "cpu"),
         "search": gpu_parts.search(TINY, "cpu"),
     }
     shares = gpu.rounded(gpu.compare(results))
     assert shares["train"]["share_of_peak"] > 0
     assert shares["decode"]["batch_3"]["share_of_floor"] > 0
+    assert shares["encode"]["bf16"]["share_of_peak"] > 0
     assert 0.2 < shares["search"]["accuracy"] <= 1
 
 

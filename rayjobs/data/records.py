@@ -244,6 +244,24 @@ class RecordsConfig:
         )
 
 
+def set_names(sources: Sequence[Source]) -> list[str]:
+    """Return a short name for each source, by which curves and tables tell the sets of a mixture apart.
+
+    It is the end of the path, as much of it as tells the sources apart, and the split; with a number where that does
+    not.
+    """
+    parts = [source.path.rstrip("/").split("/") for source in sources]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = [
+            " ".join(filter(None, ("/".join(part[-depth:]), source.split)))
+            for part, source in zip(parts, sources, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]
+
+
 def check_sources(sources: Sequence[Source]) -> None:
     """Read the first record of each source.
 

@@ -98,7 +98,7 @@ class ElasticBatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Number of steps in an epoch; the last may be smaller than the others."""
-        return -(-sum(self._records_per_epoch(source) for source in self._parts_of_sources) // self.global_batch)
+        return -(-sum(self.records_per_epoch(source) for source in self._parts_of_sources) // self.global_batch)
 
     @property
     def steps_per_window(self) -> int:
@@ -157,15 +157,20 @@ class ElasticBatchSampler:
     def _rows_of_parts(self) -> dict[str, int]:
         return dict(self.store.parts[self.split])
 
-    def _records_per_epoch(self, source: int) -> int:
-        size = sum(rows for _, rows in self._parts_of_sources[source])
-        return size if source >= len(self.weights) else max(1, round(self.weights[source] * size))
+    def records(self, source: int) -> int:
+        """Return the number of records that the split has of a source."""
+        return sum(rows for _, rows in self._parts_of_sources.get(source, []))
+
+    def records_per_epoch(self, source: int) -> int:
+        """Return the number of records of a source in an epoch: its weight times those that it has, but at least 1."""
+        size = self.records(source)
+        return size if not size or source >= len(self.weights) else max(1, round(self.weights[source] * size))
 
     def _slices(self, epoch: int) -> list[PartSlice]:
         """Return the rows that an epoch takes from each part, in the order of the store."""
         slices: list[PartSlice] = []
         for source, parts in self._parts_of_sources.items():
-            size, count = sum(rows for _, rows in parts), self._records_per_epoch(source)
+            size, count = self.records(source), self.records_per_epoch(source)
             if count == size:
                 slices += [PartSlice(name, None, rows) for name, rows in parts]
             else:

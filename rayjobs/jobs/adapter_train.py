@@ -28,7 +28,7 @@ from rayjobs.config import to_dict
 from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.image_source import ImageSource, StreamedImages
-from rayjobs.data.records import check_sources
+from rayjobs.data.records import check_sources, set_names
 from rayjobs.data.templates import describe_sources, header_templates, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, TokenStore, prepare_tokens
 from rayjobs.data.trained_records import trained_digests, write_digests
@@ -39,13 +39,14 @@ from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import open_run
-from rayjobs.storage.files import atomic_path, read_json, read_jsonl
+from rayjobs.storage.files import atomic_path, read_json
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.engine import check_zero
 from rayjobs.train.estimate import TrainingPlan, describe_cost, sample_examples
 from rayjobs.train.resume_check import check_same_run, drop_keys, lock_run, record_nonfinite_loss
 from rayjobs.train.start_times import StartTimes
+from rayjobs.train.summary import summarize
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.trainer import fit
 
@@ -218,7 +219,13 @@ def train(settings: Config, inputs: Inputs) -> None:
     file = adapter_file(settings, job, trained, inputs)
     with atomic_path(folder / ADAPTER_FILE) as temporary:
         file.save(temporary)
-    write_result(folder, {**summarize(settings, job, file), "seconds_to_first_step": times.seconds})
+    write_result(
+        folder,
+        {
+            **summarize(folder, job, file, with_images=settings.vision is not None),
+            "seconds_to_first_step": times.seconds,
+        },
+    )
 
 
 def prepare(settings: Config) -> None:
@@ -263,6 +270,7 @@ def train_job(settings: Config, inputs: Inputs, store: TokenStore, images: Image
         adapter=build_adapter(settings, inputs),
         store=store,
         weights=tuple(source.weight for source in settings.data.sources()),
+        sets=tuple(set_names(settings.data.all_sources())),
         images=images,
         encoder=conditioning.encoder if isinstance(images, StreamedImages) and conditioning else None,
         train=settings.train,
@@ -288,30 +296,6 @@ def adapter_file(settings: Config, job: TrainJob, trained: Mapping[str, Tensor],
         template=template,
         format_templates=format_templates,
     )
-
-
-def summarize(settings: Config, job: TrainJob, file: AdapterFile) -> dict[str, Any]:
-    """The figures of `result.json`."""
-    folder, store = settings.run.folder, job.store
-    rows = read_jsonl(folder / "metrics.jsonl")
-    losses, val_losses = ([row[name] for row in rows if name in row] for name in ("loss", "val_loss"))
-    headline = f"training loss {losses[-1]:.3f}"
-    if val_losses:
-        headline = f"held-out loss {val_losses[0]:.3f} → {val_losses[-1]:.3f}"
-    return {
-        "headline": headline,
-        "adapter": str(folder / ADAPTER_FILE),
-        "trainable_parameters": file.trainable,
-        "steps": job.total_steps,
-        "train_records": store.rows("train"),
-        "val_records": store.rows("val"),
-        **({"train_records_with_image": store.images("train")} if settings.vision else {}),
-        "rejected_records": store.rejected,
-        **({"changed_turns": dict(store.changed_turns)} if store.changed_turns else {}),
-        "train_loss": round(losses[-1], 5),
-        "base_val_loss": round(val_losses[0], 5) if val_losses else None,
-        "val_loss": round(val_losses[-1], 5) if val_losses else None,
-    }
 
 
 def _describe_missing_weights(base: BaseModelConfig, checkpoint: Checkpoint) -> list[list[str]]:

@@ -23,13 +23,14 @@ from rayjobs.reporting.figures import figure_svg, read_figures, unlisted_figures
 from rayjobs.reporting.html import Fold, Gallery, Page, Plot, Section, Table, write_page
 from rayjobs.reporting.paired_differences import DIFFERENCES_NOTE
 from rayjobs.reporting.picture_sections import read_picture_sections
+from rayjobs.reporting.set_curves import held_out_sets
 from rayjobs.reporting.tables import INTERVAL_NOTE
 from rayjobs.runs.record import RECORD_FILE, REPORT_FILE, RESULT_FILE, RunRecord, headline, read_record
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
-from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.storage.paths import inside
+from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 Content = TypeVar("Content")
@@ -208,6 +209,9 @@ def _curves(folder: Path) -> Iterator[Section]:
     curves = plots.training_curves({name: rows for name, rows in runs.items() if rows})
     for title, (figure, caption) in curves:
         yield Plot(title, figure_svg(figure, f"{folder.name}: {title}"), caption)
+    if sets := held_out_sets(runs[folder.name]):
+        title = "held-out loss of each set"
+        yield Plot(title, figure_svg(sets.figure, f"{folder.name}: {title}"), sets.caption)
 
 
 def _examples(folder: Path) -> Iterator[Section]:

@@ -1,11 +1,11 @@
 """Everything that a training worker is given."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapter.methods.base import AdapterMethod
 from rayjobs.data.image_source import ImageSource
 from rayjobs.data.sampler import ElasticBatchSampler
-from rayjobs.data.token_store import TokenStore
+from rayjobs.data.token_store import TokenStore, part_source
 from rayjobs.models.base_model import Dtype
 from rayjobs.models.encoder import EncoderInfo
 from rayjobs.train.config import OptimizerConfig, TrainConfig, ZeroConfig
@@ -21,6 +21,8 @@ class TrainJob:
     store: TokenStore
     weights: tuple[float, ...]
     """Passes over each source in one epoch."""
+    sets: tuple[str, ...] = ()
+    """Name of each source, first of training and then of validation records."""
     images: ImageSource | None
     """Source of the records' images; None for text alone."""
     encoder: EncoderInfo | None
@@ -42,6 +44,17 @@ class TrainJob:
             weights=self.weights if split == "train" else (),
             images=self.images,
         )
+
+    def val_samplers(self) -> dict[str, ElasticBatchSampler]:
+        """Return the order of the held-out records of each source that has some, by the source's name."""
+        parts = self.store.parts["val"]
+        samplers = {}
+        for source in sorted({part_source(name) for name, _ in parts}):
+            own = [(name, rows) for name, rows in parts if part_source(name) == source]
+            store = replace(self.store, parts={**self.store.parts, "val": own})
+            name = self.sets[source] if self.sets else str(source)
+            samplers[name] = replace(self.sampler("val"), store=store)
+        return samplers
 
     @property
     def total_steps(self) -> int:

@@ -14,7 +14,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from adapter.errors import AdapterError
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.data.loader import MicroBatch, load_micro_batches
+from rayjobs.data.loader import DataRead, MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
 from rayjobs.train.callbacks import TRAINING
@@ -24,6 +24,7 @@ from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.train.metric_rows import MetricRows
 from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
+from rayjobs.train.validation import measure_validation
 
 REPORT_EVERY_S = 1.0
 
@@ -95,6 +96,7 @@ class TrainingLoop:
         self.sampler = job.sampler("train")
         self.step, self.last_step = 0, job.last_step
         self.rows = MetricRows()
+        self.read = DataRead()
         self.passed_over: list[str] = []
         self.writer = CheckpointWriter(storage)
         self.preemption: ray.train.PreemptionInfo | None = None
@@ -128,6 +130,8 @@ class TrainingLoop:
                 ray.train.report({"started": times.seconds})
             if self.job.validates_after(self.step):
                 self.log_validation()
+            if self.step == self.job.total_steps:
+                self.log_data_read(self.step - steps.start)
             self.end_step(due)
             self.step_began = time.monotonic()
         self.report(wait=True)
@@ -197,6 +201,7 @@ class TrainingLoop:
             loss = self.engine.loss(micro.tokens, micro.labels, images) / micro.step_labels
             self.engine.backward(loss)
             losses.append(loss.detach())
+            self.read += micro.read
         local_loss = torch.stack(losses).sum().item()  # the step's only wait for the device
         due = self.due_after(self.step + 1) if self.rank == 0 else Due(report=False, checkpoint=False)
         tokens = sum(micro.n_tokens for micro in micro_batches)
@@ -247,8 +252,15 @@ class TrainingLoop:
         )
 
     def log_validation(self) -> None:
-        loss = validation_loss(self.engine, self.featurizer, self.job, self.rank, self.world)
-        self.rows.add({"step": self.step, "val_loss": loss})
+        measured = measure_validation(self.engine, self.featurizer, self.job, self.rank, self.world)
+        self.rows.add({"step": self.step, **measured})
+
+    def log_data_read(self, steps: int) -> None:
+        """Log what each worker has read for its steps, of which it has made so many since it started."""
+        workers = [
+            {"worker": rank, "steps": steps, **asdict(read)} for rank, read in enumerate(gather_objects(self.read))
+        ]
+        self.rows.add({"step": self.step, "workers": self.world, "data_read": workers})
 
     def end_step(self, due: Due) -> None:
         """Report metrics and begin a checkpoint, where they are due. All workers do it after the same steps.
@@ -311,20 +323,6 @@ def check_finite(state: Mapping[str, torch.Tensor], step: int) -> None:
                 "optimizer.base_lr, or with optimizer.clip_norm, the same command goes on from the last checkpoint"
             )
         )
-
-
-def validation_loss(engine: Engine, featurizer: ImageFeaturizer, job: TrainJob, rank: int, world: int) -> float:
-    """Return the mean loss per labelled token of the whole validation split."""
-    sampler = job.sampler("val")
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    engine.deepspeed.eval()
-    with torch.no_grad():
-        for micro in load_micro_batches(sampler, rank, world, range(sampler.steps_per_epoch)):
-            total[0] += engine.loss(micro.tokens, micro.labels, featurizer.images(micro.images))
-            total[1] += micro.step_labels if micro.last and rank == 0 else 0
-    engine.deepspeed.train()
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
 
 
 def group_by_step(micro_batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:

@@ -65,6 +65,20 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(adapter, changes):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_packed_record_has_the_loss_that_it_has_alone(adapter):
+    model = random_decoder(adapter)
+    lengths = [5, 19, 11, 2, 13, 7]
+    (tokens, labels), alone = batch(), []
+    labels[:, 1] = tokens[:, 1]  # every record has a label, the shortest one alone
+    for row, length in enumerate(lengths):
+        tokens[row, length:], labels[row, length:] = 0, IGNORE
+        logits = model(tokens[row : row + 1, :length])[0, :-1]
+        alone.append(F.cross_entropy(logits, labels[row, 1:length], ignore_index=IGNORE, reduction="sum"))
+    assert len(pack(tokens, labels).tokens) < sum(lengths)
+    torch.testing.assert_close(model.losses(tokens, labels).double(), torch.stack(alone), rtol=1e-6, atol=0)
+
+
 def test_rows_with_images_share_nothing():
     vision = ImageProjectionConfig(widths=(5,), bottleneck=3)
     model = random_decoder(AdaptionConfig(n_layers=2, prompt_length=5, vision=vision))

@@ -10,7 +10,7 @@ import pytest
 from adapter.errors import RecordError
 from adapter.records.scienceqa import read_problem_records, read_problems
 from rayjobs.config import load
-from rayjobs.data.records import DataConfig
+from rayjobs.data.records import DataConfig, set_names
 from rayjobs.errors import ConfigError
 
 
@@ -111,3 +111,16 @@ def test_a_measurement_on_scienceqa_is_not_of_a_part_of_the_split(faulty: Path) 
         read_problems(faulty / "qa", "train")
     with pytest.raises(RecordError, match=r"pid_splits\.json: no split 'test'"):
         list(read_problem_records(faulty / "qa", "test"))
+
+
+def test_sets_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
+    def names(*paths: str) -> list[str]:
+        sources = DataConfig(path=[str(tmp_path / path) for path in paths]).sources()
+        return set_names(sources)
+
+    assert names("a.json") == ["a.json"]
+    assert names("x/a.json", "x/b.json") == ["a.json", "b.json"]
+    assert names("x/a.json", "y/a.json", "y/b.json") == ["x/a.json", "y/a.json", "y/b.json"]
+    assert [name[-10:] for name in names("x/a.json", "x/a.json")] == ["a.json (1)", "a.json (2)"]
+    splits = DataConfig(path=[{"path": str(tmp_path), "split": split} for split in ("train", "other")]).sources()
+    assert set_names(splits) == [f"{tmp_path.name} train", f"{tmp_path.name} other"]

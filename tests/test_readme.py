@@ -40,6 +40,7 @@ NEEDED = {
     "a 7B model, OpenAI's CLIP": 1,
     "a cluster": 6,
     "a cluster, a bucket": 1,
+    "a server that stays": 3,
     "an endpoint": 1,
     "Caltech101": 2,
     "the demo's models": 1,
@@ -82,6 +83,10 @@ def test_other_tools_understand_what_they_are_told(words: list[str], monkeypatch
         assert {word for word in arguments if word.startswith("--")} <= taken | shorter
         for file in (word.removeprefix("file://") for word in arguments if word.startswith("file://")):
             assert json.loads((ROOT / file).read_text())["Statement"]
+    elif tool == "curl":
+        (url,) = [word for word in arguments if word.startswith("http://127.0.0.1:8000/")]
+        assert f'"{url.removeprefix("http://127.0.0.1:8000")}"' in (ROOT / "rayjobs" / "serve" / "app.py").read_text()
+        json.loads(arguments[arguments.index("-d") + 1] if "-d" in arguments else "{}")
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
     else:

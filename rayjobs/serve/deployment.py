@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayjobs.cluster.device import worker_device
 from rayjobs.config import load, to_dict
 from rayjobs.config_fields import config_fields
+from rayjobs.console import verbose
 from rayjobs.errors import DataError
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.serve.settings import ServedConfig
@@ -153,6 +155,7 @@ def start(settings: ServedConfig, gpus: float) -> None:
     from ray.serve.schema import LoggingConfig
 
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose() else logging.ERROR)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": settings.server.host, "port": settings.server.port},

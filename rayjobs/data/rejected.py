@@ -1,8 +1,13 @@
-"""Stop if more records were set aside than a job allows."""
+"""Records and images that a job sets aside: their list, and the share that it allows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rayjobs.errors import DataError
+from rayjobs.runs.run_dir import REJECTED_FILE
+from rayjobs.storage.credentials import mask_credentials
+from rayjobs.storage.files import write_jsonl
 
 SHOWN_REASONS = 3
 
@@ -20,3 +25,8 @@ def check_rejected_share(reasons: Sequence[str], total: int, allowed: float, set
     first = "; ".join(reasons[:SHOWN_REASONS])
     more = f"; all of them: {listed}" if listed else ""
     raise DataError(f"{len(reasons)} of {total} records cannot be used, over {setting}={allowed:g}: {first}{more}")
+
+
+def write_rejected(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the records or images that a job could not use into its folder, with credentials masked."""
+    write_jsonl(folder / REJECTED_FILE, map(mask_credentials, rows))

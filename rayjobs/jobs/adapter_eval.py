@@ -26,7 +26,7 @@ from rayjobs.console import show_result, show_table
 from rayjobs.data.image_features import prepare_image_source
 from rayjobs.data.record_files import Role
 from rayjobs.data.records import DataConfig, RecordsConfig, Source, check_sources
-from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.rejected import check_rejected_share, write_rejected
 from rayjobs.data.templates import describe_sources, source_templates
 from rayjobs.data.token_store import IMAGE_LISTS, Split, prepare_tokens
 from rayjobs.data.trained_records import held_out_of, held_out_records, is_held_out
@@ -65,7 +65,7 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, open_run
-from rayjobs.storage.files import write_jsonl, write_parquet
+from rayjobs.storage.files import write_parquet
 from rayjobs.storage.paths import resolve_path
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def measure_answers(settings: Config, checked: Checked) -> dict[str, Any]:
         answered = answered_rows(questions, answers, scorer)
         rows, rejected = rows + answered, rejected + rejected_questions(answered, questions)
     write_parquet(folder / ANSWERS_FILE, pa.Table.from_pylist(rows, ANSWERED))
-    write_jsonl(folder / REJECTED_FILE, rejected)
+    write_rejected(folder, rejected)
     reasons = [f"{row['record']}: {row['reason']}" for row in rejected]
     share, listed = checked.records.max_rejected_fraction, str(folder / REJECTED_FILE)
     check_rejected_share(reasons, len(rows), share, "data.max_rejected_fraction", listed=listed)
@@ -306,7 +306,7 @@ def measure_scienceqa(settings: Config, checked: Checked) -> dict[str, Any]:
     ).run(map(problem_record, problems))
     write_parquet(folder / "predictions.parquet", predictions, PREDICTIONS)
     rejected = rejected_problems(predictions, str(resolve_path(source.path) / PROBLEMS))
-    write_jsonl(folder / REJECTED_FILE, rejected)
+    write_rejected(folder, rejected)
     check_rejected_share(
         [f"problem {row['pid']}: {row['reason']}" for row in rejected],
         len(problems),

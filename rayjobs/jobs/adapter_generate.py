@@ -15,7 +15,7 @@ from rayjobs.cluster.device import default_device
 from rayjobs.cluster.remote_model import load_on_gpu
 from rayjobs.config import to_dict
 from rayjobs.console import show_table
-from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.rejected import check_rejected_share, write_rejected
 from rayjobs.data.templates import CHAT, saved_template
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, Record, read_pixels
@@ -42,7 +42,6 @@ from rayjobs.runs.provenance import check_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, open_run
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import write_jsonl
 from rayjobs.storage.paths import resolve_path
 
 logger = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ def answer_file(settings: Config) -> dict[str, Any]:
     ).run(records)
     answers = join_answers(rows, generated.to_pylist())
     rejected = rejected_rows(settings.file, [row for row, _ in answers])
-    write_jsonl(folder / REJECTED_FILE, rejected)
+    write_rejected(folder, rejected)
     reasons = [f"{row['record']}: {row['reason']}" for row in rejected]
     listed = str(folder / REJECTED_FILE)
     check_rejected_share(reasons, len(rows), settings.max_rejected_fraction, "max_rejected_fraction", listed=listed)

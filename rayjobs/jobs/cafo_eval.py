@@ -19,6 +19,7 @@ from rayjobs.console import show_table
 from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import ImageDatasetConfig, log_notices
 from rayjobs.data.image_list import ImageList, plain_list
+from rayjobs.data.rejected import write_rejected
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.cafo_eval import Config
 from rayjobs.jobs import cafo_tune
@@ -35,8 +36,8 @@ from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.paired_differences import differences_table
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.record import start_run, write_result
-from rayjobs.runs.run_dir import CONFIG_FILE, REJECTED_FILE, RunConfig
-from rayjobs.storage.files import read_json, write_jsonl
+from rayjobs.runs.run_dir import CONFIG_FILE, RunConfig
+from rayjobs.storage.files import read_json
 from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import read_yaml
@@ -133,7 +134,7 @@ def score(evaluation: Evaluation) -> dict[str, Any]:
     )
     features = store.load(list(lists.values()))
     rejected = [image for of_target in features.values() for image in of_target.rejected]
-    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
+    write_rejected(folder, (image._asdict() for image in rejected))
 
     scores = {name: score_target(chosen, trials, lists[name], features[name]) for name in targets}
     write_scores(folder, [score for of_target in scores.values() for score in of_target], own_dataset)

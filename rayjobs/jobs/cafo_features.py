@@ -13,11 +13,11 @@ from rayjobs.data.feature_store import FeatureStore, open_encoders
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
 from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list, training_list
+from rayjobs.data.rejected import write_rejected
 from rayjobs.job_configs.cafo_features import Config
 from rayjobs.lifecycle import job
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, open_run
-from rayjobs.storage.files import write_jsonl
+from rayjobs.runs.run_dir import open_run
 
 
 def check(settings: Config) -> tuple[Dataset, list[ImageList]]:
@@ -73,7 +73,7 @@ def run(settings: Config) -> dict[str, Any]:
     choices, views = few_shot_plan(settings, dataset), settings.features.views
     images = encode_few_shot(store, choices, views, others, plain=settings.plain)
     rejected = [image for features in images.features.values() for image in features.rejected]
-    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
+    write_rejected(folder, (image._asdict() for image in rejected))
     counts: dict[str, int] = {}
     for role, features in images.features.items():
         kind = "train" if images.lists[role].training else role

@@ -19,6 +19,7 @@ from rayjobs.console import show_result, show_table
 from rayjobs.data.feature_store import Features, FeatureStore, open_encoders
 from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list, unlabelled_list
+from rayjobs.data.rejected import write_rejected
 from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.job_configs.cafo_inspect import Config
 from rayjobs.jobs import cafo_eval, cafo_tune
@@ -26,8 +27,7 @@ from rayjobs.lifecycle import job
 from rayjobs.reporting.picture_sections import PictureSection, write_picture_sections
 from rayjobs.reporting.tables import write_csv
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, RunConfig, open_run
-from rayjobs.storage.files import write_jsonl
+from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.hub import pin
 from rayjobs.tune import inspection
 from rayjobs.tune.identity import check_same_caches, check_same_inputs
@@ -105,7 +105,7 @@ def inspect(found: Inspection) -> dict[str, Any]:
     del inputs
     extra = _encode(found, lists)
     rejected = [image for features in extra.values() for image in features.rejected]
-    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in rejected))
+    write_rejected(folder, (image._asdict() for image in rejected))
 
     findings, total_pairs = _find(found, dataset, inspected, lists, extra)
     for name, of_kind in findings.items():

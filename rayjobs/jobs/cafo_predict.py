@@ -17,6 +17,7 @@ from rayjobs.config import to_dict
 from rayjobs.console import show_table
 from rayjobs.data.image_collection import Collection
 from rayjobs.data.image_dataset import log_notices
+from rayjobs.data.rejected import write_rejected
 from rayjobs.errors import DataError
 from rayjobs.inference.prediction import Output, Predicting, predict_units
 from rayjobs.inference.prediction_run import Work, all_rejected, forget_rejected, plan_work, record_states, summarize
@@ -27,7 +28,6 @@ from rayjobs.models.encoder import VisionEncoderConfig
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, open_run
-from rayjobs.storage.files import write_jsonl
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import resolve_path
 from rayjobs.tune.classifier import OpenedClassifier, open_chosen, open_saved
@@ -143,7 +143,7 @@ def run(settings: Config) -> dict[str, Any]:
         done = predict_units(work.units, opened.classifier, opened.calibration, how, work.left)
         seconds = time.monotonic() - started
     rejected = [*(image._asdict() for image in checked.found.rejected), *all_rejected(output)]
-    write_jsonl(folder / REJECTED_FILE, rejected)
+    write_rejected(folder, rejected)
     summary = summarize(output)
     if not summary["images"]:
         first = f": {rejected[0]['path']}: {rejected[0]['reason']}" if rejected else ""

@@ -21,6 +21,7 @@ from rayjobs.data.feature_store import FeatureStore, open_encoders, open_project
 from rayjobs.data.few_shot_images import FewShotPlan, encode_few_shot
 from rayjobs.data.image_dataset import log_notices
 from rayjobs.data.image_list import ImageList, plain_list
+from rayjobs.data.rejected import write_rejected
 from rayjobs.data.text_classifier import prepare_classifier
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.cafo_tune import Config
@@ -29,8 +30,8 @@ from rayjobs.models.encoder import EncoderInfo
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.provenance import lock_provenance
 from rayjobs.runs.record import write_result
-from rayjobs.runs.run_dir import REJECTED_FILE, open_run
-from rayjobs.storage.files import write_json, write_jsonl, write_parquet
+from rayjobs.runs.run_dir import open_run
+from rayjobs.storage.files import write_json, write_parquet
 from rayjobs.tune.choice_tables import choice_tables, hurtful_notices
 from rayjobs.tune.figures import write_search_surfaces
 from rayjobs.tune.identity import check_same_classes, check_same_inputs
@@ -120,7 +121,7 @@ def run(settings: Config) -> dict[str, Any]:
     pool = TrialPool(settings.trials.workers.max, settings.trials.resources(reserved_cpus=0))
 
     inputs = prepare_inputs(settings, dataset, tried, encoders)
-    write_jsonl(folder / REJECTED_FILE, (image._asdict() for image in inputs.rejected))
+    write_rejected(folder, (image._asdict() for image in inputs.rejected))
     check_same_inputs(folder, inputs)
     write_few_shot(folder, inputs)
     select = select_by_shots(settings, dataset, tried)

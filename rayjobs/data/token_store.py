@@ -27,7 +27,7 @@ from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.console import Progress
 from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
-from rayjobs.data.rejected import check_rejected_share
+from rayjobs.data.rejected import check_rejected_share, write_rejected
 from rayjobs.data.templates import source_templates
 from rayjobs.data.token_part import write_part
 from rayjobs.data.trained_records import is_held_out
@@ -233,7 +233,7 @@ def _write_store(
         listed.sort()
     if not rejected and not any(parts.values()):
         raise DataError(f"no records in {', '.join(source.path for source in sources)}; check data.path")
-    write_jsonl(folder / REJECTED_FILE, rejected)
+    write_rejected(folder, rejected)
     index = {"parts": parts, "rejected": len(rejected), "left_out": left_out, "changed_turns": changed}
     write_json(folder / "index.json", index)
 

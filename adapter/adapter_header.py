@@ -30,7 +30,7 @@ from adapter.templates import parse_template
 
 
 def read_header(path: str | Path) -> AdapterFile:
-    """What a file in the own format states, without its tensors, which stay unread.
+    """Read what a file in the own format states. Its tensors stay unread, and the result has none.
 
     Raises CheckpointError, naming the file, for a file in another format or with a damaged header.
     """

@@ -53,7 +53,7 @@ class Completions:
 
 
 class _Answer:
-    """What is sent of a completion, as a whole or in chunks."""
+    """The answer to a completion, as a whole or in chunks."""
 
     def __init__(self, model: TextModel, body: CompletionBody, asked: Asked) -> None:
         self._model, self.body, self.asked = model, body, asked

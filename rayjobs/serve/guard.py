@@ -1,4 +1,4 @@
-"""What every request must pass before a route sees it, and what every answer leaves behind: an ASGI middleware.
+"""Checks that every request must pass before a route sees it, and a count of every answer: an ASGI middleware.
 
 A body is read whole, up to its limit and within its time, before the route runs. While the route runs, the guard
 watches the connection: when the client leaves, the route is cancelled, which frees what it holds.

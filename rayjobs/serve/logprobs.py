@@ -8,7 +8,7 @@ from adapter.engine.text_stream import CONTEXT_TOKENS, REPLACEMENT
 from adapter.tokenizers.base import Tokenizer
 
 LOWEST = -9999.0
-"""What stands for the logarithm of zero, which JSON has no number for."""
+"""Stands for the logarithm of zero, which JSON has no number for."""
 
 
 class TokenTexts:

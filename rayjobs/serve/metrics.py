@@ -1,4 +1,4 @@
-"""What a replica counts, in Prometheus' text format."""
+"""The counters of a replica, in Prometheus' text format."""
 
 from collections.abc import Callable
 

@@ -59,7 +59,7 @@ class EngineConfig:
 
 @config
 class LimitsConfig:
-    """What a request may ask for. A request beyond a limit is refused, and the others go on."""
+    """Limits of a request. One that is beyond a limit is refused, and the others go on."""
 
     body_bytes: int = Field(default=16 * 2**20, ge=1)
     """Size of a request's body, in bytes."""
@@ -77,7 +77,7 @@ class LimitsConfig:
 
 @config
 class ServerConfig:
-    """Where the server listens, and for whom."""
+    """The server's address, and who may use it."""
 
     host: str = "127.0.0.1"
     """Address to listen at. Any other than a loopback address needs a token."""
@@ -124,7 +124,7 @@ class ReplicasConfig:
 
 @config
 class ServedConfig:
-    """What is served, and how."""
+    """The models that are served, and the server."""
 
     base: BaseModelConfig
     adapters: AdaptersConfig = AdaptersConfig()

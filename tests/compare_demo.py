@@ -39,6 +39,7 @@ TIMINGS = {
     "tokens_per_s",
     "busy",
     "workers",
+    "data_read",
     "command",
     "host",
     "pid",

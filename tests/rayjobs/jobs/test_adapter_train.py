@@ -25,12 +25,14 @@ from rayjobs.config import load
 from rayjobs.data.loader import collate_micro_batch, load_micro_batches
 from rayjobs.data.records import DataConfig, RecordsConfig
 from rayjobs.data.sampler import ElasticBatchSampler
+from rayjobs.data.token_part import read_records
 from rayjobs.data.token_store import prepare_tokens
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.decoding import DecodingConfig
 from rayjobs.job_configs.adapter_train import AdapterConfig
 from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
+from rayjobs.storage.counted_reader import CountedReader
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet
 from tests.rayjobs.conftest import BAD
 from tests.rayjobs.pages import page_text
@@ -94,12 +96,13 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=0.02)
     per_epoch, losses = order.steps_per_epoch, []
     for epoch in range(2):
-        table = order.rows(epoch, 0)
+        reader = CountedReader()
+        records = read_records(order.read_window(epoch, 0, reader), reader)
         for step in range(per_epoch):
-            rows = table.slice(step * 8, 8).to_pylist()
+            rows = records[step * 8 : step * 8 + 8]
             images = base.model.batch_images([None if row["image"] is None else seen[row["image"]] for row in rows])
             images = images or (torch.zeros(0, 32 + 64 + 128 + 256 + 19), torch.zeros(0, dtype=torch.int64))
-            batch = collate_micro_batch({"step": 0, "last": True, "step_labels": 0, "rows": rows})
+            batch = collate_micro_batch({"step": 0, "last": True, "step_labels": 0, "rows": rows, "read": {}})
             labels = sum(end - start for row in rows for start, end in row["label_spans"])
             loss = base.model(batch.tokens, batch.labels, images) / labels
             optimizer.zero_grad()
@@ -150,6 +153,11 @@ def test_learns_and_leaves_all_that_a_run_should(trained: adapter_train.Config) 
     assert result["trainable_parameters"] == trainable
     assert result["train_records"] + result["val_records"] == 101
     assert result["rejected_records"] == 3
+    read, steps = result["data_read"], result["steps"]
+    assert [(row["worker"], row["steps"]) for row in read] == [(0, steps), (1, steps)]
+    assert sum(row["records"] for row in read) == 2 * result["train_records"]
+    assert sum(row["images"] for row in read) == 2 * result["train_records_with_image"]
+    assert "data read" in page_text(folder)
     (tokens,) = (trained.run.cache_folder / "tokens").iterdir()
     reasons = {row["image"]: row["reason"] for row in read_jsonl(tokens / "rejected.jsonl")}
     assert set(reasons) == set(BAD)

@@ -1,0 +1,303 @@
+"""What workers read and decode of the training data, and the memory of a data set larger than the object store.
+
+    python -m benchmarks.data_scaling [--records 20480] [--images 1024] [--json FILE]
+    python -m benchmarks.data_scaling --stream [--store-mib 80] [--kinds tokens features images]
+
+The first command makes a store of records with Alpaca's lengths (log-normal, 128 tokens on average), image features of
+4 KiB and JPEG files. It drives an epoch of the loader for every worker of 1, 2, 4 and 8, one after the other in one
+process without Ray, and counts what each reads: bytes of index, records and images; records and images decoded; CPU
+seconds.
+
+The second streams a data set of four times the object store through the loader in a Ray cluster of its own, and takes
+the highest use of the object store and of private memory in the first and in the last quarter of the steps.
+"""
+
+import argparse
+import io
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cafo.images import Preprocess
+from rayjobs.data.feature_part import part_name
+from rayjobs.data.feature_part import write_part as write_features
+from rayjobs.data.image_source import IMAGES_PER_PART, ImageSource, StoredFeatures, StreamedImages
+from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
+from rayjobs.data.token_part import write_part as write_records
+from rayjobs.data.token_store import RECORDS_PER_CHUNK, TokenStore
+from rayjobs.reporting.tables import markdown_table
+from rayjobs.storage.files import write_bytes, write_json
+from rayjobs.storage.hub_model import format_bytes
+
+WORLDS = (1, 2, 4, 8)
+MIB = 1 << 20
+
+
+def make_store(folder: Path, records: int, tokens: int | None = None, images: int = 0) -> TokenStore:
+    """Write records of random tokens.
+
+    Args:
+        folder: folder to write to.
+        records: number of records.
+        tokens: tokens of each; by default they are distributed as Alpaca's.
+        images: number of images, which the records name in turn; 0 for none.
+    """
+    rng, parts = np.random.default_rng(0), []
+    for first in range(0, records, RECORDS_PER_CHUNK):
+        listed = []
+        for id in range(first, min(first + RECORDS_PER_CHUNK, records)):
+            length = tokens or int(np.clip(rng.lognormal(4.72, 0.5), 20, 512))
+            image = id % images if images else None
+            values = rng.integers(0, 32000, length).tolist()
+            listed.append({"id": id, "tokens": values, "label_spans": [[length // 2, length]], "image": image})
+        name = f"train-{first:014x}.parquet"
+        write_records(f"{folder}/{name}", listed)
+        parts.append((name, len(listed)))
+    return TokenStore(folder=str(folder), parts={"train": parts, "val": []}, rejected=0)
+
+
+def make_features(folder: Path, images: int, width: int) -> StoredFeatures:
+    """Write random features of so many images, each of `width` values."""
+    rng = np.random.default_rng(1)
+    for first in range(0, images, IMAGES_PER_PART):
+        listed = range(first, min(first + IMAGES_PER_PART, images))
+        write_features(
+            str(folder / part_name(first)), listed, rng.normal(size=(len(listed), width)).astype(np.float32), 1, []
+        )
+    return StoredFeatures(folders={0: folder}, lists=folder / "images.json")
+
+
+def make_images(folder: Path, images: int) -> StreamedImages:
+    """Write JPEG files of 240 x 320 pixels."""
+    rng, names = np.random.default_rng(2), [f"{number:06d}.jpg" for number in range(images)]
+    for name in names:
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+        content = io.BytesIO()
+        coarse.resize((320, 240), Image.Resampling.BICUBIC).save(content, "JPEG", quality=90)
+        write_bytes(folder / name, content.getvalue())
+    write_json(folder / "images.json", {"0": names})
+    preprocess = Preprocess(size=224, resize=224)
+    return StreamedImages(lists=folder / "images.json", roots={0: str(folder)}, preprocess=preprocess, seed=None)
+
+
+def make_sampler(store: TokenStore, images: ImageSource | None, window: int = 8192) -> ElasticBatchSampler:
+    """Return the order of training in steps of 64 records."""
+    return ElasticBatchSampler(
+        store=store,
+        split="train",
+        global_batch=64,
+        token_budget=4096,
+        shuffle_records=window,
+        seed=0,
+        images=images,
+    )
+
+
+def count_reads(sampler: ElasticBatchSampler, rank: int, world: int) -> dict[str, float]:
+    """Return what a worker reads in an epoch, and the CPU seconds that it takes."""
+    read, began = Counter[str](), time.process_time()
+    for window in range(sampler.windows_per_epoch):
+        batch = {"epoch": [0], "window": [window]}
+        for table in window_micro_batches(batch, sampler, range(sampler.steps_per_epoch), rank, world):
+            for of_micro in table["read"].to_pylist():
+                read.update(of_micro)
+    return {**read, "seconds": time.process_time() - began}
+
+
+def measure_reads(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each kind of data and number of workers."""
+    samplers = {
+        "text": make_sampler(make_store(folder / "text", args.records), None),
+        "features": make_sampler(
+            make_store(folder / "a", args.images, images=args.images),
+            make_features(folder / "features", args.images, 1024),
+        ),
+        "images": make_sampler(
+            make_store(folder / "b", args.images, images=args.images), make_images(folder / "images", args.images)
+        ),
+    }
+    rows = []
+    for kind, sampler in samplers.items():
+        alone: dict[str, float] = {}
+        count_reads(sampler, 0, 1)  # the first is slower
+        for world in WORLDS:
+            workers = [count_reads(sampler, rank, world) for rank in range(world)]
+            total = {name: sum(worker[name] for worker in workers) for name in workers[0]}
+            alone = alone or total
+            most = max(worker["bytes"] for worker in workers)
+            rows.append({"data": kind, "workers": world, "most_bytes": most, **total})
+            rows[-1] |= {f"{name}_ratio": total[name] / alone[name] for name in ("bytes", "seconds")}
+    return rows
+
+
+def show_reads(rows: list[dict[str, Any]]) -> None:
+    """Print the table of what was read."""
+    columns = ["data", "workers", "most of a worker", "all", "of one worker's", "records", "images", "CPU of one's"]
+    cells = [
+        [
+            row["data"],
+            str(row["workers"]),
+            format_bytes(row["most_bytes"]),
+            format_bytes(row["bytes"]),
+            f"{row['bytes_ratio']:.3f}",
+            f"{row['records']:,}",
+            f"{row['images']:,}",
+            f"{row['seconds_ratio']:.2f}",
+        ]
+        for row in rows
+    ]
+    print(markdown_table(columns, cells))
+
+
+@dataclass
+class Use:
+    """Highest use of memory, in bytes."""
+
+    store: int = 0
+    """object store"""
+    spilled: int = 0
+    """written to disk by the object store since the cluster began"""
+    private: int = 0
+    """private memory of this process and all below it"""
+
+
+class MemoryWatch(threading.Thread):
+    """Notes every half second the use of memory, into the `Use` that is current."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.use = Use()
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Watch until the event `stopped`."""
+        import ray
+        from ray._private import internal_api  # Ray has no public figure of what the object store holds
+
+        state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+        while not self.stopped.wait(0.5):
+            stats = internal_api.get_memory_info_reply(state).store_stats
+            use = self.use
+            use.store = max(use.store, stats.object_store_bytes_used)
+            use.spilled = max(use.spilled, stats.spilled_bytes_total)
+            use.private = max(use.private, sum(map(private_bytes, descendants(os.getpid()))))
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Yield a process and all that it or its children started."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        children += [
+            child
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            if task.name != str(pid)
+            for child in (task / "children").read_text(encoding="ascii").split()
+        ]
+    except OSError:  # it has ended
+        return
+    for child in children:
+        yield from descendants(int(child))
+
+
+def private_bytes(pid: int) -> int:
+    """Return the resident memory of a process that it shares with no other, 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+def make_streamed(kind: str, folder: Path, size: int) -> ElasticBatchSampler:
+    """Make a data set of a kind that is `size` bytes as the loader sends it."""
+    if kind == "tokens":
+        return make_sampler(make_store(folder, size // 4 // 512, tokens=512), None)
+    if kind == "features":
+        images = size // (64 * 1024)
+        return make_sampler(make_store(folder / "a", images, 16, images), make_features(folder, images, 16 * 1024))
+    images = size // (4 * 3 * 224 * 224)
+    return make_sampler(make_store(folder / "a", images, 16, images), make_images(folder, images))
+
+
+def measure_streams(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Return a row for each kind of data."""
+    import ray
+
+    from rayjobs.cluster.environment import environment
+    from rayjobs.data.loader import load_micro_batches
+
+    os.environ |= environment()
+    ray.init(num_cpus=2, object_store_memory=args.store_mib * MIB, include_dashboard=False, logging_level="ERROR")
+    rows = []
+    for kind in args.kinds:
+        sampler = make_streamed(kind, folder / kind, 4 * args.store_mib * MIB)
+        watch = MemoryWatch()
+        watch.start()
+        sent, uses = 0, [Use() for _ in range(4)]
+        for micro in load_micro_batches(sampler, 0, 1, range(sampler.steps_per_epoch)):
+            watch.use = uses[4 * micro.step // sampler.steps_per_epoch]
+            sent += 4 * micro.n_tokens + sum(len(image) for image in micro.images if image)
+        watch.stopped.set()
+        watch.join()
+        rows.append({"data": kind, "sent": sent, "first": vars(uses[0]), "last": vars(uses[3])})
+    ray.shutdown()
+    return rows
+
+
+def show_streams(rows: list[dict[str, Any]], store: int) -> None:
+    """Print the table of the use of memory."""
+    columns = [
+        "data",
+        "sent",
+        "object store, first quarter",
+        "last",
+        "private memory, first quarter",
+        "last",
+        "spilled",
+    ]
+    cells = [
+        [
+            row["data"],
+            format_bytes(row["sent"]),
+            *(format_bytes(row[quarter]["store"]) for quarter in ("first", "last")),
+            *(format_bytes(row[quarter]["private"]) for quarter in ("first", "last")),
+            format_bytes(row["last"]["spilled"]),
+        ]
+        for row in rows
+    ]
+    print(f"object store: {format_bytes(store)}\n\n{markdown_table(columns, cells)}")
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=20480)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--stream", action="store_true", help="measure memory")
+    parser.add_argument("--store-mib", type=int, default=80, help="size of the object store; Ray takes 75 or more")
+    parser.add_argument("--kinds", nargs="+", default=["tokens", "features", "images"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = (measure_streams if args.stream else measure_reads)(args, Path(folder))
+    if args.stream:
+        show_streams(rows, args.store_mib * MIB)
+    else:
+        show_reads(rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

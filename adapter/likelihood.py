@@ -20,7 +20,7 @@ from adapter.packing import pack
 
 
 class Likelihood(NamedTuple):
-    """What a model gives to one continuation."""
+    """The score of one continuation by a model."""
 
     log_likelihood: float
     """log p(continuation | context) in nats, summed over the continuation's tokens."""

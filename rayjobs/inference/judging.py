@@ -28,7 +28,7 @@ answers nor their order counts. If neither is better, call it a tie.
 {second}
 
 Give a short reason. Then end with one line that holds the verdict alone: [[A]], [[B]] or [[tie]]."""
-"""What the judge is asked."""
+"""The prompt of the judge."""
 
 FIELDS = ("question", "reference", "first", "second")
 """The fields that a prompt may have; `question`, `first` and `second` it must have."""
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge said of a pair."""
+    """A verdict on a pair of answers."""
 
     record: str
     outcome: Outcome

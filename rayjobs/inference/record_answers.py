@@ -52,7 +52,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What is asked, as a person reads it: the instruction and its input, the last turn, or the prompt."""
+        """The question as a person reads it: the instruction and its input, the last turn, or the prompt."""
         if messages := self.record.get("messages"):
             return str(messages[-1]["content"])
         parts = (self.record.get(name) for name in ("prompt", "instruction", "input"))
@@ -77,7 +77,7 @@ def read_questions(
 
 
 def _split(record: Record) -> tuple[Record, str, str]:
-    """What is asked, the last answer, and why there is none."""
+    """The record without its last answer, that answer, and why there is none."""
     if "messages" in record:
         *before, last = record["messages"]
         error = "" if last["role"] == "assistant" and last["content"] else "it does not end with an answer in words"

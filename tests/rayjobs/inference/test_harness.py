@@ -184,6 +184,7 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_tasks_over_workers_have_the_results_of_the_harness_s_own_backend(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,13 +3,18 @@
 import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
+import requests
 import yaml
 
 from rayjobs.__main__ import main
 from rayjobs.cluster.capacity import Capacity, autoscaler_capacity, cluster_capacity
+from rayjobs.cluster.ray_workarounds import find_kuberay_config
+from rayjobs.cluster.remote_model import RemoteModel, load_on_gpu
 from rayjobs.cluster.worker_pool import RAY_DATA_CPUS, WorkerPoolConfig
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_dataset
@@ -110,3 +115,66 @@ def test_ray_data_keeps_a_share_of_every_node(cluster: None) -> None:
     with pytest.raises(ValueError, match=r"every node keeps 0\.5 CPU for Ray Data"):
         WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources()
     assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus).resources(reserved_cpus=0) == {"CPU": cpus}
+
+
+@pytest.fixture
+def kuberay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The pod of the head of `configs/cluster/kuberay.yaml`; the RayCluster that Kubernetes' API shows to it."""
+    job = yaml.safe_load((ROOT / "configs" / "cluster" / "kuberay.yaml").read_text())
+    shown = {"metadata": {"name": "adapter-train-abc", "namespace": "team"}, "spec": job["spec"]["rayClusterSpec"]}
+    (tmp_path / "namespace").write_text("team\n")
+    monkeypatch.setattr("rayjobs.cluster.ray_workarounds.KUBERNETES_NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "adapter-train-abc")
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
+
+    def get(client: Any, path: str) -> dict[str, Any]:
+        if (client._namespace, path) != ("team", "rayclusters/adapter-train-abc") or not shown:
+            raise requests.HTTPError("403 Client Error: Forbidden")
+        return shown
+
+    monkeypatch.setattr("ray.autoscaler._private.kuberay.node_provider.KubernetesHttpApiClient.get", get)
+    return shown
+
+
+def test_a_cluster_on_kubernetes_scaled_to_zero_has_what_its_operator_may_bring(kuberay: dict[str, Any]) -> None:
+    config = find_kuberay_config()
+    have = autoscaler_capacity(config, [{"CPU": 0.0}])
+    assert str(have) == "1 node and up to 4 more, 32 CPU and 4 GPU in all"
+    assert WorkerPoolConfig(workers=4).fit(have, RAY_DATA_CPUS) == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(ValueError, match="5 workers of 1 CPU and 1 GPU each can never run: there is room for 4"):
+        WorkerPoolConfig(workers=5).fit(have, RAY_DATA_CPUS)
+
+
+def test_limits_on_kubernetes_that_may_not_be_read_are_unknown(
+    kuberay: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kuberay.clear()
+    assert find_kuberay_config() is None
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --address=head:6379")
+    assert find_kuberay_config() is None, "a worker's pod"
+
+
+@pytest.mark.ray
+def test_one_model_asks_for_a_gpu_that_the_operator_may_bring(
+    cluster: None, kuberay: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cluster_capacity().total("GPU") == 4
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    asked: list[dict[str, float]] = []
+
+    class Placed:
+        """An actor's class that only notes what was asked for."""
+
+        load = SimpleNamespace(remote=lambda load: ray.put(None))
+
+        def options(self, **resources: float) -> "Placed":
+            asked.append(resources)
+            return self
+
+        def remote(self) -> "Placed":
+            return self
+
+    monkeypatch.setattr("rayjobs.cluster.remote_model.default_device", lambda: "cpu")
+    monkeypatch.setattr(ray, "remote", lambda cls: Placed())
+    assert isinstance(load_on_gpu(lambda device: device), RemoteModel)
+    assert asked == [{"num_cpus": 1, "num_gpus": 1}]

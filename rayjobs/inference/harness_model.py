@@ -93,7 +93,7 @@ class HarnessModel:
         """The log-likelihood of each request's text, in windows of which each token is predicted once."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows, owners = [], []
+        windows, owners = list[tuple[list[int], list[int]]](), list[int]()
         for number, request in enumerate(requests):
             (text,) = request.args
             ids, prefix = self.tok_encode(text), self.prefix_token_id

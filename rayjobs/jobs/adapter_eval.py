@@ -272,8 +272,8 @@ def measure_answers(settings: Config, checked: Checked) -> dict[str, Any]:
         asked.append((questions, generator))
     folder, rows, rejected = open_run(settings.run, settings), list[Record](), list[dict[str, str]]()
     for questions, generator in asked:
-        records = usable(questions)
-        answers = generator.run(records).to_pylist() if records else []
+        to_answer = usable(questions)
+        answers = generator.run(to_answer).to_pylist() if to_answer else []
         answered = answered_rows(questions, answers, scorer)
         rows, rejected = rows + answered, rejected + rejected_questions(answered, questions)
     write_parquet(folder / ANSWERS_FILE, pa.Table.from_pylist(rows, ANSWERED))

@@ -144,7 +144,7 @@ class LeaseFiles:
         path = self.path(number)
         try:
             with as_storage_error(path, "read"):
-                return path.read_bytes()
+                return path.read_bytes() if self.url is None else self.url.fs.cat_file(path.path)  # type: ignore[attr-defined]
         except OSError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None

@@ -235,9 +235,12 @@ lease_files.this_machine = lease.this_machine = lambda: sys.argv[2]
 lease.HEARTBEAT_S, lease.EXPIRES_S, lease.POLL_S = 0.2, 3.0, 0.1
 lease.hold(folder)
 print("holds", flush=True)
-for number in range(10**6):
-    write_json(folder / "run.json", [sys.argv[2], number])
-    time.sleep(0.01)
+try:
+    for number in range(10**6):
+        write_json(folder / "run.json", [sys.argv[2], number])
+        time.sleep(0.01)
+except KeyboardInterrupt:
+    raise lease.lost_lease(folder)
 """
 
 

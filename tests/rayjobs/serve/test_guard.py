@@ -10,6 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapter.engine.request import Handle, QueueFullError, Request
+from adapter.engine.sequence import Sequence
 from rayjobs.serve.app import create_app
 from rayjobs.serve.guard import App, Guard
 from rayjobs.serve.metrics import Metrics
@@ -19,7 +21,15 @@ from tests.rayjobs.serve.serving import ADAPTERS
 from tests.waiting import wait_until
 
 LOCAL = "http://127.0.0.1:8000"
-LONG = {"model": "tiny", "prompt": "the cat", "max_tokens": 120, "temperature": 0}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 120, "temperature": 0}
+SCOPE: dict[str, Any] = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "headers": [(b"host", b"localhost")],
+    "query_string": b"",
+    "asgi": {"version": "3.0"},
+}
 
 
 def ask(application: Any, method: str, path: str, host: str = LOCAL, **settings: Any) -> httpx.Response:
@@ -54,15 +64,7 @@ def call(application: App, body: list[dict[str, Any]], act: Callable[[dict[str, 
             if act(message):
                 left.set()
 
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/completions",
-            "headers": [(b"host", b"localhost")],
-            "query_string": b"",
-            "asgi": {"version": "3.0"},
-        }
-        await application(scope, receive, send)
+        await application(SCOPE.copy(), receive, send)
 
     asyncio.run(run())
     return sent
@@ -73,20 +75,54 @@ def whole(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "http.request", "body": json.dumps(values).encode(), "more_body": False}]
 
 
-def test_a_client_that_leaves_frees_its_slots(application: App, text_model: TextModel) -> None:
-    asked = {**LONG, "stream": True, "n": 3}
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that the engine has chosen."""
+    tokens, add = list[int](), Sequence.add
+
+    def count(sequence: Sequence, token: int, logprob: Any) -> None:
+        tokens.append(token)
+        add(sequence, token, logprob)
+
+    monkeypatch.setattr(Sequence, "add", count)
+    return tokens
+
+
+def test_a_client_that_leaves_frees_its_slots(application: App, text_model: TextModel, chosen: list[int]) -> None:
+    asked = {**LONG, "stream": True, "n": 40}
     sent = call(application, whole(asked), lambda message: b"text" in message.get("body", b""))
     assert sent[0]["status"] == 200
     assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
     wait_until(lambda: not text_model.engine.busy, "the slots are free")
+    assert len(chosen) < 40 * LONG["max_tokens"]
 
 
 def test_a_client_that_leaves_before_the_answer_is_whole_frees_its_slots(
-    application: App, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+    application: App, text_model: TextModel, chosen: list[int]
 ) -> None:
-    body = [*whole({**LONG, "n": 40}), {"type": "http.disconnect"}]
-    assert call(application, body, lambda _: False) == []
+    async def leave() -> None:
+        left, sent = asyncio.Event(), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            if body:
+                return body.pop(0)
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        body = whole({**LONG, "n": 40})
+        answering = asyncio.create_task(application(SCOPE.copy(), receive, send))
+        while not chosen:
+            await asyncio.sleep(0.001)
+        left.set()
+        await answering
+        assert not sent
+
+    asyncio.run(leave())
     wait_until(lambda: not text_model.engine.busy, "the slots are free")
+    assert len(chosen) < 40 * LONG["max_tokens"]
 
 
 def test_a_body_that_does_not_come_or_is_too_large_is_given_up(text_model: TextModel) -> None:
@@ -130,12 +166,23 @@ def test_more_requests_than_the_limit_are_told_to_come_again(text_model: TextMod
 
 
 def test_answers_that_cannot_wait_are_told_to_come_again(
-    application: App, text_model: TextModel, monkeypatch: pytest.MonkeyPatch
+    application: App, text_model: TextModel, monkeypatch: pytest.MonkeyPatch, chosen: list[int]
 ) -> None:
     monkeypatch.setattr(text_model.engine, "max_waiting", 3)
-    refused = ask(application, "POST", "/v1/completions", json={**LONG, "prompt": ["the", "cat"], "n": 3})
+    refused = ask(application, "POST", "/v1/completions", json={**LONG, "n": 4})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    submit = text_model.worker.submit
+
+    def submit_first(request: Request, on_event: Any) -> Handle:
+        if request.repeat:
+            raise QueueFullError("full")
+        return submit(request, on_event)
+
+    monkeypatch.setattr(text_model.worker, "submit", submit_first)
+    refused = ask(application, "POST", "/v1/completions", json={**LONG, "prompt": ["the", "the"], "n": 3})
+    assert refused.status_code == 429
     wait_until(lambda: not text_model.engine.busy, "the first prompt's answers leave too")
+    assert len(chosen) < 3 * LONG["max_tokens"]
 
 
 def test_the_token_is_asked_for(text_model: TextModel) -> None:

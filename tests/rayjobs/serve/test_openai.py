@@ -1,5 +1,6 @@
 """OpenAI's own client against the application, whose answers are those of one model alone."""
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from adapter import AdaptedModel
 from rayjobs.serve.text_model import TextModel
+from tests.conftest import WORDS
 from tests.rayjobs.serve.serving import ADAPTERS, alone, to_float64
 from tests.waiting import wait_until
 
@@ -28,37 +30,42 @@ def test_the_base_and_its_adapters_are_listed(client: openai.OpenAI) -> None:
     assert client.models.retrieve("sweep/chat").id == "sweep/chat"
 
 
-def test_mixed_requests_at_once_are_answered_as_each_is_alone(
+def test_64_mixed_requests_at_once_are_answered_as_each_is_alone(
     client: openai.OpenAI, models: dict[str, AdaptedModel]
 ) -> None:
     """Conversations and completions, streamed or not, over all adapters, in one batch."""
     turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "the cat"}]
 
+    def question(number: int) -> str:
+        return " ".join(random.Random(number).choices(WORDS, k=1 + number % 9))
+
     def ask(number: int) -> str:
         name, chat, stream = NAMES[number % 4], number % 3 > 0, number % 5 > 2
-        text = f"{QUESTION} {number}"
+        text = question(number)
         if chat:
             messages: Any = [*turns[: number % 2 * 2], {"role": "user", "content": text}]
             answer: Any = client.chat.completions.create(
-                model=name, messages=messages, max_tokens=9 + number, temperature=0, stream=stream
+                model=name, messages=messages, max_tokens=5 + number % 7, temperature=0, stream=stream
             )
             if stream:
                 return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
             return answer.choices[0].message.content
-        answer = client.completions.create(model=name, prompt=text, max_tokens=9 + number, temperature=0, stream=stream)
+        answer = client.completions.create(
+            model=name, prompt=text, max_tokens=5 + number % 7, temperature=0, stream=stream
+        )
         return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
 
     def expect(number: int) -> str:
-        model, text = models[NAMES[number % 4]], f"{QUESTION} {number}"
+        model, text = models[NAMES[number % 4]], question(number)
         if number % 3 == 0:
-            return model.generate(text, max_new_tokens=9 + number, temperature=0)[0]
+            return model.generate(text, max_new_tokens=5 + number % 7, temperature=0)[0]
         messages = [*turns[: number % 2 * 2], {"role": "user", "content": text}]
-        return model.chat(messages, max_new_tokens=9 + number, temperature=0)
+        return model.chat(messages, max_new_tokens=5 + number % 7, temperature=0)
 
-    with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(ask, range(24)))
-    assert found == [expect(number) for number in range(24)]
-    assert len(set(found)) > 18
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(ask, range(64)))
+    assert found == [expect(number) for number in range(64)]
+    assert len(set(found)) > 40
 
 
 def test_usage_finish_and_stop(client: openai.OpenAI, models: dict[str, AdaptedModel]) -> None:

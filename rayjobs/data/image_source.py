@@ -160,7 +160,8 @@ def read_image(root: str, path: str, reader: CountedReader) -> Any:
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file in {root}") from error
     if is_url(file):
-        return load_image(_RemoteFile(file, reader), name=path)
+        remote: Any = _RemoteFile(file, reader)
+        return load_image(remote, name=path)
     image = load_image(file, name=path)
     reader.bytes += file.stat().st_size
     return image

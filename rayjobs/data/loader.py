@@ -15,7 +15,7 @@ from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
 
 @dataclass(frozen=True)
 class DataRead:
-    """What a worker has read of the training data."""
+    """Counts of the training data that a worker has read."""
 
     bytes: int = 0
     """bytes of the index, the records and the images"""
@@ -48,7 +48,7 @@ class MicroBatch:
     images: list[bytes | None]
     """each record's image as an `ImageSource` returns it"""
     read: DataRead
-    """what was read since the worker's micro-batch before"""
+    """data read since the worker's micro-batch before"""
 
 
 def load_micro_batches(sampler: ElasticBatchSampler, rank: int, world: int, steps: range) -> Iterator[MicroBatch]:

@@ -51,7 +51,7 @@ RECORD_SCHEMA = pa.schema(
 )
 
 READ_SCHEMA = pa.schema([("bytes", pa.int64()), ("records", pa.int64()), ("images", pa.int64())])
-"""What a worker has read: bytes, records, images. An image that is read twice counts twice."""
+"""Counts of what a worker has read. An image that is read twice counts twice."""
 
 MICRO_BATCH_SCHEMA = pa.schema(
     [

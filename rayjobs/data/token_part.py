@@ -47,6 +47,11 @@ class RecordIndex:
         return RecordIndex(self.folder, self.files, self.table.take(positions))
 
 
+def part_name(split: str, first: int) -> str:
+    """Return the file name of a part's index, from its split and the id of its chunk's first record."""
+    return f"{split}-{first:014x}.parquet"
+
+
 def write_part(path: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Write the two files of a part.
 

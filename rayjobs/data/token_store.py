@@ -29,7 +29,7 @@ from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
 from rayjobs.data.rejected import check_rejected_share, write_rejected
 from rayjobs.data.templates import source_templates
-from rayjobs.data.token_part import write_part
+from rayjobs.data.token_part import part_name, write_part
 from rayjobs.data.trained_records import is_held_out
 from rayjobs.errors import DataError
 from rayjobs.models.base_model import open_tokenizer
@@ -224,7 +224,7 @@ def _write_store(
             for row in written.iter_rows():
                 for split in parts:
                     if row[split]:
-                        parts[split].append((_part_name(split, row["first"]), int(row[split])))
+                        parts[split].append((part_name(split, row["first"]), int(row[split])))
                 rejected += json.loads(row["rejected"])
                 left_out += int(row["left_out"])
                 changed.update(json.loads(row["changed_turns"]))
@@ -236,11 +236,6 @@ def _write_store(
     write_rejected(folder, rejected)
     index = {"parts": parts, "rejected": len(rejected), "left_out": left_out, "changed_turns": changed}
     write_json(folder / "index.json", index)
-
-
-def _part_name(split: str, first: int) -> str:
-    """Return the file name of a part, from its split and the id of its chunk's first record."""
-    return f"{split}-{first:014x}.parquet"
 
 
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -294,7 +289,7 @@ def _write_chunk(
         rows[side] += [{"id": id, "tokens": e.ids, "label_spans": e.label_spans, "image": image} for e in examples]
     for side, listed in rows.items():
         if listed:
-            write_part(f"{folder}/{_part_name(side, first)}", listed)
+            write_part(f"{folder}/{part_name(side, first)}", listed)
     return {
         "first": [first],
         "records": [len(records)],

@@ -88,7 +88,7 @@ def test_a_missing_image_is_named(folder: Path, vision: list[str]) -> None:
     (folder / "ramp.png").unlink()
     with pytest.raises(ValueError, match=r"ramp\.png: cannot be decoded"):
         streamed.open(CountedReader()).read([(0, 0)], None)
-    write_part(str(folder / part_name(0)), [1], np.float32([[1, 2]]), 1, [])
+    write_part(str(folder / part_name(0)), [1], np.array([[1, 2]], np.float32), 1, [])
     stored = StoredFeatures(folders={0: folder}, lists=folder / "images.json").open(CountedReader())
     (content,) = stored.read([(0, 1)], None)
     assert np.frombuffer(content, np.float32).tolist() == [1, 2]

@@ -37,13 +37,17 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     for name, matches in found.items():
         if not matches:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            known = f"did you mean {' or '.join(close)}?" if close else _list_names(manager.all_tasks)
+            known = (
+                f"did you mean {' or '.join(close)}?" if close else f"it has {list_names(manager.all_tasks) or 'none'}"
+            )
             raise ConfigError(f"tasks: {name!r} is no task of {with_errors.what}; {known}")
     return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
 
 
-def _list_names(names: Sequence[str]) -> str:
-    return f"it has {', '.join(names[:20])}{' …' if len(names) > 20 else ''}" if names else "it has none"
+def list_names(names: Sequence[str], most: int = 20) -> str:
+    """The first names in a line, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:

@@ -65,10 +65,10 @@ class Verdict:
         return tuple(map(read_verdict, self.replies))
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise DataError for a prompt that lacks a field."""
+def check_prompt(path: str, prompt: str) -> None:
+    """Raise DataError, naming the prompt's file, for a prompt that lacks a field."""
     if missing := [name for name in FIELDS if name != "reference" and f"{{{name}}}" not in prompt]:
-        raise DataError(f"the prompt lacks {', '.join(f'{{{name}}}' for name in missing)}: it shows all three")
+        raise DataError(f"{path}: the prompt lacks {', '.join(f'{{{name}}}' for name in missing)}: it shows all three")
 
 
 def pair_answers(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[Pair]:

@@ -16,7 +16,7 @@ from rayjobs.errors import ConfigError
 from rayjobs.inference.batch import IDENTITY, BatchGenerator, GenerationTask, Record
 from rayjobs.inference.harness_model import harness_lm
 from rayjobs.inference.harness_requests import CONTINUATIONS, SCORES, ContinuePrompts
-from rayjobs.inference.harness_tasks import describe_results, evaluate, open_tasks, table_rows
+from rayjobs.inference.harness_tasks import describe_results, evaluate, list_names, open_tasks, table_rows
 from rayjobs.inference.result_identity import model_identity
 from rayjobs.job_configs.adapter_harness import Config
 from rayjobs.lifecycle import job
@@ -71,7 +71,7 @@ def plan(settings: Config) -> None:
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
-        ["tasks", ", ".join(checked.names)],
+        ["tasks", list_names(checked.names)],
         ["task files", settings.task_folder or "the harness's own"],
         ["asked", "in a conversation" if settings.chat else "by plain text"],
         ["documents", f"the first {settings.limit} of each task" if settings.limit else "all"],

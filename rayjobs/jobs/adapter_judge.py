@@ -50,13 +50,22 @@ class Checked(NamedTuple):
 def check(settings: Config) -> Checked:
     """Check everything that can be checked before the judge is asked. Raises a UserError for the first problem."""
     pairs = pair_answers(read_answers(settings.first), read_answers(settings.second))[: settings.limit]
-    prompt = resolve_path(settings.prompt).read_text(encoding="utf-8") if settings.prompt else PROMPT
-    check_prompt(prompt)
+    prompt = read_prompt(settings.prompt) if settings.prompt else PROMPT
     settings.endpoint.open()
     asked = [settings.endpoint.identity(), settings.max_tokens]
     identity = {"pairs": fingerprint(pairs)[:16], "prompt": fingerprint(prompt)[:16], "judge": asked}
     check_provenance(settings.run.folder / IDENTITY, identity)
     return Checked(pairs, prompt, identity)
+
+
+def read_prompt(path: str) -> str:
+    """The judge's prompt of a file. Raises DataError for one that is no text in UTF-8, or lacks a field."""
+    try:
+        prompt = resolve_path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a prompt is a text in UTF-8: {error}") from error
+    check_prompt(path, prompt)
+    return prompt
 
 
 def read_answers(folder: str) -> list[dict[str, Any]]:

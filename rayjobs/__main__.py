@@ -25,6 +25,7 @@ from rayjobs.runs.record import find_runs
 from rayjobs.shipped_configs import copy_config, list_configs
 from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import check_reachable, resolve_path
+from rayjobs.train.start_times import begin_command
 
 logger = logging.getLogger("rayjobs")
 
@@ -191,6 +192,7 @@ def run_job(args: argparse.Namespace) -> int:
     for path in iter_paths(settings):
         check_reachable(path)
     settings = replace_paths(settings, pin)
+    begin_command(args.job)
     job = importlib.import_module(f"rayjobs.jobs.{args.job.replace('-', '_')}")  # late: it imports PyTorch and Ray
     if not args.dry_run:
         job.run(settings)

@@ -190,20 +190,22 @@ def plan(settings: Config) -> None:
 @job
 def run(settings: Config) -> dict[str, Any]:
     """Train or resume; return and write `result.json`, with `adapter.safetensors` and `metrics.jsonl` beside it."""
+    times = StartTimes(settings.JOB)
     inputs = check(settings)
     folder = settings.run.folder
     if not (folder / RESULT_FILE).exists():
         lock_run(folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
         open_run(settings.run, settings)
-        train(settings, inputs)
+        times.end("importing and checking")
+        train(settings, inputs, times)
     result = read_json(folder / RESULT_FILE)
     show_result(settings.run.name, result)
     return result
 
 
-def train(settings: Config, inputs: Inputs) -> None:
-    """Train to the last step, and write the adapter and the result."""
-    folder, times = settings.run.folder, StartTimes()
+def train(settings: Config, inputs: Inputs, times: StartTimes) -> None:
+    """Train to the last step, and write the adapter and the result. times: what was needed so far."""
+    folder = settings.run.folder
     connect(folder, settings.run.cache_folder)
     settings.scale.resources()  # workers that can never run are refused before anything is tokenized
     times.end("starting Ray")

@@ -2,13 +2,24 @@
 
 import time
 
+_commands: dict[str, float] = {}
+"""job → time, by the monotonic clock, at which the process of its command was started"""
+
+
+def begin_command(job: str) -> None:
+    """Let the first phase of a job's start begin with this process, which a command has started to run it."""
+    import psutil
+
+    _commands[job] = time.monotonic() - (time.time() - psutil.Process().create_time())
+
 
 class StartTimes:
     """The seconds of each phase, in the order in which the phases ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: str = "") -> None:
+        """job: the job that starts now; its first phase begins with its command, if one has started this process."""
         self.seconds: dict[str, float] = {}
-        self._since = time.monotonic()
+        self._since = _commands.pop(job, time.monotonic())
 
     def end(self, phase: str) -> None:
         """Note how long a phase took, which began when the one before it ended. A repeated phase is added up."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -189,3 +190,16 @@ def test_the_time_to_the_first_step_is_accounted_for_once(
         "train: 12 s to the first step: starting Ray 2 s, starting workers 5 s, loading the model 3 s, "
         "the first step 1 s\n"
     )
+
+
+def test_the_first_phase_begins_with_the_command_of_its_job_and_with_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 100.0, time=lambda: 5000.0)
+    monkeypatch.setattr(start_times, "time", clock)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 4996.5))
+    start_times.begin_command("adapter-train")
+    seconds = []
+    for job in ("demo", "adapter-train", "adapter-train"):  # the last is run again by the same process
+        times = StartTimes(job)
+        times.end("importing and checking")
+        seconds.append(times.seconds["importing and checking"])
+    assert seconds == [0.0, 3.5, 0.0]

@@ -70,10 +70,12 @@ def serve(port: int, folder: str) -> None:
 
     from adapter import AdaptedModel
     from rayjobs.serve.app import create_app
+    from rayjobs.serve.kernel_caches import limit_kernel_caches
     from rayjobs.serve.settings import AdaptersConfig, EngineConfig
     from rayjobs.serve.text_model import TextModel
     from tests.real_models import smollm2
 
+    limit_kernel_caches()
     torch.set_num_threads(max(1, psutil.cpu_count(logical=False) or 1))
     model = TextModel(
         AdaptedModel.from_pretrained(smollm2()),

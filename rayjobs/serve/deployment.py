@@ -14,6 +14,7 @@ from rayjobs.config_fields import config_fields
 from rayjobs.console import verbose
 from rayjobs.errors import DataError
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
+from rayjobs.serve.kernel_caches import limit_kernel_caches
 from rayjobs.serve.settings import ServedConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def load_text_model(settings: ServedConfig, device: str) -> TextModel:
     """Load the base, find its adapters, and start the engine. Raises what `BaseModelConfig.load` raises."""
     from rayjobs.serve.text_model import TextModel
 
+    limit_kernel_caches()
     conditioning = settings.vision.open() if settings.vision else None
     reader = ImageReader(settings, conditioning, device) if conditioning else None
     return TextModel(

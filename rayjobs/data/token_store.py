@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 
 RECORDS_PER_CHUNK = 1024
+SMALL_BYTES = 4 << 20
+"""Size of records, as JSON, up to which this process encodes them, in seconds: Ray Data needs longer to start."""
 ROWS_PER_SOURCE = 1 << 40
 """Record ids are source * ROWS_PER_SOURCE + position, so they are unique and name the record's source."""
 SHORTENED = "conversations that are too long and lost their oldest turns"
@@ -210,25 +212,19 @@ def _write_store(
     folder: Path, sources: list[Source], templates: Sequence[Template], encoding: _Encoding, preprocess: Any
 ) -> None:
     """Write the parts, the rejected records and the index of a store."""
-    items = [{"number": number, "source": source} for number, source in enumerate(sources)]
+    arguments = {"folder": folder, "templates": templates, "encoding": encoding, "preprocess": preprocess}
     parts: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
     rejected: list[dict[str, Any]] = []
     left_out, changed = 0, Counter[str]()
-    with ray_data_context(preserve_order=True):
-        source_rows = ray.data.from_items(items, override_num_blocks=len(items))
-        # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
-        chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
-        arguments = {"folder": folder, "templates": templates, "encoding": encoding, "preprocess": preprocess}
-        written = chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=arguments)
-        with reraise_user_errors(), Progress("tokenize", unit="records") as progress:
-            for row in written.iter_rows():
-                for split in parts:
-                    if row[split]:
-                        parts[split].append((part_name(split, row["first"]), int(row[split])))
-                rejected += json.loads(row["rejected"])
-                left_out += int(row["left_out"])
-                changed.update(json.loads(row["changed_turns"]))
-                progress.advance(int(row["records"]))
+    with reraise_user_errors(), Progress("tokenize", unit="records") as progress:
+        for row in _encode_chunks(sources, arguments):
+            for split in parts:
+                if row[split]:
+                    parts[split].append((part_name(split, row["first"]), int(row[split])))
+            rejected += json.loads(row["rejected"])
+            left_out += int(row["left_out"])
+            changed.update(json.loads(row["changed_turns"]))
+            progress.advance(int(row["records"]))
     for listed in parts.values():
         listed.sort()
     if not rejected and not any(parts.values()):
@@ -236,6 +232,36 @@ def _write_store(
     write_rejected(folder, rejected)
     index = {"parts": parts, "rejected": len(rejected), "left_out": left_out, "changed_turns": changed}
     write_json(folder / "index.json", index)
+
+
+def _encode_chunks(sources: Sequence[Source], arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the reports of all chunks, which this process writes if they are small, and Ray Data's tasks otherwise.
+
+    arguments: those of `_write_chunk` besides the chunk.
+    """
+    items = [{"number": number, "source": source} for number, source in enumerate(sources)]
+    small = None if arguments["preprocess"] else _read_small(items)
+    if small is not None:
+        for chunk in small:
+            yield {name: value for name, (value,) in _write_chunk(chunk, **arguments).items()}
+        return
+    with ray_data_context(preserve_order=True):
+        source_rows = ray.data.from_items(items, override_num_blocks=len(items))
+        # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
+        chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
+        yield from chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=arguments).iter_rows()
+
+
+def _read_small(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the chunks of all sources, or None if they are larger than SMALL_BYTES together."""
+    chunks, size = [], 0
+    for item in items:
+        for chunk in _read_chunks({name: [value] for name, value in item.items()}):
+            size += len(chunk["records"][0])
+            if size > SMALL_BYTES:
+                return None
+            chunks.append(chunk)
+    return chunks
 
 
 def _read_chunks(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from adapter.records.chat import FIRST_DROPPED, LAST_DROPPED, MERGED
 from adapter.templates import ALPACA
 from rayjobs.config import load
@@ -70,3 +72,16 @@ def test_records_of_val_path_are_for_validation(tmp_path: Path, tiny_base: Path)
     (batch,) = token_store._read_chunks({"source": data.val_sources(), "number": [0]})
     written = token_store._write_chunk(batch, tmp_path, [ALPACA], encoding, None)
     assert (written["train"], written["val"]) == ([0], [1])
+
+
+@pytest.mark.ray
+def test_this_process_makes_a_small_store_as_ray_data_does(
+    tmp_path: Path, tiny_base: Path, records: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, contents = load(DataConfig, {"path": str(records), "val_fraction": 0.2}), []
+    for limit in (token_store.SMALL_BYTES, 0):
+        monkeypatch.setattr(token_store, "SMALL_BYTES", limit)
+        store = token_store.prepare_tokens(data, tiny_base, tmp_path / str(limit))
+        contents.append({file.name: file.read_bytes() for file in Path(store.folder).iterdir()})
+    assert len(contents[0]) >= 4
+    assert contents[0] == contents[1]

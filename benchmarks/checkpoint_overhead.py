@@ -1,140 +1,148 @@
 """Time that checkpoints take from a training: one a second against none, in turns within one run.
 
-    python -m benchmarks.checkpoint_overhead --workers 1 --steps 600 [--json]
+    python -m benchmarks.checkpoint_overhead --workers 1 2 --seconds 60
 
 A random LLaMA of 8 layers and width 512 is adapted with 1.2 million trained values, as many as on LLaMA 7B; with Adam's
-moments a checkpoint has 15 MB. The workers are those of adapter-train. For `--turn` seconds a checkpoint
-is saved each second, then for as long none, and so on; a step is counted from the end of the one before it, its reports
-included. Each turn is compared with the mean of the two beside it, so that a machine that becomes slower or faster does
-not count. The time in which a step waits for the copy of the state is also measured by itself.
+moments a checkpoint has 15 MB. What is due after a step is done by `rayjobs.train.worker.TrainingLoop`, with one thread
+per worker and without Ray, whose reports are the same with and without checkpoints. For `--turn` seconds a checkpoint is
+saved each second, then for as long none, and so on. Each turn is compared with the mean of the two beside it, so that a
+machine that becomes slower or faster does not count. Wall time counts what the writing thread takes from the training;
+the processor time of the training thread, which other programs do not disturb, counts its own part.
 """
 
 import argparse
 import json
-import shutil
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ray.train
+import torch
+import torch.distributed as dist
+
 from adapter.decoder_config import DecoderConfig
+from adapter.methods.registry import make_method
 from benchmarks.zero3_memory import random_llama
-from rayjobs.config import load
-from rayjobs.job_configs.adapter_train import Config
-from rayjobs.jobs import adapter_train
-from rayjobs.train import trainer
-from rayjobs.train.worker import Due, TrainingLoop, WorkerResult
-from tests.sample_data import train_llama, write_instructions
+from rayjobs.cluster.environment import set_environment
+from rayjobs.train.checkpoint_writer import CheckpointWriter
+from rayjobs.train.config import OptimizerConfig, TrainConfig, ZeroConfig
+from rayjobs.train.engine import Engine, adapted_model
+from rayjobs.train.metric_rows import MetricRows
+from rayjobs.train.worker import Due, TrainingLoop
 
 SHAPE = DecoderConfig(
     dim=512, n_layers=8, n_heads=8, n_kv_heads=8, hidden_dim=1376, vocab_size=512, max_seq_len=512, norm_eps=1e-5
 )
-PROMPT_LENGTH = 300
+PROMPT_LENGTH, TOKENS = 300, 128
+SAVING, RESTING = TrainConfig(checkpoint_every_s=1), TrainConfig(checkpoint_every_s=None)
 
 
-class TakingTurns(TrainingLoop):
-    """A training whose checkpoints are switched on and off, and whose times are written to a file."""
+class Steps(TrainingLoop):
+    """The steps of a worker, on the same tokens again and again, and the time of each."""
 
-    def __init__(self, out: str, turn_s: float, **loop: Any) -> None:
-        super().__init__(**loop)
-        self.out, self.turn_s = out, turn_s
-        self.began, self.times, self.copies = 0.0, list[tuple[int, float]](), list[float]()
+    def __init__(self, engine: Engine, storage: str) -> None:
+        self.job: Any = SimpleNamespace(train=RESTING)
+        self.engine, self.storage, self.rank = engine, storage, dist.get_rank()
+        self.step, self.last_step, self.preemption = 0, 1 << 40, None
+        self.rows, self.writer = MetricRows(), CheckpointWriter(storage)
+        self.saved = self.reported = time.monotonic()
+        self.copies = list[float]()
 
-    def run(self) -> int:
-        """Train, and write the times."""
-        steps = super().run()
-        if self.rank == 0:
-            Path(self.out).write_text(json.dumps({"times": self.times, "copies": self.copies}))
-        return steps
-
-    def due_after(self, step: int) -> Due:
-        """As the settings say, in every second turn."""
-        turn = self.turn()
-        self.job = replace(self.job, train=replace(self.job.train, checkpoint_every_s=1.0 if turn % 2 else None))
-        return super().due_after(step)
-
-    def turn(self) -> int:
-        """The number of the turn; the first step, in which much is made, is before all."""
-        self.began = self.began or time.monotonic()
-        return int((time.monotonic() - self.began) // self.turn_s)
-
-    def end_step(self, due: Due) -> None:
-        """Note the time of the step."""
-        turn = self.turn()
-        super().end_step(due)
-        self.times.append((turn, time.monotonic() - self.step_began))
+    def make(self, tokens: torch.Tensor) -> None:
+        """Make one step, and what is due after it."""
+        self.engine.backward(self.engine.loss(tokens, tokens) / TOKENS)
+        due = torch.tensor(self.due_after(self.step + 1) if self.rank == 0 else (False, False), dtype=torch.float64)
+        dist.all_reduce(due)
+        self.engine.step(1e-3)
+        self.step += 1
+        self.rows.add({"step": self.step, "loss": 1.0})
+        self.end_step(Due(*map(bool, due.tolist())))
 
     def begin_checkpoint(self) -> None:
-        """Note the time of the copy."""
-        began = time.monotonic()
+        """Note the time of the copy, and keep one checkpoint."""
+        began = time.perf_counter()
         super().begin_checkpoint()
-        self.copies.append(time.monotonic() - began)
+        self.copies.append(time.perf_counter() - began)
+        for old in sorted(Path(self.storage).glob("checkpoint_*"))[:-2] if self.rank == 0 else ():
+            for file in old.iterdir():
+                file.unlink()
+            old.rmdir()
 
 
-def settings(folder: Path, workers: int, steps: int) -> Config:
-    """Settings of a run of so many steps."""
-    random_llama(SHAPE, folder / "base")
-    train_llama(folder / "tokens", steps=1)
-    shutil.copy(folder / "tokens" / "tokenizer.model", folder / "base" / "tokenizer.model")
-    write_instructions(folder / "records.json", 240)
-    return load(
-        Config,
-        {
-            "base": {"path": str(folder / "base"), "dtype": "fp32"},
-            "data": {"path": [str(folder / "records.json")], "val_fraction": 0, "max_length": 256},
-            "adapter": {"prompt_length": PROMPT_LENGTH},
-            "train": {"epochs": steps / 60, "global_batch": 4, "checkpoint_every_s": None},
-            "scale": {"workers": workers, "threads_per_worker": 1},
-            "run": {"storage": str(folder / "runs"), "name": "turns"},
-        },
+def worker(base: str, seconds: float, turn_s: float) -> None:
+    """Train as one rank; rank 0 prints the turns and the copies as a line of JSON."""
+    set_environment()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    setattr(ray.train, "report", lambda metrics, **_: None)  # noqa: B010  (no controller listens)
+    setattr(ray.train, "get_preemption_info", lambda: None)  # noqa: B010
+    zero, method = ZeroConfig(), make_method("zero_init", n_layers=SHAPE.n_layers, prompt_length=PROMPT_LENGTH)
+    model = adapted_model(base, method, dtype="fp32", zero=zero, seed=0, device=torch.device("cpu"))
+    steps = Steps(Engine(model, zero, OptimizerConfig()), f"{base}/checkpoints")
+    tokens = torch.randint(3, 500, (1, TOKENS), generator=torch.Generator().manual_seed(dist.get_rank()))
+    turns: list[tuple[float, float]] = []
+    with steps.writer:
+        for turn in range(round(seconds / turn_s)):
+            steps.job.train = SAVING if turn % 2 else RESTING
+            began, cpu, first = time.monotonic(), time.thread_time(), steps.step
+            over = torch.zeros(1)
+            while not over.item():
+                steps.make(tokens)
+                over[0] = time.monotonic() - began > turn_s
+                dist.broadcast(over, 0)
+            count = steps.step - first
+            turns.append(((time.monotonic() - began) / count, (time.thread_time() - cpu) / count))
+    if steps.rank == 0:
+        print(json.dumps({"turns": turns, "copies": steps.copies}))
+
+
+def overhead(step_s: list[float]) -> float:
+    """Return by how many percent the steps of saving turns, the odd ones, take longer than of those beside them."""
+    beside = ((step_s[turn - 1] + step_s[turn + 1]) / 2 for turn in range(1, len(step_s) - 1, 2))
+    ratios = [now / other for now, other in zip(step_s[1:-1:2], beside, strict=True)]
+    return 100 * (statistics.median(ratios) - 1)
+
+
+def measure(base: Path, workers: int, seconds: float, turn_s: float) -> str:
+    """Return a line about this number of workers."""
+    module = ["-m", "benchmarks.checkpoint_overhead", "--base", str(base), "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={workers}", "--standalone", *module]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--turn", str(turn_s)], env=environment, capture_output=True, text=True, check=False
     )
-
-
-def measure(workers: int, steps: int, turn_s: float) -> dict[str, Any]:
-    """Train; return the overhead in percent, and the milliseconds of a copy of the state and of a step."""
-    with tempfile.TemporaryDirectory() as scratch:
-        out = f"{scratch}/times.json"
-
-        def worker(arguments: dict[str, Any]) -> WorkerResult:
-            return WorkerResult(steps=TakingTurns(out, turn_s, **arguments).run())
-
-        trainer.train_worker = worker
-        adapter_train.run(settings(Path(scratch), workers, steps))
-        noted = json.loads(Path(out).read_text())
-    turns: dict[int, list[float]] = {}
-    for turn, step_s in noted["times"][1:]:
-        turns.setdefault(turn, []).append(step_s)
-    means = [statistics.fmean(turns[turn]) for turn in sorted(turns)][:-1]  # the last turn was cut off
-    saving = range(1, len(means) - 1, 2)
-    ratios = [means[turn] / statistics.fmean((means[turn - 1], means[turn + 1])) for turn in saving]
-    return {
-        "workers": workers,
-        "overhead_percent": round(100 * (statistics.median(ratios) - 1), 2),
-        "of_turns_percent": [round(100 * (ratio - 1), 2) for ratio in ratios],
-        "step_ms": round(1000 * statistics.median(means), 1),
-        "copy_ms": round(1000 * statistics.median(noted["copies"]), 2),
-        "checkpoints": len(noted["copies"]),
-    }
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    made = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    wall, cpu = ([float(turn[which]) for turn in made["turns"]] for which in (0, 1))
+    return (
+        f"{workers} workers: {overhead(wall):+.2f}% wall time, {overhead(cpu):+.2f}% of the training thread; a step of "
+        f"{1000 * statistics.median(wall):.1f} ms, {len(made['copies'])} copies of "
+        f"{1000 * statistics.median(made['copies']):.1f} ms"
+    )
 
 
 def main() -> None:
     """Measure, and print a line for each number of workers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--turn", type=float, default=6, help="seconds of a turn (default: 6)")
-    parser.add_argument("--steps", type=int, default=600, help="steps of the run (default: 600)")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=60, help="time of the steps (default: 60)")
+    parser.add_argument("--turn", type=float, default=4, help="seconds of a turn (default: 4)")
+    parser.add_argument("--base", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = [measure(workers, args.steps, args.turn) for workers in args.workers]
-    for row in rows:
-        print(
-            f"{row['workers']} workers: {row['overhead_percent']:+.2f}% (turns {row['of_turns_percent']}), a step of "
-            f"{row['step_ms']} ms, {row['checkpoints']} copies of {row['copy_ms']} ms"
-        )
-    if args.json:
-        print(json.dumps(rows))
+    if args.base:
+        worker(args.base, args.seconds, args.turn)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama(SHAPE, Path(folder))
+        for workers in args.workers:
+            print(measure(Path(folder), workers, args.seconds, args.turn), flush=True)
 
 
 if __name__ == "__main__":

@@ -101,10 +101,10 @@ def _check_method(settings: Config) -> None:
         axis = sweep.axes[name]
         if isinstance(axis, Range) and axis.low > axis.high:
             raise ConfigError(f"sweep.axes: {name} is a range from {axis.low} to {axis.high}: low is above high")
-    if (name := sweep.compare) and (name not in sweep.axes or sweep.method == "each" or name in ranges):
+    if sweep.compare and (sweep.compare not in sweep.axes or sweep.method == "each" or sweep.compare in ranges):
         raise ConfigError(
-            f"sweep.compare is {name}: it must be one of sweep.axes ({', '.join(sweep.axes)}) with a list of values, "
-            "and sweep.method grid or optuna, so that every value meets the same others"
+            f"sweep.compare is {sweep.compare}: it must be one of sweep.axes ({', '.join(sweep.axes)}) with a list of "
+            "values, and sweep.method grid or optuna, so that every value meets the same others"
         )
     if searched and len(sweep.axes) == (sweep.compare is not None):
         raise ConfigError(f"sweep.axes has {sweep.compare} alone, which is compared: name something to search too")

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 
 from rayjobs.config import format_value
 from rayjobs.reporting.canvas import FONT, panel, plain_text
@@ -35,16 +34,15 @@ def parallel_coordinates(
     known = [value for value in figures if value is not None]
     columns = [[setting[name] for setting in settings] for name in names]
     places = [_place(column) for column in columns]
-    scale = Normalize(min(known), max(known))
-    colours = ScalarMappable(scale, "viridis")
+    low, high = min(known), max(known)
     for number in sorted(range(len(settings)), key=lambda n: (n == best, figures[n] is not None)):
         value, line = figures[number], [place[number] for place in places]
         if value is None:
             axes.plot(range(len(names)), line, color=GREY, linewidth=0.7, linestyle=":")
             continue
-        height = (value - scale.vmin) / ((scale.vmax - scale.vmin) or 1.0) if scale.vmin is not None else 0.0
-        style = {"color": LINES[3], "linewidth": 2.0} if number == best else {"color": colours.to_rgba(value)}
-        axes.plot(range(len(names) + 1), [*line, height], **{"linewidth": 1.0, **style})
+        height = (value - low) / ((high - low) or 1.0)
+        colour, width = (LINES[3], 2.0) if number == best else (colormaps["viridis"](height), 1.0)
+        axes.plot(range(len(names) + 1), [*line, height], color=colour, linewidth=width)
     for i, column in enumerate(columns):
         _label_axis(axes, i, column, places[i])
     _label_axis(axes, len(names), known, _place(known))

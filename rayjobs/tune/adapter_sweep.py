@@ -215,23 +215,17 @@ def run_points(
     """
     # the trainable itself runs on the head node, where it and Ray Train's controller are as safe as this job
     on_head = tune.PlacementGroupFactory([{"CPU": 0, HEAD_RESOURCE: 0.001}])
-    searched = isinstance(points, AdapterStudy)
-    errors = run_tuner(
-        tune.with_resources(train, on_head),
-        None if searched else {"point": tune.grid_search(list(points))},
-        folder,
-        tune.TuneConfig(
-            max_concurrent_trials=concurrent_trials,
-            search_alg=points if searched else None,
-            num_samples=points.sweep.samples if searched else 1,
-        ),
-        progress,
-    )
+    if isinstance(points, AdapterStudy):
+        space, search = None, {"search_alg": points, "num_samples": points.sweep.samples}
+    else:
+        space, search = {"point": tune.grid_search(list(points))}, {}
+    config = tune.TuneConfig(max_concurrent_trials=concurrent_trials, **search)
+    errors = run_tuner(tune.with_resources(train, on_head), space, folder, config, progress)
     if errors:
         raise errors[0]
 
 
 def compared_values(sweep: SweepConfig) -> list[Any]:
     """The values that `sweep.compare` puts beside each other; none without it."""
-    axis = sweep.axes[sweep.compare] if sweep.compare else []
-    return [] if isinstance(axis, Range) else list(distinct(axis))
+    axis = distinct(sweep.axes[sweep.compare]) if sweep.compare else []
+    return [] if isinstance(axis, Range) else axis

@@ -34,7 +34,7 @@ class BatchedStudy(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.batch_size = batch_size
         sampler = optuna.samplers.TPESampler(seed=seed)
-        direction = "minimize" if mode == "min" else "maximize"
+        direction = optuna.study.StudyDirection.MINIMIZE if mode == "min" else optuna.study.StudyDirection.MAXIMIZE
         self.study = optuna.create_study(direction=direction, sampler=sampler, study_name="optuna")
         self.batch: dict[str, optuna.Trial] = {}
         self.outcomes: dict[str, dict[str, Any] | None] = {}

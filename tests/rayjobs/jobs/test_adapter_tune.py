@@ -179,6 +179,7 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been_and_its_best_config
     rate, layers = best.optimizer.base_lr, best.adapter.n_layers
     assert resumed["best"] == f"base_lr {rate}, n_layers {layers}"
     assert best.run.folder == folder.parent / "sweep_best"
+    monkeypatch.setattr(adapter_train, "describe_cost", lambda *_, **__: [])  # seconds of measuring
     assert main(["adapter-train", "--config", str(folder / "best.yaml"), "--dry-run"]) == 0
 
 
@@ -287,3 +288,46 @@ def test_trials_run_side_by_side_and_are_not_run_again(
     assert told in terminal.readouterr().err, "the progress display tells the best so far"
     shutil.rmtree(config.run.folder / "trials" / rows[0]["run"] / "train")  # it would have to be trained again
     assert adapter_tune.run(config) == result
+
+
+class KilledError(Exception):
+    """Ends a sweep's driver."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_real_search_that_was_killed_ends_as_one_that_was_not(
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two batches of two trials, those of the second are stopped unless they are better than all before."""
+
+    def search(name: str) -> adapter_tune.Config:
+        rules = {"samples": 4, "suggested_at_once": 2, "at_once": 2, "keep_first": 2, "keep_percent": 1}
+        config = settings(tiny_base, records, tmp_path / name, **SEARCH, **rules)
+        train = replace(config.train, epochs=20, validate_every_steps=2)
+        cache = str(tmp_path / "cache")
+        return replace(config, train=train, run=replace(config.run, cache=cache))
+
+    def losses(folder: Path) -> list[tuple[str, str, list[float]]]:
+        rows = pq.read_table(folder / "results.parquet").to_pylist()
+        return [(row["setting"], row["status"], row["val_losses"]) for row in rows]
+
+    whole = adapter_tune.run(search("whole"))
+    ends = losses(search("whole").run.folder)
+    assert [end for _, end, _ in ends[:2]] == ["finished", "finished"]
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapter_tune.AdapterSweepProgress, "on_trial_complete", kill)
+        with pytest.raises(KilledError):
+            adapter_tune.run(search("killed"))
+    folder = search("killed").run.folder
+    over = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/trial.json")}
+    assert 1 <= len(over) <= 2
+    resumed = adapter_tune.run(search("killed"))
+    assert (resumed["best"], resumed["headline"]) == (whole["best"], whole["headline"])
+    assert losses(folder) == ends
+    assert all(path.stat().st_mtime_ns == then for path, then in over.items()), "what was over is not run again"
+    assert Path(resumed["best_adapter"]).exists()

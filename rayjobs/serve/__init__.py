@@ -12,6 +12,10 @@
 | `generation` | requests in the engine, awaited |
 | `completions`, `chat` | the answers of the two text endpoints |
 | `logprobs` | log-probabilities in their shapes |
+| `images`, `image_input` | the endpoint of classifications; images of requests, within limits |
+| `classifiers`, `classification` | the classifiers of a folder of runs; the thread that encodes and classifies |
+| `static_page`, `page/` | the page to try a server |
+| `kernel_caches` | limits of what a CPU's libraries keep |
 | `metrics` | counters for Prometheus |
 | `deployment` | the application on Ray Serve |
 """

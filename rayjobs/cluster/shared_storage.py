@@ -8,8 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from rayjobs.errors import StorageError
-from rayjobs.storage.files import make_folder
-from rayjobs.storage.paths import is_url
+from rayjobs.storage.paths import is_url, make_folder
 
 ANSWER_WITHIN_S = 60.0
 

@@ -13,7 +13,8 @@ from typing import Any
 from rayjobs.console import Progress
 from rayjobs.demo import notes
 from rayjobs.demo.config import TinyClipConfig, TinyLlamaConfig
-from rayjobs.storage.files import atomic_folder, make_folder, write_json, write_jsonl, write_parquet, write_text
+from rayjobs.storage.files import atomic_folder, write_json, write_jsonl, write_parquet, write_text
+from rayjobs.storage.paths import make_folder
 from rayjobs.storage.yaml_file import write_yaml
 
 RECORDS, HELD_OUT, SEED = 400, 60, 1

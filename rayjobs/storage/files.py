@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adapter import atomic_file
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
 from rayjobs.storage.lease import check_lease
-from rayjobs.storage.paths import is_url, resolve_path, upload_file
+from rayjobs.storage.paths import is_url, make_folder, resolve_path, upload_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,15 +66,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a local folder, and those above it, unless it is there. Raises StorageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StorageError(f"the folder {folder} cannot be made: {reason}; name one where you may write") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

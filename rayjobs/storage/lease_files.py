@@ -15,7 +15,7 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from adapter.atomic_file import atomic_path
-from rayjobs.storage.paths import as_storage_error, is_url
+from rayjobs.storage.paths import as_storage_error, is_url, make_folder
 
 LEASES = ".lease"
 """Folder of the lease files, within the folder that is held."""
@@ -155,7 +155,7 @@ class LeaseFiles:
         path, content = self.path(number), _to_bytes(holder)
         with as_storage_error(path, "written"):
             if self.url is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 try:
                     with path.open("xb") as file:
                         file.write(content)

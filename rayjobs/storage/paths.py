@@ -74,6 +74,15 @@ def upload_file(file: Path, url: Path) -> None:
         remote.fs.put_file(str(file), remote.path)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a local folder, and those above it, unless it is there. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StorageError(f"the folder {folder} cannot be made: {reason}; name one where you may write") from error
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder, local or at a URL, with all that is in it."""
     if is_url(folder):

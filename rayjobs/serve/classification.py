@@ -193,7 +193,7 @@ def describe(classifier: LoadedClassifier, features: Mapping[str, Tensor], asked
 
 
 def _evidence(cache: Cache, features: Mapping[str, Tensor], count: int) -> dict[str, Any]:
-    """What decided between the two likeliest classes: the text's part, the keys with the largest, and all others'."""
+    """Explain the decision between the two likeliest classes: the text's part, the largest keys' parts, the others'."""
     from cafo.inspection import explain
 
     why = next(explain(cache, features, count))

@@ -4,8 +4,8 @@
 
 A random LLaMA of 8 layers and width 512 is adapted with 1.2 million trained values, as many as on LLaMA 7B; with Adam's
 moments a checkpoint has 15 MB. What is due after a step is done by `rayjobs.train.worker.TrainingLoop`, with one thread
-per worker and without Ray, whose reports are the same with and without checkpoints. For `--turn` seconds a checkpoint is
-saved each second, then for as long none, and so on. Each turn is compared with the mean of the two beside it, so that a
+per worker and without Ray, whose reports are the same with and without checkpoints. For `--turn` seconds one is saved
+each second, then for as long none, and so on. Each turn is compared with the mean of the two beside it, so that a
 machine that becomes slower or faster does not count. Wall time counts what the writing thread takes from the training;
 the processor time of the training thread, which other programs do not disturb, counts its own part.
 """

@@ -100,7 +100,7 @@ def results_of(settings: Config, point: Point) -> list[AdapterTrialResult]:
 
 
 def known_outcome(settings: Config, point: Point) -> dict[str, Any] | None:
-    """What a search is told of a point whose trials are over; None if there is something to run."""
+    """The outcome of a point whose trials are over, for the search; None if there is something to run."""
     results = results_of(settings, point)
     return outcome(results) if point.is_over(results) else None
 

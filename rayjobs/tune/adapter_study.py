@@ -53,7 +53,7 @@ class AdapterStudy(BatchedStudy):
         self.rng = random.Random(sweep.seed)
         self.points, self.suggested = points, 0
         self.steps, self.seconds = 0, 0.0
-        """What the trials of whole batches have taken."""
+        """Optimizer steps and time of the trials of whole batches."""
         self.tried: set[str] = set()
         self.exhausted = False
         self.waiting: tuple[str, dict[str, Any]] | None = None

@@ -29,7 +29,7 @@ def describe_overrides(overrides: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What one of Tune's trials runs: trials of one setting one after the other, until one of them is not finished."""
+    """The work of one of Tune's trials: trials of one setting, one after the other, until one is not finished."""
 
     trials: Sequence[AdapterTrial]
     limits: Mapping[int, float] = field(default_factory=dict)
@@ -183,7 +183,7 @@ def mean_objective(results: Sequence[AdapterTrialResult]) -> float | None:
 
 
 def outcome(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
-    """What a search is told of a point whose trials are over."""
+    """The outcome of a point whose trials are over, for the search."""
     return {
         "objective": mean_objective(results),
         "curve": [list(pair) for pair in results[0].curve],

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adapter import AdaptedModel
 from adapter.adaption import AdaptionConfig
+from adapter.hf import attach
 from adapter.templates import ALPACA, ChatTemplate
 from rayjobs.config import load, to_dict
 from rayjobs.errors import ConfigError, DataError
@@ -119,6 +120,24 @@ def test_generated_texts_are_those_of_the_harness_s_own_backend(pair: tuple[Any,
             pair[0].generate_until(requests(("the cat", kwargs)))
     with pytest.raises(DataError, match="has 0 tokens: it needs 1 to"):
         pair[0].loglikelihood(requests(("the cat", "")))
+
+
+def test_an_adapter_has_the_figures_that_it_has_in_a_transformers_model(tmp_path: Path) -> None:
+    model = write_base(samples.llama3(tmp_path))
+    adapted = AdaptedModel.from_pretrained(tmp_path)
+    adapted.add_adapter(AdaptionConfig(n_layers=2, prompt_length=3))
+    for adaption in adapted.model.adaptions:
+        torch.nn.init.constant_(adaption.gate, 0.7)
+    adapted.save_adapter(tmp_path / "adapter.safetensors")
+    given = requests(*((context, " the mat") for context in ("the cat sat on", "she sells", LONG)))
+    texts = requests(("she sells ", {"until": ["\n"], "max_gen_toks": 9}))
+    mine, other = ours(adapted), theirs(model, tmp_path)
+    bare = other.loglikelihood(given, disable_tqdm=True)
+    attach(model, tmp_path / "adapter.safetensors")
+    found, expected = (lm.loglikelihood(given, disable_tqdm=True) for lm in (mine, other))
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [value for value, _ in found] != pytest.approx([value for value, _ in bare], abs=1e-2)
+    assert mine.generate_until(texts) == other.generate_until(texts)
 
 
 CHATML = (

@@ -188,8 +188,10 @@ def describe(classifier: LoadedClassifier, features: Mapping[str, Tensor], asked
     }
     if ranked.sets is not None:
         answer["prediction_set"] = [names[n] for n in ranked.sets[0]]
-    with_keys = isinstance(found, Cache) and asked.evidence > 0
-    return {**answer, "evidence": _evidence(found, features, asked.evidence) if with_keys else None}
+    answer["evidence"] = None
+    if isinstance(found, Cache) and asked.evidence:
+        answer["evidence"] = _evidence(found, features, asked.evidence)
+    return answer
 
 
 def _evidence(cache: Cache, features: Mapping[str, Tensor], count: int) -> dict[str, Any]:

@@ -8,16 +8,12 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from rayjobs.serve.api_errors import ApiError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-FORMATS: Sequence[str] = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 """Formats that are decoded. Pillow knows more, some of which start other programs."""
 
 _DATA_URL = re.compile(r"data:(image/[\w.+-]+)?(;[\w.+=-]+)*;base64,", re.IGNORECASE)

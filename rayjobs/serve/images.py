@@ -99,9 +99,9 @@ def _read_form(content_type: str, body: bytes) -> dict[str, bytes]:
     """Return the contents of a form by name."""
     try:
         form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
-        parts = form.get_payload() if form.is_multipart() else []
+        parts: Any = form.get_payload() if form.is_multipart() else []
         fields: dict[str, bytes] = {}
-        for part in parts if isinstance(parts, list) else []:
+        for part in parts:
             name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
             if not isinstance(name, str) or not isinstance(content, bytes) or name in fields:
                 raise ApiError("the parts of a form must have a name each, once, and be no forms themselves")

@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +42,7 @@ from rayjobs.storage.hub_model import format_bytes
 
 WORLDS = (1, 2, 4, 8)
 MIB = 1 << 20
+STORE_SIZE = "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"
 
 
 def make_store(folder: Path, records: int, tokens: int | None = None, images: int = 0) -> TokenStore:
@@ -181,10 +183,9 @@ class MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         """Watch until the event `stopped`."""
-        import ray
         from ray._private import internal_api  # Ray has no public figure of what the object store holds
+        from ray._private.state import state
 
-        state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
         while not self.stopped.wait(0.5):
             stats = internal_api.get_memory_info_reply(state).store_stats
             use = self.use
@@ -231,14 +232,14 @@ def make_streamed(kind: str, folder: Path, size: int) -> ElasticBatchSampler:
 
 
 def measure_streams(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each kind of data."""
+    """Return a row for each kind of data, after it is shown."""
+    from rayjobs.cluster.ray_init import connect
+
+    connect()
     import ray
 
-    from rayjobs.cluster.environment import environment
     from rayjobs.data.loader import load_micro_batches
 
-    os.environ |= environment()
-    ray.init(num_cpus=2, object_store_memory=args.store_mib * MIB, include_dashboard=False, logging_level="ERROR")
     rows = []
     for kind in args.kinds:
         sampler = make_streamed(kind, folder / kind, 4 * args.store_mib * MIB)
@@ -251,6 +252,7 @@ def measure_streams(args: argparse.Namespace, folder: Path) -> list[dict[str, An
         watch.stopped.set()
         watch.join()
         rows.append({"data": kind, "sent": sent, "first": vars(uses[0]), "last": vars(uses[3])})
+        show_streams(rows, args.store_mib * MIB)
     ray.shutdown()
     return rows
 
@@ -276,7 +278,7 @@ def show_streams(rows: list[dict[str, Any]], store: int) -> None:
         ]
         for row in rows
     ]
-    print(f"object store: {format_bytes(store)}\n\n{markdown_table(columns, cells)}")
+    print(f"object store: {format_bytes(store)}\n\n{markdown_table(columns, cells)}", flush=True)
 
 
 def main() -> None:
@@ -287,13 +289,14 @@ def main() -> None:
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--stream", action="store_true", help="measure memory")
     parser.add_argument("--store-mib", type=int, default=80, help="size of the object store; Ray takes 75 or more")
-    parser.add_argument("--kinds", nargs="+", default=["tokens", "features", "images"])
+    parser.add_argument("--kinds", nargs="+", default=["features", "images", "tokens"])
     args = parser.parse_args()
+    if args.stream and STORE_SIZE not in os.environ:  # which Ray reads when it is imported
+        os.environ[STORE_SIZE] = str(args.store_mib * MIB)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.data_scaling", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as folder:
         rows = (measure_streams if args.stream else measure_reads)(args, Path(folder))
-    if args.stream:
-        show_streams(rows, args.store_mib * MIB)
-    else:
+    if not args.stream:
         show_reads(rows)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -161,6 +161,9 @@ class LeaseFiles:
                         file.write(content)
                 except FileExistsError:
                     return False
+                except OSError:  # a full disk; without a holder's name, the file would have to be waited for
+                    path.unlink(missing_ok=True)
+                    raise
                 return True
             try:
                 self.url.fs.pipe_file(path.path, content, mode="create")  # type: ignore[attr-defined]

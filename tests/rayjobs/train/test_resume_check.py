@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rayjobs.errors import NonFiniteLossError, ProvenanceError, ResourceError
 from rayjobs.jobs import adapter_train
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.lease import release
+from rayjobs.storage.lease_files import Holder, LeaseFiles
 from rayjobs.storage.yaml_file import read_yaml, write_yaml
 from rayjobs.train.resume_check import PROVENANCE_FILE, lock_run, record_nonfinite_loss
 from tests.conftest import make_base
@@ -263,8 +266,9 @@ def test_the_record_of_a_run_that_another_process_is_running_is_left_alone(run: 
     path = run.folder / PROVENANCE_FILE
     before = path.read_text()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        record: dict[str, Any] = read_json(run.folder / "run.json")
-        write_json(run.folder / "run.json", {**record, "pid": other.pid, "pid_since": 0})
+        release(run.folder)
+        held = Holder.here(None)
+        assert LeaseFiles(run.folder).create(99, replace(held, driver="other", pid=other.pid, pid_since=0.0))
         with pytest.raises(ResourceError, match=f"is being run by process {other.pid}"):
             run.begin("train.epochs=3")
     assert path.read_text() == before

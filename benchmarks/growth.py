@@ -70,7 +70,7 @@ def _decoder() -> Decoder:
     return model.requires_grad_(False)
 
 
-def choice(*, classes: int = 20, keys: int = 8, images: int = 500) -> Callable[[], object]:
+def choice(*, classes: int = 50, keys: int = 16, images: int = 1000) -> Callable[[], object]:
     """Return the exact search for α and β on random features."""
     scale = Scale(classes=classes, keys_per_class=keys, images=images, required_ratio=0)
     key_features, features, classifier, key_labels, labels = make(scale, seed=0)
@@ -96,8 +96,8 @@ GROWTHS = (
     Growth(name="step: sequences", sizes=doublings(2), make=lambda n: training_step(batch=n)),
     Growth(name="step: adapted layers of 16", sizes=doublings(1), make=lambda n: training_step(adapted=n)),
     Growth(name="step: prompts of a layer, K", sizes=doublings(8), make=lambda n: training_step(prompts=n)),
-    Growth(name="search: keys of a class", sizes=doublings(4), make=lambda n: choice(keys=n)),
-    Growth(name="search: classes", sizes=doublings(10), make=lambda n: choice(classes=n)),
+    Growth(name="search: keys of a class", sizes=doublings(8), make=lambda n: choice(keys=n)),
+    Growth(name="search: classes", sizes=doublings(25), make=lambda n: choice(classes=n)),
     Growth(name="search: images", sizes=doublings(250), make=lambda n: choice(images=n)),
 )
 

@@ -127,7 +127,7 @@ def nested(rng: random.Random, model: str) -> Call:
 def unknown(rng: random.Random, model: str) -> Call:
     name = "".join(rng.choices(string.ascii_letters + "%./~-", k=rng.randrange(1, 30)))
     path = rng.choice([f"/v1/{name}", f"/{name}x", "/v1/../../etc/passwd", "/page.js/", "/v1/models/none"])
-    method = rng.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "BREW"])
+    method = rng.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
     if rng.random() < 0.3:
         method, path = rng.choice(["PUT", "DELETE", "PATCH"]), rng.choice([*POSTS, "/", "/health"])
     return Call(method, path, rng.randbytes(9), {})

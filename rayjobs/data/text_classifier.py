@@ -119,7 +119,8 @@ def _write_classifier(
     assert_shared_storage(path.parent)
     encoder = load_vision_encoder(spec, device)
     assert isinstance(encoder, ClipEncoder)
-    before, embeddings = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    embeddings: list[Tensor] = []
     use_threads(threads, device)
     try:
         for batch in encode_sentences(encoder, prompts, names):

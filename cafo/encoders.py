@@ -269,7 +269,7 @@ def encoder_identity(architecture: str, module: nn.Module, preprocess: Preproces
 def _freeze(module: nn.Module, precision: str, device: str | torch.device, layout: torch.memory_format) -> nn.Module:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return frozen.to(memory_format=layout)  # type: ignore[call-overload]
+    return frozen.to(memory_format=layout)
 
 
 def _choose_layout(module: nn.Module, side: int, device: str | torch.device) -> torch.memory_format:

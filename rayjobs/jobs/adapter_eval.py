@@ -111,7 +111,7 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
         problems = read_test_problems(sources[0])
         if settings.split and sources[0].role == "train":
             problems = [each for each in problems if is_held_out(each.record(), records.held_out_fraction)]
-    elif length > window:
+    elif settings.task == "loss" and length > window:
         raise ConfigError(f"data.max_length is {length}, more than the window of {settings.base.path}, {window} tokens")
     else:
         check_sources(sources)

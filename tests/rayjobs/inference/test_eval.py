@@ -247,6 +247,7 @@ def test_what_cannot_be_measured_is_refused_before_a_worker_starts(
         for act in (adapter_eval.plan, adapter_eval.run):
             with pytest.raises(ValueError, match=message):
                 act(settings(tiny_base, data, tmp_path, **more))
+    adapter_eval.plan(settings(tiny_base, {"path": [str(records)], "max_length": 2000}, tmp_path, task="answers"))
     assert not (tmp_path / "runs").exists()
 
 

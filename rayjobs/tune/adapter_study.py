@@ -103,7 +103,7 @@ class AdapterStudy(BatchedStudy):
 
     def tell(self, suggestion: optuna.Trial, result: dict[str, Any] | None) -> None:
         """See `BatchedStudy.tell`; the held-out losses along the way are told too."""
-        if result is not None:
+        if result:
             for step, loss in result["curve"]:
                 suggestion.report(loss, int(step))
             self.steps, self.seconds = self.steps + result["steps"], self.seconds + result["seconds"]

@@ -1,5 +1,6 @@
 """What a local cluster listens on, and whom it answers."""
 
+import glob
 import ipaddress
 import os
 import re
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,11 +29,9 @@ def listening(processes: Iterable[psutil.Process]) -> dict[str, set[str]]:
     """The addresses that these processes accept connections at, with the names of those processes."""
     owners = {}
     for process in processes:
-        for file in Path(f"/proc/{process.pid}/fd").iterdir():
-            try:
+        for file in glob.glob(f"/proc/{process.pid}/fd/*"):
+            with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it may end, or close a file, in the meantime
                 owners[os.readlink(file)] = process.name()
-            except FileNotFoundError:  # closed in the meantime
-                continue
     found: dict[str, set[str]] = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

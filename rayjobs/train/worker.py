@@ -54,7 +54,7 @@ class WorkerResult:
 
 
 class Due(NamedTuple):
-    """What all workers do after a step."""
+    """Actions that all workers take after a step."""
 
     report: bool
     checkpoint: bool

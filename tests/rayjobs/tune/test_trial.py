@@ -14,6 +14,7 @@ from cafo.cross_fit import TrainingImages
 from cafo.ensemble import Ensemble
 from cafo.estimate import Estimate
 from cafo.key_training import KeyTraining
+from cafo.methods.saved import TrainingFile
 from cafo.selection import select
 from rayjobs.storage.files import read_json
 from rayjobs.tune.choice_tables import choice_tables, hurtful_notices
@@ -57,6 +58,7 @@ def shared_inputs(select: dict[int, Select]) -> SharedInputs:
         classifiers={("clip", "templates"): unit(centres["clip"] + rng.normal(size=(N, 11))).T.copy()},
         class_names=tuple("abcde"),
         identities=dict.fromkeys(WIDTHS, "random"),
+        files=tuple(TrainingFile(f"{label}/{row}.jpg", "abcde"[label], "") for row, label in enumerate(labels)),
     )
 
 
@@ -98,6 +100,7 @@ def test_a_trial_is_a_plain_use_of_the_library(how: Select, shots: int, epochs: 
         val=val,
     )
     kept = load_cache(tmp_path / result.trial / "cache.safetensors")
+    assert kept.key_names == tuple(f"{shared.labels[row]}/{row}.jpg" for row in rows.tolist())
     assert result.select == expected.how == how
     assert (kept.alpha, kept.beta, kept.ensemble) == (
         expected.cache.alpha,

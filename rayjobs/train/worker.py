@@ -73,10 +73,16 @@ class AgreedError(Exception):
 
 def train_worker(arguments: dict[str, Any]) -> WorkerResult:
     """Train as one of the workers. `arguments` are those of `TrainingLoop`."""
+    loop = TrainingLoop(**arguments)
     try:
-        return WorkerResult(steps=TrainingLoop(**arguments).run())
+        return WorkerResult(steps=loop.run())
     except AgreedError as agreed:
         return WorkerResult(error=agreed.error)
+    except Exception:
+        if loop.preemption is not None:  # a lost peer: raised before Ray sees its node go, it would count as a failure
+            deadline_s = (loop.preemption.deadline_ms or 0) / 1000
+            time.sleep(min(max(deadline_s + 2 - time.time(), 10.0), 40.0))
+        raise
 
 
 class TrainingLoop:

@@ -111,6 +111,22 @@ def test_workers_ask_at_the_same_steps_only(reports: Reports) -> None:
     assert reports.asked == 0
 
 
+@pytest.mark.parametrize(
+    ("deadline_ms", "held_s"), [(None, [10.0]), (1_000_000, [10.0]), (1_018_000, [20.0]), (9e6, [40.0]), ("none", [])]
+)
+def test_the_error_of_a_lost_peer_is_held_back_until_ray_has_seen_its_node_go(
+    monkeypatch: pytest.MonkeyPatch, deadline_ms: Any, held_s: list[float]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(worker, "time", SimpleNamespace(time=lambda: 1000.0, sleep=slept.append))
+    preemption = None if deadline_ms == "none" else info("a", deadline_ms)
+    loop = SimpleNamespace(run=lambda: 1 // 0, preemption=preemption)
+    monkeypatch.setattr(worker, "TrainingLoop", lambda: loop)
+    with pytest.raises(ZeroDivisionError):
+        worker.train_worker({})
+    assert slept == held_s
+
+
 def test_preemptions_are_counted_apart_from_failures_and_watched_for_whether_verbose_or_not() -> None:
     assert ScaleConfig().max_preemptions == -1, "any number"
     switches = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_METRICS_ENABLED"}

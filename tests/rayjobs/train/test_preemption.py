@@ -71,7 +71,7 @@ def test_checkpoints_are_due_by_time_by_steps_and_at_the_end(tmp_path: Path, mon
     seen = [reports.make_step(0.4) for _ in range(40)]
     saved = [(number, one["saved_step"]) for number, made in enumerate(seen, 1) for one in made if "saved_step" in one]
     assert saved == [(8, 7), (15, 14), (22, 21), (29, 28), (36, 35)], "each step that was saved restarts the clock"
-    reports.loop.job.train = TrainConfig(checkpoint_every_s=3)
+    reports.loop.job = SimpleNamespace(train=TrainConfig(checkpoint_every_s=3))  # type: ignore[assignment]
     seen = [reports.make_step(0.4) for _ in range(20)]
     saved = [(number, one["saved_step"]) for number, made in enumerate(seen, 41) for one in made if "saved_step" in one]
     assert saved == [(44, 43), (52, 51), (60, 59)]
@@ -86,7 +86,7 @@ def test_checkpoints_are_due_by_time_by_steps_and_at_the_end(tmp_path: Path, mon
 def test_a_checkpoint_by_time_waits_for_the_last_one_and_one_by_steps_makes_the_step_wait(
     reports: Reports, tmp_path: Path
 ) -> None:
-    reports.loop.job.train = TrainConfig(checkpoint_every_s=1, checkpoint_every_steps=5)
+    reports.loop.job = SimpleNamespace(train=TrainConfig(checkpoint_every_s=1, checkpoint_every_steps=5))  # type: ignore[assignment]
     reports.now = 100.0
     assert reports.loop.due_after(3).checkpoint
     reports.loop.writer.start(TrainingCheckpoint({"prompt": torch.zeros(2)}, 3, []))

@@ -175,6 +175,7 @@ class _RemoteFile:
     reader: CountedReader
 
     def read_bytes(self) -> bytes:
+        """Return the whole file, and count its bytes."""
         content = self.path.read_bytes()
         self.reader.bytes += len(content)
         return content

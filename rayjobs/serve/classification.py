@@ -32,7 +32,7 @@ _Pixels = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is wanted of a classification."""
+    """The parts of a classification that are asked for."""
 
     top: int = 5
     """K, the likeliest classes that are returned."""

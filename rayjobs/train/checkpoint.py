@@ -27,7 +27,7 @@ from rayjobs.storage.paths import resolve_path
 
 STATE_FILE, POSITION_FILE = "state.safetensors", "position.json"
 DAMAGE = (SafetensorError, KeyError, ValueError, FileNotFoundError)
-"""What `read_checkpoint` raises for a checkpoint that is not whole."""
+"""Errors that `read_checkpoint` raises for a checkpoint that is not whole."""
 
 logger = logging.getLogger(__name__)
 

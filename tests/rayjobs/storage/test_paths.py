@@ -216,7 +216,9 @@ def test_what_cannot_be_reached_or_read_there_is_told_in_one_line(
         assert f"{url}: " in (message := error("adapter-eval", base, f"data.path=[{url}]"))
         assert f"nstall {package}" in message
     given = (base, f"data.path=[{records}]", "run.storage=s3://elsewhere/runs")
-    assert "s3://elsewhere/runs/r/.lease/00000001.json cannot be written: The specified bucket" in error("adapter-eval", *given)
+    assert "s3://elsewhere/runs/r/.lease/00000001.json cannot be written: The specified bucket" in error(
+        "adapter-eval", *given
+    )
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     s3fs.S3FileSystem.clear_instance_cache()

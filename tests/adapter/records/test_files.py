@@ -147,7 +147,7 @@ GZIP, ZSTANDARD = (pack("\n".join(map(json.dumps, ROWS)).encode()) for pack in (
         ("a.jsonl.zst", b"{}", "not compressed by Zstandard, as .zst says"),
         ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.jsonl.gz", b"", "the file is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), ""),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), ""),
         ("a.jsonl.gz", GZIP[:-9], r"cannot be read.*, truncated or corrupt \(.*[Tt]runcated"),
         ("a.jsonl.zst", ZSTANDARD[:-9], r"cannot be read.*, truncated or corrupt \(.*[Tt]runcated"),
         ("a.csv.zst", ZSTANDARD[:-9], r"cannot be read.*, truncated or corrupt \(.*[Tt]runcated"),

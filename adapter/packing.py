@@ -35,7 +35,7 @@ class Packing(NamedTuple):
     predicting: Tensor
     """(p,) the packed tokens that predict a label."""
     labelled: Tensor | None
-    """(m,) the number in `predicting` of each label's token; None where each token predicts one label."""
+    """(m,) the number in `predicting` of each label's token; None where that is 0, 1, …, m - 1."""
     targets: Tensor
     """(m,) the labels."""
     kept: Tensor | None = None
@@ -133,6 +133,6 @@ def pack(tokens: Tensor, labels: Tensor, alone: Tensor | None = None) -> Packing
         again=torch.from_numpy(again),
         repeated=torch.from_numpy(places.flatten()[again]),
         predicting=torch.from_numpy(predicting),
-        labelled=None if len(predicting) == len(labelled) else torch.from_numpy(labelled),
+        labelled=None if np.array_equal(labelled, np.arange(len(labelled))) else torch.from_numpy(labelled),
         targets=torch.from_numpy(targets[is_labelled]),
     )

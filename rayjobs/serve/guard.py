@@ -188,12 +188,20 @@ def _check_origin(headers: dict[str, str], *, only_loopback: bool) -> None:
     origin = headers.get("origin")
     if origin is not None and _host(origin) != host.lower():
         raise ApiError(f"pages of {origin!r:.80} may not use this server", status=403, code="cross_origin")
-    if only_loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if only_loopback and not is_loopback(_name(host)):
         raise ApiError(
             f"the host {host!r:.80} is not this machine's own address: use http://127.0.0.1",
             status=403,
             code="unknown_host",
         )
+
+
+def _name(host: str) -> str:
+    """The name or address in a Host header; nothing of one that is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _host(origin: str) -> str:

@@ -142,7 +142,8 @@ def odd_form(rng: random.Random, model: str) -> Call:
 
 def odd_headers(rng: random.Random, model: str) -> Call:
     path = rng.choice(POSTS)
-    headers = rng.choice([{"origin": "https://elsewhere.example"}, {"origin": "null"}, {"host": "elsewhere.example"}])
+    origins = [{"origin": origin} for origin in ("https://elsewhere.example", "null", "http://[")]
+    headers = rng.choice([*origins, *({"host": host} for host in ("elsewhere.example", "[", "127.0.0.1]"))])
     return Call("POST", path, dump(good_body(path, model)), headers)
 
 

@@ -199,6 +199,9 @@ def test_the_token_is_asked_for(text_model: TextModel) -> None:
 
 def test_other_sites_and_other_hosts_are_refused_without_a_token(application: App) -> None:
     assert ask(application, "GET", "/v1/models", "http://example.org").status_code == 403
+    for host in ("[", "]", "[::1", "[x]", "127.0.0.1]", ""):
+        refused = ask(application, "GET", "/v1/models", headers={"host": host})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "unknown_host"), host
     for origin in ("http://example.org", "null", "http://127.0.0.1:9000"):
         assert ask(application, "POST", "/v1/completions", headers={"origin": origin}).status_code == 403
     assert ask(application, "GET", "/v1/models", headers={"origin": LOCAL}).status_code == 200

@@ -1,8 +1,8 @@
 # Everything runs in .venv, made on first use; PYTHON names the interpreter that makes it.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes: all tests on the Ray cluster run in one, the other files in the other.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two processes share the files of tests; each has a Ray cluster of its own.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo install test test-slow test-models coverage lab docs check bench clean
 

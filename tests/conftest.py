@@ -46,14 +46,6 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Names which tests stay together where pytest-xdist runs several processes: a file, or all on the Ray cluster."""
-    on_cluster = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if item.path in on_cluster else item.nodeid.split("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaMA in Hugging Face's format with a SentencePiece tokenizer of its own."""

@@ -33,12 +33,22 @@ def driver_id() -> str:
     return os.environ.get(DRIVER_VARIABLE) or _PROCESS
 
 
+def process_exists(pid: int) -> bool:
+    """Return whether this machine has a process of this id that is no zombie, whatever its start."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def process_lives(pid: int, since: float) -> bool:
-    """Return whether a process of this machine still runs.
+    """Return whether a process of this machine still runs. A zombie, which its parent has not waited for, does not.
 
     since: start of the process, in seconds since 1970, or 0 if it is unknown. The system reuses ids, but not with this
     time.
     """
+    if not process_exists(pid):
+        return False
     try:
         began = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:

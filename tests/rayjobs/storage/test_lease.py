@@ -22,7 +22,7 @@ from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage import lease as leases
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.lease import EXPIRES_S, check_lease, hold, lost_lease, release
-from rayjobs.storage.lease_files import DRIVER_VARIABLE, Holder, LeaseFiles
+from rayjobs.storage.lease_files import DRIVER_VARIABLE, Holder, LeaseFiles, process_lives
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.conftest import ROOT
@@ -173,6 +173,19 @@ def test_a_process_of_this_machine_is_asked_whether_it_lives(tmp_path: Path, clo
     hold(tmp_path)
     release(tmp_path)
     assert files.newest().number == 4
+    assert clock.now == 1000, "nothing was waited for"
+
+
+def test_a_process_that_was_killed_and_that_nobody_has_waited_for_is_gone(tmp_path: Path, clock: Clock) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        began = psutil.Process(other.pid).create_time()
+        LeaseFiles(tmp_path).create(1, replace(Holder.here(None), driver="x", pid=other.pid, pid_since=began))
+        assert process_lives(other.pid, began)
+        other.kill()
+        wait_until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE, "a zombie")
+        assert not process_lives(other.pid, began)
+        hold(tmp_path)
+        release(tmp_path)
     assert clock.now == 1000, "nothing was waited for"
 
 

@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from rayjobs.console import verbose
 from rayjobs.storage.lease_files import DRIVER_VARIABLE, driver_id
@@ -68,6 +68,12 @@ def set_environment(*, show_library_output: bool = False) -> None:
     if show_library_output:
         os.environ["RAYJOBS_VERBOSE"] = "1"
     os.environ.update(environment())
+
+
+def set_unless_given(variables: Mapping[str, str]) -> None:
+    """Set variables that another library reads, those excepted that the process was started with."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def set_auth_mode(mode: str) -> None:

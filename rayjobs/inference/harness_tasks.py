@@ -3,11 +3,11 @@
 import difflib
 import importlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayjobs.cluster.environment import set_unless_given
 from rayjobs.console import verbose
 from rayjobs.errors import ConfigError, is_user_error
 
@@ -23,9 +23,9 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     """
     if folder is not None and not Path(folder).is_dir():
         raise ConfigError(f"task_folder is {folder}, which is no folder")
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its pools would fork a process with Ray's threads
+    set_unless_given({"DISABLE_MULTIPROC": "1"})  # its pools would fork a process with Ray's threads
     if not verbose():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        set_unless_given({"TQDM_DISABLE": "1"})
     try:
         tasks = importlib.import_module("lm_eval.tasks")
     except ImportError as error:

@@ -5,7 +5,7 @@ parameters is 3 MiB for every number of tokens that has occurred, and looks like
 cost a few percent of the time of short requests.
 """
 
-import os
+from rayjobs.cluster.environment import set_unless_given
 
 KEPT = "32"
 """Kernels in each cache; one step needs five, whatever its number of tokens."""
@@ -14,5 +14,4 @@ _VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 def limit_kernel_caches() -> None:
     """Limit the caches of this process, unless its environment does. Call it before the first product on a CPU."""
-    for name in _VARIABLES:
-        os.environ.setdefault(name, KEPT)
+    set_unless_given(dict.fromkeys(_VARIABLES, KEPT))

@@ -41,7 +41,8 @@ class MetricsLog(ray.train.UserCallback):
         rows = metrics[0].get("rows")
         if not rows:
             return
-        check_lease(self.synced.folder / "metrics.jsonl")
+        with suppress(OSError):  # an outage, which may pass; an error in this process would end the training
+            check_lease(self.synced.folder / "metrics.jsonl")
         path = self.synced.fetch("metrics.jsonl")
         first_step = rows[0]["step"]
         if first_step <= self.last_step and path.exists():  # the run has resumed from an earlier step
@@ -103,7 +104,10 @@ class EventLog(ray.train.UserCallback):
             self._append(Event(doing=report.get("doing", ""), started=report.get("started", {})))
 
     def _note_resume(self, step: int, passed_over: list[str]) -> None:
-        """Tell of damaged checkpoints, and of the step that the run goes on from in place of the one that was told."""
+        """Tell the driver of damaged checkpoints, and of the step that the run goes on from if it was told another.
+
+        step: the step of the checkpoint that was loaded. passed_over: a sentence for each damaged checkpoint.
+        """
         for message in passed_over:
             self._append(Event(message=message))
         lost = _lost(self.last_step - step)

@@ -1,6 +1,7 @@
 """The driver is told what the workers do and why one has died, in a sentence of ours."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,12 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from rayjobs.cluster.capacity import Capacity
 from rayjobs.config import load
 from rayjobs.console import setup_logging
+from rayjobs.errors import LeaseLostError, StorageError
+from rayjobs.runs.trackers import TrackConfig
+from rayjobs.storage.files import read_jsonl
+from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train import callbacks, start_times, trainer
-from rayjobs.train.callbacks import EventLog, describe_death
+from rayjobs.train.callbacks import EventLog, MetricsLog, describe_death
 from rayjobs.train.config import ScaleConfig
 from rayjobs.train.start_times import StartTimes
 from rayjobs.train.trainer import Monitor
@@ -203,3 +208,25 @@ def test_the_first_phase_begins_with_the_command_of_its_job_and_with_no_other(mo
         times.end("importing and checking")
         seconds.append(times.seconds["importing and checking"])
     assert seconds == [0.0, 3.5, 0.0]
+
+
+@pytest.mark.parametrize("error", [StorageError("the bucket does not answer"), LeaseLostError("now run by another")])
+def test_metrics_outlast_an_outage_but_not_a_takeover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """An error in the controller ends the training: Ray starts the workers again only for errors of theirs."""
+
+    def refuse(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(callbacks, "check_lease", refuse)
+    monkeypatch.setattr(callbacks, "log_all", lambda *_: None)
+    log = MetricsLog(SyncedFolder(tmp_path), TrackConfig())
+    reports = [{"rows": [{"step": 1}]}, {"rows": [{"step": 2}]}]
+    is_lost = isinstance(error, LeaseLostError)
+    for report in reports:
+        with pytest.raises(LeaseLostError) if is_lost else nullcontext():
+            log.after_report(None, [report], None)
+    metrics = tmp_path / "metrics.jsonl"
+    assert metrics.exists() != is_lost
+    assert is_lost or [row["step"] for row in read_jsonl(metrics)] == [1, 2]

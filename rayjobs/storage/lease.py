@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from rayjobs.errors import LeaseLostError, ResourceError
-from rayjobs.storage.lease_files import DRIVER_VARIABLE, Entry, Holder, LeaseFiles, driver_id, this_machine
+from rayjobs.storage.lease_files import DRIVER_VARIABLE, Entry, Holder, LeaseFiles, driver_id
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ _held: dict[str, Lease] = {}
 def hold(folder: Path) -> None:
     """Hold a folder for this process until `release`; nothing happens if it does so already.
 
-    Waits up to `EXPIRES_S` to see whether a holder on another machine lives. Raises ResourceError if the folder is held
-    by another process, StorageError if the lease cannot be read or written.
+    Waits up to `EXPIRES_S` to see whether a holder lives, unless this machine knows it. Raises ResourceError if the
+    folder is held by another process, StorageError if the lease cannot be read or written.
     """
     lease = _held.get(str(folder))
     if lease is not None and not lease.lost:
@@ -152,7 +152,7 @@ def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:
     folder, holder = files.folder.parent, seen.holder
     if holder and holder.is_gone():
         return seen
-    if holder and holder.machine == this_machine():
+    if holder and holder.is_seen():
         raise ResourceError(_describe_held(folder, holder))
     logger.info("%s is held by %s: seeing for %.0f s whether it lives", folder, holder or "a process", EXPIRES_S)
     deadline = time.monotonic() + EXPIRES_S
@@ -172,8 +172,9 @@ def _describe_held(folder: Path, holder: Holder | None) -> str:
 
 def _describe_loss(folder: Path, holder: Holder | None) -> str:
     return (
-        f"{folder} is now run by {holder or 'another process'}, which saw no sign of this process for "
-        f"{EXPIRES_S:.0f} s; this one writes no more there: let the other end, or choose another run.name"
+        f"{folder} is now run by {holder or 'another process'}; the one before had ended, or had shown no sign of "
+        f"itself for {EXPIRES_S:.0f} s. This process writes no more there: let the other end, or choose another "
+        "run.name"
     )
 
 

@@ -90,9 +90,17 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Return whether the holder has let the folder go, or certainly does not run any more."""
-        if self.released or self.driver == driver_id():  # a worker's lease: its driver has started it again elsewhere
-            return True
-        return self.machine == this_machine() and not process_lives(self.pid, self.pid_since)
+        if self.released or self.driver == driver_id():  # held by another worker of this same driver, which has
+            return True  # replaced it by this one
+        return self.machine == this_machine() and not process_exists(self.pid)
+
+    def is_seen(self) -> bool:
+        """Return whether the holder certainly runs.
+
+        A process of its id that began at another time is no sign either way: the system may have given the id to
+        another one, or its clock, which the start is told by, was set.
+        """
+        return self.machine == this_machine() and process_lives(self.pid, self.pid_since)
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.host} since {self.since}"

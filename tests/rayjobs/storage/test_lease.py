@@ -165,15 +165,39 @@ def test_a_process_of_this_machine_is_asked_whether_it_lives(tmp_path: Path, clo
         files.create(1, its)
         with pytest.raises(ResourceError, match=f"is being run by process {other.pid} of "):
             hold(tmp_path)
-        files.write(1, replace(its, pid_since=1.0))
-        hold(tmp_path)  # another process had its id then
-        release(tmp_path)
-        files.create(3, its)
         other.kill()
     hold(tmp_path)
     release(tmp_path)
-    assert files.newest().number == 4
+    assert files.newest().number == 2
     assert clock.now == 1000, "nothing was waited for"
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_start_at_another_time_is_no_proof_that_a_process_is_gone(tmp_path: Path, clock: Clock, beats: bool) -> None:
+    """The system may have used the id again, or the clock may have been set while the process ran."""
+    files = LeaseFiles(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        its = replace(
+            Holder.here(None), driver="x", pid=other.pid, pid_since=psutil.Process(other.pid).create_time() - 9
+        )
+        files.create(1, its)
+        if beats:
+            clock.meanwhile = lambda: files.write(1, replace(its, beat=1))
+            with pytest.raises(ResourceError, match=f"is being run by process {other.pid} of "):
+                hold(tmp_path)
+        else:
+            hold(tmp_path)
+            release(tmp_path)
+            assert clock.now - 1000 == EXPIRES_S
+        other.kill()
+
+
+def test_who_lost_a_folder_is_told_no_more_than_is_known(folder: Path) -> None:
+    """Its driver may have ended, or have been silent, and the one that took the folder over saw one or the other."""
+    hold(folder)
+    taken_over(folder)
+    with pytest.raises(LeaseLostError, match="the one before had ended, or had shown no sign of itself for 40 s"):
+        check_lease(folder / "run.json")
 
 
 def test_a_process_that_was_killed_and_that_nobody_has_waited_for_is_gone(tmp_path: Path, clock: Clock) -> None:

@@ -142,8 +142,13 @@ def find_resumable(storage: str, tell: Callable[[str], object]) -> Resumable | N
 
     storage: Train's folder, a path or URI. tell: as for `newest_readable`. What a crash has left of a checkpoint that
     was being written is removed. Raises StorageError if checkpoints were reported and none can be read: to start again
-    would overwrite the run's metrics.
+    would overwrite the run's metrics. Raises LeaseLostError, before anything is removed, if another driver has taken
+    over the run, and an OSError that is no StorageError if the storage does not answer, which Ray Train tries again.
     """
+    try:
+        check_lease(resolve_path(f"{storage}/checkpoint"))
+    except StorageError as error:
+        raise OSError(str(error)) from error
     mode = ray.train.CheckpointConsistencyMode.COMMITTED
     reported = {Path(one.checkpoint.path).name for one in ray.train.get_all_reported_checkpoints(consistency_mode=mode)}
     remove_unfinished(storage, reported)

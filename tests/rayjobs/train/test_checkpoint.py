@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray.train
 import torch
 
-from rayjobs.errors import NonFiniteLossError
-from rayjobs.train import checkpoint_writer
+from rayjobs.errors import LeaseLostError, NonFiniteLossError, StorageError, UserError
+from rayjobs.storage.lease_files import DRIVER_VARIABLE, Holder, LeaseFiles
+from rayjobs.train import checkpoint, checkpoint_writer
 from rayjobs.train.checkpoint import (
     POSITION_FILE,
     STATE_FILE,
     StoredCheckpoint,
     TrainingCheckpoint,
+    find_resumable,
     list_checkpoints,
     new_checkpoint_name,
     newest_readable,
@@ -35,11 +38,13 @@ def content(step: int) -> TrainingCheckpoint:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
-    """Train's folder with the checkpoints of steps 10, 20 and 30."""
+    """Train's folder, in that of a run, with the checkpoints of steps 10, 20 and 30."""
+    folder = tmp_path / "train"
+    folder.mkdir()
     for step in (20, 10, 30):
-        write_checkpoint(str(tmp_path), content(step))
-    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
-    return tmp_path
+        write_checkpoint(str(folder), content(step))
+    (folder / "checkpoint_manager_snapshot.json").write_text("{}")
+    return folder
 
 
 @pytest.mark.parametrize(("name", "size"), [(STATE_FILE, 90), (STATE_FILE, 3), (STATE_FILE, 0), (POSITION_FILE, 4)])
@@ -79,6 +84,36 @@ def test_the_directory_of_a_checkpoint_that_was_cut_off_is_removed(storage: Path
     (recorded / POSITION_FILE).unlink()
     remove_unfinished(str(storage), {recorded.name})
     assert names(storage) == ["checkpoint_00000030", "checkpoint_00000020", "checkpoint_00000010"]
+
+
+def test_a_worker_of_a_driver_that_was_taken_over_from_removes_nothing(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no position yet may be a checkpoint that the other driver's workers are writing."""
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
+    being_written = storage / "checkpoint_00000040"
+    being_written.mkdir()
+    other = Holder(driver="b", host="h", machine="h", pid=1, pid_since=0.0, since="2026-01-02", superseded=("a",))
+    LeaseFiles(storage.parent).create(2, other)
+    monkeypatch.setenv(DRIVER_VARIABLE, "a")
+    with pytest.raises(LeaseLostError):
+        find_resumable(str(storage), print)
+    assert being_written.exists()
+    monkeypatch.setenv(DRIVER_VARIABLE, "b")
+    assert find_resumable(str(storage), print).content.step == 30
+    assert not being_written.exists()
+
+
+def test_a_lease_that_cannot_be_read_is_tried_again(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user error would end the training; for any other one Ray starts the workers again."""
+
+    def no_answer(path: Path) -> None:
+        raise StorageError("the bucket does not answer")
+
+    monkeypatch.setattr(checkpoint, "check_lease", no_answer)
+    with pytest.raises(OSError, match="does not answer") as raised:
+        find_resumable(str(storage), print)
+    assert not isinstance(raised.value, UserError)
 
 
 @pytest.fixture

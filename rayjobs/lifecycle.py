@@ -11,7 +11,7 @@ from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import replace_paths
 from rayjobs.errors import describe_error
 from rayjobs.runs.file_digests import write_digests
-from rayjobs.runs.record import State, finish_run, forget_run, leave_run, read_record
+from rayjobs.runs.record import State, finish_run, forget_run, is_running_here, leave_run, read_record
 from rayjobs.runs.trackers import log_outcome
 from rayjobs.storage.files import write_json
 from rayjobs.storage.hub import pin
@@ -38,13 +38,13 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
         try:
             try:
                 result = run(settings)
+                _record_success(settings, result)
             except BaseException as error:
                 if lost := lost_lease(settings.run.folder):
                     forget_run(settings.run.folder)
                     raise lost from None
                 _record_failure(settings, error)
                 raise
-            _record_success(settings, result)
             return result
         finally:
             leave_run(settings.run.folder)
@@ -63,10 +63,11 @@ def _record_failure(settings: Any, error: BaseException) -> None:
 
 def _record_success(settings: Any, result: dict[str, Any]) -> None:
     folder: Path = settings.run.folder
-    if finish_run(folder, settings.JOB, "done"):
+    if is_running_here(folder, settings.JOB):
         write_json(folder / HARDWARE_FILE, describe_hardware())  # again, because Ray's cluster is known by now
         log_outcome(folder, settings.run.track, "done", result)
         write_digests(folder)
+        finish_run(folder, settings.JOB, "done")  # last, so that a run that is done has its digests
     record = read_record(folder)
     if record and record.state != "running":  # while it runs, this job was a part of another, which reports later
         _report(folder)

@@ -15,11 +15,11 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from rayjobs.console import printable
-from rayjobs.errors import DataError
+from rayjobs.errors import DataError, ResourceError
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.lease import hold, release
-from rayjobs.storage.lease_files import process_lives
+from rayjobs.storage.lease_files import LeaseFiles, process_lives
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,11 @@ def start_run(folder: Path, job: str) -> bool:
     """
     if _jobs_here.get(str(folder), job) != job:
         return False
-    hold(folder)
     before = read_record(folder)
+    if before is not None and LeaseFiles(folder).newest() is None:
+        _refuse_unheld(folder, before)
+    hold(folder)
+    before = read_record(folder)  # again: the process that held the folder until now may have recorded its end
     record = RunRecord(
         job=job,
         state="running",
@@ -87,13 +90,31 @@ def start_run(folder: Path, job: str) -> bool:
     return True
 
 
+def _refuse_unheld(folder: Path, record: RunRecord) -> None:
+    """Raise ResourceError if a process of this machine runs a job in a folder that nobody holds.
+
+    Versions that knew no leases held none.
+    """
+    is_here = record.host == socket.gethostname() and record.pid != os.getpid()
+    if record.state == "running" and is_here and process_lives(record.pid, record.pid_since):
+        raise ResourceError(
+            f"{folder} is being run by process {record.pid} of {record.host} since {record.started}: let it end, stop "
+            "it, or choose another run.name"
+        )
+
+
+def is_running_here(folder: Path, job: str) -> bool:
+    """Return whether this process has started the job in `folder`, as a run of its own, and has not finished it."""
+    return _jobs_here.get(str(folder)) == job
+
+
 def finish_run(folder: Path, job: str, state: State, error: str = "") -> bool:
     """Record how a job's run ended.
 
     Returns False and writes nothing if this process did not start the job in `folder`: its settings were refused, its
     finished result was only shown again, or it was a part of another job's run.
     """
-    if _jobs_here.get(str(folder)) != job:
+    if not is_running_here(folder, job):
         return False
     del _jobs_here[str(folder)]
     record = read_record(folder)

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from rayjobs.serve.api_errors import ApiError, JsonResponse
-from rayjobs.serve.bodies import AdapterBody, parse_body
+from rayjobs.serve.bodies import AdapterBody, read_body
 from rayjobs.serve.chat import ChatCompletions
 from rayjobs.serve.completions import Completions
 from rayjobs.serve.guard import App, Guard
@@ -107,7 +107,7 @@ class _Server:
 
     async def load_adapter(self, request: Request) -> Response:
         """Serve a run's adapter, also one that was unloaded."""
-        name = self._name(parse_body(AdapterBody, await request.body()))
+        name = self._name(await read_body(AdapterBody, request))
         if not await asyncio.to_thread(self._model.adapters.load, name):
             why = self._model.adapters.why_not(name) or "adapters.folder has no run of this name with an adapter"
             raise ApiError(f"{name!r:.80} cannot be served: {why}", status=404, param="lora_name")
@@ -115,7 +115,7 @@ class _Server:
 
     async def unload_adapter(self, request: Request) -> Response:
         """Serve an adapter no longer, until it is loaded again."""
-        name = self._name(parse_body(AdapterBody, await request.body()))
+        name = self._name(await read_body(AdapterBody, request))
         if self._shared:
             raise ApiError(
                 "this server has several replicas, each with adapters of its own: move the run out of adapters.folder, "

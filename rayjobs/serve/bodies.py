@@ -1,9 +1,11 @@
 """The JSON bodies of requests, checked before anything is done with them."""
 
+import asyncio
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
 
 from rayjobs.serve.api_errors import ApiError
 
@@ -26,8 +28,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys of OpenAI's that this server does not follow → the values that ask for nothing."""
 
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 4096, 4096, 1024
+LARGE_BODY = 64 * 1024
+"""Bytes of a body beyond which it is not parsed on the event loop."""
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""Every list fails at its first wrong element: an error for each of millions would take gigabytes."""
 BodyType = TypeVar("BodyType", bound=BaseModel)
 
 
@@ -48,7 +55,7 @@ class GenerationBody(BaseModel):
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int | None = Field(default=None, ge=1)
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -66,7 +73,12 @@ class GenerationBody(BaseModel):
 class CompletionBody(GenerationBody):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None
@@ -97,7 +109,7 @@ class ChatMessage(BaseModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -116,7 +128,7 @@ class ChatMessage(BaseModel):
 class ChatBody(GenerationBody):
     """The body of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -130,6 +142,14 @@ class AdapterBody(BaseModel):
 
     lora_name: str
     lora_path: str | None = None
+
+
+async def read_body(kind: type[BodyType], request: Request) -> BodyType:
+    """Parse the body of a request, a large one in a thread. Raises what `parse_body` raises."""
+    body = await request.body()
+    if len(body) > LARGE_BODY:
+        return await asyncio.to_thread(parse_body, kind, body)
+    return parse_body(kind, body)
 
 
 def parse_body(kind: type[BodyType], body: bytes) -> BodyType:
@@ -159,6 +179,9 @@ def _explain(error: ValidationError) -> ApiError:
         return ApiError(f"{where} is required", param=key, code="missing_required_parameter")
     what = first["msg"].replace("Input should be", "must be", 1)
     if key == "prompt":
-        where, what = "prompt", "must be a text, a list of texts, or one or several lists of token ids"
+        where, what = (
+            "prompt",
+            f"must be a text, up to {MAX_PROMPTS} texts, a list of token ids, or up to {MAX_PROMPTS} lists of token ids",
+        )
     kind = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return ApiError(f"{where} {what}", param=key, code=kind)

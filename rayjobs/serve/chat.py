@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rayjobs.serve.api_errors import JsonResponse
-from rayjobs.serve.bodies import ChatBody, parse_body
+from rayjobs.serve.bodies import ChatBody, read_body
 from rayjobs.serve.generation import Generation
 from rayjobs.serve.logprobs import ChatLogprobs
 from rayjobs.serve.metrics import Metrics
@@ -26,7 +26,7 @@ class ChatCompletions:
 
     async def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError or AdapterError for one that cannot be answered."""
-        body = parse_body(ChatBody, await request.body())
+        body = await read_body(ChatBody, request)
         asked = await asyncio.to_thread(self._model.ask_chat, body)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if body.stream:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from adapter.engine.sampling import TokenLogprob
 from rayjobs.serve.api_errors import JsonResponse
-from rayjobs.serve.bodies import CompletionBody, parse_body
+from rayjobs.serve.bodies import CompletionBody, read_body
 from rayjobs.serve.generation import Generation
 from rayjobs.serve.logprobs import CompletionLogprobs
 from rayjobs.serve.metrics import Metrics
@@ -27,7 +27,7 @@ class Completions:
 
     async def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError or AdapterError for one that cannot be answered."""
-        body = parse_body(CompletionBody, await request.body())
+        body = await read_body(CompletionBody, request)
         asked = await asyncio.to_thread(self._model.ask_completion, body)
         answer = _Answer(self._model, body, asked)
         if body.stream:

@@ -41,7 +41,7 @@ _AT_ONCE = 4
 class ClassificationBody(BaseModel):
     """The body of a request."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="allow", hide_input_in_errors=True)
 
     model: str = Field(max_length=512)
     image: str
@@ -87,12 +87,19 @@ def read_request(content_type: str, body: bytes) -> tuple[ClassificationBody, st
     Raises ApiError for a body that is neither, or lacks a field, or has one of the wrong type or of an unknown name.
     """
     if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
-        fields = parse_body(ClassificationBody, body)
+        fields = _parse_fields(body)
         return fields, fields.image
     form = _read_form(content_type, body)
     image = form.pop("image", b"")
     texts = {name: content.decode(errors="replace") for name, content in form.items()}
-    return parse_body(ClassificationBody, json.dumps({**texts, "image": "in the form"}).encode()), image
+    return _parse_fields(json.dumps({**texts, "image": "in the form"}).encode()), image
+
+
+def _parse_fields(body: bytes) -> ClassificationBody:
+    fields = parse_body(ClassificationBody, body)
+    for name in fields.model_extra or {}:
+        raise ApiError(f"{name!r:.80} is no key of this request: leave it out", param=name[:80], code="unknown_key")
+    return fields
 
 
 def _read_form(content_type: str, body: bytes) -> dict[str, bytes]:

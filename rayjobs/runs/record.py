@@ -61,6 +61,23 @@ class RunRecord:
 _RECORDS = TypeAdapter(RunRecord)
 
 
+def hold_run(folder: Path) -> None:
+    """Hold the folder of a run for this process. Raises what `hold` raises.
+
+    Versions without leases held nothing: where there is no lease, the record says whether a process of this machine is
+    running there.
+    """
+    record = read_record(folder)
+    is_others = record is not None and record.host == socket.gethostname() and record.pid != os.getpid()
+    runs = record is not None and record.state == "running" and process_lives(record.pid, record.pid_since)
+    if record and is_others and runs and LeaseFiles(folder).newest() is None:
+        raise ResourceError(
+            f"{folder} is being run by process {record.pid} of {record.host} since {record.started}: let it end, stop "
+            "it, or choose another run.name"
+        )
+    hold(folder)
+
+
 def start_run(folder: Path, job: str) -> bool:
     """Hold `folder` for this process, and write the record of a job that begins to run there.
 
@@ -69,11 +86,8 @@ def start_run(folder: Path, job: str) -> bool:
     """
     if _jobs_here.get(str(folder), job) != job:
         return False
+    hold_run(folder)
     before = read_record(folder)
-    if before is not None and LeaseFiles(folder).newest() is None:
-        _refuse_unheld(folder, before)
-    hold(folder)
-    before = read_record(folder)  # again: the process that held the folder until now may have recorded its end
     record = RunRecord(
         job=job,
         state="running",
@@ -88,19 +102,6 @@ def start_run(folder: Path, job: str) -> bool:
     (folder / REPORT_FILE).unlink(missing_ok=True)  # it shows the state of an earlier start
     _jobs_here[str(folder)] = job
     return True
-
-
-def _refuse_unheld(folder: Path, record: RunRecord) -> None:
-    """Raise ResourceError if a process of this machine runs a job in a folder that nobody holds.
-
-    Versions that knew no leases held none.
-    """
-    is_here = record.host == socket.gethostname() and record.pid != os.getpid()
-    if record.state == "running" and is_here and process_lives(record.pid, record.pid_since):
-        raise ResourceError(
-            f"{folder} is being run by process {record.pid} of {record.host} since {record.started}: let it end, stop "
-            "it, or choose another run.name"
-        )
 
 
 def is_running_here(folder: Path, job: str) -> bool:

@@ -11,10 +11,9 @@ from typing import Any
 from rayjobs.config import to_dict
 from rayjobs.errors import NonFiniteLossError, ProvenanceError
 from rayjobs.runs.provenance import Change, comparable, find_changes, refuse_changes
-from rayjobs.runs.record import RESULT_FILE, read_record
+from rayjobs.runs.record import RESULT_FILE, hold_run, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE, PROVENANCE_FILE, VERSIONS_FILE, versions
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.storage.lease import hold
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.train.checkpoint import list_checkpoints
 from rayjobs.train.trainer import EXPERIMENT
@@ -54,7 +53,7 @@ def lock_run(folder: Path, settings: Any, identity: Mapping[str, Any], free: tup
     Changes with which a run goes on stay in the record. Raises what `check_same_run` raises, and ResourceError if
     another process is running there.
     """
-    hold(folder)
+    hold_run(folder)
     changes = check_same_run(folder, settings, identity, free)
     provenance = _provenance(folder)
     differences = "; ".join(map(str, changes))

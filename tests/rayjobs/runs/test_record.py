@@ -16,6 +16,7 @@ from rayjobs.runs.record import RECORD_FILE, finish_run, leave_run, read_record,
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.lease_files import LeaseFiles
+from rayjobs.train.resume_check import lock_run
 
 
 @config
@@ -75,6 +76,8 @@ def test_a_driver_of_a_version_without_leases_keeps_its_run(tmp_path: Path) -> N
         assert start(**{**driver, "pid_since": 1.0}), "the id belongs to another process by now"
         with pytest.raises(ResourceError, match=f"is being run by process {other.pid} of .* choose another run.name"):
             start(**driver)
+        with pytest.raises(ResourceError, match=f"is being run by process {other.pid} "):
+            lock_run(tmp_path, Config(run=RunConfig(name="r")), {}, ())
         assert LeaseFiles(tmp_path).newest() is None
         other.kill()
     assert start(**driver)

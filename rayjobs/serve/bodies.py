@@ -179,9 +179,7 @@ def _explain(error: ValidationError) -> ApiError:
         return ApiError(f"{where} is required", param=key, code="missing_required_parameter")
     what = first["msg"].replace("Input should be", "must be", 1)
     if key == "prompt":
-        where, what = (
-            "prompt",
-            f"must be a text, up to {MAX_PROMPTS} texts, a list of token ids, or up to {MAX_PROMPTS} lists of token ids",
-        )
+        where = "prompt"
+        what = f"must be a text, a list of token ids, or a list of up to {MAX_PROMPTS} of either"
     kind = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return ApiError(f"{where} {what}", param=key, code=kind)

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from email.parser import BytesParser
+from email import message_from_bytes
+from email.message import Message
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +37,10 @@ PATH = "/v1/images/classifications"
 
 _AT_ONCE = 4
 """Images that are decoded at a time: each takes a few bytes for every pixel."""
+
+
+_MAX_PARTS, _MAX_TEXT = 8, 4096
+"""Parts of a form; bytes of the content type, of a part's headers, and of a part other than the image."""
 
 
 class ClassificationBody(BaseModel):
@@ -69,7 +74,8 @@ class ImageRoutes:
 
     async def classify(self, request: Request) -> Response:
         """Classify the image of a request."""
-        fields, image = read_request(request.headers.get("content-type", ""), await request.body())
+        content_type, body = request.headers.get("content-type", ""), await request.body()
+        fields, image = await asyncio.to_thread(read_request, content_type, body)
         asked = Asked(top=fields.top, evidence=fields.evidence, coverage=fields.coverage)
         async with self._decoding:
             future = await asyncio.to_thread(self._submit, fields.model, image, asked)
@@ -104,17 +110,34 @@ def _parse_fields(body: bytes) -> ClassificationBody:
 
 def _read_form(content_type: str, body: bytes) -> dict[str, bytes]:
     """Return the contents of a form by name."""
+    given = Message()
+    given["content-type"] = content_type[:_MAX_TEXT]
     try:
-        form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
-        parts: Any = form.get_payload() if form.is_multipart() else []
-        fields: dict[str, bytes] = {}
-        for part in parts:
-            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-            if not isinstance(name, str) or not isinstance(content, bytes) or name in fields:
-                raise ApiError("the parts of a form must have a name each, once, and be no forms themselves")
-            fields[name] = content
-    except (ValueError, LookupError, RecursionError) as error:
-        if isinstance(error, ApiError):
-            raise
-        raise ApiError("the body is no form with files, as its content type says") from error
+        boundary = (given.get_boundary() or "").encode("latin-1")
+    except (ValueError, LookupError):
+        boundary = b""
+    if not boundary:
+        raise ApiError("the content type of a form must name its boundary")
+    _, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary, _MAX_PARTS + 1)
+    if not parts or not parts.pop().startswith(b"--"):
+        raise ApiError(f"a form has at most {_MAX_PARTS} parts, and ends with its boundary")
+    fields: dict[str, bytes] = {}
+    for part in parts:
+        name, content = _read_part(part)
+        if name in fields:
+            raise ApiError(f"the form has two parts named {name!r:.80}")
+        if name != "image" and len(content) > _MAX_TEXT:
+            raise ApiError(f"the part {name!r:.80} of the form is larger than {_MAX_TEXT} bytes", param=name[:80])
+        fields[name] = content
     return fields
+
+
+def _read_part(part: bytes) -> tuple[str, bytes]:
+    """Return the name and the content of what stands between two boundaries. What it contains is not read as a form."""
+    head, blank, content = part.partition(b"\r\n\r\n")
+    name = None
+    if blank and head.startswith(b"\r\n") and len(head) <= _MAX_TEXT:
+        name = message_from_bytes(head[2:]).get_param("name", header="content-disposition")
+    if not name or not isinstance(name, str):
+        raise ApiError("each part of a form must have headers, with its name")
+    return name, content

@@ -23,6 +23,7 @@ from cafo.calibration import Calibration
 from cafo.encoders import load_encoder
 from cafo.ensemble import Ensemble
 from rayjobs.models.encoder import VisionEncoderConfig
+from rayjobs.serve import images
 from rayjobs.serve.classification import Asked, ClassificationWorker
 from rayjobs.serve.classifiers import ClassifierFolder, FeatureSource
 from rayjobs.serve.guard import Guard
@@ -319,19 +320,17 @@ def test_forms_keep_any_bytes_and_odd_forms_are_refused(worker: ClassificationWo
     seen: list[bytes] = []
 
     async def talk(client: httpx.AsyncClient) -> list[httpx.Response]:
-        from rayjobs.serve import images
-
         request = client.build_request("POST", PATH, data={"model": "pets"}, files={"image": content})
         fields, image = images.read_request(request.headers["content-type"], await request.aread())
         assert (fields.model, fields.top) == ("pets", 5)
         assert isinstance(image, bytes)
         seen.append(image)
         part = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\npets\r\n'
-        bodies = [b"", b"--b--", part + b"--b--", part * 2 + b"--b--", b"--b\r\n\r\nx\r\n--b--", content]
+        bodies = [b"", b"--b--", part + b"--b--", part * 2 + b"--b--", b"--b\r\n\r\nx\r\n--b--", content, part]
         answers = [await client.post(PATH, content=body, headers=headers) for body in bodies]
         return [*answers, await client.post(PATH, content=content, headers={"content-type": "multipart/form-data"})]
 
-    assert [answer.status_code for answer in ask(worker, talk)] == [400] * 7
+    assert [answer.status_code for answer in ask(worker, talk)] == [400] * 8
     assert seen == [content]
 
 

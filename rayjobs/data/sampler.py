@@ -39,7 +39,8 @@ from rayjobs.data.token_store import Split, TokenStore, part_source, source_of
 from rayjobs.storage.counted_reader import CountedReader
 
 RECORDS_READ_TOGETHER = 4096
-"""Records of the steps whose part of a worker is read at once."""
+"""A worker reads its own records of several steps at once: of as many steps as have this many records over all workers.
+"""
 
 RECORD_SCHEMA = pa.schema(
     [

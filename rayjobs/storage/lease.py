@@ -16,9 +16,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from rayjobs.errors import LeaseLostError, ResourceError
@@ -128,23 +128,41 @@ def check_lease(path: Path) -> None:
     for folder in path.parents:
         if lease := _held.get(str(folder)):
             return lease.check()
-    is_worker = DRIVER_VARIABLE in os.environ
-    leased = _find_leased(path.parent) if is_worker else None
-    if leased is not None:
-        newest = LeaseFiles(leased).newest()
-        holder = newest and newest.holder
-        if holder and driver_id() in holder.superseded:
-            raise LeaseLostError(_describe_loss(leased, holder))
+    if DRIVER_VARIABLE in os.environ:
+        for leased, holder in _leases_above(path):
+            if driver_id() in holder.superseded:
+                raise LeaseLostError(_describe_loss(leased, holder))
 
 
-@lru_cache(maxsize=4096)
-def _find_leased(folder: Path) -> Path | None:
-    """Return the folder itself or the nearest one above it that has leases, for a worker."""
+_leased: dict[str, tuple[Path, ...]] = {}
+"""The folders with leases, among each folder that was asked about and those above it."""
+
+
+def _find_leased(folder: Path) -> tuple[Path, ...]:
+    """Return those with leases of a folder and the ones above it, the nearest first.
+
+    Remembered only if there are some and every folder could be listed: a run is held before what is within it.
+    """
+    if known := _leased.get(str(folder)):
+        return known
+    found, could_list_all = [], True
     for one in (folder, *folder.parents):
-        with suppress(OSError):  # a bucket may be closed above the folder
+        try:
             if LeaseFiles(one).numbers():
-                return one
-    return None
+                found.append(one)
+        except OSError:  # a bucket may be closed above the folder
+            could_list_all = False
+    if found and could_list_all:
+        _leased[str(folder)] = tuple(found)
+    return tuple(found)
+
+
+def _leases_above(path: Path) -> Iterator[tuple[Path, Holder]]:
+    """Yield the folders with leases that a path is in, and who holds each. Raises StorageError."""
+    for leased in _find_leased(path.parent):
+        newest = LeaseFiles(leased).newest()
+        if newest and newest.holder:
+            yield leased, newest.holder
 
 
 def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:

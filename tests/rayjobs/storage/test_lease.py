@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from rayjobs.config import config
-from rayjobs.errors import LeaseLostError, ResourceError
+from rayjobs.errors import LeaseLostError, ResourceError, StorageError
 from rayjobs.lifecycle import job
 from rayjobs.runs.run_dir import RunConfig, open_run
 from rayjobs.storage import lease as leases
@@ -141,6 +141,20 @@ def test_workers_write_as_long_as_their_driver_holds_the_folder(folder: Path, mo
     with pytest.raises(LeaseLostError):
         write_json(folder / "trials" / "a.json", "first")
     assert read_json(folder / "trials" / "a.json") == "unrelated"
+
+
+def test_a_failed_look_for_leases_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(files: LeaseFiles) -> list[int]:
+        raise StorageError("the bucket does not answer")
+
+    monkeypatch.setenv(DRIVER_VARIABLE, "first")
+    write_json(folder / "a.json", "nobody holds the folder")
+    LeaseFiles(folder).create(1, replace(ELSEWHERE, superseded=("first",)))
+    with monkeypatch.context() as outage:
+        outage.setattr(LeaseFiles, "numbers", no_answer)
+        check_lease(folder / "a.json")
+    with pytest.raises(LeaseLostError):
+        write_json(folder / "a.json", "late")
 
 
 def test_one_of_many_takes_a_number(tmp_path: Path) -> None:

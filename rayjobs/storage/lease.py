@@ -43,12 +43,19 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise LeaseLostError if another process holds the folder by now, StorageError if that cannot be read."""
+        """Raise LeaseLostError if another process holds the folder by now, or a run that it is a part of.
+
+        Raises StorageError if that cannot be read.
+        """
         newest = self.files.newest()
-        if newest is None or (newest.number == self.number and _is_same(newest.holder, self.holder)):
-            return  # None: the folder was removed; what is written makes it again
-        self.lost = LeaseLostError(_describe_loss(self.folder, newest.holder))
-        raise self.lost
+        try:
+            # None: the folder was removed; what is written makes it again
+            if newest and not (newest.number == self.number and _is_same(newest.holder, self.holder)):
+                raise LeaseLostError(_describe_loss(self.folder, newest.holder))
+            check_lease(self.folder)
+        except LeaseLostError as error:
+            self.lost = error
+            raise
 
     def beat(self) -> None:
         """Write the heartbeat. Raises LeaseLostError if another process holds the folder by now, and StorageError."""
@@ -86,7 +93,8 @@ def hold(folder: Path) -> None:
     """Hold a folder for this process until `release`; nothing happens if it does so already.
 
     Waits up to `EXPIRES_S` to see whether a holder lives, unless this machine knows it. Raises ResourceError if the
-    folder is held by another process, StorageError if the lease cannot be read or written.
+    folder is held by another process, LeaseLostError if the folder is within a run that was taken over from this
+    process's driver, StorageError if the lease cannot be read or written.
     """
     lease = _held.get(str(folder))
     if lease is not None and not lease.lost:
@@ -95,6 +103,7 @@ def hold(folder: Path) -> None:
     before = files.newest()
     if before is not None:
         before = _wait_until_free(files, before)
+    check_lease(folder)
     number, holder = (before.number if before else 0) + 1, Holder.here(before and before.holder)
     if not files.create(number, holder):
         newest = files.newest()
@@ -166,21 +175,29 @@ def _leases_above(path: Path) -> Iterator[tuple[Path, Holder]]:
 
 
 def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:
-    """Return the newest lease when it is free. Raises ResourceError as soon as its holder is known to live."""
+    """Return the newest lease when it is free. Raises ResourceError as soon as its holder is known to live.
+
+    A worker of a driver that has lost the run that the folder is within is given `EXPIRES_S` to notice it: its process
+    may live, and its heartbeat ends.
+    """
     folder, holder = files.folder.parent, seen.holder
     if holder and holder.is_gone():
         return seen
-    if holder and holder.is_seen():
+    ending = {driver for _, outer in _leases_above(folder) for driver in outer.superseded}
+    if holder and holder.is_seen() and holder.driver not in ending:
         raise ResourceError(_describe_held(folder, holder))
     logger.info("%s is held by %s: seeing for %.0f s whether it lives", folder, holder or "a process", EXPIRES_S)
-    deadline = time.monotonic() + EXPIRES_S
+    last_beat_by = time.monotonic() + EXPIRES_S
+    deadline = last_beat_by
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
         now = files.newest() or seen
         if now.holder and now.holder.released:
             return now
         if now != seen:
-            raise ResourceError(_describe_held(folder, now.holder))
+            if not (now.holder and now.holder.driver in ending and time.monotonic() < last_beat_by):
+                raise ResourceError(_describe_held(folder, now.holder))
+            seen, deadline = now, time.monotonic() + EXPIRES_S
     return seen
 
 

@@ -37,6 +37,7 @@ from rayjobs.job_configs.adapter_train import Config
 from rayjobs.lifecycle import job
 from rayjobs.models.base_model import BaseModelConfig, open_tokenizer
 from rayjobs.models.image_conditioning import ImageConditioning
+from rayjobs.runs.provenance import Change
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import atomic_path, read_json
@@ -108,8 +109,12 @@ def open_inputs(settings: Config, *, weights: bool = True) -> Inputs:
     return Inputs(checkpoint, tokenizer, settings.vision.open() if settings.vision else None, templates)
 
 
-def check_fit(settings: Config, inputs: Inputs) -> None:
-    """Raise ConfigError unless adapter, sequences and ZeRO fit the base, ProvenanceError if the run is another one."""
+def check_fit(settings: Config, inputs: Inputs) -> list[Change]:
+    """Check that adapter, sequences and ZeRO fit the base, and that the run folder has no other run.
+
+    Returns what differs from the run in that folder that may nevertheless go on in it; nothing if the base has no
+    weights, by which a run is identified. Raises ConfigError for what does not fit, ProvenanceError for another run.
+    """
     check_zero(settings.zero, settings.base.dtype)
     layers, window = inputs.checkpoint.config.n_layers, inputs.checkpoint.config.max_seq_len
     if (settings.adapter.n_layers or 0) > layers:
@@ -124,8 +129,9 @@ def check_fit(settings: Config, inputs: Inputs) -> None:
             f"data.max_length is {settings.data.max_length}, more than the window of {settings.base.path}, {window} "
             "tokens: lower it"
         )
-    if inputs.checkpoint.has_weights:  # by which the run is identified
-        check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
+    if not inputs.checkpoint.has_weights:
+        return []
+    return check_same_run(settings.run.folder, settings, identify(settings, inputs), FREE_TO_CHANGE)
 
 
 def build_adapter(settings: Config, inputs: Inputs) -> AdapterMethod:

@@ -8,9 +8,7 @@ rate that is best for it (`comparison.md`). The same command resumes an interrup
 again, an interrupted one continues from its last checkpoint, and a search comes to the same end.
 """
 
-import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,10 +25,9 @@ from rayjobs.config import to_dict
 from rayjobs.console import Progress, show_table
 from rayjobs.errors import ConfigError
 from rayjobs.job_configs.adapter_tune import Config
-from rayjobs.jobs import adapter_eval, adapter_train
+from rayjobs.jobs import adapter_train
 from rayjobs.jobs.adapter_tune_trials import (
-    evaluation_settings,
-    known_outcome,
+    TrialChecks,
     results_of,
     train_point,
     trial_folder,
@@ -65,7 +62,8 @@ BEST_CONFIG = "best.yaml"
 def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
     """Check the settings of every trial, or of some that have every value of a search; return these trials.
 
-    Raises a UserError for the first problem.
+    Raises a UserError for the first problem; ProvenanceError if the run folder has trials of other settings or data
+    that the sweep would take for its own.
 
     weights: False to leave the weights of a base on the hub there.
     """
@@ -80,15 +78,23 @@ def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
     sweep = settings.sweep
     tried = sample_overrides(sweep) if sweep.method == "optuna" else enumerate_overrides(sweep)
     trials = [AdapterTrial(*pair) for pair in itertools.product(tried, sweep.seeds)]
-    opened: dict[str, adapter_train.Inputs] = {}
+    checks = TrialChecks(settings, weights=weights)
     for trial in trials:
-        own = trial_settings(settings, trial)
-        named = json.dumps([to_dict(own)[name] for name in ("base", "data", "vision")])
-        if named not in opened:  # an encoder takes seconds to load
-            opened[named] = adapter_train.open_inputs(own, weights=weights)
-            _refuse_test_split(settings, own)
-        adapter_train.check_fit(own, opened[named])
+        checks.check(trial)
+    if sweep.method == "optuna" and checks.have_weights:
+        _repeat_search(settings, checks)
     return trials
+
+
+def _repeat_search(settings: Config, checks: TrialChecks) -> None:
+    """Repeat a search as far as the results of its trials are known.
+
+    Raises ProvenanceError for a trial of other settings or data that it would take for its own.
+    """
+    for study in open_studies(settings, checks, []):
+        suggested = 0
+        while isinstance(study.suggest(str(suggested)), dict):  # the rest of a batch is suggested without its results
+            suggested += 1
 
 
 def _check_method(settings: Config) -> None:
@@ -199,15 +205,23 @@ def run_grid(settings: Config, folder: Path) -> list[Point]:
 
 def run_search(settings: Config, folder: Path) -> list[Point]:
     """Search for the best setting, of each value of `sweep.compare` if there is one; return what was suggested."""
-    sweep = settings.sweep
-    compared = [{}] if sweep.compare is None else [{sweep.compare: value} for value in compared_values(sweep)]
-    points: list[Point] = []
-    with sweep_progress(settings, points, len(compared) * sweep.samples * len(sweep.seeds)) as progress:
-        for fixed in compared:
-            study = AdapterStudy(sweep, fixed, functools.partial(known_outcome, settings), points)
+    sweep, points = settings.sweep, list[Point]()
+    studies = open_studies(settings, TrialChecks(settings, weights=True), points)
+    with sweep_progress(settings, points, len(studies) * sweep.samples * len(sweep.seeds)) as progress:
+        for study in studies:
             if study.advance():
                 run_left(settings, folder, study, points[-1].trials[0], progress)
     return points
+
+
+def open_studies(settings: Config, checks: TrialChecks, points: list[Point]) -> list[AdapterStudy]:
+    """The studies of a search, one for each value of `sweep.compare` if there is one.
+
+    points: the list to which each point is appended that they suggest.
+    """
+    sweep = settings.sweep
+    compared = [{}] if sweep.compare is None else [{sweep.compare: value} for value in compared_values(sweep)]
+    return [AdapterStudy(sweep, fixed, checks.known_outcome, points) for fixed in compared]
 
 
 @contextmanager
@@ -239,17 +253,6 @@ def run_left(
     adapter_train.prepare(trial_settings(settings, first))
     train = tune.with_parameters(train_point, settings=settings, worker=worker)
     run_points(train, points, folder / "tune", settings.sweep.at_once, progress)
-
-
-def _refuse_test_split(settings: Config, trained: adapter_train.Config) -> None:
-    sources = trained.data.val_sources()
-    if settings.sweep.scienceqa is not None:
-        sources += adapter_eval.check(evaluation_settings(settings, trained)).sources
-    if any(source.split == "test" for source in sources):
-        raise ConfigError(
-            "a sweep chooses, and test is not for choosing: name val in data.val_path and sweep.scienceqa, and measure "
-            "what is chosen with adapter-eval"
-        )
 
 
 def _worker_resources(settings: Config) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The trials of adapter-tune: adapter-train's settings for each, its training within limits, and its result."""
 
 import functools
+import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ from typing import Any
 from ray import tune
 
 from rayjobs.config import load, to_dict
-from rayjobs.errors import NonFiniteLossError
+from rayjobs.errors import ConfigError, NonFiniteLossError
 from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.reporting.report import read_metrics
+from rayjobs.runs.provenance import refuse_changes
 from rayjobs.runs.record import finish_run
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.adapter_trial import (
+    ADAPTER_TRIAL_FILE,
     AdapterTrial,
     AdapterTrialResult,
     Point,
@@ -99,10 +102,57 @@ def results_of(settings: Config, point: Point) -> list[AdapterTrialResult]:
     return results
 
 
-def known_outcome(settings: Config, point: Point) -> dict[str, Any] | None:
-    """The outcome of a point whose trials are over, for the search; None if there is something to run."""
-    results = results_of(settings, point)
-    return outcome(results) if point.is_over(results) else None
+class TrialChecks:
+    """Checks trials before they are trained, and before the results of earlier ones are taken for theirs."""
+
+    def __init__(self, settings: Config, *, weights: bool) -> None:
+        """weights: False to leave the weights of a base on the hub there."""
+        self.settings, self.weights = settings, weights
+        self.opened: dict[str, adapter_train.Inputs] = {}
+        """Inputs by the settings that name them: an encoder takes seconds to load."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "opened": {}}  # Tune pickles a study with what it asks, and open files cannot be
+
+    @property
+    def have_weights(self) -> bool:
+        """Return whether every base's weights are there, without which trials of other settings are not noticed."""
+        return all(inputs.checkpoint.has_weights for inputs in self.opened.values())
+
+    def check(self, trial: AdapterTrial) -> None:
+        """Check the settings of a trial, and that its folder has no trial of other settings or data.
+
+        Raises a UserError for the first problem; ProvenanceError, which names each difference, for another trial.
+        """
+        own = trial_settings(self.settings, trial)
+        named = json.dumps([to_dict(own)[name] for name in ("base", "data", "vision")])
+        if named not in self.opened:
+            self.opened[named] = adapter_train.open_inputs(own, weights=self.weights)
+            self._refuse_test_split(own)
+        changes = adapter_train.check_fit(own, self.opened[named])
+        if (own.run.folder / ADAPTER_TRIAL_FILE).exists():  # a trial that diverged may be over without a checkpoint
+            refuse_changes(own.run.folder, changes, "choose another run.name, or remove that folder")
+
+    def known_outcome(self, point: Point) -> dict[str, Any] | None:
+        """The outcome of a point whose trials are over, for the search; None if there is something to run.
+
+        Raises ProvenanceError if one of its folders has a trial of other settings or data.
+        """
+        for trial in point.trials:
+            if trial_folder(self.settings, trial).exists():
+                self.check(trial)
+        results = results_of(self.settings, point)
+        return outcome(results) if point.is_over(results) else None
+
+    def _refuse_test_split(self, own: adapter_train.Config) -> None:
+        sources = own.data.val_sources()
+        if self.settings.sweep.scienceqa is not None:
+            sources += adapter_eval.check(evaluation_settings(self.settings, own), weights=self.weights).sources
+        if any(source.split == "test" for source in sources):
+            raise ConfigError(
+                "a sweep chooses, and test is not for choosing: name val in data.val_path and sweep.scienceqa, and "
+                "measure what is chosen with adapter-eval"
+            )
 
 
 def train_point(config: dict[str, Point], *, settings: Config, worker: Mapping[str, float]) -> None:

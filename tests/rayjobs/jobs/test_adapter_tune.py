@@ -19,6 +19,7 @@ from rayjobs.jobs import adapter_train, adapter_tune
 from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
 from rayjobs.jobs.adapter_tune_trials import results_of
 from rayjobs.storage.files import write_json
+from rayjobs.storage.lease import release
 from rayjobs.train.resume_check import lock_run
 from rayjobs.tune.adapter_study import AdapterStudy
 from rayjobs.tune.adapter_sweep import enumerate_overrides
@@ -196,6 +197,53 @@ def test_trials_of_other_records_at_the_same_path_are_refused(tiny_base: Path, r
     path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     with pytest.raises(ProvenanceError, match=rf"{own.run.name} .*data\.path\[0\]\.records was \w+, now \w+"):
         adapter_tune.run(config)
+
+
+def test_a_search_takes_no_result_of_other_settings_or_records(
+    tiny_base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials are over without a checkpoint, as one that diverged at once."""
+    path = tmp_path / "records.jsonl"
+    shutil.copy(records, path)
+    config = settings(tiny_base, path, tmp_path, **SEARCH, samples=4)
+    folder = config.run.folder
+
+    def kill_after_two(config: adapter_tune.Config, _: Path, study: AdapterStudy, *__: Any) -> None:
+        for number in range(2):
+            suggested = study.suggest(str(number))
+            assert isinstance(suggested, dict)
+            point = suggested["point"]
+            own = adapter_tune.trial_settings(config, point.trials[0])
+            lock_run(own.run.folder, own, identify(own, open_inputs(own)), FREE_TO_CHANGE)
+            release(own.run.folder)
+            replace(formula(point.trials[0], point), run=own.run.name).write(own.run.folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_tune, "run_left", kill_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        adapter_tune.run(config)
+    begun = {file: file.stat().st_mtime_ns for file in folder.glob("trials/*/trial.json")}
+    assert len(begun) == 2
+    written = (folder / "config.yaml").read_bytes()
+    changed = {
+        r"train\.epochs was 1\.0, now 2\.0": replace(config, train=replace(config.train, epochs=2)),
+        r"base\.dtype was fp32, now bf16": replace(config, base=replace(config.base, dtype="bf16")),
+        r"optimizer\.clip_norm was ": replace(config, optimizer=replace(config.optimizer, clip_norm=0.5)),
+    }
+    for message, other in changed.items():
+        for start in (adapter_tune.plan, adapter_tune.run):
+            with pytest.raises(ProvenanceError, match=rf"seed0-\w+ holds results of other settings \({message}"):
+                start(other)
+    assert (folder / "config.yaml").read_bytes() == written
+
+    monkeypatch.setattr(adapter_tune, "run_left", run_by_formula(most=2))
+    assert adapter_tune.run(config)["trials"] == 4
+    assert all(file.stat().st_mtime_ns == then for file, then in begun.items())
+    shutil.rmtree(min(begun, key=lambda file: begun[file]).parent)  # of what follows the first, the results are known
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(ProvenanceError, match=r"data\.path\[0\]\.records was \w+, now \w+"):
+        adapter_tune.check(config)
 
 
 def test_a_trial_s_result_of_another_version_is_read_or_named(tmp_path: Path) -> None:

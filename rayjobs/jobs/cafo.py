@@ -7,6 +7,7 @@ The same command resumes an interrupted run: no class is described or drawn twic
 from dataclasses import fields, replace
 from typing import Any
 
+from cafo.datasets import Dataset
 from rayjobs.errors import ConfigError
 from rayjobs.job_configs.cafo import Config
 from rayjobs.jobs import cafo_eval, cafo_generate, cafo_prompt, cafo_tune
@@ -70,7 +71,7 @@ def plan(settings: Config) -> None:
     if generate:
         cafo_generate.plan(generate)
     if generate is None or generate.list_path.exists():
-        cafo_tune.plan(tune)
+        cafo_tune.plan(with_estimate(tune, opens_test(settings, settings.data.open())))
 
 
 @job
@@ -82,11 +83,10 @@ def run(settings: Config) -> dict[str, Any]:
     prompt, generate, tune = prompt_settings(settings), generate_settings(settings), tune_settings(settings)
     check_rows(settings, tune)  # a sweep that cannot be run is refused before anything is asked or generated
     dataset = settings.data.open()
-    has_test = bool(settings.targets or dataset.open_test())
+    has_test = opens_test(settings, dataset)
     if has_test:
         cafo_eval.open_targets(dataset, settings.targets)
-    elif tune.search.estimate is None:
-        tune = replace(tune, search=replace(tune.search, estimate=True))
+    tune = with_estimate(tune, has_test)
     if prompt:
         cafo_prompt.check(prompt)
     elif generate:
@@ -113,6 +113,18 @@ def run(settings: Config) -> dict[str, Any]:
         scale=settings.scale,
     )
     return {**results, "eval": cafo_eval.run(evaluation)}
+
+
+def opens_test(settings: Config, dataset: Dataset) -> bool:
+    """Return whether there are test images, of the data set or of a target."""
+    return bool(settings.targets or dataset.open_test())
+
+
+def with_estimate(tune: cafo_tune.Config, has_test: bool) -> cafo_tune.Config:
+    """The settings of cafo-tune, which estimates the accuracy where there are no test images to measure it on."""
+    if has_test or tune.search.estimate is not None:
+        return tune
+    return replace(tune, search=replace(tune.search, estimate=True))
 
 
 def _fields(step: Any) -> dict[str, Any]:

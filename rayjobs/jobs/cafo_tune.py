@@ -28,7 +28,7 @@ from rayjobs.job_configs.cafo_tune import Config
 from rayjobs.lifecycle import job
 from rayjobs.models.encoder import EncoderInfo
 from rayjobs.reporting.tables import accuracy_cell
-from rayjobs.runs.provenance import lock_provenance
+from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import open_run
 from rayjobs.storage.files import write_json, write_parquet
@@ -95,6 +95,7 @@ def check(settings: Config) -> tuple[Dataset, list[Setting]]:
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
     dataset, tried = check(settings)
+    check_provenance(settings.run.folder / SWEEP, identity(settings), kind=Config)
     rows = [
         ["data set", f"{dataset.name}: {len(dataset.class_names)} classes, {len(dataset.val)} validation images"],
         ["chosen on", _describe_choices(select_by_shots(settings, dataset, tried))],
@@ -162,8 +163,12 @@ def select_by_shots(settings: Config, dataset: Dataset, tried: list[Setting]) ->
 
 def check_same_sweep(settings: Config) -> None:
     """Record the settings of the run folder's sweep. Raises ProvenanceError if the folder has a sweep of others."""
-    now = {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
-    lock_provenance(settings.run.folder / SWEEP, now, kind=Config)
+    lock_provenance(settings.run.folder / SWEEP, identity(settings), kind=Config)
+
+
+def identity(settings: Config) -> dict[str, Any]:
+    """Return the settings that the trials and the choice depend on."""
+    return {name: value for name, value in to_dict(settings).items() if name not in ("run", "trials", "scale")}
 
 
 def few_shot_plan(settings: Config, dataset: Dataset) -> FewShotPlan:

@@ -13,7 +13,8 @@ import torch
 
 from cafo.cache import load_cache, mean_key
 from rayjobs.config import load
-from rayjobs.jobs import cafo_tune
+from rayjobs.errors import ProvenanceError
+from rayjobs.jobs import cafo, cafo_tune
 from rayjobs.storage.files import read_json
 from rayjobs.tune.optuna_study import suggest_setting
 from rayjobs.tune.search_space import Range, SearchConfig, SpaceConfig, enumerate_settings, enumerate_trials
@@ -194,6 +195,21 @@ def test_a_job_submitted_again_is_the_same_sweep(
     assert len(roots) == 3
     with pytest.raises(ValueError, match=r"other settings \(data\.root was .*data, now .*other\)"):
         cafo_tune.check_same_sweep(config)
+
+
+def test_a_dry_run_tells_that_the_folder_has_a_sweep_of_other_settings(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"run.storage={tmp_path}"
+    cafo_tune.check_same_sweep(sweep(given, storage))
+    cafo_tune.plan(sweep(given, storage, "trials.workers=2"))
+    with pytest.raises(ProvenanceError, match=r"other settings \(space\.epochs\[0\] was 3, now 4\)"):
+        cafo_tune.plan(sweep(given, storage, "space.epochs=[4]"))
+
+    monkeypatch.setattr(cafo, "opens_test", lambda *_: False)  # without test images, cafo's sweep estimates
+    untested = cafo.Config(**vars(sweep(given, storage, name="untested")))
+    cafo_tune.check_same_sweep(cafo.with_estimate(cafo.tune_settings(untested), has_test=False))
+    cafo.plan(untested)
 
 
 @pytest.mark.ray

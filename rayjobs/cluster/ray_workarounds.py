@@ -76,6 +76,18 @@ def find_kuberay_config() -> dict[str, Any] | None:
         return None
 
 
+def serve_address() -> tuple[str | None, int] | None:
+    """Return the host and port of Ray Serve's proxies on the connected cluster; None if Ray Serve does not run there.
+
+    The host is None if it has no proxies. Ray Serve ignores the address that it is asked to start at when it runs
+    already, and has no public way to tell at which it runs.
+    """
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else (client.http_config.host, client.http_config.port)
+
+
 @contextmanager
 def on_loopback_only() -> Iterator[None]:
     """Let a cluster that is started in this block listen on 127.0.0.1 only, as Ray does on Windows and macOS.

@@ -19,7 +19,7 @@ from rayjobs.console import show_table
 from rayjobs.errors import ConfigError, ResourceError
 from rayjobs.job_configs.serve import Config
 from rayjobs.models.base_model import open_tokenizer
-from rayjobs.serve.deployment import check_folders, serve_config, start, stop
+from rayjobs.serve.deployment import check_folders, serve_config, serving
 from rayjobs.serve.settings import ServedConfig
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import dump_yaml, write_yaml
@@ -80,21 +80,14 @@ def run(settings: Config) -> dict[str, Any]:
     if gpus is None:
         gpus = 1.0 if cluster_capacity().total("GPU") else 0.0
     try:
-        _start(settings, gpus)
-        handle_interrupts()
-        logger.info("%s is served at %s/v1; Ctrl-C ends it", settings.base_name, address(settings))
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-    finally:
-        stop()
-    return {"address": address(settings)}
-
-
-def _start(settings: Config, gpus: float) -> None:
-    try:
-        start(settings, gpus)
+        with serving(settings, gpus):
+            handle_interrupts()
+            logger.info("%s is served at %s/v1; Ctrl-C ends it", settings.base_name, address(settings))
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
     except RuntimeError as error:
         raise parse_user_error(str(error)) or error from None
+    return {"address": address(settings)}
 
 
 def _check_port(host: str, port: int) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayjobs.cluster.device import worker_device
+from rayjobs.cluster.ray_workarounds import serve_address
 from rayjobs.config import load, to_dict
 from rayjobs.config_fields import config_fields
 from rayjobs.console import verbose
-from rayjobs.errors import DataError
+from rayjobs.errors import DataError, ResourceError
 from rayjobs.models.image_conditioning import ImageConditioning, ImageFeaturizer
 from rayjobs.serve.kernel_caches import limit_kernel_caches
-from rayjobs.serve.settings import ServedConfig
+from rayjobs.serve.settings import ServedConfig, ServerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,29 +150,57 @@ def serve_config(settings: ServedConfig, gpus: float) -> dict[str, Any]:
     }
 
 
-def start(settings: ServedConfig, gpus: float) -> None:
-    """Start the server on the connected cluster, and return once it answers.
+@contextmanager
+def serving(settings: ServedConfig, gpus: float) -> Iterator[None]:
+    """Serve on the connected cluster while the block runs, which begins once the server answers.
 
-    Raises RuntimeError if its replicas cannot be started, with the traceback of one of them in the message.
+    At the end, after the requests that are being answered, Ray Serve is shut down if it was started here; otherwise
+    only the application is deleted, if it was deployed here.
+
+    Raises ResourceError if Ray Serve already runs at another address, or with this application, and RuntimeError if the
+    replicas cannot be started, with the traceback of one of them in the message.
     """
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.INFO if verbose() else logging.ERROR)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": settings.server.host, "port": settings.server.port},
-        logging_config=quiet,
-    )
-    serve.run(bind(settings, gpus), name=APPLICATION, route_prefix="/", logging_config=quiet)
+    ours, deployed = serve_address() is None, False
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.server.host, "port": settings.server.port},
+            logging_config=quiet,
+        )
+        _check_running(settings.server)
+        application = bind(settings, gpus)
+        deployed = True
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        yield
+    finally:
+        if ours:
+            serve.shutdown()
+        elif deployed:
+            serve.delete(APPLICATION)
 
 
-def stop() -> None:
-    """End the server, after the requests that it is answering."""
+def _check_running(wanted: ServerConfig) -> None:
+    """Raise ResourceError if Ray Serve listens elsewhere than it should, or has the application already.
+
+    Listening elsewhere, it might be reached from other machines without a token.
+    """
     from ray import serve
 
-    serve.shutdown()
+    host, port = serve_address() or (None, 0)
+    if (host, port) != (wanted.host, wanted.port):
+        raise ResourceError(
+            f"Ray Serve already runs on this cluster at {host}:{port}, not at server.host={wanted.host} "
+            f"server.port={wanted.port}: set these to its address, or end it with serve shutdown"
+        )
+    if APPLICATION in serve.status().applications:
+        raise ResourceError(
+            f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first"
+        )
 
 
 def check_folders(settings: ServedConfig) -> dict[str, str]:

@@ -32,6 +32,13 @@ def test_ray_s_core_still_writes_to_stderr_before_it_has_read_its_log_level() ->
     assert done.stderr
 
 
+def test_ray_serve_s_status_still_does_not_tell_its_address() -> None:
+    """Otherwise `serve_address` can go."""
+    from ray.serve.schema import ServeStatus
+
+    assert set(ServeStatus.__dataclass_fields__) == {"proxies", "applications", "target_capacity"}
+
+
 @pytest.mark.ray
 def test_one_node_has_the_head_s_resource(cluster: None) -> None:
     """If this fails, Ray has renamed it; `HEAD_RESOURCE` must follow."""

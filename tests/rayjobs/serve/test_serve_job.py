@@ -10,7 +10,7 @@ import pytest
 from rayjobs.__main__ import main
 from rayjobs.config import load
 from rayjobs.job_configs.serve import Config
-from rayjobs.serve.deployment import build_app, serve_config, start, stop
+from rayjobs.serve.deployment import build_app, serve_config, serving
 from rayjobs.serve.settings import ServerConfig
 from rayjobs.storage.yaml_file import read_yaml
 from tests.rayjobs.serve.serving import alone
@@ -84,8 +84,7 @@ def test_a_replica_answers_streams_and_forgets_who_leaves(
 ) -> None:
     settings = load(Config, None, [*given, "server.port=18473", "replicas.cpus=0.5"])
     turns: Any = [{"role": "user", "content": "Write the red house"}]
-    start(settings, 0.0)
-    try:
+    with serving(settings, 0.0):
         url = "http://127.0.0.1:18473"
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
@@ -107,5 +106,3 @@ def test_a_replica_answers_streams_and_forgets_who_leaves(
             return "rayjobs_running_sequences 0.0" in text and "rayjobs_waiting_sequences 0.0" in text
 
         wait_until(idle, "the slots of the client that left are free", pause_s=0.2)
-    finally:
-        stop()

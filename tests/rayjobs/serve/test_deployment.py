@@ -1,0 +1,88 @@
+"""On a cluster where Ray Serve runs already, nothing is deployed at another address, and others' applications stay."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rayjobs.config import load
+from rayjobs.errors import ResourceError
+from rayjobs.serve import deployment
+from rayjobs.serve.deployment import APPLICATION, serving
+from rayjobs.serve.settings import ServedConfig
+
+OURS = ("127.0.0.1", 8123)
+
+
+class Cluster:
+    """What Ray Serve is told to do. Where it runs already, it stays at its address."""
+
+    def __init__(self, address: tuple[str | None, int] | None, applications: list[str], fails: bool = False) -> None:
+        self.address, self.applications, self.fails = address, applications, fails
+        self.done: list[str] = []
+
+    def start(self, http_options: Any, **_: Any) -> None:
+        self.address = self.address or (http_options["host"], http_options["port"])
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=dict.fromkeys(self.applications))
+
+    def run(self, *_: Any, name: str, **__: Any) -> None:
+        self.done.append(f"run {name}")
+        if self.fails:
+            raise RuntimeError("no replica")
+
+    def delete(self, name: str) -> None:
+        self.done.append(f"delete {name}")
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+
+@pytest.fixture
+def settings(tiny_base: Path) -> ServedConfig:
+    return load(ServedConfig, {"base": {"path": str(tiny_base)}, "server": {"host": OURS[0], "port": OURS[1]}})
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> None:
+    from ray import serve
+
+    for name in ("start", "status", "run", "delete", "shutdown"):
+        monkeypatch.setattr(serve, name, getattr(cluster, name))
+    monkeypatch.setattr(deployment, "serve_address", lambda: cluster.address)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("address", "end"), [(None, "shutdown"), (OURS, f"delete {APPLICATION}")])
+def test_only_what_was_started_here_is_ended(
+    settings: ServedConfig, monkeypatch: pytest.MonkeyPatch, address: Any, end: str, fails: bool
+) -> None:
+    cluster = Cluster(address, ["other"] if address else [], fails)
+    connect(monkeypatch, cluster)
+    if fails:
+        with pytest.raises(RuntimeError, match="no replica"), serving(settings, 0.0):
+            pass
+    else:
+        with serving(settings, 0.0):
+            assert cluster.done == [f"run {APPLICATION}"]
+    assert cluster.done == [f"run {APPLICATION}", end]
+
+
+@pytest.mark.parametrize(
+    ("address", "applications", "said"),
+    [
+        (("0.0.0.0", 8123), [], r"at 0\.0\.0\.0:8123, not at server\.host=127\.0\.0\.1 server\.port=8123"),
+        (("127.0.0.1", 8000), ["other"], r"at 127\.0\.0\.1:8000"),
+        ((None, 8123), ["other"], "at None:8123"),
+        (OURS, [APPLICATION], "already runs the application"),
+    ],
+)
+def test_a_server_at_another_address_or_of_another_process_is_left_alone(
+    settings: ServedConfig, monkeypatch: pytest.MonkeyPatch, address: Any, applications: list[str], said: str
+) -> None:
+    cluster = Cluster(address, applications)
+    connect(monkeypatch, cluster)
+    with pytest.raises(ResourceError, match=said), serving(settings, 0.0):
+        pass
+    assert cluster.done == []

@@ -112,7 +112,7 @@ class TrialChecks:
         """Inputs by the settings that name them: an encoder takes seconds to load."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "opened": {}}  # Tune pickles a study with what it asks, and open files cannot be
+        return {**vars(self), "opened": {}}  # Tune pickles a study with what it asks
 
     @property
     def have_weights(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from adapter.engine.request import Handle
 from rayjobs.serve.api_errors import JsonResponse
 from rayjobs.serve.bodies import ChatBody, read_body
 from rayjobs.serve.generation import Generation
@@ -33,6 +34,11 @@ class ChatCompletions:
             return EventStream(self._stream(body, asked, {**head, "object": "chat.completion.chunk"}))
         async with Generation(self._model.worker, self._metrics, asked.requests) as generation:
             (handle,) = await generation.finish()
+        choices = await asyncio.to_thread(self._choices, body, handle)
+        values = {**head, "object": "chat.completion", "choices": choices, "usage": usage(asked.requests, [handle])}
+        return JsonResponse(values)
+
+    def _choices(self, body: ChatBody, handle: Handle) -> list[dict[str, Any]]:
         choices = []
         for index, choice in enumerate(handle.choices):
             logprobs = None
@@ -41,8 +47,7 @@ class ChatCompletions:
                 logprobs = {"content": entries.add(choice.logprobs[: len(choice.ids)]), "refusal": None}
             message = {"role": "assistant", "content": choice.text.strip(), "refusal": None}
             choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish})
-        values = {**head, "object": "chat.completion", "choices": choices, "usage": usage(asked.requests, [handle])}
-        return JsonResponse(values)
+        return choices
 
     async def _stream(self, body: ChatBody, asked: Asked, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         (request,) = asked.requests
@@ -64,7 +69,8 @@ class ChatCompletions:
                 text = stripped[index].push(event.text)
                 logprobs = None
                 if body.logprobs and event.ids:
-                    logprobs = {"content": entries[index].add(event.logprobs), "refusal": None}
+                    content = await asyncio.to_thread(entries[index].add, event.logprobs)
+                    logprobs = {"content": content, "refusal": None}
                 if text or logprobs:
                     yield chunk(index, {"content": text}, logprobs)
                 if event.finish:

@@ -41,10 +41,15 @@ class Completions:
         async with Generation(self._model.worker, self._metrics, answer.asked.requests) as generation:
             async for number, event in generation:
                 if not answer.begun(number, event.choice):
-                    echo, logprobs = answer.begin(number, event.choice, generation.handles[number].prompt_logprobs)
+                    known = generation.handles[number].prompt_logprobs
+                    echo, logprobs = await asyncio.to_thread(answer.begin, number, event.choice, known)
                     if answer.body.echo:
                         yield answer.chunk(number, event.choice, echo, logprobs, None)
-                text, logprobs = answer.go_on(number, event.choice, event.text, event.logprobs)
+                further = (number, event.choice, event.text, event.logprobs)
+                if event.logprobs:
+                    text, logprobs = await asyncio.to_thread(answer.go_on, *further)
+                else:
+                    text, logprobs = answer.go_on(*further)
                 if text or logprobs or event.finish:
                     yield answer.chunk(number, event.choice, text, logprobs, event.finish)
             if answer.body.includes_usage:

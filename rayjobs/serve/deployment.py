@@ -198,9 +198,7 @@ def _check_running(wanted: ServerConfig) -> None:
             f"server.port={wanted.port}: set these to its address, or end it with serve shutdown"
         )
     if APPLICATION in serve.status().applications:
-        raise ResourceError(
-            f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first"
-        )
+        raise ResourceError(f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first")
 
 
 def check_folders(settings: ServedConfig) -> dict[str, str]:

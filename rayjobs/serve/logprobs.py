@@ -17,14 +17,18 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         """before: the tokens that the sequence follows."""
         self._tokenizer, self._context = tokenizer, list(before[-CONTEXT_TOKENS:])
+        self._known: dict[int, str] = {}
 
     def text(self, token: int) -> str:
         """The text of a token that may come next."""
-        return self._tokenizer.continuation(self._context, [token])
+        if token not in self._known:
+            self._known[token] = self._tokenizer.continuation(self._context, [token])
+        return self._known[token]
 
     def push(self, token: int) -> None:
         """Go on by one token."""
         self._context = [*self._context[1 - CONTEXT_TOKENS :], token]
+        self._known.clear()  # a text depends on the context
 
 
 class CompletionLogprobs:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from adapter.engine.request import Handle, QueueFullError, Request
 from adapter.engine.sequence import Sequence
 from rayjobs.serve.app import create_app
 from rayjobs.serve.guard import App, Guard
+from rayjobs.serve.logprobs import TokenTexts
 from rayjobs.serve.metrics import Metrics
 from rayjobs.serve.settings import LimitsConfig
 from rayjobs.serve.text_model import TextModel
@@ -215,6 +217,26 @@ def test_what_is_no_route_or_no_json_is_refused_in_openais_shape(application: Ap
     for content in (b"", b"{", b"[]", b'{"model": "\\ud800"}', b"[" * 9999, b'{"model": 1e999}', b"\xff\xfe"):
         refused = ask(application, "POST", "/v1/chat/completions", content=content)
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_made_beside_the_event_loop(
+    application: App, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    threads, text = set[bool](), TokenTexts.text
+
+    def note(texts: TokenTexts, token: int) -> str:
+        threads.add(threading.current_thread() is threading.main_thread())
+        return text(texts, token)
+
+    monkeypatch.setattr(TokenTexts, "text", note)
+    asked = {**LONG, "max_tokens": 3, "stream": stream}
+    chat = {**asked, "messages": [{"role": "user", "content": "the cat"}], "logprobs": True, "top_logprobs": 2}
+    del chat["prompt"]
+    assert ask(application, "POST", "/v1/chat/completions", json=chat).status_code == 200
+    completion = {**asked, "logprobs": 2, "echo": True}
+    assert ask(application, "POST", "/v1/completions", json=completion).status_code == 200
+    assert threads == {False}
 
 
 def test_metrics_count_what_was_answered(text_model: TextModel) -> None:

@@ -49,7 +49,14 @@ class StoredCheckpoint(NamedTuple):
     content: TrainingCheckpoint
 
 
-def write_checkpoint(storage: str, content: TrainingCheckpoint) -> StoredCheckpoint:
+class WrittenCheckpoint(NamedTuple):
+    """The place of a checkpoint that has been written, and its step."""
+
+    place: Checkpoint
+    step: int
+
+
+def write_checkpoint(storage: str, content: TrainingCheckpoint) -> WrittenCheckpoint:
     """Write a checkpoint into a new directory of Train's folder.
 
     storage: a path or URI. Raises OSError, for instance for a full disk, and LeaseLostError if another driver has taken
@@ -70,7 +77,7 @@ def write_checkpoint(storage: str, content: TrainingCheckpoint) -> StoredCheckpo
         with suppress(OSError):
             files.delete_dir(folder)
         raise
-    return StoredCheckpoint(Checkpoint(folder, files), content)
+    return WrittenCheckpoint(Checkpoint(folder, files), content.step)
 
 
 def new_checkpoint_name(storage: str, step: int) -> str:

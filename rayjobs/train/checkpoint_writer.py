@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from rayjobs.train.checkpoint import StoredCheckpoint, TrainingCheckpoint, write_checkpoint
+from rayjobs.train.checkpoint import TrainingCheckpoint, WrittenCheckpoint, write_checkpoint
 
 
 class CheckpointWriter:
@@ -17,7 +17,7 @@ class CheckpointWriter:
         """storage: Ray Train's folder, a path or URI."""
         self.storage = storage
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._written: Future[StoredCheckpoint] | None = None
+        self._written: Future[WrittenCheckpoint] | None = None
 
     def start(self, content: TrainingCheckpoint) -> None:
         """Begin to write a checkpoint. Its tensors must be copies that nothing changes any more."""
@@ -34,7 +34,7 @@ class CheckpointWriter:
         """True if a checkpoint has been written, or could not be, and waits to be taken."""
         return self._written is not None and self._written.done()
 
-    def take(self, *, wait: bool) -> StoredCheckpoint | None:
+    def take(self, *, wait: bool) -> WrittenCheckpoint | None:
         """Return the checkpoint that was written last, if it has not been returned before.
 
         wait: wait for one that is being written; otherwise None is returned until it is there. Raises OSError if it

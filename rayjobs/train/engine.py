@@ -9,6 +9,7 @@ or the number of workers.
 
 import collections
 import logging
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -153,22 +154,25 @@ class Engine:
             group["lr"] = lr
         self.deepspeed.step()
 
-    def state(self) -> dict[str, Tensor]:
-        """Return every trainable tensor and its moments, whole, in float32 on the CPU. All workers must call it."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every trainable tensor and its moments, whole, in float32, on the device, one gathered at a time.
+
+        They may be those that the training goes on to change. All workers must take all of them, together.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {}
         for name, parameter in self.trainable.items():
-            full = safe_get_full_fp32_param(parameter) if self.stage > 0 else parameter
-            state[name] = full.detach().cpu().clone()
+            yield name, (safe_get_full_fp32_param(parameter) if self.stage > 0 else parameter).detach()
             for moment in ADAM_MOMENTS:
                 if self.stage > 0:
-                    value = safe_get_full_optimizer_state(parameter, moment)
+                    yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
                 else:
-                    value = self.optimizer.state[parameter][moment]
-                state[f"{name}.{moment}"] = value.cpu().clone()
-        state[OPTIMIZER_STEP_KEY] = torch.tensor(float(self._steps()[0]))
-        return state
+                    yield f"{name}.{moment}", self.optimizer.state[parameter][moment]
+        yield OPTIMIZER_STEP_KEY, torch.tensor(float(self._steps()[0]))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of all `tensors`. All workers must call it."""
+        return {name: tensor.cpu().clone() for name, tensor in self.tensors()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore a state, saved under any stage and number of workers. All workers must call it."""

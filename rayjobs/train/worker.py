@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -297,15 +297,14 @@ class TrainingLoop:
         wait: wait for one that is being written. Raises OSError on rank 0 if it could not be written.
         """
         written = self.writer.take(wait=wait)
-        saved = {"saved_step": written.content.step} if written else {}
+        saved = {"saved_step": written.step} if written else {}
         send({"rows": self.rows.unreported, **saved}, written and written.place)
         self.rows.forget_reported()
         self.reported = time.monotonic()
 
     def begin_checkpoint(self) -> None:
         """Copy the training state, which takes all workers, and let rank 0 write it while the next steps are made."""
-        state = self.engine.state()
-        check_finite(state, self.step)
+        state = copy_finite(self.engine.tensors(), self.step, keep=self.rank == 0)
         if self.rank == 0:
             self.writer.start(TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
         self.saved = time.monotonic()
@@ -316,19 +315,26 @@ def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
-def check_finite(state: Mapping[str, torch.Tensor], step: int) -> None:
-    """Raise AgreedError with a NonFiniteLossError if a tensor of the training state, which all workers have, is not
-    finite: a loss that is finite may have had a gradient that is not, and no run could go on from such a checkpoint."""
-    doubtful = {
-        name: tensor for name, tensor in state.items() if not tensor.sum().isfinite()
-    }  # a sum is ten times faster
-    if broken := [name for name, tensor in doubtful.items() if not tensor.isfinite().all()]:
+def copy_finite(tensors: Iterable[tuple[str, torch.Tensor]], step: int, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Return copies on the CPU of the tensors of the training state, which all workers have; none without `keep`.
+
+    Raises AgreedError with a NonFiniteLossError, after all have been gathered, if one is not finite: a loss that is
+    finite may have had a gradient that is not, and no run could go on from such a checkpoint.
+    """
+    state, broken = {}, ""
+    for name, tensor in tensors:
+        is_finite = tensor.sum().isfinite() or tensor.isfinite().all()  # a sum is ten times faster
+        broken = broken or ("" if is_finite else name)
+        if keep:
+            state[name] = tensor.cpu().clone()
+    if broken:
         raise AgreedError(
             NonFiniteLossError(
-                f"{broken[0]} is no longer finite after step {step}, which is not saved. With a lower "
+                f"{broken} is no longer finite after step {step}, which is not saved. With a lower "
                 "optimizer.base_lr, or with optimizer.clip_norm, the same command goes on from the last checkpoint"
             )
         )
+    return state
 
 
 def group_by_step(micro_batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:

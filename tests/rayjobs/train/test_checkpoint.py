@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from rayjobs.train import checkpoint, checkpoint_writer
 from rayjobs.train.checkpoint import (
     POSITION_FILE,
     STATE_FILE,
-    StoredCheckpoint,
     TrainingCheckpoint,
+    WrittenCheckpoint,
     find_resumable,
     list_checkpoints,
     new_checkpoint_name,
@@ -28,8 +29,8 @@ from rayjobs.train.checkpoint import (
 )
 from rayjobs.train.checkpoint_writer import CheckpointWriter
 from rayjobs.train.ray_workarounds import delete_truncated_snapshot
-from rayjobs.train.worker import AgreedError, check_finite
-from tests.waiting import PATIENCE_S
+from rayjobs.train.worker import AgreedError, copy_finite
+from tests.waiting import PATIENCE_S, wait_until
 
 
 def content(step: int) -> TrainingCheckpoint:
@@ -140,7 +141,7 @@ def test_a_writer_returns_what_it_has_written_once(tmp_path: Path) -> None:
             assert not writer.is_idle
             written = writer.take(wait=True)
             assert written is not None
-            assert written.content.step == step
+            assert written.step == step
             assert newest_readable([written.place]) is not None
             assert writer.take(wait=True) is None
         writer.start(content(30))
@@ -150,7 +151,7 @@ def test_a_writer_returns_what_it_has_written_once(tmp_path: Path) -> None:
 def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = threading.Event()
 
-    def slow(storage: str, content: TrainingCheckpoint) -> StoredCheckpoint:
+    def slow(storage: str, content: TrainingCheckpoint) -> WrittenCheckpoint:
         assert written.wait(PATIENCE_S)
         return write_checkpoint(storage, content)
 
@@ -176,13 +177,29 @@ def test_an_error_of_writing_is_raised_and_never_lost(full_disk: None, tmp_path:
     writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # what ended the training is told instead
 
 
-def test_a_state_that_is_not_finite_is_not_saved() -> None:
-    state = {"prompt": torch.zeros(5, 7), "prompt.exp_avg": torch.tensor([1.0, float("inf")])}
+def test_what_was_written_is_not_kept(tmp_path: Path) -> None:
+    with CheckpointWriter(str(tmp_path)) as writer:
+        tensor = torch.zeros(5, 7)
+        copy = weakref.ref(tensor)
+        writer.start(TrainingCheckpoint({"prompt": tensor}, 10, []))
+        del tensor
+        wait_until(lambda: writer.is_done and copy() is None, "the copy is freed, though nobody has taken the result")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_state_that_is_not_finite_is_not_saved(keep: bool) -> None:
+    """Every worker finds it, after all tensors have been gathered, whether it writes them or not."""
+    state = {"prompt": torch.zeros(5, 7), "prompt.exp_avg": torch.tensor([1.0, float("inf")]), "w": torch.zeros(3)}
+    tensors = iter(state.items())
     with pytest.raises(AgreedError) as raised:
-        check_finite(state, 30)
+        copy_finite(tensors, 30, keep=keep)
     assert isinstance(raised.value.error, NonFiniteLossError)
     assert str(raised.value.error).startswith("prompt.exp_avg is no longer finite after step 30, which is not saved.")
-    check_finite({"prompt": torch.zeros(5, 7), "large": torch.full((3,), 3e38)}, 30)
+    assert next(tensors, None) is None
+    finite = {"prompt": torch.zeros(5, 7), "large": torch.full((3,), 3e38)}
+    copies = copy_finite(finite.items(), 30, keep=keep)
+    assert list(copies) == (list(finite) if keep else [])
+    assert all(torch.equal(copies[name], finite[name]) and copies[name] is not finite[name] for name in copies)
 
 
 def test_others_can_read_a_checkpoint_if_the_umask_lets_them(storage: Path) -> None:

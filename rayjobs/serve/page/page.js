@@ -168,7 +168,8 @@ async function ask(text) {
     : text;
   addTurn("user", text, attached);
   detach();
-  turns.push({role: "user", content});
+  const mine = turns;  // a new conversation may begin before the answer ends
+  mine.push({role: "user", content});
   const {item, said} = addTurn("assistant", "");
   const began = performance.now();
   let first = null, tokens = 0;
@@ -178,7 +179,7 @@ async function ask(text) {
   tell("chat-status", "waiting for the first token");
   try {
     const answer = await post("v1/chat/completions", {
-      model: at("model").value, messages: turns, stream: true, stream_options: {include_usage: true},
+      model: at("model").value, messages: mine, stream: true, stream_options: {include_usage: true},
       temperature: Number(at("temperature").value), max_tokens: Number(at("tokens").value),
     }, running.signal);
     for await (const event of events(answer)) {
@@ -192,16 +193,16 @@ async function ask(text) {
         said.append(piece);
         at("log").scrollTop = at("log").scrollHeight;
       }
-      tell("chat-status", rate(began, first, tokens));
+      if (mine === turns) tell("chat-status", rate(began, first, tokens));
     }
-    turns.push({role: "assistant", content: said.textContent});
+    mine.push({role: "assistant", content: said.textContent});
   } catch (error) {
     const stopped = error.name === "AbortError";
-    if (stopped && said.textContent) turns.push({role: "assistant", content: said.textContent});
-    else turns.pop();  // a question without an answer is not asked again with the next
+    if (stopped && said.textContent) mine.push({role: "assistant", content: said.textContent});
+    else mine.pop();  // a question without an answer is not asked again with the next
     if (!stopped) item.classList.add("failed");
     if (!said.textContent) said.textContent = stopped ? "(stopped)" : error.message;
-    tell("chat-status", stopped ? `stopped; ${rate(began, first, tokens)}` : error.message, !stopped);
+    if (mine === turns) tell("chat-status", stopped ? `stopped; ${rate(began, first, tokens)}` : error.message, !stopped);
   }
   running = null;
   at("send").disabled = false;

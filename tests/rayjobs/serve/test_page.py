@@ -83,6 +83,13 @@ def test_a_conversation_and_a_classification(app: Any, tmp_path: Path, width: in
             await tab.screenshot(tmp_path / f"chat-{width}-{scheme}.png")
             assert await fits(tab)
 
+            await tab.value("at('message').focus()")
+            await tab.type("again")
+            await tab.press("Enter", 13)
+            await tab.value("at('new-chat').click()")
+            await tab.until("!running")
+            assert await tab.value("JSON.stringify(turns) + at('chat-status').textContent") == "[]"
+
             await tab.value("at('chat-tab').focus()")
             await tab.press("ArrowRight", 39)
             assert await tab.value("document.activeElement.id") == "images-tab"

@@ -315,9 +315,8 @@ def test_what_is_refused_says_which_parameter_and_why(worker: ClassificationWork
 
 
 def test_forms_keep_any_bytes_and_odd_forms_are_refused(worker: ClassificationWorker) -> None:
-    content = bytes(range(256)) * 3 + b"\r\n--\r\r\n\n\r\n"
+    content, seen = bytes(range(256)) * 3 + b"\r\n--\r\r\n\n\r\n", list[bytes]()
     headers = {"content-type": "multipart/form-data; boundary=b"}
-    seen: list[bytes] = []
 
     async def talk(client: httpx.AsyncClient) -> list[httpx.Response]:
         request = client.build_request("POST", PATH, data={"model": "pets"}, files={"image": content})
@@ -330,8 +329,7 @@ def test_forms_keep_any_bytes_and_odd_forms_are_refused(worker: ClassificationWo
         answers = [await client.post(PATH, content=body, headers=headers) for body in bodies]
         return [*answers, await client.post(PATH, content=content, headers={"content-type": "multipart/form-data"})]
 
-    assert [answer.status_code for answer in ask(worker, talk)] == [400] * 8
-    assert seen == [content]
+    assert [*(answer.status_code for answer in ask(worker, talk)), seen] == [*[400] * 8, [content]]
 
 
 def test_a_classifier_that_cannot_be_loaded_tells_clients_nothing_of_the_servers_files(

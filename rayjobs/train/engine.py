@@ -3,7 +3,7 @@
 The frozen base is held in `dtype` and the trainable parameters in float32, so that there are no separate master
 weights: DeepSpeed is not told of mixed precision and partitions gradients, optimizer state and (stage 3) parameters as
 they are. Weights in 8 or 4 bits are buffers, which it leaves alone. An optimizer step takes any number of
-micro-batches: gradients accumulate until `step`. The training state that `state` returns does not depend on the stage
+micro-batches: gradients accumulate until `step`. The training state that `tensors` yields does not depend on the stage
 or the number of workers.
 """
 
@@ -169,10 +169,6 @@ class Engine:
                 else:
                     yield f"{name}.{moment}", self.optimizer.state[parameter][moment]
         yield OPTIMIZER_STEP_KEY, torch.tensor(float(self._steps()[0]))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return copies on the CPU of all `tensors`. All workers must call it."""
-        return {name: tensor.cpu().clone() for name, tensor in self.tensors()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore a state, saved under any stage and number of workers. All workers must call it."""

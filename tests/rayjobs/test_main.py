@@ -83,6 +83,7 @@ def test_a_dry_run_says_nothing_of_clusters_unless_it_is_asked_for_one(
     given: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["adapter-train", "--dry-run", *(f"{name}={value}" for name, value in given.items())]
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # what --submit makes of it is not for the tests after this one
     monkeypatch.setattr("rayjobs.__main__.submit", lambda _: pytest.fail("a dry run submits nothing"))
     _, out, err = run(capsys, *words)
     assert "cluster" not in out + err

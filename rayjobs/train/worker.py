@@ -304,8 +304,7 @@ class TrainingLoop:
 
     def begin_checkpoint(self) -> None:
         """Copy the training state, which takes all workers, and let rank 0 write it while the next steps are made."""
-        state = copy_finite(self.engine.tensors(), self.step, keep=self.rank == 0)
-        if self.rank == 0:
+        if state := copy_finite(self.engine.tensors(), self.step, keep=self.rank == 0):
             self.writer.start(TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
         self.saved = time.monotonic()
 
@@ -316,24 +315,20 @@ def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
 
 
 def copy_finite(tensors: Iterable[tuple[str, torch.Tensor]], step: int, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Return copies on the CPU of the tensors of the training state, which all workers have; none without `keep`.
-
-    Raises AgreedError with a NonFiniteLossError, after all have been gathered, if one is not finite: a loss that is
-    finite may have had a gradient that is not, and no run could go on from such a checkpoint.
-    """
+    """Return copies on the CPU of all tensors of the training state, or with `keep` False none. Raises AgreedError, after
+    all were gathered, if one is not finite, as it may be after a finite loss whose gradient was not."""
     state, broken = {}, ""
     for name, tensor in tensors:
-        is_finite = tensor.sum().isfinite() or tensor.isfinite().all()  # a sum is ten times faster
-        broken = broken or ("" if is_finite else name)
+        if not (broken or tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum is ten times faster
+            broken = name
         if keep:
             state[name] = tensor.cpu().clone()
     if broken:
-        raise AgreedError(
-            NonFiniteLossError(
-                f"{broken} is no longer finite after step {step}, which is not saved. With a lower "
-                "optimizer.base_lr, or with optimizer.clip_norm, the same command goes on from the last checkpoint"
-            )
+        error = NonFiniteLossError(
+            f"{broken} is no longer finite after step {step}, which is not saved. With a lower optimizer.base_lr, or "
+            "with optimizer.clip_norm, the same command goes on from the last checkpoint"
         )
+        raise AgreedError(error)
     return state
 
 

@@ -5,11 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import psutil
@@ -23,41 +21,10 @@ from rayjobs.storage import lease as leases
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.lease import EXPIRES_S, check_lease, hold, lost_lease, release
 from rayjobs.storage.lease_files import DRIVER_VARIABLE, Holder, LeaseFiles, process_lives
-from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.sync import SyncedFolder
 from tests.conftest import ROOT
+from tests.rayjobs.storage.conftest import ELSEWHERE, Clock
 from tests.waiting import PATIENCE_S, wait_until
-
-ELSEWHERE = Holder(
-    driver="other", host="node-7", machine="node-7", pid=4711, pid_since=0.0, since="2026-01-02T03:04:05+00:00"
-)
-
-
-@pytest.fixture(params=["local", "s3"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A run folder, which nobody holds in the end."""
-    root = str(tmp_path) if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    path = resolve_path(root) / "r"
-    yield path
-    release(path)
-
-
-class Clock:
-    """A clock that goes on only while somebody sleeps; `meanwhile` is what other machines do in each pause."""
-
-    def __init__(self) -> None:
-        self.now, self.meanwhile = 1000.0, (lambda: None)
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.meanwhile()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
-    return clock
 
 
 def taken_over(folder: Path) -> None:
@@ -141,59 +108,6 @@ def test_workers_write_as_long_as_their_driver_holds_the_folder(folder: Path, mo
     with pytest.raises(LeaseLostError):
         write_json(folder / "trials" / "a.json", "first")
     assert read_json(folder / "trials" / "a.json") == "unrelated"
-
-
-def test_who_holds_a_part_of_a_run_loses_it_with_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as a trial of a sweep, whose own lease nobody has taken over yet."""
-    run, trial = LeaseFiles(folder), folder / "trials" / "x"
-    run.create(1, replace(ELSEWHERE, driver="first"))
-    monkeypatch.setenv(DRIVER_VARIABLE, "first")
-    hold(trial)
-    ours = leases._held[str(trial)]
-    ours.beat()
-    write_json(trial / "trial.json", "first")
-    run.create(2, replace(ELSEWHERE, driver="second", superseded=("first",)))
-    with pytest.raises(LeaseLostError, match="is now run by process 4711 of node-7"):
-        write_json(trial / "trial.json", "late")
-    with pytest.raises(LeaseLostError):
-        ours.beat()
-    assert LeaseFiles(trial).newest().holder.beat == 1
-    assert lost_lease(trial)
-    with pytest.raises(LeaseLostError):
-        hold(folder / "trials" / "y")
-    release(trial)
-    with pytest.raises(LeaseLostError):  # as another worker of that driver
-        write_json(trial / "trial.json", "late")
-    monkeypatch.setenv(DRIVER_VARIABLE, "second")
-    write_json(trial / "trial.json", "second")
-
-
-@pytest.mark.parametrize("run_is_lost", [True, False])
-@pytest.mark.parametrize("last_beat_s", [4, 1000])
-def test_a_part_of_a_run_is_waited_for_until_the_one_before_has_noticed(
-    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, run_is_lost: bool, last_beat_s: int
-) -> None:
-    """Even if its process, of this machine, lives."""
-    trial = folder / "trials" / "x"
-    LeaseFiles(folder).create(2, replace(ELSEWHERE, superseded=("first",) if run_is_lost else ()))
-    monkeypatch.setenv(DRIVER_VARIABLE, "first")
-    its = Holder.here(None)
-    LeaseFiles(trial).create(1, its)
-    monkeypatch.setenv(DRIVER_VARIABLE, "other")
-
-    def beat() -> None:
-        if clock.now - 1000 <= last_beat_s:
-            LeaseFiles(trial).write(1, replace(its, beat=int(clock.now)))
-
-    clock.meanwhile = beat
-    if run_is_lost and last_beat_s == 4:
-        hold(trial)
-        release(trial)
-    else:
-        with pytest.raises(ResourceError, match="is being run by process"):
-            hold(trial)
-    waited = clock.now - 1000
-    assert waited == (0 if not run_is_lost else EXPIRES_S + 4 if last_beat_s == 4 else EXPIRES_S)
 
 
 def test_a_failed_look_for_leases_is_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,8 +315,8 @@ def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
 
 
 def copy_finite(tensors: Iterable[tuple[str, torch.Tensor]], step: int, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Return copies on the CPU of all tensors of the training state, or with `keep` False none. Raises AgreedError, after
-    all were gathered, if one is not finite, as it may be after a finite loss whose gradient was not."""
+    """Return copies on the CPU of all tensors of the training state, none without `keep`. Raises AgreedError, after all
+    were gathered, if one is not finite, as it may be after a finite loss whose gradient was not."""
     state, broken = {}, ""
     for name, tensor in tensors:
         if not (broken or tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum is ten times faster

@@ -211,9 +211,11 @@ class Config:
 
 @pytest.mark.parametrize("notices", ["its heartbeat", "a write"])
 def test_a_job_whose_run_was_taken_over_ends_and_leaves_the_run_to_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notices: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, notices: str
 ) -> None:
     monkeypatch.setattr(leases, "HEARTBEAT_S", 0.01 if notices == "its heartbeat" else PATIENCE_S)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     @job
     def run(settings: Config) -> dict:

@@ -39,7 +39,7 @@ N_ADAPTERS, VOCABULARY, SLOTS = 16, 49_152, 16
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request came to; times in seconds, infinite if there was no token."""
+    """The times of one request in seconds, infinite if there was no token, and its tokens."""
 
     first_s: float
     total_s: float

@@ -274,7 +274,7 @@ def test_removing_an_adapter_does_not_disturb_the_sequences_that_have_it(folder)
 
 @torch.no_grad()
 def test_log_probabilities_of_prompts_are_those_of_the_plain_forward(folder):
-    """Of prompts that are read in parts, beside others, and once for all continuations."""
+    """The prompts are read in parts, beside others, and once for all continuations."""
     engine, prompts = engine_of(folder, slots=3, prefill_tokens=4), [[3, 5, 8, 1, 2, 9, 4], [7], [2, 6]]
     config = GenerationConfig(max_new_tokens=3, temperature=0)
     requests = [

@@ -16,7 +16,7 @@ OURS = ("127.0.0.1", 8123)
 
 
 class Cluster:
-    """What Ray Serve is told to do. Where it runs already, it stays at its address."""
+    """A Ray Serve that notes what it is told to do. If it runs already, it stays at its address."""
 
     def __init__(self, address: tuple[str | None, int] | None, applications: list[str], fails: bool = False) -> None:
         self.address, self.applications, self.fails = address, applications, fails

@@ -109,5 +109,5 @@ def test_a_conversation_and_a_classification(app: Any, tmp_path: Path, width: in
 
 
 async def fits(tab: Any) -> bool:
-    """Whether nothing is wider than the window."""
+    """Return whether nothing is wider than the window."""
     return await tab.value("document.documentElement.scrollWidth <= innerWidth")

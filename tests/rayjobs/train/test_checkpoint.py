@@ -66,7 +66,7 @@ def test_a_truncated_file_costs_one_checkpoint_and_is_reported(
 
 
 def test_a_changed_byte_costs_one_checkpoint(storage: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a number: the file still has the form of a checkpoint."""
+    """A bit of a number is flipped, and the file still has the form of a checkpoint."""
     path = max(storage.glob("checkpoint_0*")) / STATE_FILE
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -90,7 +90,7 @@ def test_the_directory_of_a_checkpoint_that_was_cut_off_is_removed(storage: Path
 def test_a_worker_of_a_driver_that_was_taken_over_from_removes_nothing(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has no position yet may be a checkpoint that the other driver's workers are writing."""
+    """A directory without a position may be a checkpoint that the other driver's workers are writing."""
     monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", lambda **_: [])
     being_written = storage / "checkpoint_00000040"
     being_written.mkdir()

@@ -245,7 +245,10 @@ def test_who_has_no_examples_yet_is_told_what_makes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in (("adapter-train", "--config", "notes"), ("adapter-tune", "--config", "methods")):
+    for words in (
+        ("adapter-train", "--config", "notes"),
+        *(("adapter-tune", "--config", name) for name in ("methods", "search")),
+    ):
         code, _, err = run(capsys, *words, "--dry-run")
         assert (code, err.count("\n")) == (2, 1)
         assert err.endswith("; `rayjobs example-data` makes ./examples\n")

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,7 +18,7 @@ from rayjobs.data.loader import DataRead, MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
 from rayjobs.models.image_conditioning import ImageFeaturizer
 from rayjobs.train.callbacks import TRAINING
-from rayjobs.train.checkpoint import Resumable, TrainingCheckpoint, find_resumable
+from rayjobs.train.checkpoint import Resumable, TrainingCheckpoint, copy_finite, find_resumable
 from rayjobs.train.checkpoint_writer import CheckpointWriter
 from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.train.metric_rows import MetricRows
@@ -304,7 +304,11 @@ class TrainingLoop:
 
     def begin_checkpoint(self) -> None:
         """Copy the training state, which takes all workers, and let rank 0 write it while the next steps are made."""
-        if state := copy_finite(self.engine.tensors(), self.step, keep=self.rank == 0):
+        try:
+            state = copy_finite(self.engine.tensors(), self.step, keep=self.rank == 0)
+        except NonFiniteLossError as error:
+            raise AgreedError(error) from error
+        if state:
             self.writer.start(TrainingCheckpoint(state, self.step, self.rows.for_checkpoint(self.step)))
         self.saved = time.monotonic()
 
@@ -312,24 +316,6 @@ class TrainingLoop:
 def send(metrics: dict[str, Any], checkpoint: Checkpoint | None) -> None:
     """Report to Ray Train's controller, with a checkpoint that is in Train's folder already."""
     ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-
-def copy_finite(tensors: Iterable[tuple[str, torch.Tensor]], step: int, *, keep: bool) -> dict[str, torch.Tensor]:
-    """Return copies on the CPU of all tensors of the training state, none without `keep`. Raises AgreedError, after all
-    were gathered, if one is not finite, as it may be after a finite loss whose gradient was not."""
-    state, broken = {}, ""
-    for name, tensor in tensors:
-        if not (broken or tensor.sum().isfinite() or tensor.isfinite().all()):  # a sum is ten times faster
-            broken = name
-        if keep:
-            state[name] = tensor.cpu().clone()
-    if broken:
-        error = NonFiniteLossError(
-            f"{broken} is no longer finite after step {step}, which is not saved. With a lower optimizer.base_lr, or "
-            "with optimizer.clip_norm, the same command goes on from the last checkpoint"
-        )
-        raise AgreedError(error)
-    return state
 
 
 def group_by_step(micro_batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:

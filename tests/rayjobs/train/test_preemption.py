@@ -34,10 +34,13 @@ class Reports:
         monkeypatch.setattr(ray.train, "report", lambda metrics, **_: self.reported.append(metrics))
         self.loop = TrainingLoop.__new__(TrainingLoop)
         self.loop.job = SimpleNamespace(train=TrainConfig(**train))  # type: ignore[assignment]
-        self.loop.engine = SimpleNamespace(state=lambda: {"prompt": torch.full((3, 5), float(self.loop.step))})  # type: ignore[assignment]
+        self.loop.engine = SimpleNamespace(tensors=self.tensors)  # type: ignore[assignment]
         self.loop.rank, self.loop.step, self.loop.last_step = 0, 0, 1000
         self.loop.saved = self.loop.reported = 0.0
         self.loop.rows, self.loop.writer, self.loop.preemption = MetricRows(), CheckpointWriter(str(storage)), None
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [("prompt", torch.full((3, 5), float(self.loop.step)))]
 
     def ask(self) -> PreemptionInfo | None:
         self.asked += 1

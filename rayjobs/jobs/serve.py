@@ -63,14 +63,14 @@ def plan(settings: Config) -> None:
     """Show what `run` would do, and Ray Serve's config file."""
     rows = check(settings, weights=False)
     show_table("plan", ["", ""], [list(row) for row in rows.items()])
-    print(dump_yaml(serve_config(settings, settings.replicas.gpus or 0.0)), end="")
+    print(dump_yaml(serve_config(settings)), end="")
 
 
 def run(settings: Config) -> dict[str, Any]:
     """Serve until Ctrl-C, or write Ray Serve's config file; return the address."""
     check(settings, weights=settings.out is None)
     if settings.out is not None:
-        write_yaml(resolve_path(settings.out), serve_config(settings, settings.replicas.gpus or 0.0))
+        write_yaml(resolve_path(settings.out), serve_config(settings))
         logger.info("written to %s: serve deploy %s starts it on a cluster", settings.out, settings.out)
         return {"out": settings.out}
     if "RAY_ADDRESS" not in os.environ:

@@ -1,7 +1,6 @@
 """Errors as the OpenAI API gives them: {"error": {"message", "type", "param", "code"}}."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -49,12 +48,12 @@ def dump_json(content: Any) -> str:
 
 def error_response(error: ApiError) -> JsonResponse:
     """The HTTP response of an error."""
-    headers: Mapping[str, str] = {}
+    headers: dict[str, str] = {}
     if error.status in (429, 503):
         headers = {"retry-after": str(RETRY_AFTER_S)}
     elif error.status == 401:
         headers = {"www-authenticate": "Bearer"}
-    return JsonResponse(error.body(), status_code=error.status, headers=dict(headers))
+    return JsonResponse(error.body(), status_code=error.status, headers=headers)
 
 
 def as_api_error(error: Exception) -> ApiError:

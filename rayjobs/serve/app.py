@@ -18,13 +18,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rayjobs.serve.api_errors import ApiError, JsonResponse
 from rayjobs.serve.bodies import AdapterBody, read_body
 from rayjobs.serve.chat import ChatCompletions
 from rayjobs.serve.completions import Completions
-from rayjobs.serve.guard import App, Guard
+from rayjobs.serve.guard import Guard
 from rayjobs.serve.metrics import Metrics
 from rayjobs.serve.text_model import TextModel
 
@@ -34,16 +34,15 @@ def create_app(
     *,
     token_sha256: str | None = None,
     routes: Sequence[BaseRoute] = (),
-    metrics: Metrics | None = None,
     shared: bool = False,
-) -> App:
+) -> ASGIApp:
     """The application that serves a model.
 
     token_sha256: of the token that requests must send, in hexadecimal; None where only this machine can reach it.
     routes: further routes, which raise ApiError for what they refuse. shared: other replicas serve the same adapters,
     so that one that is unloaded here would still be served by them.
     """
-    metrics = metrics or Metrics()
+    metrics = Metrics()
     _watch(model, metrics)
     server = _Server(model, metrics, shared)
     text_routes = [
@@ -102,7 +101,7 @@ class _Server:
             "root": self._model.name,
             "parent": None if adapter is None else self._model.name,
             "max_model_len": self._model.max_length,
-            "reads_images": adapter is not None and adapter.reads_images and self._model.sees,
+            "reads_images": adapter is not None and adapter.reads_images and self._model.reads_images,
         }
 
     async def load_adapter(self, request: Request) -> Response:

@@ -95,9 +95,9 @@ class ClassificationWorker:
         except CafoError as error:
             raise ApiError(str(error), param="coverage") from error
         waiting = _Waiting(classifier, {n: s.preprocess(image) for n, s in classifier.sources.items()}, asked)
+        if self._closed:
+            raise ApiError("the server is closing", status=503)
         try:
-            if self._closed:
-                raise ApiError("the server is closing", status=503)
             self._queue.put_nowait(waiting)
         except queue.Full:
             raise ApiError(

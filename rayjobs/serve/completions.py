@@ -83,7 +83,7 @@ class _Answer:
         if self.body.echo:
             given = self.asked.texts[number]
             echo = tokenizer.decode(prompt) if given is None else given
-        logprobs = CompletionLogprobs(tokenizer, () if self.body.echo else prompt, 0)
+        logprobs = CompletionLogprobs(tokenizer, () if self.body.echo else prompt)
         self._logprobs[number, choice] = logprobs
         wanted = self.body.echo and self.body.logprobs is not None
         return echo, logprobs.add([prompt[0], *prompt_logprobs]) if wanted else None

@@ -20,9 +20,10 @@ from rayjobs.serve.kernel_caches import limit_kernel_caches
 from rayjobs.serve.settings import ServedConfig, ServerConfig
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
     from torch import Tensor
 
-    from rayjobs.serve.guard import App
+    from rayjobs.serve.image_input import ImageLimits
     from rayjobs.serve.text_model import TextModel
 
 APPLICATION = "rayjobs"
@@ -38,7 +39,7 @@ class Replica:
         self._settings, self._token_sha256, self._device = settings, token_sha256, device
         self._model = load_text_model(settings, device)
 
-    def __serve_build_asgi_app__(self) -> App:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_application(self._settings, self._model, self._device, self._token_sha256)
 
     def check_health(self) -> None:
@@ -65,12 +66,11 @@ def load_text_model(settings: ServedConfig, device: str) -> TextModel:
     )
 
 
-def build_application(settings: ServedConfig, model: TextModel, device: str, token_sha256: str | None) -> App:
+def build_application(settings: ServedConfig, model: TextModel, device: str, token_sha256: str | None) -> ASGIApp:
     """The application of a model, with the page and, if there are caches, the endpoint of images."""
     from rayjobs.serve.app import create_app
     from rayjobs.serve.classification import ClassificationWorker
     from rayjobs.serve.classifiers import ClassifierFolder
-    from rayjobs.serve.image_input import ImageLimits
     from rayjobs.serve.images import ImageRoutes
     from rayjobs.serve.static_page import page_routes
 
@@ -78,18 +78,22 @@ def build_application(settings: ServedConfig, model: TextModel, device: str, tok
     caches = settings.caches
     if caches.folder is not None:
         worker = ClassificationWorker(ClassifierFolder(caches.folder, encoders=caches.encoders, device=device))
-        limits = ImageLimits(bytes=caches.image_bytes, pixels=caches.image_pixels)
-        routes += ImageRoutes(worker, limits).routes()
+        routes += ImageRoutes(worker, image_limits(settings)).routes()
     return create_app(model, token_sha256=token_sha256, routes=routes, shared=settings.replicas.several)
+
+
+def image_limits(settings: ServedConfig) -> ImageLimits:
+    """The largest images that are taken, for classification and in conversations."""
+    from rayjobs.serve.image_input import ImageLimits
+
+    return ImageLimits(bytes=settings.caches.image_bytes, pixels=settings.caches.image_pixels)
 
 
 class ImageReader:
     """Turns the images of conversations into features."""
 
     def __init__(self, settings: ServedConfig, conditioning: ImageConditioning, device: str) -> None:
-        from rayjobs.serve.image_input import ImageLimits
-
-        self._limits = ImageLimits(bytes=settings.caches.image_bytes, pixels=settings.caches.image_pixels)
+        self._limits = image_limits(settings)
         self._preprocess = conditioning.encoder.preprocess
         self._featurizer = ImageFeaturizer(conditioning.encoder, device)
         self._lock = threading.Lock()
@@ -131,11 +135,11 @@ def build_app(arguments: Mapping[str, Any]) -> Any:
     return bind(settings, settings.replicas.gpus or 0.0)
 
 
-def serve_config(settings: ServedConfig, gpus: float) -> dict[str, Any]:
+def serve_config(settings: ServedConfig) -> dict[str, Any]:
     """Ray Serve's config file of some settings, as plain values. It holds no token."""
     values = to_dict(settings)
     arguments = {name: values[name] for name in config_fields(ServedConfig)}  # without what a job adds
-    arguments["replicas"]["gpus"] = gpus
+    arguments["replicas"]["gpus"] = settings.replicas.gpus or 0.0
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": settings.server.host, "port": settings.server.port},

@@ -9,23 +9,18 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Collection
 from contextlib import suppress
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayjobs.serve.api_errors import ApiError, as_api_error, error_response
 from rayjobs.serve.metrics import Metrics
 from rayjobs.serve.settings import LimitsConfig, is_loopback
 
 logger = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 API, METRICS = "/v1/", "/metrics"
 """Paths that need the token, where there is one."""
@@ -36,7 +31,7 @@ class Guard:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         *,
         limits: LimitsConfig,
         metrics: Metrics,
@@ -49,7 +44,7 @@ class Guard:
         self._paths = frozenset(paths)
         self._ongoing = 0
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -57,7 +52,7 @@ class Guard:
         else:
             await self._answer(scope, receive, send)
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request: whatever happens, with a status, and with an error's body in OpenAI's shape."""
         began, status = time.monotonic(), 0
 
@@ -83,7 +78,7 @@ class Guard:
             if scope["method"] == "POST":
                 self._metrics.request_s.observe(time.monotonic() - began)
 
-    async def _admit(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         self._check_token(scope["path"], headers)
         _check_origin(headers, only_loopback=self._token_sha256 is None)
@@ -148,7 +143,7 @@ class Guard:
             raise ApiError("the body did not come in time", status=408, code="body_timeout") from error
         return b"".join(parts) if whole else None
 
-    async def _run(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Run the route on a body that was read; cancel it when the client leaves."""
         given, left = False, asyncio.Event()
 

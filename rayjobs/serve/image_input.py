@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import re
 import warnings
@@ -43,7 +42,7 @@ def decode_text(text: str, limits: ImageLimits, param: str = "image") -> Image.I
         raise _too_large(f"{len(encoded) * 3 // 4} bytes are more than {limits.bytes}", param)
     try:
         content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: letters outside ASCII
+    except ValueError as error:
         raise ApiError(f"{param} is neither base64 nor a data URL with base64: {error}", param=param) from error
     return decode_bytes(content, limits, param)
 

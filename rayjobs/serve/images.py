@@ -38,7 +38,6 @@ PATH = "/v1/images/classifications"
 _AT_ONCE = 4
 """Images that are decoded at a time: each takes a few bytes for every pixel."""
 
-
 _MAX_PARTS, _MAX_TEXT = 8, 4096
 """Parts of a form; bytes of the content type, of a part's headers, and of a part other than the image."""
 

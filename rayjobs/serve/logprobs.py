@@ -34,9 +34,9 @@ class TokenTexts:
 class CompletionLogprobs:
     """The `logprobs` of one choice of a completion, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], offset: int) -> None:
-        """before: the tokens before the first one. offset: the characters before it that the choice's text has."""
-        self._texts, self._offset = TokenTexts(tokenizer, before), offset
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int]) -> None:
+        """before: the tokens before the first one that the choice's text has."""
+        self._texts, self._offset = TokenTexts(tokenizer, before), 0
 
     def add(self, logprobs: Sequence[TokenLogprob | int]) -> dict[str, Any]:
         """The fields of further tokens; of a bare id, the first of a prompt, nothing is known."""

@@ -83,8 +83,8 @@ class TextModel:
         return self.engine.max_length
 
     @property
-    def sees(self) -> bool:
-        """Images can be read, for adapters that do."""
+    def reads_images(self) -> bool:
+        """There is an image encoder, for adapters that read images."""
         return self._read_image is not None
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class TextModel:
 
     def ask_completion(self, body: CompletionBody) -> Asked:
         """The engine's requests of a completion. It tokenizes, and may read files. Raises ApiError or AdapterError."""
-        adapter = self._adapter_name(body)
+        adapter = None if self.find(body.model) is None else body.model
         self._check_choices(body, len(body.prompts))
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and not body.echo:
@@ -168,9 +168,6 @@ class TextModel:
             n=body.n or 1,
         )
         return Asked([request], [None])
-
-    def _adapter_name(self, body: GenerationBody) -> str | None:
-        return None if self.find(body.model) is None else body.model
 
     def _template(self, found: FoundAdapter | None) -> Template:
         """The template of an adapter's training; of the base, its own chat template; or Alpaca's."""

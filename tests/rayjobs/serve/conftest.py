@@ -5,10 +5,10 @@ from pathlib import Path
 
 import openai
 import pytest
+from starlette.types import ASGIApp
 
 from adapter import AdaptedModel
 from rayjobs.serve.app import create_app
-from rayjobs.serve.guard import App
 from rayjobs.serve.settings import AdaptersConfig, EngineConfig, LimitsConfig
 from rayjobs.serve.text_model import TextModel
 from tests.rayjobs.serve.serving import ADAPTERS, listening, write_adapter
@@ -38,13 +38,13 @@ def text_model(tiny_base: Path, runs: Path) -> Iterator[TextModel]:
 
 
 @pytest.fixture(scope="session")
-def application(text_model: TextModel) -> App:
+def application(text_model: TextModel) -> ASGIApp:
     """The application of the base and its adapters."""
     return create_app(text_model)
 
 
 @pytest.fixture(scope="session")
-def url(application: App) -> Iterator[str]:
+def url(application: ASGIApp) -> Iterator[str]:
     """The address at which the application listens."""
     with listening(application) as url:
         yield url

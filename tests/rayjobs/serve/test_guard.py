@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 
 from adapter.engine.request import Handle, QueueFullError, Request
 from adapter.engine.sequence import Sequence
 from rayjobs.serve.app import create_app
-from rayjobs.serve.guard import App, Guard
+from rayjobs.serve.guard import Guard
 from rayjobs.serve.logprobs import TokenTexts
 from rayjobs.serve.metrics import Metrics
 from rayjobs.serve.settings import LimitsConfig
@@ -44,7 +45,9 @@ def ask(application: Any, method: str, path: str, host: str = LOCAL, **settings:
     return asyncio.run(send())
 
 
-def call(application: App, body: list[dict[str, Any]], act: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def call(
+    application: ASGIApp, body: list[dict[str, Any]], act: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
     """Call an application with a POST of LONG; return what it sends.
 
     body: messages that it receives, the last of which is repeated. act: takes what is sent, and says that the client
@@ -90,7 +93,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tokens
 
 
-def test_a_client_that_leaves_frees_its_slots(application: App, text_model: TextModel, chosen: list[int]) -> None:
+def test_a_client_that_leaves_frees_its_slots(application: ASGIApp, text_model: TextModel, chosen: list[int]) -> None:
     asked = {**LONG, "stream": True, "n": 40}
     sent = call(application, whole(asked), lambda message: b"text" in message.get("body", b""))
     assert sent[0]["status"] == 200
@@ -100,7 +103,7 @@ def test_a_client_that_leaves_frees_its_slots(application: App, text_model: Text
 
 
 def test_a_client_that_leaves_before_the_answer_is_whole_frees_its_slots(
-    application: App, text_model: TextModel, chosen: list[int]
+    application: ASGIApp, text_model: TextModel, chosen: list[int]
 ) -> None:
     async def leave() -> None:
         left, sent = asyncio.Event(), list[Any]()
@@ -168,7 +171,7 @@ def test_more_requests_than_the_limit_are_told_to_come_again(text_model: TextMod
 
 
 def test_answers_that_cannot_wait_are_told_to_come_again(
-    application: App, text_model: TextModel, monkeypatch: pytest.MonkeyPatch, chosen: list[int]
+    application: ASGIApp, text_model: TextModel, monkeypatch: pytest.MonkeyPatch, chosen: list[int]
 ) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(text_model.engine, "max_waiting", 3)
@@ -199,7 +202,7 @@ def test_the_token_is_asked_for(text_model: TextModel) -> None:
     assert ask(application, "GET", "/v1/models", remote, headers={"authorization": "Bearer secret"}).status_code == 200
 
 
-def test_other_sites_and_other_hosts_are_refused_without_a_token(application: App) -> None:
+def test_other_sites_and_other_hosts_are_refused_without_a_token(application: ASGIApp) -> None:
     assert ask(application, "GET", "/v1/models", "http://example.org").status_code == 403
     for host in ("[", "]", "[::1", "[x]", "127.0.0.1]", ""):
         refused = ask(application, "GET", "/v1/models", headers={"host": host})
@@ -210,7 +213,7 @@ def test_other_sites_and_other_hosts_are_refused_without_a_token(application: Ap
     assert ask(application, "GET", "/v1/models", "http://[::1]:8000").status_code == 200
 
 
-def test_what_is_no_route_or_no_json_is_refused_in_openais_shape(application: App) -> None:
+def test_what_is_no_route_or_no_json_is_refused_in_openais_shape(application: ASGIApp) -> None:
     for method, path, status in (("GET", "/v1/../etc/passwd", 404), ("GET", "/v1/completions", 405)):
         refused = ask(application, method, path)
         assert (refused.status_code, set(refused.json()["error"])) == (status, {"message", "type", "param", "code"})
@@ -221,7 +224,7 @@ def test_what_is_no_route_or_no_json_is_refused_in_openais_shape(application: Ap
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_made_beside_the_event_loop(
-    application: App, monkeypatch: pytest.MonkeyPatch, stream: bool
+    application: ASGIApp, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     threads, text = set[bool](), TokenTexts.text
 

@@ -73,7 +73,7 @@ def test_the_config_file_is_ray_serves_own(given: list[str], tmp_path: Path) -> 
     assert main(["serve", *given, "replicas.number=2", f"out={tmp_path / 'serve.yaml'}"]) == 0
     (application,) = ServeDeploySchema.model_validate(read_yaml(tmp_path / "serve.yaml")).applications
     assert application.import_path == "rayjobs.serve.deployment:build_app"
-    assert serve_config(load(Config, None, given), 0.0)["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    assert serve_config(load(Config, None, given))["http_options"] == {"host": "127.0.0.1", "port": 8000}
     assert build_app(application.args)._bound_deployment.num_replicas == 2
 
 

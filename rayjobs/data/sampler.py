@@ -96,7 +96,7 @@ class ElasticBatchSampler:
     images: ImageSource | None = None
     """source of the records' images; None leaves images out"""
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Number of steps in an epoch; the last may be smaller than the others."""
         return -(-sum(self.records_per_epoch(source) for source in self._parts_of_sources) // self.global_batch)

@@ -1,6 +1,7 @@
 """Everything that a training worker is given."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from adapter.methods.base import AdapterMethod
 from rayjobs.data.image_source import ImageSource
@@ -21,7 +22,7 @@ class TrainJob:
     store: TokenStore
     weights: tuple[float, ...]
     """Passes over each source in one epoch."""
-    sets: tuple[str, ...] = ()
+    sets: tuple[str, ...]
     """Name of each source, first of training and then of validation records."""
     images: ImageSource | None
     """Source of the records' images; None for text alone."""
@@ -47,18 +48,22 @@ class TrainJob:
 
     def val_samplers(self) -> dict[str, ElasticBatchSampler]:
         """Return the order of the held-out records of each source that has some, by the source's name."""
-        parts = self.store.parts["val"]
+        parts, sampler = self.store.parts["val"], self.sampler("val")
         samplers = {}
         for source in sorted({part_source(name) for name, _ in parts}):
             own = [(name, rows) for name, rows in parts if part_source(name) == source]
             store = replace(self.store, parts={**self.store.parts, "val": own})
-            name = self.sets[source] if self.sets else str(source)
-            samplers[name] = replace(self.sampler("val"), store=store)
+            samplers[self.sets[source]] = replace(sampler, store=store)
         return samplers
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch of training."""
+        return self.sampler("train").steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        return self.train.total_steps(self.sampler("train").steps_per_epoch)
+        return self.train.total_steps(self.steps_per_epoch)
 
     @property
     def last_step(self) -> int:
@@ -70,5 +75,5 @@ class TrainJob:
         return self.optimizer.peak_lr(self.train.global_batch)
 
     def validates_after(self, step: int) -> bool:
-        every = self.train.validate_every_steps or self.sampler("train").steps_per_epoch
+        every = self.train.validate_every_steps or self.steps_per_epoch
         return bool(self.store.rows("val")) and (step % every == 0 or step == self.total_steps)

@@ -18,7 +18,7 @@ from rayjobs.console import printable
 from rayjobs.errors import DataError, ResourceError
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, write_json
-from rayjobs.storage.lease import hold, release
+from rayjobs.storage.lease import describe_held, hold, release
 from rayjobs.storage.lease_files import LeaseFiles, process_lives
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,9 @@ def hold_run(folder: Path) -> None:
     """
     record = read_record(folder)
     is_others = record is not None and record.host == socket.gethostname() and record.pid != os.getpid()
-    runs = record is not None and record.state == "running" and process_lives(record.pid, record.pid_since)
-    if record and is_others and runs and LeaseFiles(folder).newest() is None:
-        raise ResourceError(
-            f"{folder} is being run by process {record.pid} of {record.host} since {record.started}: let it end, stop "
-            "it, or choose another run.name"
-        )
+    if record and is_others and record.now().state == "running" and LeaseFiles(folder).newest() is None:
+        holder = f"process {record.pid} of {record.host} since {record.started}"
+        raise ResourceError(describe_held(folder, holder))
     hold(folder)
 
 

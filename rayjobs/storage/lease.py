@@ -107,7 +107,7 @@ def hold(folder: Path) -> None:
     number, holder = (before.number if before else 0) + 1, Holder.here(before and before.holder)
     if not files.create(number, holder):
         newest = files.newest()
-        raise ResourceError(_describe_held(folder, newest and newest.holder))
+        raise ResourceError(describe_held(folder, newest and newest.holder))
     files.remove_below(number)
     _held[str(folder)] = Lease(folder, number, holder)
 
@@ -185,7 +185,7 @@ def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:
         return seen
     ending = {driver for _, outer in _leases_above(folder) for driver in outer.superseded}
     if holder and holder.is_seen() and holder.driver not in ending:
-        raise ResourceError(_describe_held(folder, holder))
+        raise ResourceError(describe_held(folder, holder))
     logger.info("%s is held by %s: seeing for %.0f s whether it lives", folder, holder or "a process", EXPIRES_S)
     last_beat_by = time.monotonic() + EXPIRES_S
     deadline = last_beat_by
@@ -196,12 +196,13 @@ def _wait_until_free(files: LeaseFiles, seen: Entry) -> Entry:
             return now
         if now != seen:
             if not (now.holder and now.holder.driver in ending and time.monotonic() < last_beat_by):
-                raise ResourceError(_describe_held(folder, now.holder))
+                raise ResourceError(describe_held(folder, now.holder))
             seen, deadline = now, time.monotonic() + EXPIRES_S
     return seen
 
 
-def _describe_held(folder: Path, holder: Holder | None) -> str:
+def describe_held(folder: Path, holder: Holder | str | None) -> str:
+    """Return the message that another process runs in `folder`. holder: that process; None if it is not known."""
     return f"{folder} is being run by {holder or 'another process'}: let it end, stop it, or choose another run.name"
 
 

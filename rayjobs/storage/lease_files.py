@@ -33,27 +33,19 @@ def driver_id() -> str:
     return os.environ.get(DRIVER_VARIABLE) or _PROCESS
 
 
-def process_exists(pid: int) -> bool:
-    """Return whether this machine has a process of this id that is no zombie, whatever its start."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def process_lives(pid: int, since: float) -> bool:
+def process_lives(pid: int, since: float = 0.0) -> bool:
     """Return whether a process of this machine still runs. A zombie, which its parent has not waited for, does not.
 
-    since: start of the process, in seconds since 1970, or 0 if it is unknown. The system reuses ids, but not with this
-    time.
+    since: start of the process, in seconds since 1970; 0 for any, or if it is unknown. The system reuses ids, but not
+    with this time.
     """
-    if not process_exists(pid):
-        return False
     try:
-        began = psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return not since or abs(process.create_time() - since) < 5  # adjusting the clock moves it a little
     except psutil.NoSuchProcess:
         return False
-    return not since or abs(began - since) < 5  # adjusting the clock moves it a little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +84,7 @@ class Holder:
         """Return whether the holder has let the folder go, or certainly does not run any more."""
         if self.released or self.driver == driver_id():  # held by another worker of this same driver, which has
             return True  # replaced it by this one
-        return self.machine == this_machine() and not process_exists(self.pid)
+        return self.machine == this_machine() and not process_lives(self.pid)
 
     def is_seen(self) -> bool:
         """Return whether the holder certainly runs.

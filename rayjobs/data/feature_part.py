@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from rayjobs.errors import DataError
 from rayjobs.storage.counted_reader import CountedReader
-from rayjobs.storage.files import parse_index, write_bytes, write_index
+from rayjobs.storage.files import parse_index, values_path, write_bytes, write_index
 
 VALUE = np.dtype("<f4")
 
@@ -49,7 +49,7 @@ class FeaturePart:
             DataError: the file was cut short.
         """
         size = self.bytes_per_image
-        return reader.read_ranges(_values_path(self.path), [(row * size, (row + 1) * size) for row in rows])
+        return reader.read_ranges(values_path(self.path), [(row * size, (row + 1) * size) for row in rows])
 
     def read(self, reader: CountedReader) -> np.ndarray:
         """Return the features of all images, (n, V, C) float32.
@@ -58,7 +58,7 @@ class FeaturePart:
             StorageError: the file cannot be read.
             DataError: the file is damaged.
         """
-        path = _values_path(self.path)
+        path = values_path(self.path)
         content = reader.read(path)
         if len(content) != len(self.images) * self.bytes_per_image:
             raise DataError(
@@ -86,7 +86,7 @@ def write_part(
         views: V.
         rejected: (path, reason) of each image that could not be read.
     """
-    write_bytes(_values_path(path), features.astype(VALUE, copy=False).tobytes())
+    write_bytes(values_path(path), features.astype(VALUE, copy=False).tobytes())
     metadata = {"views": str(views), "width": str(features.shape[1]), "rejected": json.dumps(list(rejected))}
     write_index(path, pa.table({"row": pa.array(images, pa.int64())}).replace_schema_metadata(metadata))
 
@@ -107,7 +107,3 @@ def read_part(path: str, reader: CountedReader) -> FeaturePart:
         width=int(metadata[b"width"]),
         rejected=tuple((name, reason) for name, reason in json.loads(metadata[b"rejected"])),
     )
-
-
-def _values_path(path: str) -> str:
-    return f"{path.removesuffix('.parquet')}.bin"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from adapter.records.example import count_labels
 from rayjobs.storage.counted_reader import CountedReader
-from rayjobs.storage.files import parse_index, write_bytes, write_index
+from rayjobs.storage.files import parse_index, values_path, write_bytes, write_index
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -60,7 +60,7 @@ def write_part(path: str, records: Sequence[Mapping[str, Any]]) -> None:
         records: id, tokens, label_spans and, if there is one, the index of the image of each record.
     """
     values = [np.array([*record["tokens"], *chain(*record["label_spans"])], VALUE) for record in records]
-    write_bytes(_values_path(path), b"".join(value.tobytes() for value in values))
+    write_bytes(values_path(path), b"".join(value.tobytes() for value in values))
     rows = [
         {
             "id": record["id"],
@@ -111,7 +111,7 @@ def read_records(index: RecordIndex, reader: CountedReader) -> list[dict[str, An
     for row in rows:
         by_file.setdefault(row["file"], []).append(row)
     for file, listed in by_file.items():
-        path = _values_path(f"{index.folder}/{index.files[file]}")
+        path = values_path(f"{index.folder}/{index.files[file]}")
         contents = reader.read_ranges(path, [(row["start"], row["stop"]) for row in listed])
         for row, content in zip(listed, contents, strict=True):
             row["values"] = np.frombuffer(content, VALUE)
@@ -126,7 +126,3 @@ def _record(row: Mapping[str, Any]) -> dict[str, Any]:
         "label_spans": values[count:].reshape(-1, 2).tolist(),
         "image": row["image"],
     }
-
-
-def _values_path(path: str) -> str:
-    return f"{path.removesuffix('.parquet')}.bin"

@@ -143,6 +143,11 @@ def parse_index(content: bytes, path: str | Path) -> pa.Table:
         ) from error
 
 
+def values_path(index: str) -> str:
+    """Return the path of the file of values that an index, `NAME.parquet`, belongs to: `NAME.bin`."""
+    return f"{index.removesuffix('.parquet')}.bin"
+
+
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The table of a Parquet file, or only the named columns of it."""
     import pyarrow.parquet as pq

@@ -63,12 +63,12 @@ def find_kuberay_config() -> dict[str, Any] | None:
     They are in the cluster's RayCluster object, which the pod of the head may read if its autoscaler is enabled. Ray's
     autoscaler reads it in the same way, and Ray has no public way to ask for the limits.
     """
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
-
     name = os.environ.get("RAY_CLUSTER_NAME")
     if not name or not autoscaled_by_kubernetes():
         return None
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
     try:
         namespace = KUBERNETES_NAMESPACE.read_text().strip()
         return _derive_autoscaling_config_from_ray_cr(KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}"))

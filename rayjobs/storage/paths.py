@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from cafo.items import leads_out
 from rayjobs.errors import ConfigError, DataError, StorageError
 from rayjobs.storage.credentials import drop_mask
 from rayjobs.storage.hub import HUB, HubPath, is_hub_id, is_hub_path, pin
@@ -94,7 +95,7 @@ def remove_folder(folder: Path) -> None:
 
 def inside(folder: Path, name: str) -> Path:
     """Return the file of this name in a folder or below it. Raises DataError for a name that leads out of it."""
-    if not name or name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+    if not name or leads_out(name):
         raise DataError(f"{folder}: the name {name!r} leads out of this folder, so its file is not opened")
     return folder / name
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from rayjobs.console import printable
-from rayjobs.errors import DataError, ResourceError
+from rayjobs.errors import ResourceError
 from rayjobs.storage.credentials import mask_credentials
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_json, read_typed, write_json
 from rayjobs.storage.lease import describe_held, hold, release
 from rayjobs.storage.lease_files import LeaseFiles, process_lives
 
@@ -141,12 +141,7 @@ def read_record(folder: Path) -> RunRecord | None:
     path = folder / RECORD_FILE
     if not path.is_file():
         return None
-    try:
-        return _RECORDS.validate_python(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        raise DataError(f"{path} is not the record of a run: {field}{first['msg']}") from error
+    return read_typed(path, _RECORDS, "the record of a run")
 
 
 def find_runs(storage: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapter import atomic_file
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
@@ -19,6 +19,9 @@ from rayjobs.storage.paths import is_url, make_folder, resolve_path, upload_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -87,6 +90,21 @@ def read_json(path: str | Path) -> Any:
     with _as_storage_error(path, "read"):
         text = resolve_path(path).read_bytes()
     return _parse_json(text, path)
+
+
+def read_typed(path: str | Path, kind: TypeAdapter[T], what: str, *, way_out: str = "") -> T:
+    """The value of a JSON file as an object of a class.
+
+    Raises DataError, which says that the file is not `what` and names the first wrong field, and OSError.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind.validate_python(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"{part}: " for part in first["loc"])
+        raise DataError(f"{path} is not {what}: {field}{first['msg']}{way_out}") from error
 
 
 def _parse_json(text: bytes, path: str | Path) -> Any:

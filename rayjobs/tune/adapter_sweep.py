@@ -169,17 +169,16 @@ def plot_settings(
         axes: the search space.
         settings: (overrides, results of its seeds) of each setting.
     """
-    figures = [mean_figure(results) for _, results in settings]
-    finished = [(overrides, results) for overrides, results in settings if mean_objective(results) is not None]
+    objectives = enumerate(mean_objective(results) for _, results in settings)
+    finished = {number: objective for number, objective in objectives if objective is not None}
     if len(finished) < 2:
         return
-    metric = comparison_metric(finished[0][1])
-    known = [value for value in figures if value is not None]
-    best = figures.index(min(known) if metric.mode == "min" else max(known))
-    name = metric.name.replace("_", " ")
+    best = min(finished, key=lambda number: finished[number])
+    name = comparison_metric(settings[best][1]).name.replace("_", " ")
+    figures = [mean_figure(results) for _, results in settings]
     drawing = parallel_coordinates([overrides for overrides, _ in settings], figures, name, best=best)
     save_plot(folder / "settings.png", "settings", drawing)
-    shares = importances(axes, [(overrides, mean_objective(results) or 0.0) for overrides, results in finished])
+    shares = importances(axes, [(settings[number][0], objective) for number, objective in finished.items()])
     if len(shares) > 1:
         drawing = importance_bars(shares, len(finished), TOP_SHARE)
         save_plot(folder / "importance.png", "importance of the hyperparameters", drawing)

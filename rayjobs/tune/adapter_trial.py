@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from rayjobs.errors import DataError
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_typed, write_json
 
 ADAPTER_TRIAL_FILE = "trial.json"
 
@@ -121,15 +120,8 @@ def read_adapter_result(folder: Path) -> AdapterTrialResult | None:
     path = folder / ADAPTER_TRIAL_FILE
     if not path.exists():
         return None
-    try:
-        return _RESULTS.validate_python(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "".join(f"{part}: " for part in first["loc"])
-        raise DataError(
-            f"{path} is not the result of a trial: {field}{first['msg']}; remove this file, and the same command makes "
-            "it again"
-        ) from error
+    way_out = "; remove this file, and the same command makes it again"
+    return read_typed(path, _RESULTS, "the result of a trial", way_out=way_out)
 
 
 def step_to_stop_at(curve: Sequence[tuple[int, float]], limits: Mapping[int, float]) -> int | None:

@@ -72,6 +72,21 @@ def make(scale: Scale, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor],
     return keys, features, classifier, key_labels, labels
 
 
+def as_held_out(
+    keys: dict[str, Tensor], features: dict[str, Tensor], classifier: Tensor, key_labels: Tensor, labels: Tensor
+) -> HeldOutFeatures:
+    """What `make` returns, as the images that a choice is made on."""
+    return HeldOutFeatures(
+        features=features,
+        rows=torch.arange(len(labels), device=labels.device),
+        labels=labels,
+        key_sets=[KeySet(keys)],
+        key_labels=key_labels,
+        classifier=classifier,
+        zero_shot_source="clip",
+    )
+
+
 def one_pair(
     affinities: list[Tensor], values: Tensor, zero_shot: Tensor, labels: Tensor, alpha: float, beta: float
 ) -> float:
@@ -101,16 +116,7 @@ def measure(name: str, part: int, seed: int) -> dict[str, float | str | int]:
         return one_pair(affinities, values, 100 * features["clip"] @ classifier, labels, alpha, beta)
 
     def exact() -> tuple[float, float]:
-        images = HeldOutFeatures(
-            features=features,
-            rows=torch.arange(len(labels)),
-            labels=labels,
-            key_sets=[KeySet(keys)],
-            key_labels=key_labels,
-            classifier=classifier,
-            zero_shot_source="clip",
-        )
-        result = search(images, grid=grid)
+        result = search(as_held_out(keys, features, classifier, key_labels, labels), grid=grid)
         return result.accuracy, result.beta
 
     reference_pair(*sample[0])  # warm caches and thread pools for all three

@@ -21,12 +21,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from cafo.images import Preprocess
@@ -34,6 +34,7 @@ from rayjobs.data.feature_part import part_name
 from rayjobs.data.feature_part import write_part as write_features
 from rayjobs.data.image_source import IMAGES_PER_PART, ImageSource, StoredFeatures, StreamedImages
 from rayjobs.data.sampler import ElasticBatchSampler, window_micro_batches
+from rayjobs.data.token_part import part_name as record_part_name
 from rayjobs.data.token_part import write_part as write_records
 from rayjobs.data.token_store import RECORDS_PER_CHUNK, TokenStore
 from rayjobs.reporting.tables import markdown_table
@@ -62,7 +63,7 @@ def make_store(folder: Path, records: int, tokens: int | None = None, images: in
             image = id % images if images else None
             values = rng.integers(0, 32000, length).tolist()
             listed.append({"id": id, "tokens": values, "label_spans": [[length // 2, length]], "image": image})
-        name = f"train-{first:014x}.parquet"
+        name = record_part_name("train", first)
         write_records(f"{folder}/{name}", listed)
         parts.append((name, len(listed)))
     return TokenStore(folder=str(folder), parts={"train": parts, "val": []}, rejected=0)
@@ -191,33 +192,17 @@ class MemoryWatch(threading.Thread):
             use = self.use
             use.store = max(use.store, stats.object_store_bytes_used)
             use.spilled = max(use.spilled, stats.spilled_bytes_total)
-            use.private = max(use.private, sum(map(private_bytes, descendants(os.getpid()))))
+            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            use.private = max(use.private, sum(map(private_bytes, processes)))
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """Yield a process and all that it or its children started."""
-    yield pid
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-        children += [
-            child
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            if task.name != str(pid)
-            for child in (task / "children").read_text(encoding="ascii").split()
-        ]
-    except OSError:  # it has ended
-        return
-    for child in children:
-        yield from descendants(int(child))
-
-
-def private_bytes(pid: int) -> int:
+def private_bytes(process: psutil.Process) -> int:
     """Return the resident memory of a process that it shares with no other, 0 if it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
+        memory = process.memory_info()
+    except psutil.Error:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    return int(memory.rss - memory.shared)
 
 
 def make_streamed(kind: str, folder: Path, size: int) -> ElasticBatchSampler:

@@ -70,22 +70,13 @@ def encode(sizes: Sizes, device: str) -> Figures:
 
 def search(sizes: Sizes, device: str) -> Figures:
     """Measure the exact choice of α and β on validation images, against the products of their features alone."""
-    from benchmarks.cafo_search import make
-    from cafo.held_out import HeldOutFeatures, KeySet
+    from benchmarks.cafo_search import as_held_out, make
     from cafo.search import search as choose
     from cafo.search_grid import BetaGrid
 
     keys, features, classifier, key_labels, labels = make(sizes.search, seed=0)
     keys, features = ({name: t.to(device) for name, t in tensors.items()} for tensors in (keys, features))
-    images = HeldOutFeatures(
-        features=features,
-        rows=torch.arange(len(labels), device=device),
-        labels=labels.to(device),
-        key_sets=[KeySet(keys)],
-        key_labels=key_labels.to(device),
-        classifier=classifier.to(device),
-        zero_shot_source="clip",
-    )
+    images = as_held_out(keys, features, classifier.to(device), key_labels.to(device), labels.to(device))
 
     def products() -> None:
         for block in images.rows.split(256):

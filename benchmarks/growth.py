@@ -21,8 +21,7 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.binding import meta_decoder
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
-from benchmarks.cafo_search import Scale, make
-from cafo.held_out import HeldOutFeatures, KeySet
+from benchmarks.cafo_search import Scale, as_held_out, make
 from cafo.search import search
 from cafo.search_grid import BetaGrid
 from rayjobs.reporting.tables import markdown_table
@@ -73,16 +72,7 @@ def _decoder() -> Decoder:
 def choice(*, classes: int = 50, keys: int = 16, images: int = 1000) -> Callable[[], object]:
     """Return the exact search for α and β on random features."""
     scale = Scale(classes=classes, keys_per_class=keys, images=images, required_ratio=0)
-    key_features, features, classifier, key_labels, labels = make(scale, seed=0)
-    held_out = HeldOutFeatures(
-        features=features,
-        rows=torch.arange(len(labels)),
-        labels=labels,
-        key_sets=[KeySet(key_features)],
-        key_labels=key_labels,
-        classifier=classifier,
-        zero_shot_source="clip",
-    )
+    held_out = as_held_out(*make(scale, seed=0))
     return lambda: search(held_out, grid=BetaGrid())
 
 

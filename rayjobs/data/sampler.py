@@ -137,8 +137,9 @@ class ElasticBatchSampler:
         if images is None:
             for record in records:
                 record["image"] = None
+            return 0
         pictured = [record for record in records if record["image"] is not None]
-        if images is None or not pictured:
+        if not pictured:
             return 0
         wanted = [(source_of(record["id"]), record["image"]) for record in pictured]
         contents = images.read(wanted, None if self.seed is None else epoch)

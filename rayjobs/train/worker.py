@@ -47,9 +47,8 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """The values that a worker returns to the driver."""
+    """What a worker returns to the driver: the error that ended it, if one did."""
 
-    steps: int = 0
     error: UserError | AdapterError | None = None
 
 
@@ -75,7 +74,8 @@ def train_worker(arguments: dict[str, Any]) -> WorkerResult:
     """Train as one of the workers. `arguments` are those of `TrainingLoop`."""
     loop = TrainingLoop(**arguments)
     try:
-        return WorkerResult(steps=loop.run())
+        loop.run()
+        return WorkerResult()
     except AgreedError as agreed:
         return WorkerResult(error=agreed.error)
     except Exception:
@@ -107,8 +107,8 @@ class TrainingLoop:
         self.writer = CheckpointWriter(storage)
         self.preemption: ray.train.PreemptionInfo | None = None
 
-    def run(self) -> int:
-        """Train to the last step, resuming from the newest checkpoint; return the number of steps."""
+    def run(self) -> None:
+        """Train to the last step, resuming from the newest checkpoint."""
         with self.writer:
             ray.train.report({"doing": "loading the model"})
             times = StartTimes()
@@ -123,7 +123,6 @@ class TrainingLoop:
                 self.log_validation()
                 times.end("validating")
             self.train(times)
-        return self.step
 
     def train(self, times: StartTimes) -> None:
         """Make the steps that are left. times: the phases before, to which that of the first step is added."""

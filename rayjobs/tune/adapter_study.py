@@ -149,9 +149,7 @@ class AdapterStudy(BatchedStudy):
                 return self.study.ask()
 
     def _draw(self, axis: Axis) -> int | float:
-        if isinstance(axis, Range):
-            return math.exp(self.rng.uniform(math.log(axis.low), math.log(axis.high)))
-        return self.rng.randrange(len(axis))
+        return axis.draw(self.rng) if isinstance(axis, Range) else self.rng.randrange(len(axis))
 
     def _overrides(self, suggestion: optuna.Trial) -> dict[str, Any]:
         suggested: dict[str, int | float] = {}

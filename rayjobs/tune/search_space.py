@@ -51,6 +51,10 @@ class Range:
     high: float = Field(gt=0)
     """Largest value."""
 
+    def draw(self, rng: random.Random) -> float:
+        """Return a random value of the range."""
+        return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+
 
 @config
 class SpaceConfig:
@@ -309,8 +313,7 @@ def _sample_settings(settings: Sequence[Setting], lr: list[float] | Range, searc
     sampled: list[Setting] = []
     for group in group_settings(settings, search.compare):
         if isinstance(lr, Range):
-            low, high = math.log(lr.low), math.log(lr.high)
-            sampled += [rng.choice(group)._replace(lr=math.exp(rng.uniform(low, high))) for _ in range(search.samples)]
+            sampled += [rng.choice(group)._replace(lr=lr.draw(rng)) for _ in range(search.samples)]
         else:
             sampled += rng.sample(group, min(search.samples, len(group)))
     return sampled

@@ -52,7 +52,10 @@ class FeatureSource:
 class LoadedClassifier:
     """A classifier with its encoders."""
 
-    name: str
+    path: Path
+    """Its run folder, or its own file."""
+    written_ns: int | None
+    """Time at which its file was last changed before it was read, in nanoseconds."""
     opened: OpenedClassifier
     sources: Mapping[str, FeatureSource]
 
@@ -71,7 +74,7 @@ class ClassifierFolder:
         """folder: with the runs. encoders: by name, for single files, and in place of a run's own. device: of the
         encoders. keep: classifiers that stay in memory."""
         self.folder, self.encoders, self.device, self.keep = Path(folder), dict(encoders or {}), device, keep
-        self._loaded: OrderedDict[str, tuple[int, LoadedClassifier]] = OrderedDict()
+        self._loaded: OrderedDict[str, LoadedClassifier] = OrderedDict()
         self._in_memory: WeakValueDictionary[str, ImageEncoder] = WeakValueDictionary()
         self._lock = threading.Lock()
 
@@ -93,8 +96,18 @@ class ClassifierFolder:
         Raises ApiError with status 404 for a name that the folder does not have, and what `open_saved` and `open_run`
         of `rayjobs.tune.classifier` raise.
         """
-        from rayjobs.tune.selection import CHOSEN
+        with self._lock:  # one at a time: two requests for the same classifier must not read it twice
+            known = self._loaded.get(name)
+            if known is None or known.written_ns != _written_ns(known.path):
+                self._loaded.pop(name, None)
+                self._loaded[name] = known = self._read(self._find(name))
+            self._loaded.move_to_end(name)
+            while len(self._loaded) > self.keep:
+                self._loaded.popitem(last=False)
+            return known
 
+    def _find(self, name: str) -> Path:
+        """The run folder or the file of a name. Raises ApiError with status 404 for one that the folder lacks."""
         paths = self.paths()
         if name not in paths:
             there = ", ".join(list(paths)[:20]) or "none"
@@ -104,20 +117,12 @@ class ClassifierFolder:
                 param="model",
                 code="model_not_found",
             )
-        path = paths[name]
-        written = (path if path.is_file() else path / CHOSEN).stat().st_mtime_ns
-        with self._lock:  # one at a time: two requests for the same classifier must not read it twice
-            known = self._loaded.get(name)
-            if known is None or known[0] != written:
-                self._loaded[name] = known = (written, self._read(name, path))
-            self._loaded.move_to_end(name)
-            while len(self._loaded) > self.keep:
-                self._loaded.popitem(last=False)
-            return known[1]
+        return paths[name]
 
-    def _read(self, name: str, path: Path) -> LoadedClassifier:
+    def _read(self, path: Path) -> LoadedClassifier:
         from rayjobs.tune.classifier import open_run, open_saved
 
+        written_ns = _written_ns(path)
         encoders: Mapping[str, VisionEncoderConfig]
         if path.is_file():
             opened, encoders = open_saved(path), self.encoders
@@ -126,7 +131,7 @@ class ClassifierFolder:
             encoders = {**encoders, **self.encoders}
         configs = opened.configs(encoders)
         sources = {source: self._source(opened, source, configs[encoder_of(source)]) for source in opened.sources}
-        return LoadedClassifier(name, opened, sources)
+        return LoadedClassifier(path, written_ns, opened, sources)
 
     def _source(self, opened: OpenedClassifier, source: str, config: VisionEncoderConfig) -> FeatureSource:
         encoder = self._in_memory.get(repr(config))
@@ -135,3 +140,13 @@ class ClassifierFolder:
         unprojected = source != encoder_of(source)
         opened.check_encoder(source, f"{encoder.identity}-unprojected" if unprojected else encoder.identity)
         return FeatureSource(encoder, unprojected)
+
+
+def _written_ns(path: Path) -> int | None:
+    """The time of the last change of a classifier's file, or of its run's choice; None if it is gone."""
+    from rayjobs.tune.selection import CHOSEN
+
+    try:
+        return (path / CHOSEN if path.is_dir() else path).stat().st_mtime_ns
+    except OSError:
+        return None

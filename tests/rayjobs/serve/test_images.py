@@ -175,10 +175,12 @@ def test_the_best_choice_of_a_run_is_served_and_classifiers_are_listed(
 
 
 def test_a_file_that_was_replaced_is_read_again_and_one_that_is_gone_is_not_served(
-    classifiers: ClassifierFolder, folder: Path
+    classifiers: ClassifierFolder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = classifiers.load("pets")
-    assert classifiers.load("pets") is first
+    with monkeypatch.context() as patched:
+        patched.setattr(classifiers, "paths", lambda: pytest.fail("the folder is looked through again"))
+        assert classifiers.load("pets") is first
     save_cache(replace(make_cache(), alpha=0.1), folder / "pets.safetensors")
     assert classifiers.load("pets").opened.classifier.alpha == 0.1  # type: ignore[union-attr]
     (folder / "pets.safetensors").unlink()

@@ -32,14 +32,14 @@ class CachesConfig:
     """The saved classifiers of CaFo that are served."""
 
     folder: LocalPath | None = None
-    """Folder of runs of cafo-tune and cafo, of each of which the best classifier is served, under the run's name. With
+    """Folder of runs: the best classifier of each run of cafo-tune and cafo in it is served under the run's name. With
     `encoders`, the files NAME.safetensors in it that CaFo.save wrote are served too, as NAME. null serves none."""
     encoders: dict[str, VisionEncoderConfig] = Field(default_factory=dict)
-    """Image encoders by name, for such files. Those of a run are known, and may be replaced here."""
+    """Image encoders by name, for files that CaFo.save wrote. A run's own are known, and may be replaced here."""
     image_bytes: int = Field(default=10 * 2**20, ge=1)
-    """Size of the largest image, in bytes; of those in conversations too."""
+    """Size of the largest image, in bytes, also in conversations."""
     image_pixels: int = Field(default=40_000_000, ge=1)
-    """Width x height of the largest image."""
+    """Width x height of the largest image, also in conversations."""
 
 
 @config
@@ -129,7 +129,7 @@ class ServedConfig:
     base: BaseModelConfig
     adapters: AdaptersConfig = AdaptersConfig()
     vision: VisionConfig | None = None
-    """Image encoder that adapters were trained with which read images; null serves text alone."""
+    """Image encoder of the adapters that read images, as in their training; null serves text alone."""
     caches: CachesConfig = CachesConfig()
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()

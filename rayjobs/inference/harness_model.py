@@ -2,7 +2,7 @@
 
 Texts become tokens as in the harness's own backend for transformers, so that a base gets the same figures from both.
 Those conventions are: strings of special tokens count as such; a text begins as the tokenizer begins texts, unless it
-spells BOS itself; an empty context is BOS, or EOS of a tokenizer without one; what is too long loses its left.
+spells BOS itself; an empty context is BOS, or EOS of a tokenizer without one; what is too long loses its beginning.
 """
 
 from collections import Counter

@@ -1,9 +1,9 @@
 """The tasks of lm-evaluation-harness: found by name, run on a model, and their results as a table."""
 
 import difflib
-import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     if not verbose():
         set_unless_given({"TQDM_DISABLE": "1"})
     try:
-        tasks = importlib.import_module("lm_eval.tasks")
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"this job needs lm-evaluation-harness: pip install 'rayjobs[harness]' ({error})") from error
-    with_errors = _Loading(folder or "the harness's own tasks")
-    with with_errors:
-        manager = tasks.TaskManager(include_path=folder, include_defaults=folder is None)
+    place = folder or "the harness's own tasks"
+    with _loading(place):
+        manager = TaskManager(include_path=folder, include_defaults=folder is None)
     found = {name: manager.match_tasks([name]) for name in names}
     for name, matches in found.items():
         if not matches:
@@ -40,7 +40,7 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
             known = (
                 f"did you mean {' or '.join(close)}?" if close else f"it has {list_names(manager.all_tasks) or 'none'}"
             )
-            raise ConfigError(f"tasks: {name!r} is no task of {with_errors.what}; {known}")
+            raise ConfigError(f"tasks: {name!r} is no task of {place}; {known}")
     return manager, list(dict.fromkeys(match for matches in found.values() for match in matches))
 
 
@@ -52,26 +52,23 @@ def list_names(names: Sequence[str], most: int = 20) -> str:
 
 def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     """The named tasks and groups, with their data. Raises ConfigError for one that cannot be loaded."""
-    with _Loading(", ".join(names)):
+    with _loading(", ".join(names)):
         loaded = manager.load(list(names))
     inside = {child for group in loaded["groups"].values() for child in group.child_names}
     everything = {**loaded["groups"], **loaded["tasks"]}
     return [one for name, one in everything.items() if name not in inside]
 
 
-class _Loading:
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
     """Turn whatever the harness raises over task files and their data into a ConfigError that names them."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not is_user_error(error):
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{self.what}: the harness cannot load it: {type(error).__name__}: {reason}") from error
+    try:
+        yield
+    except Exception as error:
+        if is_user_error(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{what}: the harness cannot load it: {type(error).__name__}: {reason}") from error
 
 
 def evaluate(

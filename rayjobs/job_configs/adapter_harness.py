@@ -34,7 +34,7 @@ class Config(AdapterSourceConfig):
     system: str | None = None
     """System message, or beginning of a plain text; null for none."""
     max_length: int | None = Field(default=None, ge=2)
-    """Most tokens of the model's input; null for the base's window. What is longer loses its left."""
+    """Most tokens of the model's input; null for the base's window. What is longer loses its beginning."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the choice of examples, of samples, and of the standard errors that are estimated by drawing."""
     bootstrap_draws: int = Field(default=1000, ge=0)

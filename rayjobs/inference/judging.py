@@ -6,7 +6,7 @@ asked in both orders: an answer wins if it is preferred in both, and everything 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cafo.openai_client import Endpoint, RateLimitedClient
@@ -68,7 +68,7 @@ class Verdict:
 def check_prompt(path: str, prompt: str) -> None:
     """Raise DataError, naming the prompt's file, for a prompt that lacks a field."""
     if missing := [name for name in FIELDS if name != "reference" and f"{{{name}}}" not in prompt]:
-        raise DataError(f"{path}: the prompt lacks {', '.join(f'{{{name}}}' for name in missing)}: it shows all three")
+        raise DataError(f"{path}: the prompt lacks {', '.join(f'{{{name}}}' for name in missing)}: add what is missing")
 
 
 def pair_answers(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> list[Pair]:
@@ -178,16 +178,3 @@ def summarize_verdicts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 def _share(hits: Sequence[bool]) -> float | None:
     return round(sum(hits) / len(hits), 4) if hits else None
-
-
-def verdict_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as a line of JSON, from which `parse_verdict` makes it again."""
-    return {**asdict(verdict), "replies": list(verdict.replies)}
-
-
-def parse_verdict(row: dict[str, Any]) -> Verdict:
-    """The verdict of `verdict_row`. Raises DataError for what is none."""
-    try:
-        return Verdict(record=row["record"], outcome=row["outcome"], replies=tuple(row["replies"]))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"not a verdict: {row!r:.80}") from error

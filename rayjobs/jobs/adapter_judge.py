@@ -5,6 +5,7 @@ is the first run's win rate with a 95% interval. The same command resumes an int
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from rayjobs.console import Progress, show_result, show_table
@@ -17,9 +18,7 @@ from rayjobs.inference.judging import (
     check_prompt,
     judge_pairs,
     pair_answers,
-    parse_verdict,
     summarize_verdicts,
-    verdict_row,
 )
 from rayjobs.inference.record_answers import ANSWERS_FILE
 from rayjobs.job_configs.adapter_judge import Config
@@ -77,9 +76,15 @@ def read_answers(folder: str) -> list[dict[str, Any]]:
 
 
 def read_verdicts(settings: Config) -> list[Verdict]:
-    """The verdicts that an earlier start of the run has written; none if there are none."""
+    """The verdicts that an earlier start of the run has written. Raises DataError for a file of something else."""
     path = settings.run.folder / VERDICTS
-    return [parse_verdict(row) for row in read_jsonl(path)] if path.exists() else []
+    rows = read_jsonl(path) if path.exists() else []
+    try:
+        return [Verdict(record=row["record"], outcome=row["outcome"], replies=tuple(row["replies"])) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: a line is not a verdict ({error!r}): move the file away to ask anew"
+        ) from error
 
 
 def plan(settings: Config) -> None:
@@ -111,9 +116,9 @@ def run(settings: Config) -> dict[str, Any]:
                 verdicts.append(verdict)
                 bar.advance()
                 if len(verdicts) % SAVE_EVERY == 0:
-                    write_jsonl(folder / VERDICTS, map(verdict_row, verdicts))
+                    write_jsonl(folder / VERDICTS, map(asdict, verdicts))
     finally:
-        write_jsonl(folder / VERDICTS, map(verdict_row, verdicts))
+        write_jsonl(folder / VERDICTS, map(asdict, verdicts))
     result = summarize(settings, checked.pairs, verdicts)
     write_result(folder, result)
     show_result(settings.run.name, result)

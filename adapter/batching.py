@@ -53,8 +53,7 @@ def collate(
     """Pad sequences of ids (see `pad`) and label them. Returns tokens and labels, each (B, T) int64.
 
     label_spans: the (first, one past the last) tokens of each sequence that are labelled; all others, and padding, get
-    IGNORE. Without any sequence the result is one row of padding, which a worker runs to keep in
-    step.
+    IGNORE. Without any sequence the result is one row of padding, which a worker runs to keep in step.
     """
     tokens = pad(sequences) if sequences else torch.zeros(1, 1, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE)

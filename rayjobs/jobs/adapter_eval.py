@@ -81,7 +81,7 @@ class Checked(NamedTuple):
     templates: list[Template]
     """the template of each source"""
     problems: list[Problem]
-    """the problems of scienceqa; none for task=loss"""
+    """the problems of task=scienceqa; none for other tasks"""
     conditioning: ImageConditioning | None
     """the image encoder; None if images are left out"""
     saved: AdapterFile | None
@@ -117,7 +117,7 @@ def check(settings: Config, *, weights: bool = True) -> Checked:
         check_sources(sources)
     templates = source_templates(sources, open_tokenizer(tokenizer), saved)
     if settings.task == "answers":
-        AnswerScorer()
+        AnswerScorer()  # refuses where its packages are not installed
     overlap = check_overlap(settings, records, problems)
     return Checked(tokenizer, records, sources, templates, problems, conditioning, saved, window, overlap)
 
@@ -174,15 +174,13 @@ def plan(settings: Config) -> None:
     """Show what `run` would do."""
     checked = check(settings, weights=False)
     encoder = checked.conditioning and checked.conditioning.encoder
+    held_out = [["scored", f"what the run of the adapter held out, {checked.overlap.records:,} records"]]
     rows = [
         ["base", settings.base.path],
         ["adapter", settings.adapter or "none"],
         ["task", settings.task],
         ["data", describe_sources(checked.sources, checked.templates)],
-        *(
-            [["scored", f"what the run of the adapter held out, {checked.overlap.records:,} records"]]
-            * bool(settings.split)
-        ),
+        *(held_out if settings.split else []),
         ["trained on", describe_overlap(settings, checked.overlap)],
         ["images", f"read by {encoder.identity}" if encoder else "left out"],
         ["workers", str(settings.scale.workers)],

@@ -82,9 +82,7 @@ def read_verdicts(settings: Config) -> list[Verdict]:
     try:
         return [Verdict(record=row["record"], outcome=row["outcome"], replies=tuple(row["replies"])) for row in rows]
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: a line is not a verdict ({error!r}): move the file away to ask anew"
-        ) from error
+        raise DataError(f"{path}: a line is not a verdict ({error!r}): move the file away to ask anew") from error
 
 
 def plan(settings: Config) -> None:

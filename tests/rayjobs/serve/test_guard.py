@@ -50,8 +50,8 @@ def call(
 ) -> list[dict[str, Any]]:
     """Call an application with a POST of LONG; return what it sends.
 
-    body: messages that it receives, the last of which is repeated. act: takes what is sent, and says that the client
-    leaves.
+    body: messages that it receives; nothing more comes until the client leaves. act: takes what is sent, and says
+    whether the client leaves then.
     """
     sent: list[dict[str, Any]] = []
 
@@ -130,7 +130,7 @@ def test_a_client_that_leaves_before_the_answer_is_whole_frees_its_slots(
     assert len(chosen) < 40 * LONG["max_tokens"]
 
 
-def test_a_body_that_does_not_come_or_is_too_large_is_given_up(text_model: TextModel) -> None:
+def test_a_body_that_does_not_come_or_is_too_large_is_given_up() -> None:
     reached: list[Any] = []
 
     async def inner(*arguments: Any) -> None:
@@ -146,7 +146,7 @@ def test_a_body_that_does_not_come_or_is_too_large_is_given_up(text_model: TextM
     assert not reached
 
 
-def test_more_requests_than_the_limit_are_told_to_come_again(text_model: TextModel) -> None:
+def test_more_requests_than_the_limit_are_told_to_come_again() -> None:
     async def run() -> list[int]:
         hold, application = asyncio.Event(), Guard(inner, limits=LimitsConfig(requests=2), metrics=Metrics())
         inner.hold = hold  # type: ignore[attr-defined]

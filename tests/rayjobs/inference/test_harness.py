@@ -16,7 +16,7 @@ from adapter.templates import ALPACA, ChatTemplate
 from rayjobs.config import load, to_dict
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.inference.harness_model import harness_lm
-from rayjobs.inference.harness_tasks import describe_results, evaluate, open_tasks, table_rows
+from rayjobs.inference.harness_tasks import describe_results, evaluate, load_tasks, open_tasks, table_rows
 from rayjobs.jobs import adapter_harness
 from rayjobs.storage.files import read_json, read_jsonl, write_jsonl
 from tests.adapter.tokenizers import samples
@@ -256,6 +256,10 @@ def test_what_cannot_be_run_is_refused_before_a_worker_starts(tmp_path: Path, ti
         with pytest.raises(ConfigError, match=message):
             adapter_harness.plan(load(adapter_harness.Config, {**given, **more}))
     assert not (tmp_path / "runs").exists()
+    manager, names = open_tasks(["choose"], str(tasks))
+    (tasks / "rows.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match="choose: the harness cannot load it"):
+        load_tasks(manager, names)
 
 
 @pytest.mark.slow

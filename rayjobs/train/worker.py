@@ -47,7 +47,7 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerResult:
-    """What a worker returns to the driver: the error that ended it, if one did."""
+    """The value that a worker returns to the driver."""
 
     error: UserError | AdapterError | None = None
 

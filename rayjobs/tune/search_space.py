@@ -268,10 +268,9 @@ def enumerate_settings(
         space.alpha,
         space.beta,
     ]
-    combinations = itertools.product(*(list(dict.fromkeys(candidates)) for candidates in values))
-    settings = [Setting(*combination) for combination in combinations]
+    combined = itertools.starmap(Setting, itertools.product(*map(dict.fromkeys, values)))
     # a rule that names an encoder has no meaning for a set without it
-    settings = [setting for setting in settings if setting.ensemble in table5(setting.encoders)]
+    settings = [setting for setting in combined if setting.ensemble in table5(setting.encoders)]
     if not settings:
         raise ConfigError("space.ensemble: each of its rules names an encoder that no set of space.encoders has")
     return settings if search.method in ("grid", "optuna") else _sample_settings(settings, space.lr, search)
@@ -309,8 +308,7 @@ def _check_space(
 
 def _sample_settings(settings: Sequence[Setting], lr: list[float] | Range, search: SearchConfig) -> list[Setting]:
     """`search.samples` random settings for each combination of compared values."""
-    rng = random.Random(search.seed)
-    sampled: list[Setting] = []
+    rng, sampled = random.Random(search.seed), list[Setting]()
     for group in group_settings(settings, search.compare):
         if isinstance(lr, Range):
             sampled += [rng.choice(group)._replace(lr=lr.draw(rng)) for _ in range(search.samples)]
@@ -333,9 +331,8 @@ def method_space(space: SpaceConfig, method: str) -> SpaceConfig:
         return replace(space, methods={}, **cast(dict[str, Any], space.methods[method]))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(
-            f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
-        ) from error
+        told = f"space.methods.{method}: {first['loc'][0]}: {first['msg']}, got {first['input']!r}"
+        raise ConfigError(told) from error
 
 
 def enumerate_trials(space: SpaceConfig, settings: Sequence[Setting]) -> list[Trial]:

@@ -1,6 +1,5 @@
 """Read the own format of adapters: what the header states, checked against the tensors (see `adapter.adapter_file`)."""
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from adapter.base.tensor_files import read_metadata
 from adapter.decoder_config import SIZES
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection, ImageProjectionConfig
+from adapter.json_object import parse_json
 from adapter.methods.base import AdapterMethod
 from adapter.methods.registry import METHODS
 from adapter.templates import parse_template
@@ -60,9 +60,9 @@ def _parse_header(path: Path, header: dict[str, str]) -> AdapterFile:
     of_prompts = header["version"] == str(PROMPT_VERSION)
     try:
         config = _parse_prompts(header) if of_prompts else _parse_method(header)
-        base_shape, extra = json.loads(header["base_shape"]), json.loads(header["extra"])
-        switches = json.loads(header.get("base_switches", "{}"))  # LLaMA's, where an older file says nothing
-        templates = {name: parse_template(one) for name, one in json.loads(header.get("templates", "{}")).items()}
+        base_shape, extra = parse_json(header["base_shape"]), parse_json(header["extra"])
+        switches = parse_json(header.get("base_switches", "{}"))  # LLaMA's, where an older file says nothing
+        templates = {name: parse_template(one) for name, one in parse_json(header.get("templates", "{}")).items()}
         if not all(isinstance(x, dict) for x in (base_shape, switches, extra)):
             raise AdapterError(f"base_shape {base_shape!r}, {switches!r}, extra {extra!r}")
         if unknown := base_shape.keys() - set(SIZES):
@@ -94,7 +94,7 @@ def _parse_method(header: dict[str, str]) -> AdapterMethod:
     if header["method"] not in METHODS:
         raise AdapterError(f"no method {header['method']!r}: there are {', '.join(METHODS)}")
     kind: Any = METHODS[header["method"]]
-    settings = json.loads(header["settings"])
+    settings = parse_json(header["settings"])
     if unknown := settings.keys() - {field.name for field in fields(kind)}:
         raise AdapterError(f"{header['method']} has no settings {sorted(unknown)}")
     if "vision" in header:
@@ -104,7 +104,7 @@ def _parse_method(header: dict[str, str]) -> AdapterMethod:
 
 
 def _parse_vision(header: str) -> ImageProjectionConfig:
-    values = json.loads(header)
+    values = parse_json(header)
     if not isinstance(values, dict) or not all(isinstance(width, int) for width in values.get("widths", [None])):
         raise AdapterError(f"vision {header}")
     names = {key: name for name, key in VISION_KEYS.items()}

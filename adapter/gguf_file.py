@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adapter.errors import AdapterError
 
@@ -19,6 +19,8 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>(?!0{5})\d{5})
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST_HEADER = 1 << 30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,47 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
-    def require(self, key: str) -> Any:
-        """The value of a key of the metadata. Raises `error` if it is missing."""
-        if key not in self.metadata:
-            raise self.error(f"{self.path}: its metadata lacks {key}; the file is damaged, or of another kind")
-        return self.metadata[key]
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
+        """The value of a key of the metadata, or the default if it is missing. Raises `error` for one of another type."""
+        value = self.metadata.get(key, default)
+        whole_number = kind is float and type(value) is int
+        if value is not default and not whole_number and (not isinstance(value, kind) or _is_flag(value, kind)):
+            raise self.error(
+                f"{self.path}: {key} is {value!r:.60}, not of the type {kind.__name__}; the file is damaged"
+            )
+        return value
+
+    def get_list(self, key: str, items: type[T]) -> list[T] | None:
+        """The list under a key, or None if it is missing. Raises `error` if it is none, or holds another type."""
+        values = self.get(key, list)
+        if wrong := [value for value in values or () if not isinstance(value, items) or _is_flag(value, items)]:
+            raise self.error(
+                f"{self.path}: {key} holds {wrong[0]!r:.60}, not {items.__name__} alone; the file is damaged"
+            )
+        return values
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """The value of a key of the metadata. Raises `error` if it is missing, or of another type."""
+        value = self.get(key, kind)
+        if value is None:
+            raise self.missing(key)
+        return value
+
+    def require_list(self, key: str, items: type[T]) -> list[T]:
+        """The list under a key. Raises `error` if it is missing, or holds another type."""
+        values = self.get_list(key, items)
+        if values is None:
+            raise self.missing(key)
+        return values
+
+    def missing(self, key: str) -> AdapterError:
+        """An error that a key is missing."""
+        return self.error(f"{self.path}: its metadata lacks {key}; the file is damaged, or of another kind")
+
+
+def _is_flag(value: Any, kind: type) -> bool:
+    """True for a truth value, which Python takes for a number, where none is wanted."""
+    return isinstance(value, bool) and kind is not bool
 
 
 def is_gguf(path: Path) -> bool:
@@ -79,7 +117,8 @@ def read_gguf(path: Path, error: type[AdapterError]) -> GGUFFile:
             raise error(f"{path}: a later part of a model; give the first, {names[0]}")
         files = [path.with_name(name) for name in names]
     metadata, tensors = _read_one(path, error)
-    if (parts := metadata.get("split.count", 1)) > 1 and parts != len(files):
+    parts = GGUFFile(path, error, metadata, tensors).get("split.count", int) or 1
+    if parts > 1 and parts != len(files):
         raise error(f"{path}: one of {parts} parts, whose names must end in -00001-of-{parts:05d}.gguf and so on")
     for file in files[1:]:
         if not file.is_file():
@@ -95,7 +134,7 @@ def _read_one(path: Path, error: type[AdapterError]) -> tuple[dict[str, Any], di
             return header.read_all(path)
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror})") from fault
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError, ZeroDivisionError) as fault:
+    except (struct.error, ValueError, KeyError, MemoryError, OverflowError, RecursionError) as fault:
         raise error(f"{path}: not a readable GGUF file, truncated or corrupt ({fault})") from fault
 
 
@@ -123,6 +162,10 @@ class _Header:
             shape = tuple(self._scalar("Q") for _ in range(rank))[::-1]
             table.append((name, shape, self._scalar("I"), self._scalar("Q")))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+            raise ValueError(f"its tensors are aligned to {alignment!r:.60} bytes, not to a multiple of 8")
+        if unaligned := next((name for name, _, _, offset in table if offset % alignment), None):
+            raise ValueError(f"{unaligned} does not begin at a multiple of {alignment} bytes")
         start = -(-self._place // alignment) * alignment
         tensors = {name: GGUFTensor(path, start + offset, shape, kind) for name, shape, kind, offset in table}
         if len(tensors) < len(table) or any(prod(tensor.shape) < 1 for tensor in tensors.values()):

@@ -4,7 +4,6 @@
 jinja2 program as the Hugging Face hub's models have it. Both are saved in the header of an adapter.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter.errors import AdapterError
+from adapter.json_object import parse_json
 
 if TYPE_CHECKING:
     from adapter.chat_renderer import Rendering
@@ -60,7 +60,7 @@ class PromptTemplate:
         Raises AdapterError, naming the file, if it is not JSON or a template or field is missing.
         """
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            fields = parse_json(Path(path).read_text(encoding="utf-8-sig"))
             later = fields.get("later") or ""
             return cls(with_input=fields["with_input"], without_input=fields["without_input"], later=later)
         except AdapterError as error:

@@ -58,7 +58,16 @@ USER_ERRORS = (
 )
 """Exceptions that a command reports in one message. Those of the system name a path, or a host without an answer."""
 
-_SYSTEM_LIMITS = {errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENAMETOOLONG, errno.ENFILE, errno.ENOSPC, errno.EROFS}
+_SYSTEM_LIMITS = {
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EROFS,
+}
 
 
 def describe_error(error: BaseException) -> str:

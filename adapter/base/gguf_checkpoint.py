@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> tuple[DecoderConfig, dict[str, TensorSource]]:
     tensor, is not supported.
     """
     file = read_gguf(path, CheckpointError)
-    name = file.require("general.architecture")
+    name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
         raise CheckpointError(f"{path}: general.architecture is {name!r}; supported are {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]
@@ -86,18 +86,19 @@ def _hf_values(file: GGUFFile, name: str, architecture: _Architecture) -> dict[s
     def optional(key: str, default: Any = None) -> Any:
         return file.metadata.get(f"{name}.{key}", default)
 
-    def require(key: str) -> Any:
-        return file.require(f"{name}.{key}")
+    def require(key: str) -> int:
+        return file.require(f"{name}.{key}", int)
 
     if experts := optional("expert_count"):
         raise file.error(f"{file.path}: a mixture of {experts} experts; only dense models are supported")
     if "token_embd.weight" not in file.tensors:
         raise file.error(f"{file.path}: token_embd.weight is missing; the file holds no whole model")
-    dim, heads, layers = require("embedding_length"), require("attention.head_count"), require("block_count")
+    dim, layers = require("embedding_length"), require("block_count")
+    heads = optional("attention.head_count") or require("attention.head_count")
     kv_heads = optional("attention.head_count_kv", heads)
-    if isinstance(kv_heads, list) and len(set(kv_heads)) == 1:
+    if isinstance(kv_heads, list) and kv_heads and all(count == kv_heads[0] for count in kv_heads):
         kv_heads = kv_heads[0]
-    head_dim = optional("attention.key_length", dim // heads if isinstance(heads, int) and heads else None)
+    head_dim = optional("attention.key_length", dim // heads if isinstance(heads, int) and heads > 0 else None)
     for key in ("attention.value_length", "rope.dimension_count"):
         if optional(key, head_dim) != head_dim:
             raise file.error(f"{file.path}: {name}.{key} is {optional(key)}; it must be a head's width, {head_dim}")
@@ -109,7 +110,7 @@ def _hf_values(file: GGUFFile, name: str, architecture: _Architecture) -> dict[s
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "rms_norm_eps": require("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": file.require(f"{name}.attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": require("context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -122,19 +123,21 @@ def _hf_values(file: GGUFFile, name: str, architecture: _Architecture) -> dict[s
     if (theta := optional("rope.freq_base")) is not None:
         values["rope_theta"] = theta
     if architecture.large:
-        values["query_pre_attn_scalar"] = dim // heads if layers == architecture.large else head_dim
+        values["query_pre_attn_scalar"] = (
+            dim // require("attention.head_count") if layers == architecture.large else head_dim
+        )
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _rope_scaling(file: GGUFFile, name: str) -> dict[str, Any] | None:
     """RoPE's scaling by the metadata, as `config.json` would have it."""
-    kind = file.metadata.get(f"{name}.rope.scaling.type", "none")
-    factor = file.metadata.get(f"{name}.rope.scaling.factor", file.metadata.get(f"{name}.rope.scale_linear"))
+    kind = file.get(f"{name}.rope.scaling.type", str, "none")
+    factor = file.get(f"{name}.rope.scaling.factor", float, file.get(f"{name}.rope.scale_linear", float))
     if factor and kind == "none":
         kind = "linear"
     if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
         return None
-    original = file.metadata.get(f"{name}.rope.scaling.original_context_length")
+    original = file.get(f"{name}.rope.scaling.original_context_length", float)
     return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original and float(original)}
 
 

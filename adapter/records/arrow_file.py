@@ -64,12 +64,25 @@ def _rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str]]:
-    """Each row and "", or None and the reason why it cannot be read."""
-    try:
+    """Each row and "", or None and the reason why it cannot be read.
+
+    Values are made only of what was checked: a damaged place of a text would otherwise lead anywhere in memory.
+    """
+    if not _fault(batch):
         yield from ((row, "") for row in batch.to_pylist())
-    except UnicodeDecodeError:  # raised before the first row is there
-        for i in range(len(batch)):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0], ""
-            except UnicodeDecodeError as error:
-                yield None, f"not UTF-8: byte {error.object[error.start]:#04x} in a text"
+        return
+    for i in range(len(batch)):
+        row = batch.slice(i, 1)
+        fault = _fault(row)
+        yield None if fault else row.to_pylist()[0], fault
+
+
+def _fault(batch: pa.RecordBatch) -> str:
+    """What is damaged in the values of some rows; empty if nothing is."""
+    import pyarrow as pa
+
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        return f"a value is damaged, or a text is not UTF-8 ({error})"
+    return ""

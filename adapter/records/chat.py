@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 from adapter.errors import RecordError
+from adapter.json_object import parse_json
 from adapter.records.files import check_text
 
 Message = dict[str, Any]
@@ -245,8 +246,8 @@ def _tools(tools: Any) -> list[Any]:
 def _parse_json(text: Any, name: str) -> Any:
     check_text(text, name)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RecordError(f"{name} must be JSON, got {text!r:.60}: {error}") from error
 
 
@@ -254,7 +255,7 @@ def _check_json(value: Any, name: str) -> Any:
     """The value if it is plain JSON with texts that can be written; Parquet has other types too."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecordError(f"{name} is no JSON: {error}") from error
     check_text(text, name)
     return value

@@ -8,7 +8,6 @@ LLaMA-Adapter (arXiv 2303.16199), section 4.2; classes as in Lu et al., 2022 (ar
 hint and an image counts under TXT and under IMG.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from adapter.errors import AdapterError, RecordError
 from adapter.file_kind import check_content
+from adapter.json_object import parse_json
 from adapter.records.files import check_below, check_text
 from adapter.records.row import rejected_record
 from adapter.templates import PromptTemplate
@@ -132,7 +132,7 @@ def _read_split(folder: str | Path, split: str) -> Iterator[tuple[str, Problem |
 def _read_object(path: Path) -> dict[str, Any]:
     check_content(path, RecordError)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RecordError(f"{path}: no such file; ScienceQA is a folder with {PROBLEMS} and {SPLITS}") from error
     except (OSError, ValueError) as error:

@@ -71,8 +71,8 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
     Raises TokenizerError for a file that is damaged, or whose kind of tokenizer is not supported.
     """
     file = read_gguf(path, TokenizerError)
-    kind, tokens = file.require("tokenizer.ggml.model"), file.require("tokenizer.ggml.tokens")
-    types = file.metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    kind, tokens = file.require("tokenizer.ggml.model", str), file.require_list("tokenizer.ggml.tokens", str)
+    types = file.get_list("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise TokenizerError(f"{path}: {len(tokens)} tokens have {len(types)} types; the file is damaged")
     if kind == "llama":
@@ -89,17 +89,17 @@ def read_gguf_tokenizer(path: Path) -> Tokenizer:
 
 def _settings(file: GGUFFile, tokens: list[str], types: list[int], *, add_bos: bool = True) -> TokenizerSettings:
     def id_of(key: str) -> int | None:
-        id = file.metadata.get(f"tokenizer.ggml.{key}")
-        return id if isinstance(id, int) and 0 <= id < len(tokens) else None
+        id = file.get(f"tokenizer.ggml.{key}", int)
+        return id if id is not None and 0 <= id < len(tokens) else None
 
     roles = {name: id_of(key) for name, key in _ROLES.items()}
     stops = {id for key in _STOPS if (id := id_of(key)) is not None}
     stops |= {id for id, text in enumerate(tokens) if types[id] == _CONTROL and text in _STOP_TEXTS}
     return TokenizerSettings(
         named={name: tokens[id] for name, id in roles.items() if id is not None},
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=file.get("tokenizer.chat_template", str),
         stops=frozenset(stops),
-        add_bos=file.metadata.get("tokenizer.ggml.add_bos_token", add_bos),
+        add_bos=bool(file.get("tokenizer.ggml.add_bos_token", bool, add_bos)),
     )
 
 
@@ -112,7 +112,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenize
             f"{', '.join(_SPLITTINGS)}); name the tokenizer that the model was converted from"
         )
     settings = _settings(file, tokens, types, add_bos=splitting.add_bos)
-    joins = (join.partition(" ") for join in file.require("tokenizer.ggml.merges"))
+    joins = (join.partition(" ") for join in file.require_list("tokenizer.ggml.merges", str))
     merges = [(left, right) for left, _, right in joins]
     vocabulary = {text: id for id, text in enumerate(tokens)}
     added = {
@@ -139,24 +139,26 @@ def _sentence_piece_model(file: GGUFFile, tokens: list[str], types: list[int]) -
     llama.cpp joins pieces by their scores, as SentencePiece does. It stores what users defined with spaces, where
     SentencePiece has its own letter for them.
     """
-    scores = file.metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    scores = file.get_list("tokenizer.ggml.scores", float) or [0.0] * len(tokens)
+    if len(scores) != len(tokens):
+        raise TokenizerError(f"{file.path}: {len(tokens)} tokens have {len(scores)} scores; the file is damaged")
+    unknown = file.get("tokenizer.ggml.unknown_token_id", int, 0)
     parts = []
     for id, (text, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         if id == unknown:
             kind = _UNKNOWN
         if kind == _USER_DEFINED:
             text = text.replace(" ", "▁")
-        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
+        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind & 0xFFFFFFFF)
         parts.append(_field(1, piece))
     roles = {45: "unknown_token_id", 46: "bos_token_id", 47: "eos_token_id", 48: "padding_token_id"}
     trainer = _number(3, 2) + _number(4, len(tokens)) + _number(35, _BYTE in types)  # byte pairs; bytes as last resort
     for field, key in roles.items():
-        role = file.metadata.get(f"tokenizer.ggml.{key}")
-        if role is not None and role < len(tokens):
+        role = file.get(f"tokenizer.ggml.{key}", int)
+        if role is not None and 0 <= role < len(tokens):
             trainer += _field(field, tokens[role].encode())
-    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    strip = file.metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    prefix = bool(file.get("tokenizer.ggml.add_space_prefix", bool, True))
+    strip = bool(file.get("tokenizer.ggml.remove_extra_whitespaces", bool, False))
     normalizer = _field(1, b"identity") + _number(3, prefix) + _number(4, strip) + _number(5, True)
     return b"".join(parts) + _field(2, trainer) + _field(3, normalizer)
 

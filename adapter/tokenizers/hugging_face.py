@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from adapter.errors import TokenizerError
+from adapter.json_object import parse_json
 from adapter.tokenizers.base import MIN_UNUSED_ROWS, Rendered, Tokenizer, find_special
 from adapter.tokenizers.settings import AddedToken, TokenizerSettings, added_token
 
@@ -106,7 +107,7 @@ def read_tokenizer_json(content: bytes, name: str, settings: TokenizerSettings) 
     Raises TokenizerError for a file that is malformed, or that the installed `tokenizers` cannot load.
     """
     try:
-        values = json.loads(content)
+        values = parse_json(content)
     except ValueError as error:
         raise TokenizerError(f"{name}: not readable JSON ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):

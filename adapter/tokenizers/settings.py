@@ -82,6 +82,11 @@ def read_settings(folder: Path) -> TokenizerSettings:
             "fetch the file again"
         )
     added = {int(id): added_token(token) for id, token in listed.items()}
+    if wrong := [id for id, token in added.items() if not token.content]:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no text for the token {wrong[0]}; fetch the "
+            "file again"
+        )
     if not added:
         config |= _read_json(folder / "special_tokens_map.json")
     named = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
@@ -112,9 +117,10 @@ def _listed_token(text: str, special: set[str]) -> AddedToken:
 
 
 def added_token(token: Any) -> AddedToken:
-    """A token from an object in a configuration file."""
-    known = AddedToken.__dataclass_fields__
-    return AddedToken(**{key: value for key, value in _dict(token).items() if key in known})
+    """A token from an object in a configuration file, whose keys of another type count as absent; empty without text."""
+    flags = AddedToken.__dataclass_fields__.keys() - {"content"}
+    given = {key: value for key, value in _dict(token).items() if key in flags and isinstance(value, bool)}
+    return AddedToken(content=_text(token) or "", **given)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -147,7 +153,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         raise TokenizerError(f"{file}: not a readable text ({error})") from error
     template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None

@@ -8,12 +8,12 @@ joined, until none can be. `tokenizers` does the same, given the joins, and look
 import base64
 import hashlib
 import itertools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from adapter.errors import TokenizerError
+from adapter.json_object import read_object
 from adapter.tokenizers.hugging_face import HuggingFaceTokenizer, build, byte_level
 from adapter.tokenizers.settings import AddedToken, TokenizerSettings
 
@@ -105,12 +105,9 @@ def _joins(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 def _special_tokens(first_id: int, folder: Path) -> dict[int, AddedToken]:
     """The special tokens of Llama 3.0 or of later ones, by the model's `params.json`."""
-    names: tuple[str, ...] = _SPECIAL_3_1
-    try:
-        if not json.loads((folder / "params.json").read_text()).get("use_scaled_rope"):
-            names = _SPECIAL_3_0
-    except (OSError, ValueError):
-        pass  # no such file, or one that says nothing
+    params = folder / "params.json"
+    scaled = not params.is_file() or read_object(params, TokenizerError).get("use_scaled_rope")
+    names: tuple[str, ...] = _SPECIAL_3_1 if scaled else _SPECIAL_3_0
     reserved = itertools.count()
     names = (*names, *("",) * (_N_SPECIAL - len(names)))
     texts = [f"<|{name or f'reserved_special_token_{next(reserved)}'}|>" for name in names]

@@ -1,0 +1,89 @@
+"""Watch what a reader does beside reading: Python's audit events, processor time and memory."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rayjobs.errors import is_user_error
+
+CPU_SECONDS = 5.0
+"""Longest time of one input, in seconds of this process's processors; a usual one takes milliseconds."""
+MEMORY_BYTES = 1 << 30
+"""Largest growth of this process by one input."""
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_FORBIDDEN = {
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork"),
+    *("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class"),
+}
+_CHANGES = {
+    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate", "os.utime"),
+    *("shutil.rmtree", "shutil.move", "shutil.copyfile"),
+}
+
+
+class Misbehaviour(Exception):
+    """What a reader did that it must not do."""
+
+
+class _Watch:
+    folder: str | None = None
+    seen: list[str]
+
+
+_watch = _Watch()
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watch.folder is None:
+        return
+    if event == "open":
+        path, mode, flags = arguments
+        if not isinstance(path, int) and (flags or 0) & _WRITES and not _is_inside(path):
+            _watch.seen.append(f"opened {path!r} for writing (mode {mode})")
+    elif event in _FORBIDDEN or (
+        event in _CHANGES and not all(_is_inside(one) for one in arguments[:2] if isinstance(one, str | bytes | Path))
+    ):
+        _watch.seen.append(f"{event} {arguments!r:.200}")
+
+
+def _is_inside(path: Any) -> bool:
+    text = os.path.abspath(os.fsdecode(path))
+    return text.startswith((f"{_watch.folder}/", "/dev/null", "/proc/self/")) or "__pycache__" in text
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Raise Misbehaviour at the end if the block wrote outside `folder`, started or reached anything, or took long.
+
+    An error that a command would report in one message goes through; any other becomes a Misbehaviour.
+    """
+    if not hasattr(sys, "_fuzz_hook"):
+        sys.addaudithook(_hook)
+        sys._fuzz_hook = True  # type: ignore[attr-defined]
+    _watch.folder, _watch.seen = str(folder.absolute()), []
+    before, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        if not is_user_error(error):
+            raise Misbehaviour(f"{type(error).__name__}: {error!s:.500}") from error
+        refused = error
+    finally:
+        _watch.folder = None
+    seconds = time.process_time() - before
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory)
+    if _watch.seen:
+        raise Misbehaviour(_watch.seen[0])
+    if seconds > CPU_SECONDS:
+        raise Misbehaviour(f"took {seconds:.1f} s of processor time")
+    if grown > MEMORY_BYTES:
+        raise Misbehaviour(f"took {grown >> 20} MB")
+    if refused is not None:
+        raise refused

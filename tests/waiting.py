@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 900
-"""Far more than anything takes on a slow and busy machine."""
+PATIENCE_S = 500
+"""Far more than anything takes on a slow and busy machine, and less than the timeout of a test (pyproject.toml)."""
 
 
 def wait_until(ready: Callable[[], object], what: str, pause_s: float = 0.02) -> None:

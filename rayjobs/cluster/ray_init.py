@@ -13,7 +13,16 @@ from rayjobs.cluster.environment import set_environment, set_local_token, worker
 from rayjobs.cluster.ray_workarounds import discard_stderr, on_loopback_only
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
+from rayjobs.errors import ResourceError
 from rayjobs.storage.paths import is_url
+
+_STARTS = 3
+"""A node of Ray gives up if its agents need more than 15 s, which happens where others use the processors."""
+
+_TOO_BUSY = (
+    f"Ray did not start on this machine in {_STARTS} attempts, as if other programs used all its processors or memory: "
+    "end some of them; RAYJOBS_VERBOSE=1 shows what Ray says"
+)
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C or SIGTERM has ended."""
@@ -47,13 +56,21 @@ def _start_or_join() -> None:
     ray.cloudpickle.register_pickle_by_value(environment_module)
     try:
         with on_loopback_only() if local else nullcontext(), nullcontext() if verbose() else discard_stderr():
-            ray.init(
-                address="local" if local else None,
-                include_dashboard=False if local else None,
-                logging_level="INFO" if verbose() else "ERROR",
-                log_to_driver=verbose(),
-                runtime_env={"env_vars": worker_environment(), "worker_process_setup_hook": worker_setup()},
-            )
+            for attempt in range(1, _STARTS + 1):
+                try:
+                    ray.init(
+                        address="local" if local else None,
+                        include_dashboard=False if local else None,
+                        logging_level="INFO" if verbose() else "ERROR",
+                        log_to_driver=verbose(),
+                        runtime_env={"env_vars": worker_environment(), "worker_process_setup_hook": worker_setup()},
+                    )
+                    break
+                except Exception as error:  # Ray has no class of its own for it
+                    if "timed out during startup" not in str(error):
+                        raise
+                    if attempt == _STARTS:
+                        raise ResourceError(_TOO_BUSY) from error
     finally:
         ray.cloudpickle.unregister_pickle_by_value(environment_module)
     handle_interrupts()  # ray.init has installed a handler that exits without an exception

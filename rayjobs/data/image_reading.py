@@ -30,7 +30,7 @@ from rayjobs.errors import StorageError, is_user_error
 from rayjobs.storage.credentials import mask_credentials, mask_url
 from rayjobs.storage.files import write_json
 from rayjobs.storage.fingerprint import fingerprint
-from rayjobs.storage.paths import is_url, resolve_path
+from rayjobs.storage.paths import is_url, read_bytes, resolve_path
 
 _REQUESTS_AT_ONCE = 16
 """images that a task fetches from URLs at the same time"""
@@ -248,7 +248,7 @@ def _fetch(entry: Entry) -> Entry:
         return entry
     for attempt in range(_ATTEMPTS):
         try:
-            return entry._replace(content=resolve_path(entry.content).read_bytes())
+            return entry._replace(content=read_bytes(entry.content))
         except (FileNotFoundError, PermissionError) as error:
             reason = f"cannot be fetched ({type(error).__name__})"
             break

@@ -20,7 +20,7 @@ from rayjobs.data.feature_part import FeaturePart, part_name, read_part
 from rayjobs.errors import DataError
 from rayjobs.storage.counted_reader import CountedReader
 from rayjobs.storage.hub import HubPath, hub_copy, is_hub_path
-from rayjobs.storage.paths import is_url, resolve_path
+from rayjobs.storage.paths import is_url, read_bytes, resolve_path
 
 IMAGES_PER_PART = 64
 """Images in one part of a feature store of plain views."""
@@ -176,7 +176,7 @@ class _RemoteFile:
 
     def read_bytes(self) -> bytes:
         """Return the whole file, and count its bytes."""
-        content = self.path.read_bytes()
+        content = read_bytes(self.path)
         self.reader.bytes += len(content)
         return content
 

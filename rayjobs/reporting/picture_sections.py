@@ -16,7 +16,7 @@ from rayjobs.errors import DataError
 from rayjobs.reporting.html import Fold, Gallery, Section
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.files import atomic_path, read_json, write_json
-from rayjobs.storage.paths import inside
+from rayjobs.storage.paths import inside, read_bytes
 
 PICTURES = "pictures.json"
 SIDE = 160
@@ -71,7 +71,7 @@ def read_picture_sections(folder: Path) -> Iterator[Gallery | Fold]:
     folds: dict[str, list[Section]] = {}
     for section in read_json(path) if path.is_file() else []:
         try:
-            images = [(inside(folder, image["file"]).read_bytes(), image["caption"]) for image in section["images"]]
+            images = [(read_bytes(inside(folder, image["file"])), image["caption"]) for image in section["images"]]
             title, note, wide = section["title"], section["note"], section["wide"]
             group = section.get("group", "")
         except (KeyError, TypeError) as error:

@@ -29,7 +29,7 @@ from rayjobs.runs.record import RECORD_FILE, REPORT_FILE, RESULT_FILE, RunRecord
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.files import read_json, read_jsonl
-from rayjobs.storage.paths import inside
+from rayjobs.storage.paths import inside, read_bytes
 from rayjobs.storage.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def _examples(folder: Path) -> Iterator[Section]:
     for path in (folder / EXAMPLES, folder / "test" / EXAMPLES):
         examples = _json(path)
         images = [
-            (inside(path.parent, entry["file"]).read_bytes(), entry["caption"]) for entry in examples.get("images", [])
+            (read_bytes(inside(path.parent, entry["file"])), entry["caption"]) for entry in examples.get("images", [])
         ]
         if images:
             yield Gallery("examples", images, examples["note"])

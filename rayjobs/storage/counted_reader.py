@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.errors import DataError
-from rayjobs.storage.paths import as_storage_error, is_url, resolve_path
+from rayjobs.storage.paths import as_storage_error, is_url, read_bytes, resolve_path
 
 
 class CountedReader:
@@ -26,7 +26,7 @@ class CountedReader:
             StorageError: the file cannot be read.
         """
         with as_storage_error(path, "read"):
-            content = resolve_path(path).read_bytes()
+            content = read_bytes(path)
         self.bytes += len(content)
         return content
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapter import atomic_file
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
 from rayjobs.storage.lease import check_lease
-from rayjobs.storage.paths import is_url, make_folder, resolve_path, upload_file
+from rayjobs.storage.paths import is_url, make_folder, read_bytes, resolve_path, upload_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,7 +88,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises DataError, which names the file, and OSError."""
     with _as_storage_error(path, "read"):
-        text = resolve_path(path).read_bytes()
+        text = read_bytes(path)
     return _parse_json(text, path)
 
 

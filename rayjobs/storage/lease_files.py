@@ -15,7 +15,7 @@ import psutil
 from pydantic import TypeAdapter, ValidationError
 
 from adapter.atomic_file import atomic_path
-from rayjobs.storage.paths import as_storage_error, is_url, make_folder
+from rayjobs.storage.paths import as_storage_error, is_url, make_folder, read_bytes
 
 LEASES = ".lease"
 """Folder of the lease files, within the folder that is held."""
@@ -154,7 +154,7 @@ class LeaseFiles:
         path = self.path(number)
         try:
             with as_storage_error(path, "read"):
-                return path.read_bytes() if self.url is None else self.url.fs.cat_file(path.path)  # type: ignore[attr-defined]
+                return read_bytes(path)
         except OSError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None

@@ -68,6 +68,15 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a file. One request reads a URL: another process may replace the file meanwhile.
+
+    Raises FileNotFoundError, or whatever the backend raises.
+    """
+    found: Any = resolve_path(path)
+    return found.fs.cat_file(found.path) if is_url(path) else found.read_bytes()
+
+
 def upload_file(file: Path, url: Path) -> None:
     """Upload a local file in one request: the URL then holds the whole file or its old content. Raises StorageError."""
     remote: Any = url

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rayjobs.storage.lease import check_lease
-from rayjobs.storage.paths import is_url, upload_file
+from rayjobs.storage.paths import is_url, read_bytes, upload_file
 
 
 class SyncedFolder:
@@ -27,7 +27,7 @@ class SyncedFolder:
     def fetch(self, name: str) -> Path:
         """The local file of this name, with the content that an earlier start of the run left."""
         if is_url(self.folder) and not (self.local / name).exists() and (self.folder / name).exists():
-            (self.local / name).write_bytes((self.folder / name).read_bytes())
+            (self.local / name).write_bytes(read_bytes(self.folder / name))
         return self.local / name
 
     def send(self, *, now: bool = False) -> None:

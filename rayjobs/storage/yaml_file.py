@@ -10,7 +10,7 @@ from ruamel.yaml.error import YAMLError
 
 from rayjobs.errors import ConfigError
 from rayjobs.storage.files import write_text
-from rayjobs.storage.paths import resolve_path
+from rayjobs.storage.paths import read_bytes
 
 
 class _Constructor(SafeConstructor):
@@ -32,7 +32,7 @@ def parse_yaml(text: str) -> Any:
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file. Raises ConfigError, which names the file, and OSError."""
-    text = resolve_path(path).read_text(encoding="utf-8")
+    text = read_bytes(path).decode()
     try:
         return parse_yaml(text)
     except ConfigError as error:

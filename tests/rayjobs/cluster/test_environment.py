@@ -59,12 +59,12 @@ JOIN = """
 import os, sys
 from pathlib import Path
 
+os.environ |= {"HF_HOME": "/node", "RAY_AUTH_MODE": "disabled"}
+
 from ray.cluster_utils import Cluster
 
-os.environ["HF_HOME"] = "/node"
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-os.environ |= {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
-os.environ |= {"HF_HOME": "/driver", "HF_TOKEN": "hf_a_secret"}
+os.environ |= {"RAY_ADDRESS": nodes.address, "HF_HOME": "/driver", "HF_TOKEN": "hf_a_secret"}
 
 import ray
 from rayjobs.cluster.ray_init import connect

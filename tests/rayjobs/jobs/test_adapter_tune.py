@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -363,7 +364,7 @@ def test_a_real_search_that_was_killed_ends_as_one_that_was_not(
     assert len(ends[1][2]) < len(ends[0][2]), "it was stopped on the way"
 
     def kill(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt  # Tune would take any other exception for a trial's
+        signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
         patched.setattr(adapter_tune.AdapterSweepProgress, "on_trial_complete", kill)

@@ -15,6 +15,8 @@ An image's token I (see `adapter.image_projection`) is added to the prompt. The 
 wk (P + I) = wk P + wk I: a row with an image costs the projection of one more token, a row without one costs nothing. A
 bias counts once, and a norm is taken of the sum.
 
+LLaMA-Adapter V2 shows an image to other layers than those with prompts (`ImageAdaption`).
+
 The paper's ablations are two more gates: `one` is fixed at 1 (rand-init attention); `prefix` has no gate but is an
 ordinary prefix, whose keys share one softmax with those of the words. So one file serves three methods of
 `adapter.methods.registry`: zero_init, rand_init and prefix.
@@ -149,7 +151,7 @@ class Adaption(AdapterPart):
 
     def __init__(self, config: AdaptionConfig, dim: int, n_heads: int) -> None:
         super().__init__()
-        self.gate_convention = config.gate
+        self.gate_convention, self.reads_images = config.gate, config.vision is not None
         self.prompt = nn.Parameter(torch.empty(config.prompt_length, dim))
         self.gate = nn.Parameter(torch.empty(n_heads), requires_grad=config.gate in TRAINED_GATES)
 
@@ -164,10 +166,11 @@ class Adaption(AdapterPart):
         q: queries (B, H, T, D), in the dtype that the base computes in. images: the image tokens (n, C) and their rows.
         """
         keys_values = []
+        prompt = self.trained(self.prompt).to(q.dtype)
         for projection, norm in ((layer.wk, layer.k_norm), (layer.wv, None)):
-            heads = projection(self.prompt.to(q.dtype)).unflatten(-1, (-1, q.shape[-1]))
+            heads = projection(prompt).unflatten(-1, (-1, q.shape[-1]))
             projected = heads[None].transpose(1, 2)  # (1, G, K, D)
-            if images is not None:
+            if images is not None and self.reads_images:
                 tokens, rows = images
                 image = projection(tokens.to(q.dtype))
                 if layer.has_bias:  # as a projection: ZeRO-3 gathers the bias for a call of its module alone
@@ -198,6 +201,47 @@ class Adaption(AdapterPart):
                 mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
             mask = F.pad(mask, (keys.shape[2], 0), value=True)  # every word attends to the whole prompt
             return layer.attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), mask)
-        gate = gate_factor(self.gate, self.gate_convention)
+        gate = gate_factor(self.trained(self.gate), self.gate_convention)
         words = layer.attend(q, k, v, mask, causal=mask is None)
         return words + gate.to(q.dtype).view(1, -1, 1, 1) * layer.attend(q, keys, values)
+
+
+class ImageAdaption(AdapterPart):
+    """The gate (H,) of a layer that attends to an image's own K tokens, and the layer's attention with them."""
+
+    of_images = True
+    gate_convention: Gate = "tanh"
+
+    def __init__(self, n_heads: int, n_tokens: int) -> None:
+        """n_tokens: K, the number of an image's tokens."""
+        super().__init__()
+        self.n_tokens = n_tokens
+        self.gate = nn.Parameter(torch.empty(n_heads))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set the gate to 0."""
+        nn.init.zeros_(self.gate)
+
+    def keys_values(self, layer: FrozenLayer, q: Tensor, images: Images | None) -> list[Tensor]:
+        """The keys and values (n, G, K, D) of the tokens (n, K C) of n images. q: as in `Adaption.keys_values`."""
+        assert images is not None
+        tokens = images[0].to(q.dtype).unflatten(1, (self.n_tokens, -1))
+        keys, values = (w(tokens).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2) for w in (layer.wk, layer.wv))
+        return [keys if layer.k_norm is None else layer.k_norm(keys), values]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        layer: FrozenLayer,
+        images: Images | None = None,
+    ) -> Tensor:
+        """Attention to words and, in the rows that have one, to the image: as `Adaption.forward`."""
+        words = layer.attend(q, k, v, mask, causal=mask is None)
+        if images is None:
+            return words
+        gate = gate_factor(self.trained(self.gate), self.gate_convention)
+        seen = layer.attend(q[images[1]], *self.keys_values(layer, q, images))
+        return words.index_add(0, images[1], gate.to(q.dtype).view(1, -1, 1, 1) * seen)

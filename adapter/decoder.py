@@ -10,7 +10,8 @@ B batch, T tokens, V vocabulary, C width, N layers, H query heads,
 G key/value heads, D channels of a head (C/H in LLaMA), W tokens of a sliding window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter.adaption import Adaption, FrozenLayer
+from adapter.adaption import Adaption, FrozenLayer, ImageAdaption
 from adapter.attention import attend, soft_cap, visible
 from adapter.decoder_config import DecoderConfig
+from adapter.disjoint_parameters import run_learning, shows_images, split_kinds
 from adapter.errors import AdapterError
 from adapter.frozen_ops import frozen_rms_norm, gated_silu
 from adapter.image_projection import ImageProjection, Images, batch_images
@@ -67,7 +69,7 @@ class AttentionInputs(NamedTuple):
     step: Step | None
     """The sequences that generation goes on with; None without generation."""
     images: Images | None
-    """The image tokens (n, C) and their rows (n,); None where no row has an image."""
+    """The image tokens (n, C or K C) and their rows (n,); None where no row has an image."""
     packing: Packing | None
     """The places of packed tokens in the rows; None where the hidden states are rows already."""
 
@@ -75,7 +77,7 @@ class AttentionInputs(NamedTuple):
 class Attention(nn.Module):
     """Causal self-attention, grouped-query where G < H, plus the gated term of an adaption if the layer holds one."""
 
-    adaption: Adaption | None
+    adaption: Adaption | ImageAdaption | None
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
 
@@ -218,9 +220,13 @@ class Decoder(nn.Module):
 
     @property
     def adaptions(self) -> list[Adaption]:
-        """The adaptions of the adapted layers, lowest layer first; empty without prompts."""
-        adaptions = (block.attention.adaption for block in self.blocks)
-        return [adaption for adaption in adaptions if adaption is not None]
+        """The adaptions of the layers with prompts, lowest layer first; empty without prompts."""
+        return [one for block in self.blocks if isinstance(one := block.attention.adaption, Adaption)]
+
+    @property
+    def image_adaptions(self) -> list[ImageAdaption]:
+        """The adaptions of the layers that attend to an image's own tokens, lowest layer first."""
+        return [one for block in self.blocks if isinstance(one := block.attention.adaption, ImageAdaption)]
 
     @property
     def adapter_modules(self) -> list[AdapterPart]:
@@ -279,6 +285,19 @@ class Decoder(nn.Module):
                 if isinstance(child, AdapterPart):
                     setattr(module, name, None)
 
+    @property
+    def separates_images(self) -> bool:
+        """True if records with an image and those without train disjoint parameters of the adapter."""
+        return self.adapter is not None and self.adapter.separates_images
+
+    @property
+    def image_parameters(self) -> frozenset[str]:
+        """Names of the parameters that records with an image train, and no others do, where these are disjoint."""
+        if not self.separates_images:
+            return frozenset()
+        own = {id(one) for part in self.adapter_modules if part.of_images for one in part.parameters()}
+        return frozenset(name for name, one in self.named_parameters() if id(one) in own)
+
     def batch_images(self, features: Sequence[Tensor | None]) -> Images | None:
         """Stack each row's image features (F,), None where it has no image, on the model's device.
 
@@ -307,7 +326,13 @@ class Decoder(nn.Module):
 
         Rows padded on the right need no mask, because no real token looks ahead. Layers below the first adapted one run
         without autograd.
+
+        Raises AdapterError for rows with and without image together, where they train disjoint parameters.
         """
+        run: Callable[..., Tensor] = nn.Module.__call__
+        if self.separates_images and torch.is_grad_enabled():
+            shows = shows_images(images, len(tokens if packing is None else packing.places))
+            run = partial(run_learning, shows)
         if images is not None:
             assert self.vision is not None
             images = self.vision(images[0]), images[1]
@@ -322,10 +347,10 @@ class Decoder(nn.Module):
                 inputs = inputs._replace(packing=packing.last())
             with torch.set_grad_enabled(grad and layer >= self.first_adapted):
                 if self.checkpoint_activations and torch.is_grad_enabled():
-                    x = checkpoint(block, x, inputs, use_reentrant=False)
+                    x = checkpoint(run, block, x, inputs, use_reentrant=False)
                 else:
-                    x = block(x, inputs)
-        return self.norm(x)
+                    x = run(block, x, inputs)
+        return run(self.norm, x)
 
     def _attention_inputs(
         self, x: Tensor, step: Step | None, images: Images | None, packing: Packing | None
@@ -354,10 +379,14 @@ class Decoder(nn.Module):
         """Logits (B, T, V) of tokens (B, T) in the model's dtype; or, given labels (B, T), the summed float32 loss.
 
         labels[b, t] is the id that position t - 1 must predict at position t, or `adapter.loss.IGNORE`.
-        images: as in `hidden_states`.
+        images: as in `hidden_states`. Where rows with and without an image train disjoint parameters, a batch of both
+        is run as two.
         """
         if labels is None:
             return self.output(self.hidden_states(tokens, images=images))
+        if images is not None and self.separates_images and torch.is_grad_enabled():
+            kinds = split_kinds(tokens, labels, images)
+            return torch.stack([self.output(*self._predictions(*kind)) for kind in kinds]).sum()
         return self.output(*self._predictions(tokens, labels, images))
 
     def losses(self, tokens: Tensor, labels: Tensor, images: Images | None = None) -> Tensor:

@@ -12,7 +12,7 @@ not say). An encoder's scales differ in magnitude by orders, and the largest wou
 The encoder is not part of the adapter, which only sees its features. The adapter file records the encoder's identity,
 so that features of another encoder can be refused.
 
-n images, C model width, F = the sum of the features' widths.
+n images, C model width, K tokens of an image in LLaMA-Adapter V2, F = the sum of the features' widths.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,9 @@ class ImageProjectionConfig:
 
 
 class ImageProjection(AdapterPart):
-    """The MLP of eq. 10: features (n, F) → tokens (n, C), in float32."""
+    """The MLP of eq. 10: features (n, F) → tokens (n, C), in float32; or the K tokens of each image, (n, K C)."""
+
+    of_images = True
 
     def __init__(self, config: ImageProjectionConfig, dim: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def merge_adapter(model: Decoder) -> None:
     """
     if model.adapter is None:
         raise AdapterError("the model holds no adapter to merge; add or load one first")
-    if model.adaptions:
+    if model.adaptions or model.image_adaptions:
         raise AdapterError(
             f"the adapter ({model.adapter.describe()}) cannot be merged: what prompts add depends on the words, and no "
             "weights of the base express it"

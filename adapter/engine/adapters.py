@@ -6,7 +6,6 @@ them is used up; the least recently used go first. A sequence that runs keeps it
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from adapter.adapter_file import check_identities, check_shape, check_tensors, put_tensors
 from adapter.adapter_formats import read_adapter
-from adapter.adaption import Adaption, Gate
+from adapter.adaption import Gate
 from adapter.base.binding import meta_decoder
 from adapter.decoder import Decoder
 from adapter.engine.row_parts import AdapterParts, PartRows
-from adapter.engine.row_prompts import AdapterPrompts, read_prompts
+from adapter.engine.row_prompts import AdapterPrompts, PromptLayers, read_prompts
 from adapter.errors import AdapterError, CheckpointError
 from adapter.image_projection import ImageProjection
 
@@ -55,14 +54,14 @@ class _Loaded:
 
     adapter: RowAdapter
     """The adapter without an image."""
-    adaptions: Sequence[Adaption] = ()
+    layers: PromptLayers
     """The layers, kept of an adapter that reads images: each image makes keys and values of its own."""
     vision: ImageProjection | None = None
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the adapter's tensors, computed keys and values among them."""
-        modules = [*self.adaptions, *([] if self.vision is None else [self.vision])]
+        modules = [*self.layers.modules, *([] if self.vision is None else [self.vision])]
         held = [one.n_bytes for one in self.adapter if one is not None]
         return sum(held) + sum(p.nbytes for module in modules for p in module.parameters())
 
@@ -143,13 +142,12 @@ class AdapterStore:
                 return loaded.adapter
             token = _image_token(loaded.vision, image, self._model.tok_embeddings.weight.device)
             parts = loaded.adapter.parts
-            return RowAdapter(self._read_prompts(loaded.adaptions, parts, token), parts)
+            return RowAdapter(self._read_prompts(loaded.layers, parts, token), parts)
 
     def _get_own(self) -> _Loaded:
         if self._own is None:
-            adaptions, parts = self._model.adaptions, self._parts.own
-            prompts = self._read_prompts(adaptions, parts) if adaptions else None
-            self._own = _Loaded(RowAdapter(prompts, parts), adaptions, self._model.vision)
+            layers, parts = PromptLayers.of(self._model), self._parts.own
+            self._own = _Loaded(RowAdapter(self._read_prompts(layers, parts), parts), layers, self._model.vision)
         return self._own
 
     def _get(self, name: str) -> _Loaded:
@@ -178,19 +176,16 @@ class AdapterStore:
         device = self._model.tok_embeddings.weight.device
         for part in holder.adapter_modules:
             part.to(device)
-        parts, prompts = AdapterParts.of(holder), None
-        if holder.adaptions:
-            prompts = self._read_prompts(holder.adaptions, parts)
-        if holder.vision is None:
-            return _Loaded(RowAdapter(prompts, parts))
-        return _Loaded(RowAdapter(prompts, parts), holder.adaptions, holder.vision)
+        parts, layers = AdapterParts.of(holder), PromptLayers.of(holder)
+        adapter = RowAdapter(self._read_prompts(layers, parts), parts)
+        return _Loaded(adapter, PromptLayers() if holder.vision is None else layers, holder.vision)
 
     def _read_prompts(
-        self, adaptions: Sequence[Adaption], parts: AdapterParts | None, image: Tensor | None = None
-    ) -> AdapterPrompts:
+        self, layers: PromptLayers, parts: AdapterParts | None, image: Tensor | None = None
+    ) -> AdapterPrompts | None:
         """The prompts' keys and values, which go through the adapter's parts of wk and wv."""
-        with self._parts.installed([(parts, adaptions[0].prompt.shape[0])]):
-            return read_prompts(self._model, adaptions, image)
+        with self._parts.installed([(parts, 1)]):  # of all tokens, however many they are
+            return read_prompts(self._model, layers, image)
 
 
 @torch.inference_mode()

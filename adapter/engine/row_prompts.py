@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter.adaption import Adaption, FrozenLayer, gate_factor
+from adapter.adaption import Adaption, FrozenLayer, ImageAdaption, gate_factor
 from adapter.attention import visible
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
 from adapter.kv_cache import Attend, Reads, additive, prepend_visible
+from adapter.methods.base import AdapterPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class AdapterPrompts:
     """The prompts of a sequence's adapter, as its attention needs them."""
 
     keys_values: Tensor
-    """(L, 2G, K, D), keys before values, lowest adapted layer first, in the base's dtype."""
+    """(L, 2G, K, D), keys before values, of the top L layers, lowest first, in the base's dtype."""
     factors: Tensor
     """The gates' factors, (L, H), in the base's dtype."""
     joins_words: bool
@@ -37,25 +38,59 @@ class AdapterPrompts:
         return self.keys_values.nbytes + self.factors.nbytes
 
 
-@torch.inference_mode()
-def read_prompts(model: Decoder, adaptions: Sequence[Adaption], image: Tensor | None = None) -> AdapterPrompts:
-    """Compute the keys and values of an adapter's prompts on a base.
+@dataclass(frozen=True, eq=False)
+class PromptLayers:
+    """The layers of an adapter with prompts, and those that see an image; they need not be part of a model."""
 
-    adaptions: the adapter's layers, lowest first; they need not be part of the model. image: the image token (C,) that
-    is added to every prompt, if any.
+    top: Sequence[Adaption] = ()
+    """The top layers' prompts, lowest layer first."""
+    lowest: Sequence[ImageAdaption] = ()
+    """The lowest layers' attention to an image's own tokens, lowest layer first."""
+
+    @classmethod
+    def of(cls, model: Decoder) -> "PromptLayers":
+        """The layers of the adapter that a decoder holds."""
+        return cls(model.adaptions, model.image_adaptions)
+
+    def by_number(self, n_layers: int, *, image: bool) -> dict[int, Adaption | ImageAdaption]:
+        """The layers of a base of N = `n_layers` that an adapter changes, by their number. image: there is one."""
+        prompts = dict(enumerate(self.top, n_layers - len(self.top)))
+        return {**dict(enumerate(self.lowest)), **prompts} if image else {**prompts}
+
+    @property
+    def modules(self) -> list[AdapterPart]:
+        """All parts."""
+        return [*self.top, *self.lowest]
+
+
+@torch.inference_mode()
+def read_prompts(model: Decoder, layers: PromptLayers, image: Tensor | None = None) -> AdapterPrompts | None:
+    """Compute the keys and values of an adapter's prompts on a base; None if there are no prompts, and no image.
+
+    image: the image token (C,) that is added to every prompt, or an image's own tokens (K C,), if any. An image's own
+    tokens are as many as the prompts, so that they lie beside them; a layer between has zeros, with the factor 0.
     """
     config, weight = model.config, model.tok_embeddings.weight
     q = torch.empty(1, config.n_heads, 0, config.head_dim, dtype=weight.dtype, device=weight.device)
     images = None if image is None else (image[None], torch.zeros(1, dtype=torch.int64, device=weight.device))
-    keys_values, factors = [], []
-    for block, adaption in zip(list(model.blocks)[-len(adaptions) :], adaptions, strict=True):
+    used = layers.by_number(config.n_layers, image=image is not None)
+    found, factors = dict[int, Tensor](), dict[int, Tensor]()
+    for number, block in enumerate(model.blocks):
+        if (adaption := used.get(number)) is None:
+            continue
         base = block.attention
         has_bias = base.has_bias or base.wk.delta is not None or base.wv.delta is not None
         layer = FrozenLayer(base.wk, base.wv, base.k_norm, has_bias, base.attend)
-        keys_values.append(torch.cat(adaption.keys_values(layer, q, images), dim=1)[0])
-        factors.append(gate_factor(adaption.gate, adaption.gate_convention).to(weight.dtype))
-    joins_words = adaptions[0].gate_convention == "prefix"
-    return AdapterPrompts(torch.stack(keys_values), torch.stack(factors), joins_words)
+        found[number] = torch.cat(adaption.keys_values(layer, q, images), dim=1)[0]
+        factors[number] = gate_factor(adaption.gate, adaption.gate_convention).to(weight.dtype)
+    if not found:
+        return None
+    first = min(found)
+    nothing, closed = torch.zeros_like(found[first]), torch.zeros_like(factors[first])
+    numbers = range(first, config.n_layers)
+    joins_words = used[first].gate_convention == "prefix"
+    keys_values = torch.stack([found.get(number, nothing) for number in numbers])
+    return AdapterPrompts(keys_values, torch.stack([factors.get(number, closed) for number in numbers]), joins_words)
 
 
 class PromptRows:

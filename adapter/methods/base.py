@@ -39,9 +39,30 @@ LINEARS = {
 class AdapterPart(nn.Module):
     """A module that an adapter adds to a decoder, with trainable parameters in float32."""
 
+    of_images = False
+    """The part is the images' own: where a method separates images, it is trained by records with an image alone."""
+    learns = True
+    """The records that run now train the part; if not, it computes the same and its gradient is 0."""
+
+    def trained(self, parameter: Tensor) -> Tensor:
+        """The parameter, as the part should use it: its gradient is 0 while the part does not learn."""
+        return parameter if self.learns else _WithoutGradient.apply(parameter)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Give the parameters their initial values; the generator's device is the part's own."""
         raise NotImplementedError
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The same values, with a gradient of 0 and not of None: all workers must have gradients of the same parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        return torch.zeros_like(upstream[0])
 
 
 class Delta(AdapterPart):
@@ -83,6 +104,12 @@ class AdapterMethod(Protocol):
     def vision(self) -> "ImageProjectionConfig | None":
         """The image projection of an adapter that reads images; None for text alone."""
         return None
+
+    @property
+    def separates_images(self) -> bool:
+        """True if records with an image and those without one train disjoint parameters: the parts of images, and all
+        others."""
+        return False
 
     @property
     def trains_base(self) -> bool:

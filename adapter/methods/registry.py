@@ -49,7 +49,7 @@ def make_method(name: str, *, vision: ImageProjectionConfig | None = None, **set
         if "vision" not in known:
             raise AdapterError(
                 f"the method {name} reads no images: leave out vision, or take {', '.join(METHOD_GATES)}, to whose "
-                "prompts an image is added"
+                "prompts an image is added, or v2"
             )
         given["vision"] = vision
     if name in METHOD_GATES:

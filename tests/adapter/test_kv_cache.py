@@ -7,7 +7,7 @@ import torch
 
 from adapter.adaption import AdaptionConfig
 from adapter.decoder import Decoder
-from adapter.engine.row_prompts import PromptRows, read_prompts
+from adapter.engine.row_prompts import PromptLayers, PromptRows, read_prompts
 from adapter.kv_cache import Chunk, KVCache, Step
 from adapter.rope import DynamicScaling
 from tests.adapter.models import GQA, MHA, llama, tokens
@@ -30,7 +30,7 @@ class Held:
         self.cache = KVCache(model.config, slots, length, torch.float32, "cpu")
         self.prompts = PromptRows(model.config, slots, torch.float32, "cpu")
         for slot in range(slots):
-            self.prompts.put(slot, read_prompts(model, model.adaptions) if model.adaptions else None)
+            self.prompts.put(slot, read_prompts(model, PromptLayers.of(model)))
 
     def run(self, ids: list[int], lengths: list[int], chunks: list[Chunk]) -> torch.Tensor:
         return self.model.hidden_states(torch.tensor([ids]), Step(self.cache, self.prompts, lengths, chunks))[0]

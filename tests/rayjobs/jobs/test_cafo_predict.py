@@ -30,11 +30,13 @@ from rayjobs.inference.prediction import COUNTS, Predicting, Predictor
 from rayjobs.job_configs.cafo_predict import Config
 from rayjobs.jobs import cafo_predict
 from rayjobs.models.encoder import load_vision_encoder
-from rayjobs.storage.files import read_json, read_jsonl, write_json
+from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json
+from rayjobs.storage.paths import resolve_path, upload_file
 from rayjobs.tune.classifier import open_chosen
 from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, ChosenTrial
 from tests.rayjobs.cafo_dataset import CLASSES, make_encoders
+from tests.rayjobs.conftest import upload
 from tests.rayjobs.data.test_image_collection import png, write_tar
 
 M = 12
@@ -176,6 +178,28 @@ def test_an_interrupted_run_goes_on_and_predicts_what_was_added(place: Path, loc
     finally:
         (place / "photos" / "7.png").unlink()
     check(rows_of(folder), model, coverage=0.8)
+
+
+def test_a_bucket_is_read_and_written_as_a_folder_is(place: Path, local: list[int], bucket: str) -> None:
+    """Interrupted there too, and taken up again."""
+    upload(place / "photos", f"{bucket}/photos")
+    upload_file(place / "model.safetensors", resolve_path(f"{bucket}/model.safetensors"))
+    paths = [f"classifier={bucket}/model.safetensors", f"data.path={bucket}/photos", f"run.storage={bucket}/runs"]
+    there, here = settings(place, *paths, "run.name=there"), settings(place, "run.name=here")
+    local[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        cafo_predict.run(there)
+    local[0] = 10**6
+    results = [cafo_predict.run(config) for config in (there, here)]
+    assert [one["predicted_classes"] for one in results] == [results[0]["predicted_classes"]] * 2
+    found = []
+    for config in (there, here):
+        rows = [row | {"source": ""} for file in shards(config.run.folder) for row in read_parquet(file).to_pylist()]
+        found.append(sorted(rows, key=lambda row: row["path"]))
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+    kept = [read_jsonl(config.run.folder / "rejected.jsonl") for config in (there, here)]
+    assert [row["path"] for row in kept[0]] == [row["path"] for row in kept[1]] == ["broken.png", "row 1"]
 
 
 def test_rejected_images_are_tried_again_where_that_is_asked(place: Path, local: list[int]) -> None:

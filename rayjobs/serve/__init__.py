@@ -17,5 +17,6 @@
 | `static_page`, `page/` | the page to try a server |
 | `kernel_caches` | limits of what a CPU's libraries keep |
 | `metrics` | counters for Prometheus |
+| `replicas` | all replicas as one: what is asked of each |
 | `deployment` | the application on Ray Serve |
 """

@@ -106,6 +106,11 @@ class AdapterFolder:
                 self._take(name, path, stamp)
             self._looked = time.monotonic()
 
+    @property
+    def unloaded(self) -> set[str]:
+        """The adapters that were unloaded, and are not served until they are loaded again."""
+        return set(self._unloaded)
+
     def load(self, name: str) -> bool:
         """Serve a run's adapter, also one that was unloaded. Returns False if there is none of this name."""
         with self._lock:
@@ -115,6 +120,7 @@ class AdapterFolder:
 
     def unload(self, name: str) -> bool:
         """Serve an adapter no longer, until it is loaded again. Returns False if none of this name is served."""
+        self.look(at_once=True)
         with self._lock:
             if name not in self._found:
                 return False

@@ -12,7 +12,8 @@ GET  /health, /metrics               whether it works; what it counted, for Prom
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -26,6 +27,7 @@ from rayjobs.serve.chat import ChatCompletions
 from rayjobs.serve.completions import Completions
 from rayjobs.serve.guard import Guard
 from rayjobs.serve.metrics import Metrics
+from rayjobs.serve.replicas import OneReplica, Replicas
 from rayjobs.serve.text_model import TextModel
 
 
@@ -34,17 +36,21 @@ def create_app(
     *,
     token_sha256: str | None = None,
     routes: Sequence[BaseRoute] = (),
-    shared: bool = False,
+    metrics: Metrics | None = None,
+    replicas: Replicas | None = None,
+    started: int | None = None,
 ) -> ASGIApp:
     """The application that serves a model.
 
     token_sha256: of the token that requests must send, in hexadecimal; None where only this machine can reach it.
-    routes: further routes, which raise ApiError for what they refuse. shared: other replicas serve the same adapters,
-    so that one that is unloaded here would still be served by them.
+    routes: further routes, which raise ApiError for what they refuse. metrics: what is counted here is counted in; new
+    ones if None. replicas: all that serve the same models; this one alone if None. started: time of the server's start,
+    in seconds since 1970; now if None.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     _watch(model, metrics)
-    server = _Server(model, metrics, shared)
+    replicas = replicas or OneReplica(model, metrics)
+    server = _Server(model, replicas, int(time.time()) if started is None else started)
     text_routes = [
         Route("/health", server.health, methods=["GET"]),
         Route("/metrics", server.show_metrics, methods=["GET"]),
@@ -56,7 +62,7 @@ def create_app(
         Route("/v1/unload_lora_adapter", server.unload_adapter, methods=["POST"]),
     ]
     every = [*text_routes, *routes]
-    router = Router(every, redirect_slashes=False, default=_unknown)
+    router = Router(every, redirect_slashes=False, default=_unknown, lifespan=server.lifespan)
     paths = [route.path for route in every if isinstance(route, Route)]
     return Guard(router, limits=model.limits, metrics=metrics, token_sha256=token_sha256, paths=paths)
 
@@ -64,9 +70,15 @@ def create_app(
 class _Server:
     """The endpoints beside those of texts."""
 
-    def __init__(self, model: TextModel, metrics: Metrics, shared: bool) -> None:
-        self._model, self._metrics, self._shared = model, metrics, shared
-        self._started = int(time.time())
+    def __init__(self, model: TextModel, replicas: Replicas, started: int) -> None:
+        self._model, self._replicas, self._started = model, replicas, started
+
+    @asynccontextmanager
+    async def lifespan(self, _: Any) -> AsyncIterator[None]:
+        """Begin without the adapters that the other replicas serve no longer."""
+        for name in await self._replicas.unloaded():
+            await asyncio.to_thread(self._model.adapters.unload, name)
+        yield
 
     async def health(self, _: Request) -> Response:
         """Status 200 while the engine takes requests, otherwise 503."""
@@ -75,8 +87,8 @@ class _Server:
         return JsonResponse({"status": "ok"})
 
     async def show_metrics(self, _: Request) -> Response:
-        """Everything that this replica has counted."""
-        return Response(self._metrics.text(), headers={"content-type": Metrics.content_type})
+        """Everything that the replicas have counted."""
+        return Response(await self._replicas.metrics(), headers={"content-type": Metrics.content_type})
 
     async def list_models(self, _: Request) -> Response:
         """The base, and the adapters that are there now."""
@@ -107,7 +119,7 @@ class _Server:
     async def load_adapter(self, request: Request) -> Response:
         """Serve a run's adapter, also one that was unloaded."""
         name = self._name(await read_body(AdapterBody, request))
-        if not await asyncio.to_thread(self._model.adapters.load, name):
+        if not await self._replicas.load(name):
             why = self._model.adapters.why_not(name) or "adapters.folder has no run of this name with an adapter"
             raise ApiError(f"{name!r:.80} cannot be served: {why}", status=404, param="lora_name")
         return PlainTextResponse(f"Success: the adapter {name!a} is served.")
@@ -115,12 +127,7 @@ class _Server:
     async def unload_adapter(self, request: Request) -> Response:
         """Serve an adapter no longer, until it is loaded again."""
         name = self._name(await read_body(AdapterBody, request))
-        if self._shared:
-            raise ApiError(
-                "this server has several replicas, each with adapters of its own: move the run out of adapters.folder, "
-                "which all of them notice"
-            )
-        if not await asyncio.to_thread(self._model.adapters.unload, name):
+        if not await self._replicas.unload(name):
             raise ApiError(f"the adapter {name!r:.80} is not served", status=404, param="lora_name")
         return PlainTextResponse(f"Success: the adapter {name!a} is served no longer.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +36,34 @@ SPARE_REQUESTS = 16
 class Replica:
     """One replica: an application with its model, which Ray Serve calls."""
 
-    def __init__(self, settings: ServedConfig, device: str, token_sha256: str | None) -> None:
-        self._settings, self._token_sha256, self._device = settings, token_sha256, device
-        self._model = load_text_model(settings, device)
+    def __init__(self, settings: ServedConfig, device: str, token_sha256: str | None, started: int) -> None:
+        """started: time of the server's start, in seconds since 1970, the same for all replicas."""
+        from rayjobs.serve.metrics import Metrics
+        from rayjobs.serve.replicas import OneReplica
+
+        self._settings, self._device = settings, device
+        self._token_sha256, self._started = token_sha256, started
+        self._model, self._metrics = load_text_model(settings, device), Metrics()
+        self._alone = OneReplica(self._model, self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return build_application(self._settings, self._model, self._device, self._token_sha256)
+        from rayjobs.serve.replicas import AllReplicas
+
+        return build_application(
+            self._settings,
+            self._model,
+            self._device,
+            token_sha256=self._token_sha256,
+            metrics=self._metrics,
+            replicas=AllReplicas() if self._settings.replicas.several else self._alone,
+            started=self._started,
+        )
+
+    async def call(self, name: str, *arguments: Any) -> tuple[str, Any]:
+        """Call a method of this replica's `OneReplica`. Returns the replica's id and the result."""
+        from ray import serve
+
+        return serve.get_replica_context().replica_tag, await getattr(self._alone, name)(*arguments)
 
     def check_health(self) -> None:
         """Raise RuntimeError if the engine has stopped: Ray Serve then starts another replica in place of this one."""
@@ -66,8 +89,11 @@ def load_text_model(settings: ServedConfig, device: str) -> TextModel:
     )
 
 
-def build_application(settings: ServedConfig, model: TextModel, device: str, token_sha256: str | None) -> ASGIApp:
-    """The application of a model, with the page and, if there are caches, the endpoint of images."""
+def build_application(settings: ServedConfig, model: TextModel, device: str, **options: Any) -> ASGIApp:
+    """The application of a model, with the page and, if there are caches, the endpoint of images.
+
+    options: those of `create_app`, but for its routes.
+    """
     from rayjobs.serve.app import create_app
     from rayjobs.serve.classification import ClassificationWorker
     from rayjobs.serve.classifiers import ClassifierFolder
@@ -79,7 +105,7 @@ def build_application(settings: ServedConfig, model: TextModel, device: str, tok
     if caches.folder is not None:
         worker = ClassificationWorker(ClassifierFolder(caches.folder, encoders=caches.encoders, device=device))
         routes += ImageRoutes(worker, image_limits(settings)).routes()
-    return create_app(model, token_sha256=token_sha256, routes=routes, shared=settings.replicas.several)
+    return create_app(model, routes=routes, **options)
 
 
 def image_limits(settings: ServedConfig) -> ImageLimits:
@@ -126,12 +152,19 @@ def bind(settings: ServedConfig, gpus: float) -> Any:
         max_queued_requests=limits.requests,
         **scale,
     )
-    return deployment.bind(settings, worker_device({"GPU": gpus}), settings.server.token_sha256())
+    return deployment.bind(settings, worker_device({"GPU": gpus}), settings.server.token_sha256(), int(time.time()))
 
 
 def build_app(arguments: Mapping[str, Any]) -> Any:
-    """The Serve application of a config file, for `serve deploy`: the arguments are the settings as plain values."""
+    """The Serve application of a config file, for `serve deploy`: the arguments are the settings as plain values.
+
+    Raises ResourceError if Ray Serve listens elsewhere than at the address of the settings.
+    """
+    import ray
+
     settings = load(ServedConfig, dict(arguments))
+    if ray.is_initialized():
+        _check_address(settings.server)
     return bind(settings, settings.replicas.gpus or 0.0)
 
 
@@ -189,20 +222,23 @@ def serving(settings: ServedConfig, gpus: float) -> Iterator[None]:
 
 
 def _check_running(wanted: ServerConfig) -> None:
-    """Raise ResourceError if Ray Serve listens elsewhere than it should, or has the application already.
-
-    Listening elsewhere, it might be reached from other machines without a token.
-    """
+    """Raise ResourceError if Ray Serve listens elsewhere than it should, or has the application already."""
     from ray import serve
 
-    host, port = serve_address() or (None, 0)
-    if (host, port) != (wanted.host, wanted.port):
+    _check_address(wanted)
+    if APPLICATION in serve.status().applications:
+        raise ResourceError(f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first")
+
+
+def _check_address(wanted: ServerConfig) -> None:
+    """Raise ResourceError if Ray Serve listens elsewhere than it should, where others may reach it without a token."""
+    address = serve_address()
+    if address not in (None, (wanted.host, wanted.port)):
+        host, port = address
         raise ResourceError(
             f"Ray Serve already runs on this cluster at {host}:{port}, not at server.host={wanted.host} "
             f"server.port={wanted.port}: set these to its address, or end it with serve shutdown"
         )
-    if APPLICATION in serve.status().applications:
-        raise ResourceError(f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first")
 
 
 def check_folders(settings: ServedConfig) -> dict[str, str]:

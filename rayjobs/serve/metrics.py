@@ -1,8 +1,10 @@
-"""The counters of a replica, in Prometheus' text format."""
+"""The counters of a replica, and those of several together, in Prometheus' text format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Upper bounds of the histograms' buckets, in seconds."""
@@ -42,3 +44,29 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def merge_texts(texts: Mapping[str, bytes]) -> bytes:
+    """Merge the texts of several replicas into one, in which each value has the label `replica`.
+
+    texts: {id of the replica: its text}.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Merged(texts))
+    return generate_latest(registry)
+
+
+class _Merged:
+    """What a registry asks for the metrics of several replicas."""
+
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica in sorted(self._texts):
+            for one in text_string_to_metric_families(self._texts[replica].decode()):
+                family = families.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+                for sample in one.samples:
+                    family.add_sample(sample.name, {"replica": replica, **sample.labels}, sample.value)
+        return iter(families.values())

@@ -257,10 +257,3 @@ def test_metrics_count_what_was_answered(text_model: TextModel) -> None:
     assert samples["rayjobs_generated_tokens_total",] == 14
     assert samples["rayjobs_adapters",] == len(ADAPTERS)
     assert samples["rayjobs_ongoing_requests",] == 0
-
-
-def test_with_several_replicas_an_adapter_is_not_unloaded_by_one_of_them(text_model: TextModel) -> None:
-    application = create_app(text_model, shared=True)
-    refused = ask(application, "POST", "/v1/unload_lora_adapter", json={"lora_name": "plain"})
-    assert (refused.status_code, "several replicas" in refused.json()["error"]["message"]) == (400, True)
-    assert ask(application, "GET", "/v1/models/plain").status_code == 200

@@ -54,7 +54,7 @@ def test_an_adapter_that_reads_images_answers_by_the_image(tiny_base: Path, tmp_
     }
     settings = load(ServedConfig, given)
     model = load_text_model(settings, "cpu")
-    application = build_application(settings, model, "cpu", None)
+    application = build_application(settings, model, "cpu")
 
     async def ask(method: str, path: str, body: Any = None) -> Any:
         transport = httpx.ASGITransport(application)

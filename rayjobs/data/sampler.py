@@ -6,7 +6,8 @@ function of (store, seed, epoch, step):
     epoch        the parts of the store, in an order shuffled by (seed, epoch), one after the other
     window       the next `shuffle_records` records of the epoch, shuffled by (seed, epoch, window)
     step         the next `global_batch` records of the window
-    micro-batch  records of a step of similar length, within the token budget
+    micro-batch  records of a step of similar length, within the token budget; if `images_apart`, of one kind: all of
+                 them have an image, or none has
 
 For W workers, a step is cut into a multiple of W micro-batches, of which the last may be empty; micro-batch j goes to
 worker j mod W. The cut does not change the gradient of the step. So every record is trained on once per epoch, one
@@ -95,6 +96,8 @@ class ElasticBatchSampler:
     """times that each source is read in an epoch; 1 for sources past the end"""
     images: ImageSource | None = None
     """source of the records' images; None leaves images out"""
+    images_apart: bool = False
+    """no micro-batch holds both records with an image and records without one"""
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -226,7 +229,9 @@ def _slice_parts(parts: Sequence[tuple[str, int]], rows: np.ndarray) -> list[Par
     return slices
 
 
-def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) -> list[list[list[int]]]:
+def assign_micro_batches(
+    lengths: Sequence[int], token_budget: int, world: int, kinds: Sequence[bool] | None = None
+) -> list[list[list[int]]]:
     """Divide the records of a step among the workers.
 
     All workers get the same number of micro-batches; the last of some may be empty. The number is the smallest that the
@@ -237,11 +242,14 @@ def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) 
         lengths: tokens of each record.
         token_budget: tokens per micro-batch, padding included.
         world: number of workers.
+        kinds: kind of each record, if no micro-batch may hold two kinds.
 
     Returns:
         For each worker, its micro-batches as lists of positions in `lengths`.
     """
-    longest_first = sorted(lengths, reverse=True)
+    of_kind = [[i for i in range(len(lengths)) if kinds[i] == kind] for kind in (False, True)] if kinds else []
+    of_kind = [positions for positions in of_kind if positions] or [list(range(len(lengths)))]
+    longest_first = [sorted((lengths[i] for i in positions), reverse=True) for positions in of_kind]
     most = -(-_count_micro_batches(longest_first, token_budget) // world) * world
     fits, too_small = token_budget, 0  # bisect for the smallest budget that gives no more than `most` micro-batches
     while fits - too_small > 1:
@@ -250,17 +258,23 @@ def assign_micro_batches(lengths: Sequence[int], token_budget: int, world: int) 
             fits = budget
         else:
             too_small = budget
-    batches = micro_batches(lengths, fits)
+    batches = [
+        [positions[i] for i in batch]
+        for positions in of_kind
+        for batch in micro_batches([lengths[i] for i in positions], fits)
+    ]
     batches += [[] for _ in range(-len(batches) % world)]
     return [batches[rank::world] for rank in range(world)]
 
 
-def _count_micro_batches(longest_first: Sequence[int], token_budget: int) -> int:
-    """Return how many micro-batches `adapter.batching.micro_batches` cuts records of these lengths into."""
-    count = place = 0
-    while place < len(longest_first):
-        place += max(1, token_budget // max(1, longest_first[place]))
-        count += 1
+def _count_micro_batches(longest_first: Sequence[Sequence[int]], token_budget: int) -> int:
+    """Return how many micro-batches `adapter.batching.micro_batches` cuts records into, given each kind's lengths."""
+    count = 0
+    for lengths in longest_first:
+        place = 0
+        while place < len(lengths):
+            place += max(1, token_budget // max(1, lengths[place]))
+            count += 1
     return count
 
 
@@ -326,6 +340,7 @@ def _cut_step(
 ) -> _StepCut:
     """Return a worker's part of the step whose records begin at position `first` of the index."""
     table = index.table.slice(first, sampler.global_batch)
-    batches = assign_micro_batches(table["tokens"].to_pylist(), sampler.token_budget, world)[rank]
+    kinds = [image is not None for image in table["image"].to_pylist()] if sampler.images_apart else None
+    batches = assign_micro_batches(table["tokens"].to_pylist(), sampler.token_budget, world, kinds)[rank]
     places = [np.array(positions, np.int64) + first for positions in batches]
     return _StepCut(step, sum(table["labels"].to_pylist()), places)

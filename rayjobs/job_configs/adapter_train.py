@@ -38,7 +38,10 @@ class AdapterConfig:
     """L: number of adapted layers, counted from the top; those with prompts in `v2`. null for all layers, of which the
     methods with prompts take at most 30, as the paper does. `full` always trains all."""
     prompt_length: int = Field(default=10, ge=1)
-    """K: number of prompt tokens in each layer with prompts, of zero_init, rand_init, prefix and v2."""
+    """K: number of prompt tokens in each layer with prompts, of zero_init, rand_init, prefix and v2; of v2 also the
+    number of tokens that an image becomes."""
+    image_layers: int = Field(default=1, ge=1)
+    """E: number of layers, counted from the lowest, in which v2 shows an image. They have no prompts."""
     rank: int = Field(default=8, ge=1)
     """r: inner width of the matrices of lora."""
     alpha: float = Field(default=16, gt=0)
@@ -54,10 +57,12 @@ class AdapterConfig:
         from adapter.methods.registry import make_method
 
         prompted = self.method in ("zero_init", "rand_init", "prefix", "v2")
+        free = base_layers - (self.image_layers if self.method == "v2" and vision else 0)
         return make_method(
             self.method,
-            n_layers=self.n_layers or (min(PAPER_LAYERS, base_layers) if prompted else None),
+            n_layers=self.n_layers or (max(0, min(PAPER_LAYERS, free)) if prompted else None),
             prompt_length=self.prompt_length,
+            image_layers=self.image_layers,
             rank=self.rank,
             alpha=self.alpha,
             targets=tuple(self.targets),

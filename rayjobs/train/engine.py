@@ -30,7 +30,9 @@ from rayjobs.storage.download import cached_path
 from rayjobs.train.config import OptimizerConfig, ZeroConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMIZER_STEP_KEY = "optimizer.step"
+TEXT, IMAGES = "optimizer.step", "optimizer.step.images"
+"""Names of the groups of parameters, and of their counts of steps in a checkpoint: all parameters, or those that
+records without an image train; and those that records with an image train, where these are others."""
 
 
 def _deepspeed() -> ModuleType:
@@ -58,6 +60,7 @@ def deepspeed_config(zero: ZeroConfig, clip_norm: float | None) -> dict[str, Any
         if getattr(zero, name) is not None:
             stage[name] = getattr(zero, name)
     return {
+        "zero_allow_untested_optimizer": True,  # `GroupedAdamW`, which is AdamW in the groups that it steps
         "train_micro_batch_size_per_gpu": 1,  # required, but unused: the caller forms the batches
         "managed_gradient_accumulation": False,  # step() ends the accumulation, after any number of micro-batches
         "gradient_clipping": clip_norm or 0.0,
@@ -112,6 +115,35 @@ def _partition(model: Decoder, name: str, zero: ZeroConfig) -> None:
         _deepspeed().zero.Init(module=holder, config_dict_or_path=deepspeed_config(zero, None), dtype=parameter.dtype)
 
 
+class GroupedAdamW(torch.optim.AdamW):
+    """AdamW that leaves a group whose `idle` is True as it is: weights, moments and count of steps.
+
+    With gradients of 0, weight decay and the moments of earlier steps would go on moving it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__([{"idle": False, **group} for group in groups], **settings)
+        self.held: dict[str, dict[int, Tensor]] = {group["name"]: {} for group in groups}
+        """The tensors of each group's state, whatever ZeRO makes of its parameters."""
+
+    def make_moments(self) -> None:
+        """Create moments of 0. ZeRO-1 and 2 look for those of all groups after the first group's first step."""
+        for parameter in (one for group in self.param_groups for one in group["params"]):
+            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ADAM_MOMENTS}
+            self.state[parameter] = {"step": torch.zeros(()), **moments}
+
+    def step(self, closure: Any = None) -> Any:
+        """Step every group that is not idle."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["idle"]]
+        for group in self.param_groups:
+            self.held[group["name"]].update((id(one), one) for one in group["params"])
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
 class Engine:
     """A model in training. The caller divides losses by the number of labelled tokens in the global batch."""
 
@@ -119,17 +151,28 @@ class Engine:
         self.width = 0 if model.vision is None else model.vision.down.in_features
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        adamw = torch.optim.AdamW(trainable, betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+        of_images = model.image_parameters
+        named = {name: [] for name in ([TEXT, IMAGES] if of_images else [TEXT])}
+        for name, parameter in zip(self.names, trainable, strict=True):
+            named[IMAGES if name in of_images else TEXT].append(parameter)
+        adamw = GroupedAdamW(
+            [{"name": name, "params": parameters} for name, parameters in named.items()],
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+        )
         self.deepspeed, self.optimizer, _, _ = _deepspeed().initialize(
             model=model,
             optimizer=adamw,
             config=deepspeed_config(zero, optimizer.clip_norm),
             dist_init_required=False,
         )
+        self.groups, self.separates_images = list(named), model.separates_images
         self.trainable = dict(zip(self.names, trainable, strict=True))
         self.stage = zero.stage
+        self.inner: GroupedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)
         self.device = self.deepspeed.device
         self.world = torch.distributed.get_world_size()
+        self.inner.make_moments()
         self._prime()
 
     def loss(self, tokens: Tensor, labels: Tensor, images: Images | None = None) -> Tensor:
@@ -148,10 +191,15 @@ class Engine:
         """Add this micro-batch's gradient. DeepSpeed averages over workers; the factor makes that a sum."""
         self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Update the trainable parameters with the accumulated gradient and clear it."""
+    def step(self, lr: float, *, text: bool = True, images: bool = True) -> None:
+        """Update the trainable parameters with the accumulated gradient and clear it.
+
+        text, images: the step has records without an image, or with one, on any worker. Where they train disjoint
+        parameters, those of a kind that the step does not have stay as they are.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["idle"] = self.separates_images and not (text if group["name"] == TEXT else images)
         self.deepspeed.step()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -168,11 +216,12 @@ class Engine:
                     yield f"{name}.{moment}", safe_get_full_optimizer_state(parameter, moment)
                 else:
                     yield f"{name}.{moment}", self.optimizer.state[parameter][moment]
-        yield OPTIMIZER_STEP_KEY, torch.tensor(float(self._steps()[0]))
+        for group in self.groups:
+            yield group, torch.tensor(float(self._steps(group)[0]))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore a state, saved under any stage and number of workers. All workers must call it."""
-        expected = {OPTIMIZER_STEP_KEY} | {
+        expected = set(self.groups) | {
             f"{name}{end}" for name in self.names for end in ("", *(f".{m}" for m in ADAM_MOMENTS))
         }
         if expected != set(state):
@@ -181,8 +230,9 @@ class Engine:
             self._put(parameter, state[name].to(self.device))
             for moment in ADAM_MOMENTS:
                 self._put(parameter, state[f"{name}.{moment}"].to(self.device), moment)
-        for step in self._steps():
-            step.fill_(state[OPTIMIZER_STEP_KEY].item())
+        for group in self.groups:
+            for step in self._steps(group):
+                step.fill_(state[group].item())
         self._publish(state)
 
     def _put(self, parameter: Tensor, whole: Tensor, *moment: str) -> None:
@@ -209,14 +259,15 @@ class Engine:
                 if parameter.numel():
                     parameter.copy_(state[name])
 
-    def _steps(self) -> list[Tensor]:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return [state["step"] for state in inner.state.values()]
+    def _steps(self, group: str) -> list[Tensor]:
+        """The counts of steps of a group's tensors, all equal."""
+        return [self.inner.state[held]["step"] for held in self.inner.held[group].values()]
 
     def _prime(self) -> None:
-        """Make one step at learning rate 0 without labels: zero gradients create zero moments, which can be set."""
+        """Make one step at learning rate 0 without labels: after it ZeRO's moments, of zero gradients, can be set."""
         nothing = torch.zeros(1, 1, dtype=torch.int64)
         self.backward(self.loss(nothing, torch.full_like(nothing, IGNORE)))
         self.step(lr=0.0)
-        for step in self._steps():
-            step.zero_()
+        for group in self.groups:
+            for step in self._steps(group):
+                step.zero_()

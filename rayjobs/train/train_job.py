@@ -44,6 +44,7 @@ class TrainJob:
             seed=self.train.seed if split == "train" else None,
             weights=self.weights if split == "train" else (),
             images=self.images,
+            images_apart=self.images is not None and self.adapter.separates_images,
         )
 
     def val_samplers(self) -> dict[str, ElasticBatchSampler]:

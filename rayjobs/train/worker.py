@@ -211,12 +211,15 @@ class TrainingLoop:
         due = self.due_after(self.step + 1) if self.rank == 0 else Due(report=False, checkpoint=False)
         tokens = sum(micro.n_tokens for micro in micro_batches)
         idle = waited / (time.monotonic() - self.step_began)
-        sums = torch.tensor([local_loss, tokens, idle, *due], dtype=torch.float64, device=self.engine.device)
+        pictured = [image is not None for micro in micro_batches for image in micro.images]
+        kinds = not all(pictured), any(pictured)
+        local = [local_loss, tokens, idle, *kinds, *due]
+        sums = torch.tensor(local, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(sums)
-        loss, all_tokens, all_idle, *flags = sums.tolist()
+        loss, all_tokens, all_idle, text, images, *flags = sums.tolist()
         if not math.isfinite(loss):
             self.stop_at_nonfinite_loss(loss, lr, micro_batches, losses)
-        self.engine.step(lr)
+        self.engine.step(lr, text=bool(text), images=bool(images))
         self.step += 1
         metrics = StepMetrics(
             step=self.step,

@@ -200,6 +200,11 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
                     place = row["id"] - first
                     assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
     plain = make_sampler(sampler.store, seed=None, images=IndexedImages())
+    apart = make_sampler(sampler.store, seed=None, images=IndexedImages(), images_apart=True, token_budget=512)
+    micros = [row["rows"] for micro in walk(apart, 1, range(apart.steps_per_epoch)) for row in micro]
+    assert {frozenset(row["image"] is None for row in rows) for rows in micros} == {
+        frozenset({x}) for x in (True, False)
+    }
     (rows,) = [row for row in walk(plain, 1, range(1))[0][0]["rows"] if row["id"] == first + 1]
     assert rows["image"] == b"3 1 None", "without a seed an image is shown as it is"
 
@@ -212,6 +217,19 @@ def test_micro_batches_keep_to_the_budget() -> None:
         micros = [micro for worker in dealt for micro in worker]
         assert sorted(i for micro in micros for i in micro) == list(range(7))
         assert all(len(micro) * max(lengths[i] for i in micro) <= 64 for micro in micros if micro)
+
+
+def test_micro_batches_of_one_kind_keep_to_the_budget() -> None:
+    rng = np.random.default_rng(2)
+    lengths, kinds = rng.integers(3, 60, 41).tolist(), (rng.random(41) < 0.3).tolist()
+    for world in (1, 2, 3):
+        dealt = assign_micro_batches(lengths, 64, world, kinds)
+        assert len({len(worker) for worker in dealt}) == 1
+        micros = [micro for worker in dealt for micro in worker]
+        assert sorted(i for micro in micros for i in micro) == list(range(41))
+        assert all(len(micro) * max(lengths[i] for i in micro) <= 64 for micro in micros if micro)
+        assert all(len({kinds[i] for i in micro}) == 1 for micro in micros if micro)
+    assert assign_micro_batches(lengths, 64, 2, [True] * 41) == assign_micro_batches(lengths, 64, 2)
 
 
 @pytest.mark.parametrize("world", [1, 2, 7, 16, 53, 64, 90])

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from rayjobs.train.engine import GroupedAdamW
 from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 
@@ -22,7 +24,7 @@ from rayjobs.train.engine import Engine, adapted_model
 from rayjobs.models.image_conditioning import ImageFeaturizer, VisionConfig
 
 base, out, dtype, offload, method = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "offload", sys.argv[6]
-shows, lr = method == "zero_init", 0.03 if method in ("zero_init", "lora") else 0.001
+shows, apart, lr = method in ("zero_init", "v2"), method == "v2", 0.03 if method in ("zero_init", "lora") else 0.001
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -72,15 +74,30 @@ def train(engine, steps):
     for step in steps:
         tokens = torch.randint(3, 97, (6, 17), generator=torch.Generator().manual_seed(step))
         total = torch.zeros(())
-        for part in tokens[rank::world].chunk(1 + step % 3):  # 1 to 3 micro-batches
+        # every other row has an image, so that some micro-batches of some workers have none; the second step has none
+        seen = (tokens[:, 0] % 2 == 1) & (not apart or step != 1)
+        own = tokens[rank::world]
+        parts = own.chunk(1 + step % 3)  # 1 to 3 micro-batches
+        if apart:
+            parts = [own[seen[rank::world] == kind] for kind in (False, True)]
+        for kind, part in enumerate(parts):
             labels = part.clone()
             labels[:, :5] = -100
-            # every other row has an image, so that some micro-batches of some workers have none
-            images = featurizer.images([image_bytes(row) if shows and row[0] % 2 else None for row in part])
+            shown = [shows and seen[(tokens == row).all(1)].item() for row in part]
+            assert not apart or set(shown) <= {bool(kind)}
+            images = featurizer.images([image_bytes(row) if one else None for row, one in zip(part, shown)])
+            if not len(part):
+                part, labels = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -100)
             loss = engine.loss(part, labels, images) / 72
             engine.backward(loss)
             total += loss.detach()
-        engine.step(lr)
+        still = whole(engine, False) if apart and step == 1 else {}
+        engine.step(lr, images=bool(seen.any()))
+        if still:
+            of_images = [name for name in still if name in engine.deepspeed.module.image_parameters]
+            now = whole(engine, False)
+            assert len(of_images) == 5 and all(torch.equal(now[name], still[name]) for name in of_images)
+            assert not all(torch.equal(now[name], still[name]) for name in still)
         dist.all_reduce(total)
         losses.append(total.item())
     return losses
@@ -91,7 +108,7 @@ start = whole(first, False)
 before = train(first, range(3))
 state = copies(first)
 names = {name for name, _ in first.deepspeed.module.adapter_parameters()}
-assert all(name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq") in names | {"optimizer.step"} for name in state)
+assert all(name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq") in names | set(first.groups) for name in state)
 after = train(first, range(3, 6))
 for stage in (0, 1, 2) if PRECISIONS[dtype].quantization else (0, 1, 2, 3):
     one = engine(stage)
@@ -107,6 +124,25 @@ if rank == 0:
     with open(out, "w") as file:
         json.dump({"before": before, "after": after, "stages": found}, file)
 """
+
+
+def test_an_idle_group_stays_as_it_is_and_the_others_are_adamws() -> None:
+    """Against one optimizer of PyTorch's for each group, of which the idle one's is not called."""
+    weights = [torch.randn(7, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in range(2)]
+    copies = [one.detach().clone().requires_grad_() for one in weights]
+    ours = GroupedAdamW([{"name": name, "params": [one]} for name, one in zip("ab", weights, strict=True)], lr=0.1)
+    theirs = [torch.optim.AdamW([one], lr=0.1) for one in copies]
+    for active in ({0, 1}, {0}, {0}, {1}, {0, 1}):
+        for number, (one, copy) in enumerate(zip(weights, copies, strict=True)):
+            one.grad = torch.randn(7) if number in active else torch.zeros(7)
+            copy.grad = one.grad.clone()
+            ours.param_groups[number]["idle"] = number not in active
+            if number in active:
+                theirs[number].step()
+        ours.step()
+        for one, copy in zip(weights, copies, strict=True):
+            torch.testing.assert_close(one, copy, rtol=0, atol=0)
+    assert [len(ours.held[name]) for name in "ab"] == [1, 1]
 
 
 @pytest.mark.ray

@@ -35,10 +35,19 @@ check: .venv/installed-test ## What CI runs: lint, format, types, documentation,
 	$(BIN)/mypy
 	$(MAKE) docs test
 
-bench: .venv/installed-test ## The benchmarks; DATA=records.json TOKENIZER=tokenizer.model adds the training step
-	$(BIN)/python benchmarks/cafo_search.py --json
-	$(BIN)/python benchmarks/cafo_sweep.py --json
-	$(if $(DATA),$(BIN)/python benchmarks/adapter_step.py --data $(DATA) --tokenizer $(TOKENIZER) --json)
+bench: .venv/installed-test ## The benchmarks; BASE=folder DATA=records.json TOKENIZER=tokenizer.model adds training
+	$(BIN)/python -m benchmarks.cafo_search --json
+	$(BIN)/python -m benchmarks.cafo_large_search --classes 200 --images 5000 --check
+	$(BIN)/python -m benchmarks.cafo_sweep --json
+	$(BIN)/python -m benchmarks.features --json
+	$(BIN)/python -m benchmarks.growth --json
+	$(BIN)/python -m benchmarks.step_memory --json
+	$(BIN)/python -m benchmarks.decoding --json
+	$(BIN)/python -m benchmarks.serving_adapters --json
+	$(BIN)/python -m benchmarks.serving_load --json
+	$(if $(DATA),$(BIN)/python -m benchmarks.adapter_step --data $(DATA) --tokenizer $(TOKENIZER) --json)
+	$(if $(BASE),$(BIN)/python -m benchmarks.startup --base $(BASE) --data $(DATA) --json)
+	$(if $(BASE),$(BIN)/python -m benchmarks.bf16_losses --base $(BASE) --data $(DATA) --json)
 
 clean: ## What was built, not what was run: runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

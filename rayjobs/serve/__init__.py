@@ -18,5 +18,6 @@
 | `kernel_caches` | limits of what a CPU's libraries keep |
 | `metrics` | counters for Prometheus |
 | `replicas` | all replicas as one: what is asked of each |
+| `router` | the choice of a request's replica |
 | `deployment` | the application on Ray Serve |
 """

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "rayjobs"
 """Name of the application in Ray Serve."""
+LOGGING: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
+"""Ray Serve's `LoggingConfig`: no line for each request."""
 SPARE_REQUESTS = 16
 """Requests beyond the limit that a replica is given, so that it answers them with 429, and `/health` at all times."""
 
@@ -139,6 +141,9 @@ def bind(settings: ServedConfig, gpus: float) -> Any:
     Raises ConfigError if the server's address needs a token and the environment has none.
     """
     from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from rayjobs.serve.router import EvenRouter
 
     replicas, limits = settings.replicas, settings.limits
     scale: dict[str, Any] = {"num_replicas": replicas.number}
@@ -150,6 +155,7 @@ def bind(settings: ServedConfig, gpus: float) -> Any:
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus},
         max_ongoing_requests=limits.requests + SPARE_REQUESTS,
         max_queued_requests=limits.requests,
+        request_router_config=RequestRouterConfig(request_router_class=EvenRouter),
         **scale,
     )
     return deployment.bind(settings, worker_device({"GPU": gpus}), settings.server.token_sha256(), int(time.time()))
@@ -176,6 +182,7 @@ def serve_config(settings: ServedConfig) -> dict[str, Any]:
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": settings.server.host, "port": settings.server.port},
+        "logging_config": LOGGING,
         "applications": [
             {
                 "name": APPLICATION,
@@ -200,7 +207,7 @@ def serving(settings: ServedConfig, gpus: float) -> Iterator[None]:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = LoggingConfig(**LOGGING)
     logging.getLogger("ray.serve").setLevel(logging.INFO if verbose() else logging.ERROR)
     ours, deployed = serve_address() is None, False
     try:

@@ -86,3 +86,18 @@ def test_a_server_at_another_address_or_of_another_process_is_left_alone(
     with pytest.raises(ResourceError, match=said), serving(settings, 0.0):
         pass
     assert cluster.done == []
+
+
+@pytest.mark.parametrize("address", [("0.0.0.0", 8123), ("127.0.0.1", 8000)])
+def test_a_config_file_is_not_deployed_where_ray_serve_listens_elsewhere(
+    settings: ServedConfig, monkeypatch: pytest.MonkeyPatch, address: Any
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    (application,) = deployment.serve_config(settings)["applications"]
+    connect(monkeypatch, Cluster(OURS, []))
+    assert deployment.build_app(application["args"])._bound_deployment.name == "replica"
+    connect(monkeypatch, Cluster(address, []))
+    with pytest.raises(ResourceError, match=f"at {address[0]}:{address[1]}, not at"):
+        deployment.build_app(application["args"])

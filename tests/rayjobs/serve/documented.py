@@ -1,0 +1,71 @@
+"""The blocks of docs/serve.md about a server, run from nothing as they stand: in an empty folder, one after another.
+
+    python -m tests.rayjobs.serve.documented [FOLDER]
+
+The last command of the first block is the server, which stays until the other blocks have been run. FOLDER: where to
+run them; what an earlier call left there is used again. Minutes, and port 8000, are needed.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.documents import blocks
+
+URL = "http://127.0.0.1:8000"
+
+
+def run(folder: Path) -> None:
+    """Run the blocks in a folder. Raises CalledProcessError for a command that fails."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    first, *others = [one for one in blocks("bash", "python") if one.needs == "a server that stays"]
+    *before, server = first.text.strip().splitlines()
+    for command in before:
+        show(command)
+        subprocess.run(["bash", "-c", command], cwd=folder, env=environment, check=True)
+    show(server)
+    process = subprocess.Popen(server.split(), cwd=folder, env=environment)
+    try:
+        while not answers():
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with {process.returncode}")
+            time.sleep(0.5)
+        for block in others:
+            show(block.text)
+            shell = ["bash", "-ec"] if block.language == "bash" else [sys.executable, "-c"]
+            text = block.text.replace("curl ", "curl --fail-with-body --no-progress-meter ")
+            subprocess.run([*shell, text], cwd=folder, env=environment, check=True)
+            print()
+    finally:
+        process.send_signal(signal.SIGINT)
+        print(f"the server ended with {process.wait()}")
+
+
+def answers() -> bool:
+    """Whether the server answers."""
+    try:
+        return httpx.get(f"{URL}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def show(text: str) -> None:
+    print(f"\n$ {text.strip()}", flush=True)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        run(Path(sys.argv[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
 """Several replicas on Ray Serve answer as one server: before and after one of them is killed, and while they scale."""
 
+import asyncio
 import os
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rayjobs.serve.deployment import serving
 from rayjobs.serve.images import PATH
 from rayjobs.serve.metrics import Metrics, merge_texts
 from rayjobs.serve.replicas import OneReplica
+from rayjobs.serve.router import EvenRouter
 from rayjobs.serve.settings import AdaptersConfig
 from rayjobs.serve.text_model import TextModel
 from tests.rayjobs.serve.serving import alone, listening, write_adapter
@@ -76,6 +79,14 @@ def test_a_replica_begins_without_the_adapters_that_the_others_serve_no_longer(t
         assert httpx.get(f"{url}/v1/models/plain").status_code == 404
         assert httpx.get(f"{url}/v1/models/alpaca").status_code == 200
     model.close()
+
+
+def test_any_two_replicas_may_be_drawn_wherever_they_run() -> None:
+    replicas: list[Any] = list("abcde")
+    router: Any = object()
+    drawn = {frozenset(asyncio.run(EvenRouter.choose_replicas(router, replicas))[0]) for _ in range(500)}
+    assert drawn == {frozenset(pair) for pair in combinations(replicas, 2)}
+    assert asyncio.run(EvenRouter.choose_replicas(router, replicas[:1])) == [["a"]]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 500
+PATIENCE_S = 900
 """Far more than anything takes on a slow and busy machine, and less than the timeout of a test (pyproject.toml)."""
 
 

@@ -152,7 +152,7 @@ class Engine:
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         of_images = model.image_parameters
-        named = {name: [] for name in ([TEXT, IMAGES] if of_images else [TEXT])}
+        named: dict[str, list[nn.Parameter]] = {name: [] for name in ([TEXT, IMAGES] if of_images else [TEXT])}
         for name, parameter in zip(self.names, trainable, strict=True):
             named[IMAGES if name in of_images else TEXT].append(parameter)
         adamw = GroupedAdamW(

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -94,7 +95,7 @@ class Cache:
 
     def require(self, features: Mapping[str, Tensor]) -> None:
         """Raise CafoError if features of a source are missing."""
-        if missing := set(self.keys) - set(features):
+        if missing := {*self.keys, self.zero_shot_source} - set(features):
             raise CafoError(f"the cache needs features of {', '.join(sorted(missing))}, which were not given")
 
     def zero_shot(self, features: Mapping[str, Tensor]) -> Tensor:
@@ -109,6 +110,7 @@ class Cache:
     @torch.no_grad()
     def combine_in_blocks(self, features: Mapping[str, Tensor]) -> Combination:
         """Return `combine` for any number of images, block by block and without gradients."""
+        self.require(features)
         rows = max(len(features[self.zero_shot_source]), 1)
         size = max(1, min(_ROWS_AT_ONCE, _AFFINITIES_AT_ONCE // max(len(self.labels), 1)))
         blocks = [slice(i, i + size) for i in range(0, rows, size)]
@@ -225,10 +227,11 @@ def load_cache(path: str | Path) -> Cache:
     return read_tensor_file(path, FORMAT, _build_cache, content="cache", make="train")
 
 
+_TEXTS, _TEXT_BY_NAME = TypeAdapter(tuple[str, ...]), TypeAdapter(dict[str, str])
+_ENSEMBLE = TypeAdapter(Ensemble)
+
+
 def _build_cache(header: Mapping[str, str], tensors: dict[str, Tensor]) -> Cache:
-    ensemble = json.loads(header["ensemble"])
-    if ensemble["sources"] is not None:
-        ensemble["sources"] = tuple(ensemble["sources"])
     calibration = None
     if "temperature" in header:
         calibration = Calibration(temperature=float(header["temperature"]), scores=tensors["held_out_scores"])
@@ -236,12 +239,12 @@ def _build_cache(header: Mapping[str, str], tensors: dict[str, Tensor]) -> Cache
         keys={name.removeprefix("keys."): t for name, t in tensors.items() if name.startswith("keys.")},
         labels=tensors["labels"],
         classifier=tensors["classifier"],
-        class_names=tuple(json.loads(header["class_names"])),
+        class_names=_TEXTS.validate_json(header["class_names"]),
         zero_shot_source=header["zero_shot_source"],
-        encoders=json.loads(header["encoders"]),
+        encoders=_TEXT_BY_NAME.validate_json(header["encoders"]),
         alpha=float(header["alpha"]),
         beta=float(header["beta"]),
-        ensemble=Ensemble(**ensemble),
+        ensemble=_ENSEMBLE.validate_json(header["ensemble"]),
         calibration=calibration,
-        key_names=tuple(json.loads(header.get("key_names", "[]"))),
+        key_names=_TEXTS.validate_json(header.get("key_names", "[]")),
     )

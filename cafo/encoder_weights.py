@@ -72,13 +72,11 @@ def read_state(path: Path) -> State:
             ) from error
     if kind := describe_content(path):
         raise EncoderError(f"{path} is {kind}, not a file of weights; give a safetensors file or PyTorch's own")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any("/code/" in name for name in archive.namelist()):
-                raise EncoderError(
-                    f"{path} is a TorchScript archive: a program, not a state dict. If you trust it, convert it once "
-                    "with `torch.save(torch.jit.load(path).state_dict(), new_path)`"
-                )
+    if _is_program(path):
+        raise EncoderError(
+            f"{path} is a TorchScript archive: a program, not a state dict. If you trust it, convert it once "
+            "with `torch.save(torch.jit.load(path).state_dict(), new_path)`"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler does not check damaged content, so that any error may come of it
@@ -96,6 +94,15 @@ def read_state(path: Path) -> State:
     if not _is_state(content):
         raise EncoderError(f"{path} holds no state dict of named tensors")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def _is_program(path: Path) -> bool:
+    """Return whether a file is a TorchScript archive. One that is damaged is none: PyTorch says what it lacks."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def _is_state(content: Any) -> bool:

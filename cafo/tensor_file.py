@@ -50,7 +50,7 @@ def read_tensor_file(
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise CafoError(f"{path}: {', '.join(broken)} hold NaN or infinity; delete the file and {make} it again")
         return build(header, tensors)
-    except (SafetensorError, LookupError, ValueError, TypeError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, CafoError):
             raise
         raise CafoError(

@@ -85,7 +85,7 @@ def _read_config_file(path: str | Path) -> dict[str, Any]:
     check_content(file, ConfigError)
     try:
         values = read_yaml(file) or {}
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot read the config file: {reason}") from error
     if not isinstance(values, dict):

@@ -26,7 +26,7 @@ from rayjobs.runs.file_digests import changed_files
 from rayjobs.runs.record import RESULT_FILE, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE
 from rayjobs.runs.trackers import TrackConfig
-from rayjobs.storage.files import read_json, read_jsonl
+from rayjobs.storage.files import read_jsonl, read_object
 from rayjobs.storage.hub_model import ADAPTER_FILE
 from rayjobs.storage.paths import remove_folder
 from rayjobs.storage.yaml_file import read_yaml
@@ -62,7 +62,7 @@ def verify(folder: Path, step: int | None = None) -> list[str]:
 def check_metrics(folder: Path) -> list[str]:
     """Return a line if the metrics do not hold each step of the result once."""
     steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    last = read_json(folder / RESULT_FILE)["steps"]
+    last = read_object(folder / RESULT_FILE)["steps"]
     if steps != list(range(1, last + 1)):
         return [f"metrics.jsonl: holds {len(steps)} steps up to {max(steps, default=0)}, not each of {last} once"]
     logger.info("metrics.jsonl holds each of %d steps once", last)

@@ -13,9 +13,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,16 +112,18 @@ def load_classifier(path: str | Path) -> FewShotClassifier:
 
 
 def _build_classifier(header: Mapping[str, str], tensors: dict[str, Tensor]) -> FewShotClassifier:
-    method = find_method(header["method"], json.loads(header["constants"]))
-    setting = json.loads(header["setting"])
+    method = find_method(header["method"], TypeAdapter(dict[str, Any]).validate_json(header["constants"]))
+    setting = TypeAdapter(dict[str, float]).validate_json(header["setting"])
+    if lacking := method.defaults.keys() - setting.keys():
+        raise CafoError(f"the setting of {header['method']} lacks {', '.join(sorted(lacking))}")
     return FewShotClassifier(
         name=header["method"],
         method=method,
         fitted=method.restore(tensors, setting),
         setting=setting,
-        class_names=tuple(json.loads(header["class_names"])),
+        class_names=TypeAdapter(tuple[str, ...]).validate_json(header["class_names"]),
         source=header["source"],
-        encoders=json.loads(header["encoders"]),
-        images=tuple(TrainingFile(*image) for image in json.loads(header["images"])),
+        encoders=TypeAdapter(dict[str, str]).validate_json(header["encoders"]),
+        images=TypeAdapter(tuple[TrainingFile, ...]).validate_json(header["images"]),
         seed=int(header["seed"]),
     )

@@ -18,7 +18,7 @@ from rayjobs.data.image_reading import Unit
 from rayjobs.errors import ProvenanceError
 from rayjobs.inference.prediction import COUNTS, PREDICTIONS, REJECTED, Output, read_shard
 from rayjobs.storage.credentials import mask_url
-from rayjobs.storage.files import read_json, read_jsonl, write_json
+from rayjobs.storage.files import read_jsonl, read_object, write_json
 from rayjobs.storage.paths import resolve_path
 
 SOURCES = "sources.json"
@@ -70,7 +70,7 @@ def plan_work(found: Collection, output: Output, per_shard: int) -> Work:
         counted = folder / COUNTS / f"{unit.name}.json"
         count = container.images
         if count is None and counted.exists():
-            count = read_json(counted)["images"]
+            count = read_object(counted)["images"]
         total = None if count is None or total is None else total + count
         sizes = None if count is None else [min(per_shard, count - at) for at in range(0, count, per_shard)]
         if sizes is not None and numbers.issuperset(range(len(sizes))):
@@ -84,7 +84,7 @@ def plan_work(found: Collection, output: Output, per_shard: int) -> Work:
 def record_states(output: Output, work: Work) -> None:
     """Record the digests of the files that are about to be read."""
     path = resolve_path(output.folder) / SOURCES
-    before = read_json(path) if path.exists() else {}
+    before = read_object(path) if path.exists() else {}
     write_json(path, {**before, **{mask_url(file): state for file, state in work.states.items()}})
 
 
@@ -169,7 +169,7 @@ def _digest(file: str) -> str:
 
 def _check_states(folder: Path, states: dict[str, str]) -> None:
     path = folder / SOURCES
-    before = read_json(path) if path.exists() else {}
+    before = read_object(path) if path.exists() else {}
     if changed := [file for file, state in states.items() if before.get(mask_url(file), state) != state]:
         raise ProvenanceError(
             f"{', '.join(changed)}: the file is another than when its predictions began; put it back, or choose "

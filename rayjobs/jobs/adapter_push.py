@@ -20,7 +20,7 @@ from rayjobs.reporting.model_card import CARD_FILE, adapter_card, publishable, r
 from rayjobs.runs.record import RECORD_FILE, RESULT_FILE, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import read_json
+from rayjobs.storage.files import read_object
 from rayjobs.storage.hub import HubPath, hub_errors
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
@@ -64,7 +64,7 @@ def _collect_run(folder: Path, repo: str) -> list[Upload]:
         raise DataError(f"{folder}: a run of {record.job}, which left no {ADAPTER_FILE}")
     own = folder / CARD_FILE
     card = own.read_text(encoding="utf-8") if own.is_file() else run_card(folder)
-    result = json.dumps(publishable(read_json(folder / RESULT_FILE)), indent=2, ensure_ascii=False) + "\n"
+    result = json.dumps(publishable(read_object(folder / RESULT_FILE)), indent=2, ensure_ascii=False) + "\n"
     digests = folder / TRAINED_RECORDS_FILE
     return [
         Upload(ADAPTER_FILE, cached_path(folder / ADAPTER_FILE)),

@@ -40,7 +40,7 @@ from rayjobs.models.image_conditioning import ImageConditioning
 from rayjobs.runs.provenance import Change
 from rayjobs.runs.record import RESULT_FILE, write_result
 from rayjobs.runs.run_dir import open_run
-from rayjobs.storage.files import atomic_path, read_json
+from rayjobs.storage.files import atomic_path, read_object
 from rayjobs.storage.hub_model import ADAPTER_FILE, TRAINED_RECORDS_FILE, format_bytes
 from rayjobs.storage.paths import resolve_path
 from rayjobs.train.engine import check_zero
@@ -204,7 +204,7 @@ def run(settings: Config) -> dict[str, Any]:
         open_run(settings.run, settings)
         times.end("importing and checking")
         train(settings, inputs, times)
-    result = read_json(folder / RESULT_FILE)
+    result = read_object(folder / RESULT_FILE)
     show_result(settings.run.name, result)
     return result
 

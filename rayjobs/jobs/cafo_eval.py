@@ -37,7 +37,7 @@ from rayjobs.reporting.paired_differences import differences_table
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.runs.record import start_run, write_result
 from rayjobs.runs.run_dir import CONFIG_FILE, RunConfig
-from rayjobs.storage.files import read_json
+from rayjobs.storage.files import read_object
 from rayjobs.storage.hub import pin
 from rayjobs.storage.paths import resolve_path
 from rayjobs.storage.yaml_file import read_yaml
@@ -80,7 +80,7 @@ def check(settings: Config) -> Evaluation:
         raise ConfigError(f"{folder} is no run of cafo-tune: there is no {SWEEP}")
     if not (folder / CHOSEN).is_file():
         raise ConfigError(f"{folder} has not chosen yet, and test is not for choosing: run cafo-tune to its end first")
-    swept = load(cafo_tune.Config, {**read_json(folder / SWEEP), "run": to_dict(_read_run(folder))})
+    swept = load(cafo_tune.Config, {**read_object(folder / SWEEP), "run": to_dict(_read_run(folder))})
     chosen = read_chosen(folder)
     check_reference(settings.reference, (choice.method for choice in chosen))
     return Evaluation(settings=settings, swept=swept, chosen=chosen)

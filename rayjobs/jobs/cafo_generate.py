@@ -26,7 +26,7 @@ from rayjobs.models.encoder import load_vision_encoder
 from rayjobs.runs.provenance import check_provenance, lock_provenance
 from rayjobs.runs.record import write_result
 from rayjobs.runs.run_dir import REJECTED_FILE, open_run
-from rayjobs.storage.files import read_json, read_jsonl
+from rayjobs.storage.files import read_jsonl, read_object
 from rayjobs.storage.fingerprint import file_fingerprint
 
 
@@ -54,7 +54,7 @@ def check(settings: Config) -> tuple[ClassNames, dict[str, Any]]:
         "list_name": settings.list_name,
     }
     source = settings.run.folder / "source.json"
-    if source.exists() and (change := class_changes(read_json(source).get("class_names", []), classes.names)):
+    if source.exists() and (change := class_changes(read_object(source).get("class_names", []), classes.names)):
         raise ProvenanceError(
             f"{settings.run.folder} holds images of other classes ({change}): restore them, or choose another run.name"
         )

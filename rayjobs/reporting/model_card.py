@@ -19,7 +19,7 @@ from rayjobs.runs.record import RESULT_FILE, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE, PROVENANCE_FILE, VERSIONS_FILE
 from rayjobs.storage.credentials import mask_credentials
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import read_json, write_text
+from rayjobs.storage.files import read_object, write_text
 from rayjobs.storage.hub import HubPath, is_hub_path, public_name
 from rayjobs.storage.hub_model import ADAPTER_FILE
 from rayjobs.storage.paths import is_url
@@ -41,7 +41,7 @@ def write_card(folder: Path) -> None:
 
 def run_card(folder: Path) -> str:
     """The card of a finished run of adapter-train, in Markdown. Raises DataError for files that cannot be read."""
-    config, result = read_yaml(folder / CONFIG_FILE), read_json(folder / RESULT_FILE)
+    config, result = read_yaml(folder / CONFIG_FILE), read_object(folder / RESULT_FILE)
     record = read_record(folder)
     sources = [source if isinstance(source, Mapping) else {"path": source} for source in _sources(config["data"])]
     digests = _json(folder / PROVENANCE_FILE).get("identity", {}).get("data", {})
@@ -134,7 +134,7 @@ def _is_unpublished(name: str) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _spaced(name: str) -> str:

@@ -9,7 +9,7 @@ from rayjobs.cluster.ray_workarounds import remove_upload_folder
 from rayjobs.config_fields import MISSING, field_default, field_type
 from rayjobs.errors import ProvenanceError
 from rayjobs.storage.credentials import mask_credentials
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_object, write_json
 
 SHOWN_CHARS = 60
 
@@ -65,7 +65,9 @@ def check_provenance(
     """
     if not path.exists():
         return
-    refuse_changes(path.parent, list(find_changes(comparable(read_json(path)), comparable(dict(identity)), kind)), hint)
+    refuse_changes(
+        path.parent, list(find_changes(comparable(read_object(path)), comparable(dict(identity)), kind)), hint
+    )
 
 
 def refuse_changes(folder: Path, changes: list[Change], hint: str) -> None:

@@ -19,7 +19,7 @@ from rayjobs.config import config, flatten
 from rayjobs.console import printable
 from rayjobs.errors import ConfigError
 from rayjobs.storage.credentials import drop_mask, mask_credentials
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_object, write_json
 from rayjobs.storage.paths import is_url
 from rayjobs.storage.sync import SyncedFolder
 from rayjobs.storage.yaml_file import read_yaml
@@ -84,7 +84,7 @@ class MLflow:
         self.client = MlflowClient(tracking_uri=drop_mask(str(track.mlflow)))
         id_file = folder / "mlflow.json"
         if id_file.exists():
-            self.id = read_json(id_file)["run_id"]
+            self.id = read_object(id_file)["run_id"]
             self.client.update_run(self.id, status="RUNNING")  # again, if the run is resumed
             return
         experiment = self.client.get_experiment_by_name(track.experiment)
@@ -118,7 +118,7 @@ class WandB:
         import wandb
 
         id_file = folder / "wandb.json"
-        run_id = read_json(id_file)["run_id"] if id_file.exists() else uuid.uuid4().hex[:16]
+        run_id = read_object(id_file)["run_id"] if id_file.exists() else uuid.uuid4().hex[:16]
         self.run = wandb.init(
             project=track.wandb,
             name=folder.name,

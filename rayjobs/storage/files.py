@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapter import atomic_file
+from adapter.json_object import parse_json
 from rayjobs.errors import USER_ERRORS, DataError, StorageError
 from rayjobs.storage.lease import check_lease
 from rayjobs.storage.paths import is_url, make_folder, read_bytes, resolve_path, upload_file
@@ -92,6 +93,14 @@ def read_json(path: str | Path) -> Any:
     return _parse_json(text, path)
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises DataError, which names the file, for one that holds something else; OSError."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a {type(values).__name__} where an object belongs; it is damaged or replaced")
+    return values
+
+
 def read_typed(path: str | Path, kind: TypeAdapter[T], what: str, *, way_out: str = "") -> T:
     """The value of a JSON file as an object of a class.
 
@@ -109,7 +118,7 @@ def read_typed(path: str | Path, kind: TypeAdapter[T], what: str, *, way_out: st
 
 def _parse_json(text: bytes, path: str | Path) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise DataError(f"{path}: malformed JSON: {error}") from error
 

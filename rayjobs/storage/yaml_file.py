@@ -12,6 +12,8 @@ from rayjobs.errors import ConfigError
 from rayjobs.storage.files import write_text
 from rayjobs.storage.paths import read_bytes
 
+_DEEPEST, _MOST_VALUES = 60, 1_000_000
+
 
 class _Constructor(SafeConstructor):
     """Builds plain values. A date stays text, as in YAML 1.2's core schema, and as JSON needs it."""
@@ -25,16 +27,34 @@ def parse_yaml(text: str) -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     try:
-        return yaml.load(text)
-    except YAMLError as error:
+        value = yaml.load(text)
+    except (YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # all but the first are what the library's constructors raise over odd tags, keys, numbers and depths
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Raise ConfigError for a value that is nested too deep or too large: an alias can hold itself, or grow twofold."""
+    pending, count = [(value, 0)], 0
+    while pending:
+        held, depth = pending.pop()
+        count += 1
+        if depth > _DEEPEST or count > _MOST_VALUES:
+            raise ConfigError(
+                f"not usable YAML: over {_MOST_VALUES:,} values or {_DEEPEST} levels, by an alias that repeats itself?"
+            )
+        inner = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
+        pending += [(one, depth + 1) for one in inner]
 
 
 def read_yaml(path: str | Path) -> Any:
     """The value of a YAML file. Raises ConfigError, which names the file, and OSError."""
-    text = read_bytes(path).decode()
     try:
-        return parse_yaml(text)
+        return parse_yaml(read_bytes(path).decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -13,7 +13,7 @@ from rayjobs.errors import NonFiniteLossError, ProvenanceError
 from rayjobs.runs.provenance import Change, comparable, find_changes, refuse_changes
 from rayjobs.runs.record import RESULT_FILE, hold_run, read_record
 from rayjobs.runs.run_dir import CONFIG_FILE, PROVENANCE_FILE, VERSIONS_FILE, versions
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_object, write_json
 from rayjobs.storage.yaml_file import read_yaml
 from rayjobs.train.checkpoint import list_checkpoints
 from rayjobs.train.trainer import EXPERIMENT
@@ -110,13 +110,13 @@ def _has_trained(folder: Path) -> bool:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE_FILE
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _version_note(folder: Path) -> str:
     """A note that names the version that the run was begun with, if it is not this one."""
     path = folder / VERSIONS_FILE
-    before, now = read_json(path) if path.is_file() else {}, versions()
+    before, now = read_object(path) if path.is_file() else {}, versions()
     if before.get("commit") in (None, now["commit"]):
         return ""
     names = [f"{'rayjobs ' + v['rayjobs'] + ', ' if 'rayjobs' in v else ''}commit {v['commit']}" for v in (before, now)]

@@ -1,9 +1,11 @@
 """Open the classifier that a sweep has chosen, or a saved one, with the encoders that it reads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from cafo.cache import Cache, load_cache
@@ -16,7 +18,7 @@ from rayjobs.data.feature_store import open_encoders
 from rayjobs.errors import ConfigError, ProvenanceError
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, encoder_of
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import read_json
+from rayjobs.storage.files import read_typed
 from rayjobs.tune.selection import SWEEP, ChosenSetting, ChosenTrial, best_choice, read_chosen
 from rayjobs.tune.trial import CACHE, RIVAL, open_classifier
 
@@ -78,6 +80,16 @@ class OpenedClassifier:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Swept:
+    """What is read of a sweep's record."""
+
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_SWEPT = TypeAdapter(_Swept)
+
+
 def open_run(folder: Path) -> tuple[OpenedClassifier, dict[str, VisionEncoderConfig]]:
     """Open the best classifier that a run of cafo-tune or cafo has chosen; also return the run's encoders.
 
@@ -85,8 +97,8 @@ def open_run(folder: Path) -> tuple[OpenedClassifier, dict[str, VisionEncoderCon
         ConfigError, DataError: the run has not chosen, or its files are damaged.
         CafoError: the classifier cannot be read.
     """
-    swept = read_json(folder / SWEEP)
-    encoders = {name: load(VisionEncoderConfig, values) for name, values in swept.get("encoders", {}).items()}
+    swept = read_typed(folder / SWEEP, _SWEPT, "the record of a sweep", way_out="; run cafo-tune again to write it")
+    encoders = {name: load(VisionEncoderConfig, values) for name, values in swept.encoders.items()}
     return open_chosen(folder, read_chosen(folder), method=None, shots=None, seed=None), encoders
 
 

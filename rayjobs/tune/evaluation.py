@@ -18,7 +18,7 @@ from rayjobs.data.feature_store import Features
 from rayjobs.data.image_list import ImageList
 from rayjobs.errors import ProvenanceError
 from rayjobs.reporting.accuracy_tables import ZERO_SHOT
-from rayjobs.storage.files import read_json, write_json, write_parquet
+from rayjobs.storage.files import read_object, write_json, write_parquet
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.selection import ChosenSetting
 from rayjobs.tune.trial import open_classifier
@@ -67,7 +67,7 @@ def check_opening(folder: Path, chosen: Sequence[ChosenSetting]) -> dict[str, An
     Raises ProvenanceError if it was opened for another choice.
     """
     path = folder / "opened.json"
-    before = read_json(path) if path.exists() else {}
+    before = read_object(path) if path.exists() else {}
     if before and before["choice"] != _choice_digest(chosen):
         raise ProvenanceError(
             f"{path}: test was opened on {before['opened']} for another choice; a choice made after that is not blind. "

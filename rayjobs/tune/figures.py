@@ -13,7 +13,7 @@ from rayjobs.reporting import plots
 from rayjobs.reporting.example_gallery import ORDER, mistakes_first, write_examples
 from rayjobs.reporting.figures import save_plot
 from rayjobs.reporting.picture_sections import Picture, PictureSection, write_picture_sections
-from rayjobs.storage.files import read_json
+from rayjobs.storage.files import read_object
 from rayjobs.tune.evaluation import TargetScore
 from rayjobs.tune.search_space import SearchConfig
 from rayjobs.tune.selection import ChosenSetting, best_choice, settings_to_plot
@@ -96,7 +96,7 @@ def plot_chosen(
         (score,) = (s for s in scores if (s.method, s.shots, s.seed) == (choice.method, choice.shots, trial.seed))
         path = trials / trial.trial / SURFACE
         if trial.alpha is not None and trial.beta is not None and path.exists():
-            _plot_landscape(folder, number, title, read_json(path), (trial.alpha, trial.beta))
+            _plot_landscape(folder, number, title, read_object(path), (trial.alpha, trial.beta))
         _plot_score(folder, number, title, score, class_names)
 
 

@@ -8,7 +8,7 @@ from cafo.dataset_checks import class_changes
 from cafo.items import Item
 from rayjobs.errors import ProvenanceError
 from rayjobs.models.encoder import encoder_of
-from rayjobs.storage.files import read_json, write_json
+from rayjobs.storage.files import read_object, write_json
 from rayjobs.storage.fingerprint import fingerprint
 from rayjobs.tune.images import image_changes, read_images, write_images
 from rayjobs.tune.inputs import SweepInputs
@@ -92,7 +92,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / INPUTS
     if not path.exists() or not any((folder / "trials").glob(f"*/{TRIAL_FILE}")):
         return {}
-    recorded = read_json(path)
+    recorded = read_object(path)
     if lacking := [key for key in ("classes", "encoders", "sentences", "choices") if key not in recorded]:
         raise ProvenanceError(f"{path} does not record {', '.join(lacking)}: choose another run.name")
     return recorded

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from cafo.choice_names import Select
 from cafo.estimate import Estimate
 from rayjobs.errors import ConfigError, DataError
-from rayjobs.storage.files import read_json
+from rayjobs.storage.files import read_object
 from rayjobs.storage.paths import inside
 from rayjobs.tune.search_space import Hyperparameter, SearchConfig, Setting, Trial
 from rayjobs.tune.trial import CACHE, RIVAL, TrialResult
@@ -39,6 +41,10 @@ class ChosenTrial:
     """correct images of the estimate of the accuracy on new images; None if none was made"""
     estimate_images: int | None = None
     """all images of that estimate"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= (self.estimate_correct or 0) <= (self.estimate_images or 0):
+            raise DataError(f"{self.estimate_correct} of {self.estimate_images} images cannot be correct")
 
     def to_json(self) -> dict[str, Any]:
         """The values as plain data; `hyperparameters` of rivals alone."""
@@ -83,11 +89,13 @@ class ChosenSetting:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ChosenSetting":
         """Read a choice as `chosen.json` holds it. Raises DataError for a trial's name that leads out of its folder."""
-        setting = Setting(**{**values["setting"], "encoders": tuple(values["setting"]["encoders"])})
-        trials = tuple(ChosenTrial(**trial) for trial in values["seeds"])
-        for trial in trials:
+        choice = _CHOICES.validate_python(values)
+        for trial in choice.seeds:
             inside(Path("trials"), trial.trial)
-        return cls(**{**values, "setting": setting, "seeds": trials})
+        return choice
+
+
+_CHOICES = TypeAdapter(ChosenSetting)
 
 
 def read_chosen(folder: Path) -> list[ChosenSetting]:
@@ -98,7 +106,7 @@ def read_chosen(folder: Path) -> list[ChosenSetting]:
     """
     path = folder / CHOSEN
     try:
-        return [ChosenSetting.from_json(choice) for choice in read_json(path)["chosen"]]
+        return [ChosenSetting.from_json(choice) for choice in read_object(path)["chosen"]]
     except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no choice ({error}); run cafo-tune again to write it") from error
 

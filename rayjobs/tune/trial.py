@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from cafo.cache import Cache, load_cache, mean_key, save_cache
@@ -33,9 +34,8 @@ from cafo.search import surface
 from cafo.search_grid import BetaGrid
 from cafo.selection import Selected, select
 from rayjobs.data.image_dataset import Sentences
-from rayjobs.errors import DataError
 from rayjobs.storage.download import cached_path
-from rayjobs.storage.files import atomic_path, read_json, write_json
+from rayjobs.storage.files import atomic_path, read_typed, write_json
 from rayjobs.tune.search_space import SearchConfig, Trial
 
 CACHE, TRIAL_FILE, SURFACE = "cache.safetensors", "result.json", "surface.json"
@@ -319,15 +319,15 @@ def stop_trial(trial: Trial, curve: list[float], folder: Path) -> TrialResult:
     return result
 
 
+_RESULTS = TypeAdapter(TrialResult)
+
+
 def read_trial_result(trial: Trial, folder: Path) -> TrialResult | None:
     """The result of a trial that has finished or was stopped; None for one that has not."""
     path = folder / trial.name / TRIAL_FILE
     if not path.exists():
         return None
-    try:
-        return TrialResult(**read_json(path))
-    except (DataError, TypeError) as error:
-        raise DataError(f"{path} is no result of a trial ({error}); delete it, and the trial is run again") from error
+    return read_typed(path, _RESULTS, "the result of a trial", way_out="; delete it, and the trial is run again")
 
 
 def open_cache(folder: Path, trial: str) -> Cache:

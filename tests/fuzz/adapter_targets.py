@@ -45,9 +45,12 @@ FORMATS: dict[str, Format] = {"peft": "peft", "litgpt": "litgpt"}
 CHAT = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
 
 
-def decoder() -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(SHAPE).requires_grad_(False)
+def decoder(shape: DecoderConfig = SHAPE) -> Decoder:
+    model = Decoder(shape).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in model.base_parameters():
+        parameter.normal_(generator=generator)
+    return model
 
 
 def write_hf(folder: Path) -> None:
@@ -310,10 +313,10 @@ def records(name: str, file: str, rows: tuple[dict[str, Any], ...], share: int) 
 
 
 TARGETS = (
-    Target(name="checkpoint-hf", make=write_hf, read=read_checkpoint, share=4),
-    Target(name="checkpoint-hf-sharded", make=write_sharded, read=read_checkpoint, share=2),
-    Target(name="checkpoint-meta", make=write_meta, read=read_checkpoint, share=2),
-    Target(name="checkpoint-gguf", make=write_gguf, read=read_checkpoint, share=4),
+    Target(name="checkpoint-hf", make=write_hf, read=read_checkpoint),
+    Target(name="checkpoint-hf-sharded", make=write_sharded, read=read_checkpoint),
+    Target(name="checkpoint-meta", make=write_meta, read=read_checkpoint),
+    Target(name="checkpoint-gguf", make=write_gguf, read=read_checkpoint),
     Target(name="adapter-own", make=write_adapter("prompts own"), read=read_adapter_at("adapter.safetensors"), share=4),
     Target(
         name="adapter-own-lora", make=write_adapter("lora own"), read=read_adapter_at("adapter.safetensors"), share=3
@@ -324,7 +327,7 @@ TARGETS = (
     Target(name="adapter-v1", make=write_v1, read=read_adapter_at("adapter.pth"), share=2),
     Target(name="tokenizer-sentencepiece", make=write_sentence_piece, read=read_tokenizer, share=3),
     Target(name="tokenizer-json", make=write_tokenizer_json, read=read_tokenizer, share=3),
-    Target(name="tokenizer-tiktoken", make=write_ranks, read=read_tokenizer, share=1),
+    Target(name="tokenizer-tiktoken", make=write_ranks, read=read_tokenizer),
     Target(name="tokenizer-gguf", make=write_gguf, read=read_tokenizer, share=3),
     Target(name="tokenizer-gguf-bytes", make=write_gguf_bytes, read=read_tokenizer, share=2),
     Target(name="templates", make=write_templates, read=read_templates, share=3),

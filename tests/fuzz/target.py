@@ -25,6 +25,8 @@ class Target:
     """Reads them."""
     damaged: tuple[str, ...] = ("*",)
     """Patterns of the files that are damaged; the others stay."""
+    quick: bool = True
+    """Its files are made, and read for the first time, in less than a second."""
     share: int = 1
     """How many inputs it gets, relative to the others: more if it is fast."""
 

@@ -96,8 +96,9 @@ def test_of_trials_of_a_choice(name: str) -> None:
     numbers = dict.fromkeys(("generated", "views", "lr", "epochs", "alpha", "beta"), 1)
     setting = {**numbers, "encoders": ["clip"], "ensemble": "sum", "sentences": "templates"}
     trial = {"seed": 0, "trial": name, "accuracy": None, "alpha": None, "beta": None, "ensemble": None}
+    choice = {"shots": 1, "method": "CaFo", "group": {}, "select": "val", "accuracy": None, "finished": 1, "stopped": 0}
     with pytest.raises(DataError, match="leads out of this folder"):
-        ChosenSetting.from_json({"setting": setting, "seeds": [trial]})
+        ChosenSetting.from_json({**choice, "setting": setting, "seeds": [trial]})
 
 
 def test_a_link_in_a_run_folder_is_replaced_and_not_followed(tmp_path: Path) -> None:

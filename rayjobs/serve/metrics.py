@@ -57,7 +57,7 @@ def merge_texts(texts: Mapping[str, bytes]) -> bytes:
 
 
 class _Merged:
-    """What a registry asks for the metrics of several replicas."""
+    """A collector of the metrics of several replicas."""
 
     def __init__(self, texts: Mapping[str, bytes]) -> None:
         self._texts = texts

@@ -104,9 +104,9 @@ class AllReplicas:
         except TimeoutError as error:
             raise ApiError("a replica does not answer: ask again later", status=503, code="replica_silent") from error
         alive = [one for one in results if not isinstance(one, RayActorError)]
-        for error in alive:
-            if isinstance(error, BaseException):
-                raise error
+        for one in alive:
+            if isinstance(one, BaseException):
+                raise one
         return dict(alive)
 
     def _running(self) -> bool:

@@ -1,4 +1,4 @@
-"""Watch whether a server under mixed load grows: its memory, open files, threads and tasks, minute by minute.
+"""Watch whether a server under mixed load grows: its memory, open files and threads.
 
 Clients go on side by side until the time is over; each draws what it does next:
 
@@ -14,8 +14,8 @@ Ray. With --url and --pid, the processes of a running one are watched, such as t
 
     python -m benchmarks.serving_soak [--minutes 5] [--clients 12] [--url URL --pid PID [PID …]] [--json]
 
-A minute's figures are those at its end, summed over the processes. The growth per minute is fitted by least squares to
-the second half of the minutes, since caches fill in the first.
+The figures are sums over the processes; each process's growth of memory is told too. The growth per minute is fitted
+by least squares to the second half of the samples, since caches fill in the first.
 """
 
 import argparse
@@ -26,7 +26,9 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +49,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Sample:
-    """The state of the server's processes at the end of a minute."""
+    """The state of the server's processes at a time."""
 
     minute: float
     requests: int
@@ -57,6 +59,8 @@ class Sample:
     threads: int
     disk_kib: float
     """Size of the log files and others that the processes hold open for writing."""
+    by_process_mib: dict[str, float]
+    """Memory of each process, by its name and number."""
 
 
 @dataclass
@@ -131,20 +135,22 @@ async def _stream(client: httpx.AsyncClient, path: str, body: dict[str, Any], *,
 
 def sample(processes: list[psutil.Process], soak: Soak, began: float) -> Sample:
     """The state of the processes now."""
+    memory = {f"{one.name()} {one.pid}": one.memory_info().rss / 2**20 for one in processes}
     held = {one.path for process in processes for one in process.open_files() if getattr(one, "mode", "r") != "r"}
     return Sample(
         minute=(time.monotonic() - began) / 60,
         requests=soak.done.total(),
         errors=soak.failed.total(),
-        memory_mib=sum(process.memory_info().rss for process in processes) / 2**20,
+        memory_mib=sum(memory.values()),
         files=sum(process.num_fds() for process in processes),
         threads=sum(process.num_threads() for process in processes),
         disk_kib=sum(Path(path).stat().st_size for path in held if Path(path).is_file()) / 2**10,
+        by_process_mib=memory,
     )
 
 
 async def watch(given: argparse.Namespace) -> list[Sample]:
-    """Put the server under load, and look at its processes each minute and once everybody has left."""
+    """Put the server under load, and look at its processes again and again, and once everybody has left."""
     processes = [psutil.Process(pid) for pid in given.pid]
     async with httpx.AsyncClient(base_url=given.url, timeout=120) as client:
         models = [one["id"] for one in (await client.get("/v1/models")).json()["data"]]
@@ -153,9 +159,10 @@ async def watch(given: argparse.Namespace) -> list[Sample]:
         clients = asyncio.gather(*(soak.client(given.seed * 1000 + number) for number in range(given.clients)))
         samples = [sample(processes, soak, began)]
         while not clients.done():
-            await asyncio.wait({clients}, timeout=60)
-            samples.append(sample(processes, soak, began))
-            print(samples[-1], flush=True)
+            await asyncio.wait({clients}, timeout=given.every)
+            if not clients.done():
+                samples.append(sample(processes, soak, began))
+                print(samples[-1], flush=True)
         await clients
         await wait_until_free(client)
         await asyncio.sleep(3)
@@ -202,13 +209,13 @@ def make_folder(folder: Path) -> None:
         write_adapter(base, folder / "runs" / str(number), list(ADAPTERS)[number % len(ADAPTERS)], seed=number)
 
 
-def per_minute(samples: list[Sample], name: str) -> float:
+def per_minute(samples: list[Sample], figure: Callable[[Sample], float]) -> float:
     """The growth of a figure per minute in the second half of the load, by least squares."""
     under_load = samples[1:-1]
     late = under_load[len(under_load) // 2 :]
     if len(late) < 2:
         return float("nan")
-    return float(np.polyfit([one.minute for one in late], [getattr(one, name) for one in late], 1)[0])
+    return float(np.polyfit([one.minute for one in late], [figure(one) for one in late], 1)[0])
 
 
 def measure(given: argparse.Namespace) -> list[Sample]:
@@ -233,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5, help="length of the load (default: 5)")
     parser.add_argument("--clients", type=int, default=12, help="clients side by side (default: 12)")
+    parser.add_argument("--every", type=float, default=60, help="seconds between two looks (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="of a running server, whose first model is the base")
     parser.add_argument("--pid", type=int, nargs="+", default=[], help="processes of that server")
@@ -244,8 +252,12 @@ def main() -> None:
         [f"{one.minute:.1f}", str(one.requests), str(one.errors), *(f"{getattr(one, name):.1f}" for name in names)]
         for one in samples
     ]
-    rows.append(["per minute, late", "", "", *(f"{per_minute(samples, name):+.2f}" for name in names)])
+    growth = [per_minute(samples, attrgetter(name)) for name in names]
+    rows.append(["per minute, late", "", "", *(f"{one:+.2f}" for one in growth)])
     print(markdown_table(["minute", "requests", "errors", "MiB", "open files", "threads", "log KiB"], rows))
+    for name, memory in samples[0].by_process_mib.items():
+        late = per_minute(samples, lambda one, name=name: one.by_process_mib[name])
+        print(f"{name}: {memory:.1f} to {samples[-1].by_process_mib[name]:.1f} MiB, {late:+.2f} MiB per minute, late")
     if given.json:
         print(json.dumps([asdict(one) for one in samples]))
 

@@ -1,13 +1,24 @@
 """One cluster of several hosts for the tests of this folder, and the table of what was timed on it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cluster_lab.cluster import Cluster, Sweep, Timing, Training
+from tests.cluster_lab.cluster import Cluster, Timing
 from tests.cluster_lab.hosts import lacking
+from tests.cluster_lab.runs import Encoding, Labelling, Sweep, Training
 
 TIMINGS: list[Timing] = []
+MIDDLE = 60
+"""Steps after which a fault comes: between the checkpoints at 50 and 75."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Half an hour for a test, since the first one also brings the cluster up and makes the undisturbed run."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +33,7 @@ def onprem(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.down()
     finally:
         cluster.hosts.down()
+        cluster.slow.unmount()
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +55,40 @@ def undisturbed(onprem: Cluster) -> Training:
     return run
 
 
+@pytest.fixture
+def run(onprem: Cluster, undisturbed: Training, request: pytest.FixtureRequest) -> Training:
+    """A run in the middle of its work."""
+    made = Training(onprem, request.node.name)
+    made.submit()
+    made.wait_for_step(MIDDLE)
+    return made
+
+
 @pytest.fixture(scope="session")
 def calm_sweep(onprem: Cluster) -> Sweep:
     """What every disturbed sweep must come to."""
     run = Sweep(onprem, "calm")
     with onprem.timed("cafo-tune: 6 trials, features encoded first"):
+        run.submit()
+        run.ends_well()
+    return run
+
+
+@pytest.fixture(scope="session")
+def calm_encoding(onprem: Cluster) -> Encoding:
+    """What every disturbed cafo-features must come to."""
+    run = Encoding(onprem, "calm-features")
+    with onprem.timed("cafo-features: 8,000 views"):
+        run.submit()
+        run.ends_well()
+    return run
+
+
+@pytest.fixture(scope="session")
+def calm_labelling(onprem: Cluster) -> Labelling:
+    """What every disturbed cafo-predict must come to."""
+    run = Labelling(onprem, "calm-predict")
+    with onprem.timed("cafo-predict: 3,000 images"):
         run.submit()
         run.ends_well()
     return run

@@ -4,21 +4,9 @@ import os
 import re
 import time
 
-import pytest
-
-from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
-
-MIDDLE = 60
-"""Steps after which the fault comes: between the checkpoints at 50 and 75."""
-
-
-@pytest.fixture
-def run(onprem: Cluster, undisturbed: Training, request: pytest.FixtureRequest) -> Training:
-    """A run in the middle of its work."""
-    made = Training(onprem, request.node.name)
-    made.submit()
-    made.wait_for_step(MIDDLE)
-    return made
+from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster
+from tests.cluster_lab.conftest import MIDDLE
+from tests.cluster_lab.runs import Training
 
 
 def test_worker_process_killed(run: Training, undisturbed: Training) -> None:
@@ -100,23 +88,38 @@ def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: 
     run.is_as(undisturbed)
 
 
-@pytest.mark.parametrize(
-    ("what", "actor", "first"),
-    [("encoding", "PartEncoder", "features/*/part-*"), ("trials", "ImplicitFunc", "trials/*/result.json")],
-)
-def test_worker_host_without_power_in_a_sweep(
-    onprem: Cluster, calm_sweep: Sweep, what: str, actor: str, first: str
+def test_driver_killed_and_a_worker_host_without_power_at_once(
+    onprem: Cluster, run: Training, undisturbed: Training
 ) -> None:
-    run = Sweep(onprem, what)
+    """The job is submitted again while the host is still off."""
+    mark = run.mark()
+    host = next(host for host in run.workers_on() if host in WORKERS)
+    onprem.hosts.power_off(host)
+    for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
+        driver.kill()
+    code, _ = run.end()
+    assert code != 0
     run.submit()
-    onprem.wait_for(lambda: any([*run.cache.glob(first), *run.folder.glob(first)]), what, 300)
-    host = next(host for host in WORKERS if onprem.processes(host, actor))
-    with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
-        onprem.hosts.power_off(host)
-        run.ends_well()
-    assert run.rows() == calm_sweep.rows()
+    run.goes_on(mark, "driver killed and a worker host without power at once, and submitted again")
     onprem.hosts.power_on(host)
+    run.ends_well()
+    run.is_as(undisturbed)
     onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
+
+
+def test_head_without_power(onprem: Cluster, run: Training, undisturbed: Training) -> None:
+    """It is switched on again, without Ray; `ray up` and the same submission resume the run."""
+    mark = run.mark()
+    onprem.hosts.power_off(HEAD)
+    onprem.hosts.power_on(HEAD)
+    with onprem.timed("head without power for a moment, until the submission has ended"):
+        code, output = run.end()
+    assert code != 0, output[-4000:]
+    onprem.up()
+    run.submit()
+    run.goes_on(mark, "head without power, switched on, ray up, and submitted again")
+    run.ends_well()
+    run.is_as(undisturbed)
 
 
 def test_newest_checkpoint_truncated(run: Training, undisturbed: Training) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from rayjobs.storage.files import read_json
-from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster, Sweep, Training
+from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster
+from tests.cluster_lab.runs import Sweep, Training
 
 
 def test_an_adapter_is_trained_on_two_hosts(undisturbed: Training) -> None:

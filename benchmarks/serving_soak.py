@@ -59,8 +59,8 @@ class Sample:
     threads: int
     disk_kib: float
     """Size of the log files and others that the processes hold open for writing."""
-    by_process_mib: dict[str, float]
-    """Memory of each process, by its name and number."""
+    by_process_mib: dict[int, float]
+    """Memory of each process, by its number."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ async def _stream(client: httpx.AsyncClient, path: str, body: dict[str, Any], *,
 
 def sample(processes: list[psutil.Process], soak: Soak, began: float) -> Sample:
     """The state of the processes now."""
-    memory = {f"{one.name()} {one.pid}": one.memory_info().rss / 2**20 for one in processes}
+    memory = {one.pid: one.memory_info().rss / 2**20 for one in processes}
     held = {one.path for process in processes for one in process.open_files() if getattr(one, "mode", "r") != "r"}
     return Sample(
         minute=(time.monotonic() - began) / 60,
@@ -255,9 +255,9 @@ def main() -> None:
     growth = [per_minute(samples, attrgetter(name)) for name in names]
     rows.append(["per minute, late", "", "", *(f"{one:+.2f}" for one in growth)])
     print(markdown_table(["minute", "requests", "errors", "MiB", "open files", "threads", "log KiB"], rows))
-    for name, memory in samples[0].by_process_mib.items():
-        late = per_minute(samples, lambda one, name=name: one.by_process_mib[name])
-        print(f"{name}: {memory:.1f} to {samples[-1].by_process_mib[name]:.1f} MiB, {late:+.2f} MiB per minute, late")
+    for pid, memory in samples[0].by_process_mib.items():
+        late = per_minute(samples, lambda one, pid=pid: one.by_process_mib[pid])
+        print(f"process {pid}: {memory:.1f} to {samples[-1].by_process_mib[pid]:.1f} MiB, {late:+.2f} per minute, late")
     if given.json:
         print(json.dumps([asdict(one) for one in samples]))
 

@@ -21,7 +21,7 @@ from rayjobs.serve.kernel_caches import limit_kernel_caches
 from rayjobs.serve.settings import ServedConfig, ServerConfig
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
     from torch import Tensor
 
     from rayjobs.serve.image_input import ImageLimits
@@ -51,7 +51,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from rayjobs.serve.replicas import AllReplicas
 
-        return build_application(
+        application = build_application(
             self._settings,
             self._model,
             self._device,
@@ -60,6 +60,7 @@ class Replica:
             replicas=AllReplicas() if self._settings.replicas.several else self._alone,
             started=self._started,
         )
+        return told_who_leaves(application)
 
     async def call(self, name: str, *arguments: Any) -> tuple[str, Any]:
         """Call a method of this replica's `OneReplica`. Returns the replica's id and the result."""
@@ -71,6 +72,25 @@ class Replica:
         """Raise RuntimeError if the engine has stopped: Ray Serve then starts another replica in place of this one."""
         if not self._model.worker.healthy:
             raise RuntimeError(f"the engine has stopped: {self._model.worker.error!r}")
+
+
+def told_who_leaves(application: ASGIApp) -> ASGIApp:
+    """An application that is told of clients that leave as ASGI has it.
+
+    Ray Serve raises an error instead if a client leaves while a message of its body is waited for.
+    """
+    from ray.exceptions import TaskCancelledError
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_learn() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await application(scope, receive_or_learn, send)
+
+    return call
 
 
 def load_text_model(settings: ServedConfig, device: str) -> TextModel:

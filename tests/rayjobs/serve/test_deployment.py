@@ -1,18 +1,23 @@
 """On a cluster where Ray Serve runs already, nothing is deployed at another address, and others' applications stay."""
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.routing import Router
 
 from rayjobs.config import load
 from rayjobs.errors import ResourceError
 from rayjobs.serve import deployment
 from rayjobs.serve.deployment import APPLICATION, serving
-from rayjobs.serve.settings import ServedConfig
+from rayjobs.serve.guard import Guard
+from rayjobs.serve.metrics import Metrics
+from rayjobs.serve.settings import LimitsConfig, ServedConfig
 
 OURS = ("127.0.0.1", 8123)
+LOCAL = [(b"host", b"127.0.0.1")]
 
 
 class Cluster:
@@ -101,3 +106,20 @@ def test_a_config_file_is_not_deployed_where_ray_serve_listens_elsewhere(
     connect(monkeypatch, Cluster(address, []))
     with pytest.raises(ResourceError, match=f"at {address[0]}:{address[1]}, not at"):
         deployment.build_app(application["args"])
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    from ray.exceptions import TaskCancelledError
+
+    metrics, sent = Metrics(), list[Any]()
+    application = deployment.told_who_leaves(Guard(Router(), limits=LimitsConfig(), metrics=metrics))
+
+    async def receive() -> Any:
+        raise TaskCancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(application({"type": "http", "method": "POST", "path": "/", "headers": LOCAL}, receive, send))
+    assert (sent, caplog.records) == ([], [])
+    assert b'rayjobs_requests_total{route="other",status="left"} 1.0' in metrics.text()

@@ -43,6 +43,7 @@ class Cluster:
         settings["provider"]["head_ip"] = self.hosts.address(HEAD)
         settings["provider"]["worker_ips"] = [self.hosts.address(host) for host in WORKERS]
         settings["auth"]["ssh_user"] = "root"
+        settings["file_mounts"]["~/rayjobs"] = str(self.hosts.project)
         settings["setup_commands"][0] = f"ln -sfn {sys.prefix} ~/rayjobs/.venv"  # instead of gigabytes on each host
         self.file.write_text(yaml.safe_dump(settings, sort_keys=False))
 

@@ -34,6 +34,8 @@ class Hosts:
     def __init__(self, folder: Path, n: int, disks: Mapping[Path, str]) -> None:
         """`disks` are small ones that all hosts share: {folder: size}."""
         self.folder, self.disks, self.processes = folder, disks, dict[int, subprocess.Popen[bytes]]()
+        self.project = folder / "project"
+        self._copy_project()
         self.down()  # what an earlier run may have left
         for path, size in disks.items():
             _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path))
@@ -53,6 +55,13 @@ class Hosts:
                 _run("ip", "-n", _namespace(host), "route", "add", "default", "via", self.address(0))
             _run("ip", "-n", _namespace(host), "link", "set", "lo", "up")
             self.start(host)
+
+    def _copy_project(self) -> None:
+        """Copies the project without what git ignores, so that an edit meanwhile changes nothing on the hosts."""
+        list_files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(list_files, cwd=ROOT, capture_output=True, check=True)
+        copy = ["rsync", "-a", "--from0", "--files-from=-", "--ignore-missing-args", f"{ROOT}/", str(self.project)]
+        subprocess.run(copy, input=listed.stdout, capture_output=True, check=True)
 
     def address(self, host: int) -> str:
         return f"10.78.0.{10 + host}"
@@ -102,10 +111,10 @@ class Hosts:
         return " ".join(["exec /usr/sbin/sshd -D -e -f /dev/null", *(f"-o {k}={v}" for k, v in options.items())])
 
     def popen(self, host: int, command: Sequence[str], **how: object) -> "subprocess.Popen[str]":
-        """Starts a command on a host, in the project's folder, with this environment's programs."""
+        """Starts a command on a host, in a copy of the project, with this environment's programs."""
         path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
         home = ["env", "-i", "HOME=/root", "USER=root", "LANG=C.UTF-8", "TERM=dumb", f"PATH={path}"]
-        enter = ["nsenter", "-t", str(self._first_process(host)), "-n", "-p", "-m", "-u", "-i", f"--wd={ROOT}"]
+        enter = ["nsenter", "-t", str(self._first_process(host)), "-n", "-p", "-m", "-u", "-i", f"--wd={self.project}"]
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
         return subprocess.Popen([*enter, *home, *command], **(piped | how))  # type: ignore[call-overload]
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes share the files of tests; each has a Ray cluster of its own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo install test test-slow test-models coverage lab docs check bench clean
+.PHONY: demo install test test-slow test-models coverage lab docs check fuzz bench clean
 
 demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
 	$(BIN)/python -m rayjobs demo
@@ -34,6 +34,9 @@ check: .venv/installed-test ## What CI runs: lint, format, types, documentation,
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) docs test
+
+fuzz: .venv/installed-test ## Every reader on damaged files: N=100000 inputs; GUIDED=1 lets atheris choose them
+	$(BIN)/python -m tests.fuzz $(or $(N),100000) $(if $(GUIDED),--guided)
 
 bench: .venv/installed-test ## The benchmarks; BASE=folder DATA=records.json TOKENIZER=tokenizer.model adds training
 	$(BIN)/python -m benchmarks.cafo_search --json

@@ -130,14 +130,16 @@ def build(values: dict[str, Any], name: str, sha256: str, settings: TokenizerSet
         if values["model"].get("type") == "Unigram":
             _rename_pieces(values, {token.content: alias for alias, token in special.items()})
         backend = tokenizers.Tokenizer.from_str(json.dumps(values))
-    except Exception as error:  # the library raises nothing more special
+        ids = {text: token["id"] for text, token in found.items()}
+        return HuggingFaceTokenizer(backend, special, ids, settings, name, sha256)
+    except BaseException as error:  # the library raises nothing more special, and a panic of Rust's is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())
         raise TokenizerError(
             f"{name}: tokenizers {tokenizers.__version__} cannot load it ({reason}); if the file is whole, it was "
             "written by a later version: upgrade `tokenizers`"
         ) from error
-    ids = {text: token["id"] for text, token in found.items()}
-    return HuggingFaceTokenizer(backend, special, ids, settings, name, sha256)
 
 
 def _rename_pieces(values: dict[str, Any], alias_of: dict[str, str]) -> None:

@@ -94,7 +94,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     if isinstance(extra, dict):  # name → text
         named |= {name: text for name, value in extra.items() if (text := _text(value))}
         extra = []
-    extras = tuple(text for value in extra if (text := _text(value)))
+    extras = tuple(text for value in (extra if isinstance(extra, list) else []) if (text := _text(value)))
     if not added:
         special = {*named.values(), *extras}
         listed = _read_json(folder / "added_tokens.json")
@@ -117,7 +117,7 @@ def _listed_token(text: str, special: set[str]) -> AddedToken:
 
 
 def added_token(token: Any) -> AddedToken:
-    """A token from an object in a configuration file, whose keys of another type count as absent; empty without text."""
+    """A token from an object in a configuration file; keys of another type count as absent, and so does its text."""
     flags = AddedToken.__dataclass_fields__.keys() - {"content"}
     given = {key: value for key, value in _dict(token).items() if key in flags and isinstance(value, bool)}
     return AddedToken(content=_text(token) or "", **given)

@@ -86,7 +86,9 @@ def _parse(content: bytes, path: Path) -> list[bytes]:
                 f"{path}: line {number + 1} is {line[:40]!r}, not a token in base64 and its rank; the file is damaged"
             ) from error
         if rank != str(number).encode():
-            raise TokenizerError(f"{path}: line {number + 1} has rank {rank.decode()!r}, not {number}; lines are lost")
+            raise TokenizerError(
+                f"{path}: line {number + 1} has rank {rank.decode(errors='replace')!r}, not {number}; lines are lost"
+            )
     if absent := sorted({bytes([byte]) for byte in range(256)} - set(tokens)):
         raise TokenizerError(f"{path}: has no token for the byte {absent[0]!r}; the file is damaged")
     return tokens

@@ -9,12 +9,12 @@ A folder says in one of these ways which splits it has, and the first that appli
 A folder without splits is read whole.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapter.json_object import parse_json
 from adapter.records.files import is_record_file
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.storage.yaml_file import parse_yaml
@@ -78,7 +78,7 @@ def _saved_splits(path: str, names: Sequence[str], fetch: Fetch) -> dict[str, li
         if name != _STATE or f"{folder}/{_INFO}".lstrip("/") not in names or "/" in folder:
             continue
         try:
-            listed = json.loads(fetch(state).read_text(encoding="utf-8"))["_data_files"]
+            listed = parse_json(fetch(state).read_text(encoding="utf-8"))["_data_files"]
             splits[folder] = [f"{folder}/{file['filename']}".lstrip("/") for file in listed]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}/{state}: not the state of a saved data set ({error})") from error

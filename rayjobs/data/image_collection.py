@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 from cafo.class_folders import is_image_name, is_utf8, readable
 from rayjobs.config import config
 from rayjobs.data.record_files import is_pattern
-from rayjobs.errors import ConfigError, DataError
+from rayjobs.errors import ConfigError, DataError, is_user_error
 from rayjobs.storage.download import cached_path
 from rayjobs.storage.hub import is_hub_path
 from rayjobs.storage.paths import AnyPath, is_url, resolve_path
@@ -263,7 +263,9 @@ def open_parquet(file: str) -> pq.ParquetFile:
     path: Any = resolve_path(file)
     try:
         return pq.ParquetFile(path.fs.open(path.path) if is_url(file) else path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError, like a missing file
+        if is_user_error(error):
+            raise
         raise DataError(f"{file} is no whole Parquet file ({' '.join(str(error).split())}); copy it again") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray.data
+from pydantic import TypeAdapter
 
 from adapter.records.encoding import encode_record, encode_text
 from adapter.records.example import Example
@@ -35,7 +36,7 @@ from rayjobs.errors import DataError
 from rayjobs.models.base_model import open_tokenizer
 from rayjobs.runs.run_dir import REJECTED_FILE
 from rayjobs.storage.counted_reader import CountedReader
-from rayjobs.storage.files import read_json, read_jsonl, read_parquet, write_json, write_jsonl
+from rayjobs.storage.files import read_jsonl, read_parquet, read_typed, write_json, write_jsonl
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.storage.paths import resolve_path
 
@@ -86,16 +87,29 @@ class TokenStore:
 
     @classmethod
     def read(cls, folder: str | Path) -> "TokenStore":
-        """Read the index of a store."""
-        index = read_json(f"{folder}/index.json")
-        parts = {split: [(name, rows) for name, rows in listed] for split, listed in index["parts"].items()}
+        """Read the index of a store. Raises DataError for a damaged one, and OSError."""
+        way_out = f"; delete the folder {folder}, and the next run makes it again"
+        index = read_typed(f"{folder}/index.json", _INDEX, "the index of a token store", way_out=way_out)
         return cls(
             folder=str(folder),
-            parts=parts,
-            rejected=index["rejected"],
-            images_left_out=index["left_out"],
-            changed_turns=index["changed_turns"],
+            parts=index.parts,
+            rejected=index.rejected,
+            images_left_out=index.left_out,
+            changed_turns=index.changed_turns,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """The content of `index.json`, by the names of `TokenStore`."""
+
+    parts: dict[str, list[tuple[str, int]]]
+    rejected: int
+    left_out: int
+    changed_turns: dict[str, int]
+
+
+_INDEX = TypeAdapter(_Index)
 
 
 @dataclass(frozen=True, kw_only=True)

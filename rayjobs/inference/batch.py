@@ -103,7 +103,7 @@ class BatchGenerator:
             return None
         try:
             table = read_parquet(chunk.part)
-        except (pa.ArrowException, OSError) as error:
+        except (DataError, OSError) as error:
             logger.warning("%s cannot be read and is made again: %s", chunk.part, " ".join(str(error).split()))
             return None
         if table.num_rows == chunk.size and table.schema.equals(self.schema):

@@ -176,11 +176,15 @@ def values_path(index: str) -> str:
 
 
 def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The table of a Parquet file, or only the named columns of it."""
+    """The table of a Parquet file, or its named columns. Raises DataError for a damaged file, and OSError."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     resolved: Any = resolve_path(path)
-    with _as_storage_error(path, "read"):
-        if is_url(resolved):
-            return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
-        return pq.read_table(resolved, columns=columns)
+    try:
+        with _as_storage_error(path, "read"):
+            if is_url(resolved):
+                return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
+            return pq.read_table(resolved, columns=columns)
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is no whole Parquet file ({' '.join(str(error).split())})") from error

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from adapter.json_object import parse_json
 from rayjobs.errors import NonFiniteLossError, StorageError
 from rayjobs.storage.lease import check_lease
 from rayjobs.storage.paths import resolve_path
@@ -131,11 +132,17 @@ def list_checkpoints(storage: str) -> list[Checkpoint]:
 def read_checkpoint(place: Checkpoint) -> TrainingCheckpoint:
     """Read a checkpoint. Raises one of `DAMAGE` if it is not whole, OSError if its storage does not answer."""
     data = read_bytes(place.filesystem, f"{place.path}/{STATE_FILE}")
-    position = json.loads(read_bytes(place.filesystem, f"{place.path}/{POSITION_FILE}"))
+    position = parse_json(read_bytes(place.filesystem, f"{place.path}/{POSITION_FILE}"))
+    if not isinstance(position, dict) or not isinstance(position["step"], int) or not _are_rows(position["rows"]):
+        raise ValueError(f"{POSITION_FILE} holds no step and rows")
     written = position.get("state_sha256")  # which earlier checkpoints lack
     if written and written != hashlib.sha256(data).hexdigest():
         raise ValueError(f"the bytes of {STATE_FILE} have changed since it was written")
     return TrainingCheckpoint(load(data), position["step"], position["rows"])
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
 
 
 def newest_readable(
@@ -201,6 +208,11 @@ def remove_unfinished(storage: str, reported: Collection[str]) -> None:
 
 
 def read_bytes(files: FileSystem, path: str) -> bytes:
-    """Return the content of a file."""
-    with files.open_input_stream(path) as stream:
-        return bytes(stream.read())
+    """Return the content of a file. Raises FileNotFoundError for what is no file, OSError for one that is not read."""
+    try:
+        with files.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        if files.get_file_info(path).type == FileType.Directory:
+            raise FileNotFoundError(f"{path} is a folder") from error
+        raise

@@ -39,7 +39,7 @@ def read_images(folder: Path) -> list[SweepImage]:
         return []
     try:
         return [SweepImage(**row) for row in read_parquet(folder / IMAGES).to_pylist()]
-    except (pa.ArrowException, TypeError) as error:
+    except (DataError, TypeError) as error:
         raise DataError(f"{folder / IMAGES} is no whole list of images ({error}); sweep under another name") from error
 
 

@@ -54,7 +54,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _is_inside(path: Any) -> bool:
     text = os.path.abspath(os.fsdecode(path))
-    return text.startswith((f"{_watch.folder}/", "/dev/null", "/proc/self/")) or "__pycache__" in text
+    return f"{text}/".startswith((f"{_watch.folder}/", "/dev/null", "/proc/self/")) or "__pycache__" in text
 
 
 @contextmanager
@@ -71,7 +71,9 @@ def watched(folder: Path) -> Iterator[None]:
     refused: BaseException | None = None
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         if not is_user_error(error):
             raise Misbehaviour(f"{type(error).__name__}: {error!s:.500}") from error
         refused = error

@@ -47,7 +47,12 @@ from tests.fuzz.target import Target
 
 logging.disable(logging.CRITICAL)
 
-CONFIGS = {"adapter-train": "adapter/smollm2", "cafo": "cafo/digits", "adapter-tune": "adapter/search", "cafo-prompt": "cafo/prompt_llama"}
+CONFIGS = {
+    "adapter-train": "adapter/smollm2",
+    "cafo": "cafo/digits",
+    "adapter-tune": "adapter/search",
+    "cafo-prompt": "cafo/prompt_llama",
+}
 SHIPPED = Path(importlib.import_module("rayjobs").__file__ or "").parent / "configs"
 
 
@@ -163,7 +168,7 @@ def read_features(folder: Path) -> None:
 
 def read_tokens(folder: Path) -> None:
     reader, store = CountedReader(), TokenStore.read(folder)
-    for parts in store.parts.values():
+    for parts in filter(None, store.parts.values()):
         token_part.read_records(token_part.read_index(str(folder), [name for name, _ in parts], reader), reader)
 
 
@@ -225,7 +230,10 @@ def read_declared(folder: Path) -> None:
 
 def write_collection(folder: Path) -> None:
     image = cafo_targets.png_bytes()
-    rows = [{"image": {"bytes": image, "path": "a.png"}, "label": 0}, {"image": {"bytes": image, "path": "b"}, "label": 1}]
+    rows = [
+        {"image": {"bytes": image, "path": "a.png"}, "label": 0},
+        {"image": {"bytes": image, "path": "b"}, "label": 1},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "images.parquet")
     (folder / "a.png").write_bytes(image)
     (folder / "list.csv").write_text("path\na.png\n")
@@ -245,9 +253,9 @@ def read_collection(folder: Path) -> None:
 
 
 BODIES: dict[str, Any] = {
-    "/v1/completions": {"model": "base", "prompt": ["the cat", "a"], "max_tokens": 2, "logprobs": 2, "echo": True, "n": 1},
+    "/v1/completions": {"model": "base", "prompt": ["the cat", "a"], "max_tokens": 2, "logprobs": 2, "echo": True},
     "/v1/chat/completions": {
-        "model": "base", "messages": [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}], "max_tokens": 2,
+        "model": "base", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "max_tokens": 2,
         "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x"], "logprobs": True, "top_logprobs": 2,
     },
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": None},
@@ -316,8 +324,8 @@ def write_uploads(folder: Path) -> None:
     image = cafo_targets.png_bytes()
     text = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     (folder / "body.json").write_text(json.dumps({"model": "m", "image": text, "top": 3, "evidence": 2}))
-    parts = [b"", b'\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n', b'\r\nContent-Disposition: form-data; '
-             b'name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n' + image + b"\r\n", b"--\r\n"]  # fmt: skip
+    head = b"\r\nContent-Disposition: form-data; name="
+    parts = [b"", head + b'"model"\r\n\r\nm\r\n', head + b'"image"\r\n\r\n' + image + b"\r\n", b"--\r\n"]
     (folder / "form.bin").write_bytes(b"--xyz".join(parts))
     (folder / "type.txt").write_text('multipart/form-data; boundary="xyz"')
 
@@ -333,7 +341,8 @@ def read_uploads(folder: Path) -> None:
 
 
 HARNESS = {
-    "task": "mine", "dataset_path": "json", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_target": 0,
+    "task": "mine", "dataset_path": "json", "output_type": "multiple_choice", "doc_to_text": "{{q}}",
+    "doc_to_target": 0,
     "doc_to_choice": ["a", "b"], "metric_list": [{"metric": "acc"}],
 }  # fmt: skip
 
@@ -356,7 +365,13 @@ TARGETS = (
     Target(name="sweep", make=write_sweep, read=read_sweep, share=4),
     Target(name="feature-store", make=write_stores, read=read_features, damaged=("part-*",), share=3),
     Target(name="token-store", make=write_stores, read=read_tokens, damaged=("train-*", "index.json"), share=3),
-    Target(name="small-stores", make=write_stores, read=read_small_stores, damaged=("trained.json", "prompts.json"), share=3),
+    Target(
+        name="small-stores",
+        make=write_stores,
+        read=read_small_stores,
+        damaged=("trained.json", "prompts.json"),
+        share=3,
+    ),
     Target(name="train-checkpoints", make=write_checkpoints, read=read_checkpoints, share=3),
     Target(name="leases", make=write_leases, read=read_leases, share=3),
     Target(name="record-folder", make=write_record_folder, read=read_record_folder, damaged=("*.json*",), share=3),

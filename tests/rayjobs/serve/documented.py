@@ -12,35 +12,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
-from tests.documents import blocks
+from tests.documents import Block, blocks
 
 URL = "http://127.0.0.1:8000"
 
 
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def run(folder: Path) -> None:
     """Run the blocks in a folder. Raises CalledProcessError for a command that fails."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     first, *others = [one for one in blocks("bash", "python") if one.needs == "a server that stays"]
     *before, server = first.text.strip().splitlines()
     for command in before:
         show(command)
-        subprocess.run(["bash", "-c", command], cwd=folder, env=environment, check=True)
+        subprocess.run(["bash", "-c", command], cwd=folder, env=ENVIRONMENT, check=True)
+    ask(folder, server, others)
+
+
+def ask(folder: Path, server: str, asked: Sequence[Block]) -> None:
+    """Run the blocks that ask while a server runs."""
     show(server)
-    process = subprocess.Popen(server.split(), cwd=folder, env=environment)
+    process = subprocess.Popen(server.split(), cwd=folder, env=ENVIRONMENT)
     try:
         while not answers():
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}")
             time.sleep(0.5)
-        for block in others:
+        for block in asked:
             show(block.text)
             shell = ["bash", "-ec"] if block.language == "bash" else [sys.executable, "-c"]
             text = block.text.replace("curl ", "curl --fail-with-body --no-progress-meter ")
-            subprocess.run([*shell, text], cwd=folder, env=environment, check=True)
+            subprocess.run([*shell, text], cwd=folder, env=ENVIRONMENT, check=True)
             print()
     finally:
         process.send_signal(signal.SIGINT)

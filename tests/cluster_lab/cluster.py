@@ -64,7 +64,7 @@ class Cluster:
         with self.timed("from there until both workers are there"):
             self.wait_for(lambda: self.alive() == 3, "three nodes", 240)
         self.tunnel = self.hosts.popen(USER, ["ray", "dashboard", str(self.file)], stdout=subprocess.DEVNULL)
-        self.wait_for(self.answers, "the dashboard", 60)
+        self.wait_for(self.answers, "the dashboard", 180)
 
     def down(self) -> None:
         with self.timed("ray down, until the head is free"):
@@ -143,8 +143,9 @@ class Cluster:
             self.hosts.power_on(host)
         if HEAD in off:
             self.up()
-        elif off:
-            self.wait_for(lambda: self.alive() == 3, "the nodes", 240)
+        for host in WORKERS:
+            if not self.processes(host, "raylet/raylet"):  # just switched on, or `ray start` took too long there
+                self.restart_ray(host, {})
 
     def timed(self, what: str) -> "Clock":
         return Clock(what, self.timings)

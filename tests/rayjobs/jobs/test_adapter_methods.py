@@ -127,3 +127,20 @@ def test_a_run_is_evaluated_told_and_exported(
         return
     again = settings(tiny_base, records, tmp_path, "two", *WORDS[method], *rates, "zero.stage=3", "scale.workers=1")
     assert adapter_train.run(again)["val_loss"] == pytest.approx(result["val_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_v2_trains_on_records_of_both_kinds_in_one_run(
+    cluster: None, tiny_base: Path, pictured: Path, vision: list[str], tmp_path: Path
+) -> None:
+    """Two workers, of which each has micro-batches of both kinds; evaluation reads the images as training did."""
+    words = ["adapter.method=v2", "optimizer.base_lr=0.3", "zero.stage=3", *vision]
+    result = adapter_train.run(settings(tiny_base, pictured, tmp_path, "two", *words))
+    assert result["val_loss"] < result["base_val_loss"]
+    tensors = read_adapter(result["adapter"]).tensors
+    gates = [f"layers.{i}.attention.adaption.gate" for i in range(3)]
+    assert all(tensors[name].all() for name in [*gates, "vision.down.bias", "layers.0.attention.wq.delta.d"])
+    source = [f"base.path={tiny_base}", f"adapter={result['adapter']}", "split=val", *vision]
+    told = adapter_eval.run(load(adapter_eval.Config, None, [*source, f"run.storage={tmp_path}", "run.name=eval"]))
+    assert told["loss"] == pytest.approx(result["val_loss"], rel=1e-4)

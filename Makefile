@@ -36,7 +36,7 @@ check: .venv/installed-test ## What CI runs: lint, format, types, documentation,
 	$(MAKE) docs test
 
 fuzz: .venv/installed-test ## Every reader on damaged files: N=100000 inputs; GUIDED=1 lets atheris choose them
-	$(BIN)/python -m tests.fuzz $(or $(N),100000) $(if $(GUIDED),--guided)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(or $(N),100000) $(if $(GUIDED),--guided)
 
 bench: .venv/installed-test ## The benchmarks; BASE=folder DATA=records.json TOKENIZER=tokenizer.model adds training
 	$(BIN)/python -m benchmarks.cafo_search --json

@@ -119,7 +119,7 @@ def _open(proto: bytes, name: str) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(proto)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of a message that quotes the damage
         raise TokenizerError(
             f"{name}: not a SentencePiece model, truncated or corrupt; LLaMA's is called tokenizer.model"
         ) from error

@@ -82,9 +82,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
             "fetch the file again"
         )
     added = {int(id): added_token(token) for id, token in listed.items()}
-    if wrong := [id for id, token in added.items() if not token.content]:
+    if textless := [id for id, token in added.items() if not token.content]:
         raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no text for the token {wrong[0]}; fetch the "
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no text for token {textless[0]}; fetch the "
             "file again"
         )
     if not added:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from adapter.json_object import parse_json
 from rayjobs.errors import DataError
 from rayjobs.storage.counted_reader import CountedReader
-from rayjobs.storage.files import parse_index, values_path, write_bytes, write_index
+from rayjobs.storage.files import parse_index, values_path, whole_index, write_bytes, write_index
 
 VALUE = np.dtype("<f4")
 
@@ -99,11 +100,12 @@ def read_part(path: str, reader: CountedReader) -> FeaturePart:
         DataError: the file is damaged.
     """
     table = parse_index(reader.read(path), path)
-    metadata = table.schema.metadata
-    return FeaturePart(
-        path=path,
-        images=tuple(table["row"].to_pylist()),
-        views=int(metadata[b"views"]),
-        width=int(metadata[b"width"]),
-        rejected=tuple((name, reason) for name, reason in json.loads(metadata[b"rejected"])),
-    )
+    with whole_index(path):
+        metadata = table.schema.metadata
+        return FeaturePart(
+            path=path,
+            images=tuple(table["row"].to_pylist()),
+            views=int(metadata[b"views"]),
+            width=int(metadata[b"width"]),
+            rejected=tuple((name, reason) for name, reason in parse_json(metadata[b"rejected"])),
+        )

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from adapter.records.example import count_labels
 from rayjobs.storage.counted_reader import CountedReader
-from rayjobs.storage.files import parse_index, values_path, write_bytes, write_index
+from rayjobs.storage.files import parse_index, values_path, whole_index, write_bytes, write_index
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -92,6 +92,8 @@ def read_index(folder: str, files: Sequence[str], reader: CountedReader) -> Reco
 
 def _read_part_index(path: str, number: int, reader: CountedReader) -> pa.Table:
     table = parse_index(reader.read(path), path)
+    with whole_index(path):
+        table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
     values = table["tokens"].to_numpy().astype(np.int64) + 2 * table["spans"].to_numpy()
     stops = np.cumsum(values) * VALUE.itemsize
     table = table.append_column("file", pa.array(np.full(len(table), number, np.int32)))

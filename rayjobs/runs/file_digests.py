@@ -7,7 +7,7 @@ from rayjobs.errors import DataError
 from rayjobs.runs.record import RECORD_FILE, REPORT_FILE
 from rayjobs.storage.files import read_json, write_json
 from rayjobs.storage.fingerprint import file_fingerprints
-from rayjobs.storage.paths import is_url
+from rayjobs.storage.paths import inside, is_url
 
 DIGESTS_FILE = "files.json"
 """{file, relative to the run folder: its fingerprint}; in a bucket that is the store's own (its ETag)."""
@@ -33,6 +33,8 @@ def changed_files(folder: Path) -> tuple[int, list[str]]:
     written: dict[str, str] = read_json(path)
     if not isinstance(written, dict):
         raise DataError(f"{path} is not a list of digests by file")
+    for name in written:
+        inside(folder, name)
     present = file_fingerprints(folder, written)
     lines = [
         f"{name}: {'cannot be read' if present[name] is None else 'its bytes have changed since the run ended'}"

@@ -161,9 +161,20 @@ def parse_index(content: bytes, path: str | Path) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with whole_index(path):
         return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextmanager
+def whole_index(path: str | Path) -> Iterator[None]:
+    """Turn what a damaged index raises where it is read, or where it lacks a column or a value, into a DataError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(
             f"{path} is damaged ({error}); delete the folder {str(path).rpartition('/')[0]}, and the next run makes "
             "it again"

@@ -73,7 +73,7 @@ def remote_fingerprint(info: Mapping[str, Any]) -> str:
 def _readable_fingerprint(path: Path) -> str | None:
     try:
         return file_fingerprint(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return None
 
 

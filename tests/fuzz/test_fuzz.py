@@ -124,6 +124,9 @@ FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
         ("sweep", "sweep.json", b"[]"),
         ("sweep", "chosen.json", lambda old: old.replace(b'"t0"', b"[1]")),
         ("sweep", "chosen.json", lambda old: old.replace(b'"estimate_correct": 3', b'"estimate_correct": 5')),
+        ("run-folder", "files.json", b'{"../outside": "0"}'),
+        ("feature-store", "part-00000000.parquet", lambda old: old.replace(b"views", b"viewz")),
+        ("token-store", "train-00000000000000.parquet", lambda old: old.replace(b"spans", b"spanz")),
         ("token-store", "index.json", b'{"parts": {"train": [[1]]}, "rejected": 0}'),
         ("config-overrides", "overrides.txt", b"data.path=[{[{}]: b}]"),
     ],
@@ -168,12 +171,14 @@ def test_texts_that_lead_out_of_an_arrow_file_cost_their_row_alone(tmp_path: Pat
     assert all("a value is damaged" in error for error in errors[1:])
 
 
-def test_a_link_to_itself_is_a_message(benches: dict[str, Bench]) -> None:
+def test_a_link_to_itself_and_a_name_of_no_file_are_messages(benches: dict[str, Bench]) -> None:
     bench = benches["run-folder"]
     bench.changed = "config.yaml"
     path = bench.folder / bench.changed
     path.unlink()
     path.symlink_to(path.name)
+    bench.try_read()
+    bench.put("files.json", b'{"a\\u0000b": "0"}')  # a name that no file can have
     bench.try_read()
     bench.restore()
 

@@ -63,10 +63,16 @@ def choose_split(path: str, names: Sequence[str], split: str, role: str, fetch: 
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a pattern matches, in which `*` stays within a folder and `**` does not."""
+    """The names that a pattern matches, in which `*` stays within a folder and `**` does not.
+
+    Raises DataError for what is no pattern, such as `a**`.
+    """
     from fsspec.utils import glob_translate
 
-    expression = re.compile(glob_translate(pattern))
+    try:
+        expression = re.compile(glob_translate(pattern))
+    except (ValueError, re.error) as error:
+        raise DataError(f"{pattern!r:.80} is no pattern of files: {error}") from error
     return [name for name in names if expression.match(name)]
 
 
@@ -112,7 +118,7 @@ def _declared_splits(path: str, names: Sequence[str], fetch: Fetch) -> dict[str,
     splits: dict[str, list[str]] = {}
     for entry in _entries(config):
         listed = entry.get("path")
-        patterns = [listed] if isinstance(listed, str) else listed or []
+        patterns = listed if isinstance(listed, list) else [listed] if listed else []
         matched = [name for pattern in patterns for name in matching(str(pattern).removeprefix("./"), names)]
         splits[str(entry.get("split", "train"))] = list(dict.fromkeys(filter(is_record_file, matched)))
     return {split: files for split, files in splits.items() if files} or None

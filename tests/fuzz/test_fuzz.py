@@ -128,6 +128,7 @@ FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
         ("feature-store", "part-00000000.parquet", lambda old: old.replace(b"views", b"viewz")),
         ("token-store", "train-00000000000000.parquet", lambda old: old.replace(b"spans", b"spanz")),
         ("token-store", "index.json", b'{"parts": {"train": [[1]]}, "rejected": 0}'),
+        ("record-card", "README.md", lambda old: old.replace(b"data/*", b"data**")),
         ("config-overrides", "overrides.txt", b"data.path=[{[{}]: b}]"),
     ],
     "places that lead out of the values": [

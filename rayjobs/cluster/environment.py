@@ -33,6 +33,8 @@ BEHAVIOUR = {
     # waited for about seven minutes.
     "RAY_grpc_client_keepalive_time_ms": "15000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
+    # Wait a minute for Ray Serve's proxy to start. On a busy machine it is not ready in 5 s, and is killed.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Collect the workers' reports every 0.1 s. The default of 2 s delays runs with short steps.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # Ask every second whether a node is announced to be taken away. The default is 5 s, of the half minute that some

@@ -58,7 +58,7 @@ def _rows(path: Path, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[
                 for row in _batch_rows(batch.slice(first, _ROWS_PER_BATCH)):
                     yield Row(f"row {number}", *row)
                     number += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a damaged name
         after = f" after row {number - 1}" if number else ""
         raise RecordError(f"{path}: not a readable {kind} file{after}, truncated or corrupt ({error})") from error
 

@@ -263,7 +263,7 @@ def open_parquet(file: str) -> pq.ParquetFile:
     path: Any = resolve_path(file)
     try:
         return pq.ParquetFile(path.fs.open(path.path) if is_url(file) else path)
-    except (pa.ArrowException, OSError) as error:  # a damaged footer is an OSError, like a missing file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged footer is one of the last two
         if is_user_error(error):
             raise
         raise DataError(f"{file} is no whole Parquet file ({' '.join(str(error).split())}); copy it again") from error

@@ -197,5 +197,5 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.T
             if is_url(resolved):
                 return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
             return pq.read_table(resolved, columns=columns)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged name
         raise DataError(f"{path} is no whole Parquet file ({' '.join(str(error).split())})") from error

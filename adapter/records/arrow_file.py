@@ -78,7 +78,7 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str]]:
 
 
 def _fault(batch: pa.RecordBatch) -> str:
-    """What is damaged in the values of some rows; empty if nothing is."""
+    """Say what is damaged in the values of some rows; empty if nothing is."""
     import pyarrow as pa
 
     try:

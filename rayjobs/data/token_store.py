@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray.data
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from adapter.records.encoding import encode_record, encode_text
 from adapter.records.example import Example
@@ -59,6 +60,10 @@ IMAGE_LISTS = "images.json"
 """File of a store: {source: image paths}."""
 
 
+_KEYS = {"parts": dict[str, list[tuple[str, int]]], "rejected": int, "left_out": int, "changed_turns": dict[str, int]}
+_INDEX: TypeAdapter[Any] = TypeAdapter(TypedDict("_Index", _KEYS))  # type: ignore[operator]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenStore:
     """A finished store."""
@@ -90,26 +95,7 @@ class TokenStore:
         """Read the index of a store. Raises DataError for a damaged one, and OSError."""
         way_out = f"; delete the folder {folder}, and the next run makes it again"
         index = read_typed(f"{folder}/index.json", _INDEX, "the index of a token store", way_out=way_out)
-        return cls(
-            folder=str(folder),
-            parts=index.parts,
-            rejected=index.rejected,
-            images_left_out=index.left_out,
-            changed_turns=index.changed_turns,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Index:
-    """The content of `index.json`, by the names of `TokenStore`."""
-
-    parts: dict[str, list[tuple[str, int]]]
-    rejected: int
-    left_out: int
-    changed_turns: dict[str, int]
-
-
-_INDEX = TypeAdapter(_Index)
+        return cls(folder=str(folder), images_left_out=index.pop("left_out"), **index)
 
 
 @dataclass(frozen=True, kw_only=True)

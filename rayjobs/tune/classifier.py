@@ -82,7 +82,7 @@ class OpenedClassifier:
 
 @dataclass(frozen=True, kw_only=True)
 class _Swept:
-    """What is read of a sweep's record."""
+    """The part of a sweep's record that is read."""
 
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -47,7 +47,7 @@ class GGUFFile:
     tensors: dict[str, GGUFTensor]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
-        """The value of a key of the metadata, or the default if it is missing. Raises `error` for one of another type."""
+        """The value of a key of the metadata, or the default. Raises `error` for a value of another type."""
         value = self.metadata.get(key, default)
         whole_number = kind is float and type(value) is int
         if value is not default and not whole_number and (not isinstance(value, kind) or _is_flag(value, kind)):

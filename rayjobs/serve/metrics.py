@@ -63,6 +63,7 @@ class _Merged:
         self._texts = texts
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics, each sample with the replica that it is of."""
         families: dict[str, Metric] = {}
         for replica in sorted(self._texts):
             for one in text_string_to_metric_families(self._texts[replica].decode()):

@@ -39,8 +39,11 @@ def features(count: int, seed: int = 0) -> list[Tensor]:
 
 
 def naive(model: Decoder, ids: list[int], image: Tensor | None) -> Tensor:
-    """Logits (T, V) by loops: y = s (W x + b) in every linear layer, norms w + d, one softmax for the words, and one for
-    the prompt of the top layer or for the image's tokens in the two lowest."""
+    """Logits (T, V) by loops.
+
+    y = s (W x + b) in every linear layer, norms w + d, one softmax for the words, and one for the prompt of the top
+    layer or for the image's tokens in the two lowest.
+    """
     config, state = model.config, {name: one.detach().double() for name, one in model.state_dict().items()}
     for name in [name for name in state if name.endswith("norm.weight")]:
         state[name] = state[name] + state[name.replace("weight", "shift.d")]

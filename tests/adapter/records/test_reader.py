@@ -189,7 +189,8 @@ def test_a_bad_row_of_parquet_costs_one_record(tmp_path: Path) -> None:
     records = list(read_records(tmp_path / "a.parquet", format="alpaca", keep_rejected=True))
     assert [record.get("instruction") for record in records] == ["a", None, "c", None, "e"]
     assert [f"{record['place']}: {record['rejected']}" for record in records if "rejected" in record] == [
-        "row 1: a value is damaged, or a text is not UTF-8 (In column 0: Invalid: Invalid UTF8 sequence at string index 0)",
+        "row 1: a value is damaged, or a text is not UTF-8 "
+        "(In column 0: Invalid: Invalid UTF8 sequence at string index 0)",
         "row 3: 'instruction' must be text, got None",
     ]
 

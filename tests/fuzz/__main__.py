@@ -6,6 +6,7 @@ Inputs that a reader fails on are kept under `build/fuzz/`, each as the damaged 
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -25,6 +26,8 @@ from tests.fuzz.mutation import mutate
 from tests.fuzz.target import Bench, Target
 
 KEPT = Path("build/fuzz")
+LAST = "last"
+"""Name of the file that holds the input that atheris tries."""
 HANGS_SECONDS = 60
 """Time after which an input that still runs ends its process."""
 ADDRESS_SPACE = 4 << 30
@@ -48,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", type=Path, help="read a kept input")
     parser.add_argument("--only", metavar="RANGE", help=argparse.SUPPRESS)  # START:STOP, in a process of its own
     options = parser.parse_args(arguments)
+    logging.disable(logging.CRITICAL)
     if options.only:
         return run_guided(options.target[0], options.seed, *map(int, options.only.split(":")))
     targets = find_targets()
@@ -87,7 +91,10 @@ def run_target(target: Target, seed: str, count: int, *, guided: bool) -> dict[s
             raise SystemExit(f"{target.name}: no input could be tried")
         report = json.loads(output.splitlines()[-1])
         if code:
-            name, content = ("", None) if guided else damaged(target, seed, report["next"])
+            if guided:
+                name, content = report["file"], (KEPT / target.name / LAST).read_bytes()
+            else:
+                name, content = damaged(target, seed, report["next"])
             keep(target.name, report["next"], f"the process ended with {code}\n", name, content)
             row["failures"] += 1
             report = {**report, "next": report["next"] + 1, "inputs": report["inputs"] + 1}
@@ -136,8 +143,8 @@ class Worker:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def tell(self, number: int) -> None:
-        """Print the row, and the number of the input that comes next."""
-        print(json.dumps({**self.row, "next": number}), file=self.output, flush=True)
+        """Print the row, the number of the input that comes next, and the file that it damages."""
+        print(json.dumps({**self.row, "next": number, "file": self.bench.changed}), file=self.output, flush=True)
 
     def read(self, number: int) -> None:
         """Read what lies in the bench, and keep it if the reader fails."""
@@ -180,14 +187,16 @@ def run_guided(name: str, seed: str, start: int, stop: int) -> int:
     worker = Worker(target, folder)
     bench, number = worker.bench, start
     (folder / "corpus").mkdir()
+    (KEPT / name).mkdir(parents=True, exist_ok=True)
     for i, file in enumerate(bench.names):  # the first byte is the number of the file that is damaged
         (folder / "corpus" / str(i)).write_bytes(bytes([i]) + bench.files[file])
 
     def read(data: bytes) -> None:
         nonlocal number
-        worker.tell(number)
         place = data[0] % len(bench.names) if data else 0
         bench.put(bench.names[place], data[1:])
+        (KEPT / name / LAST).write_bytes(data[1:])  # for the case that it ends this process
+        worker.tell(number)
         worker.read(number)
         number += 1
         if number >= stop:

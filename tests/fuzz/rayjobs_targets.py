@@ -4,7 +4,6 @@ import asyncio
 import base64
 import importlib
 import json
-import logging
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -44,8 +43,6 @@ from rayjobs.tune.search_space import Setting
 from rayjobs.tune.selection import ChosenSetting, ChosenTrial, read_chosen
 from tests.fuzz import adapter_targets, cafo_targets
 from tests.fuzz.target import Target
-
-logging.disable(logging.CRITICAL)
 
 CONFIGS = {
     "adapter-train": "adapter/smollm2",

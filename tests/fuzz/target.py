@@ -39,8 +39,9 @@ class Bench:
         self.target, self.folder = target, folder
         folder.mkdir(parents=True)
         target.make(folder)
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
+        paths = sorted(folder.rglob("*"))
+        self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+        self.folders = {path for path in paths if path.is_dir()}
         self.names = [name for name in self.files if any(fnmatch(name, one) for one in target.damaged)]
         self.changed = ""
         if not proven:
@@ -69,9 +70,16 @@ class Bench:
         (self.folder / name).write_bytes(content)
 
     def restore(self) -> None:
-        """Undo the damage, and remove whatever the reader left."""
+        """Undo the damage, and remove what the reader wrote beside the files."""
         if not self.changed:
             return
+        for left in sorted(self.folder.rglob("*"), reverse=True):
+            name = left.relative_to(self.folder).as_posix()
+            if left.is_dir() and not left.is_symlink():
+                if left not in self.folders and name != self.changed:
+                    left.rmdir()
+            elif name not in self.files:
+                left.unlink()
         path = self.folder / self.changed
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

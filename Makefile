@@ -48,7 +48,7 @@ bench: .venv/installed-test ## The benchmarks; BASE=folder DATA=records.json TOK
 	$(BIN)/python -m benchmarks.decoding --json
 	$(BIN)/python -m benchmarks.serving_adapters --json
 	$(BIN)/python -m benchmarks.serving_load --json
-	$(if $(DATA),$(BIN)/python -m benchmarks.adapter_step --data $(DATA) --tokenizer $(TOKENIZER) --json)
+	$(if $(and $(DATA),$(TOKENIZER)),$(BIN)/python -m benchmarks.adapter_step --data $(DATA) --tokenizer $(TOKENIZER) --json)
 	$(if $(BASE),$(BIN)/python -m benchmarks.startup --base $(BASE) --data $(DATA) --json)
 	$(if $(BASE),$(BIN)/python -m benchmarks.bf16_losses --base $(BASE) --data $(DATA) --json)
 

@@ -49,8 +49,7 @@ class GGUFFile:
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """The value of a key of the metadata, or the default. Raises `error` for a value of another type."""
         value = self.metadata.get(key, default)
-        whole_number = kind is float and type(value) is int
-        if value is not default and not whole_number and (not isinstance(value, kind) or _is_flag(value, kind)):
+        if value is not default and not _is_of(value, kind):
             raise self.error(
                 f"{self.path}: {key} is {value!r:.60}, not of the type {kind.__name__}; the file is damaged"
             )
@@ -59,7 +58,7 @@ class GGUFFile:
     def get_list(self, key: str, items: type[T]) -> list[T] | None:
         """The list under a key, or None if it is missing. Raises `error` if it is none, or holds another type."""
         values = self.get(key, list)
-        if wrong := [value for value in values or () if not isinstance(value, items) or _is_flag(value, items)]:
+        if wrong := [value for value in values or () if not _is_of(value, items)]:
             raise self.error(
                 f"{self.path}: {key} holds {wrong[0]!r:.60}, not {items.__name__} alone; the file is damaged"
             )
@@ -84,9 +83,11 @@ class GGUFFile:
         return self.error(f"{self.path}: its metadata lacks {key}; the file is damaged, or of another kind")
 
 
-def _is_flag(value: Any, kind: type) -> bool:
-    """True for a truth value, which Python takes for a number, where none is wanted."""
-    return isinstance(value, bool) and kind is not bool
+def _is_of(value: Any, kind: type) -> bool:
+    """True for a value of this type: a whole number is a float too, and a truth value, unlike in Python, no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (float, int) if kind is float else kind)
 
 
 def is_gguf(path: Path) -> bool:

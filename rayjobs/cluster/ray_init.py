@@ -1,5 +1,6 @@
 """Join a Ray cluster, or start one on this machine."""
 
+import logging
 import os
 import signal
 import threading
@@ -8,13 +9,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from rayjobs.cluster import environment as environment_module
 from rayjobs.cluster.environment import set_environment, set_local_token, worker_environment, worker_setup
-from rayjobs.cluster.ray_workarounds import discard_stderr, on_loopback_only
+from rayjobs.cluster.ray_workarounds import discard_stderr, end_new_processes, on_loopback_only
 from rayjobs.cluster.shared_storage import check_shared_storage
 from rayjobs.console import verbose
 from rayjobs.errors import ResourceError
 from rayjobs.storage.paths import is_url
+
+logger = logging.getLogger(__name__)
 
 _STARTS = 3
 """A node of Ray gives up if its agents need more than 15 s, which happens where others use the processors."""
@@ -55,25 +60,35 @@ def _start_or_join() -> None:
     # The hook runs before a worker knows the driver's import path, and would import another copy of rayjobs or none.
     ray.cloudpickle.register_pickle_by_value(environment_module)
     try:
-        with on_loopback_only() if local else nullcontext(), nullcontext() if verbose() else discard_stderr():
-            for attempt in range(1, _STARTS + 1):
-                try:
-                    ray.init(
-                        address="local" if local else None,
-                        include_dashboard=False if local else None,
-                        logging_level="INFO" if verbose() else "ERROR",
-                        log_to_driver=verbose(),
-                        runtime_env={"env_vars": worker_environment(), "worker_process_setup_hook": worker_setup()},
-                    )
-                    break
-                except Exception as error:  # Ray has no class of its own for it
-                    if "timed out during startup" not in str(error):
-                        raise
-                    if attempt == _STARTS:
-                        raise ResourceError(_TOO_BUSY) from error
+        for attempt in range(1, _STARTS + 1):
+            before = psutil.Process().children(recursive=True)
+            try:
+                _init(local=local)
+                break
+            except Exception as error:  # Ray has no class of its own for it
+                if "timed out during startup" not in str(error):
+                    raise
+                if local:
+                    end_new_processes(before)
+                if attempt == _STARTS:
+                    raise ResourceError(_TOO_BUSY) from error
+                logger.warning("Ray took too long to start on this busy machine; it is started again")
     finally:
         ray.cloudpickle.unregister_pickle_by_value(environment_module)
     handle_interrupts()  # ray.init has installed a handler that exits without an exception
+
+
+def _init(*, local: bool) -> None:
+    import ray
+
+    with on_loopback_only() if local else nullcontext(), nullcontext() if verbose() else discard_stderr():
+        ray.init(
+            address="local" if local else None,
+            include_dashboard=False if local else None,
+            logging_level="INFO" if verbose() else "ERROR",
+            log_to_driver=verbose(),
+            runtime_env={"env_vars": worker_environment(), "worker_process_setup_hook": worker_setup()},
+        )
 
 
 def handle_interrupts() -> None:

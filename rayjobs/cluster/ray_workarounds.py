@@ -3,10 +3,12 @@
 tests/rayjobs/cluster/test_ray_workarounds.py fails when a workaround can go.
 """
 
+import asyncio
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,17 @@ def discard_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
+
+
+def end_new_processes(before: Collection[psutil.Process]) -> None:
+    """End this process's children that were not there before.
+
+    A start of Ray that has timed out leaves all that it has started, which Ray has no public way to end.
+    """
+    for process in psutil.Process().children(recursive=True):
+        if process not in before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def find_autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
@@ -86,6 +99,22 @@ def serve_address() -> tuple[str | None, int] | None:
 
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+async def broadcast(handle: Any, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    """Call a method on every running replica of a deployment of Ray Serve. handle: the deployment's.
+
+    Returns what each replica returned or raised, with a TimeoutError for each that did not answer in time. Ray Serve's
+    own `results_async` gives no answer at all if one is missing.
+
+    Raises asyncio.TimeoutError if Ray Serve does not tell in time which replicas there are, and
+    DeploymentUnavailableError if there are none.
+    """
+    end = time.monotonic() + timeout_s
+    calls = await asyncio.wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
+    left = max(0.0, end - time.monotonic())
+    answers = (asyncio.wait_for(call.get_async(), left) for call in calls)
+    return await asyncio.gather(*answers, return_exceptions=True)
 
 
 @contextmanager

@@ -94,6 +94,8 @@ def _read_part_index(path: str, number: int, reader: CountedReader) -> pa.Table:
     table = parse_index(reader.read(path), path)
     with whole_index(path):
         table = table.select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        if empty := [name for name in ("tokens", "spans") if table[name].null_count]:
+            raise ValueError(f"{empty[0]} lacks values")
     values = table["tokens"].to_numpy().astype(np.int64) + 2 * table["spans"].to_numpy()
     stops = np.cumsum(values) * VALUE.itemsize
     table = table.append_column("file", pa.array(np.full(len(table), number, np.int32)))

@@ -41,7 +41,8 @@ class AdapterConfig:
     """K: number of prompt tokens in each layer with prompts, of zero_init, rand_init, prefix and v2; of v2 also the
     number of tokens that an image becomes."""
     image_layers: int = Field(default=1, ge=1)
-    """E: number of layers, counted from the lowest, in which v2 shows an image. They have no prompts."""
+    """E: number of layers, counted from the lowest, in which v2 shows an image. They have no prompts.
+    Without a vision section it has no effect."""
     rank: int = Field(default=8, ge=1)
     """r: inner width of the matrices of lora."""
     alpha: float = Field(default=16, gt=0)

@@ -86,18 +86,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. Raises DataError, which names the file, and OSError."""
+def read_json(path: str | Path, *, way_out: str = "") -> Any:
+    """The value of a JSON file. Raises DataError, which names the file and ends with the way out, and OSError."""
     with _as_storage_error(path, "read"):
         text = read_bytes(path)
-    return _parse_json(text, path)
+    return _parse_json(text, path, way_out)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises DataError, which names the file, for one that holds something else; OSError."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds a {type(values).__name__} where an object belongs; it is damaged or replaced")
+        raise DataError(
+            f"{path} holds a {type(values).__name__} where an object belongs, so it is damaged or replaced: delete it, "
+            "and start the job again that writes it"
+        )
     return values
 
 
@@ -109,18 +112,18 @@ def read_typed(path: str | Path, kind: TypeAdapter[T], what: str, *, way_out: st
     from pydantic import ValidationError
 
     try:
-        return kind.validate_python(read_json(path))
+        return kind.validate_python(read_json(path, way_out=way_out))
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"{part}: " for part in first["loc"])
         raise DataError(f"{path} is not {what}: {field}{first['msg']}{way_out}") from error
 
 
-def _parse_json(text: bytes, path: str | Path) -> Any:
+def _parse_json(text: bytes, path: str | Path, way_out: str = "") -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise DataError(f"{path}: malformed JSON: {error}") from error
+        raise DataError(f"{path}: malformed JSON: {error}{way_out}") from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:

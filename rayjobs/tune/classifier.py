@@ -97,7 +97,8 @@ def open_run(folder: Path) -> tuple[OpenedClassifier, dict[str, VisionEncoderCon
         ConfigError, DataError: the run has not chosen, or its files are damaged.
         CafoError: the classifier cannot be read.
     """
-    swept = read_typed(folder / SWEEP, _SWEPT, "the record of a sweep", way_out="; run cafo-tune again to write it")
+    way_out = "; delete it, and start cafo-tune again with the same settings"
+    swept = read_typed(folder / SWEEP, _SWEPT, "the record of a sweep", way_out=way_out)
     encoders = {name: load(VisionEncoderConfig, values) for name, values in swept.encoders.items()}
     return open_chosen(folder, read_chosen(folder), method=None, shots=None, seed=None), encoders
 

@@ -189,10 +189,30 @@ def test_a_bad_row_of_parquet_costs_one_record(tmp_path: Path) -> None:
     records = list(read_records(tmp_path / "a.parquet", format="alpaca", keep_rejected=True))
     assert [record.get("instruction") for record in records] == ["a", None, "c", None, "e"]
     assert [f"{record['place']}: {record['rejected']}" for record in records if "rejected" in record] == [
-        "row 1: a value is damaged, or a text is not UTF-8 "
-        "(In column 0: Invalid: Invalid UTF8 sequence at string index 0)",
+        "row 1: a value is damaged, or a text is not UTF-8 (Invalid UTF8 sequence at string index 0)",
         "row 3: 'instruction' must be text, got None",
     ]
+
+
+@pytest.mark.parametrize(("kind", "coded"), [("parquet", False), ("arrow", False), ("arrow", True)])
+def test_a_bad_text_of_a_conversation_costs_this_conversation_alone(tmp_path: Path, kind: str, coded: bool) -> None:
+    """Its bytes lie beside those of other rows: in lists, in structs, and in the dictionary of a coded column."""
+    said = [text for i in range(5) for text in (b"question %d" % i, b"answer %d" % i)]
+    texts = pa.array([b"\xff" if text == b"answer 2" else text for text in said]).view(pa.string())
+    if coded:
+        texts = pa.DictionaryArray.from_arrays(pa.array(range(10)), texts)
+    turns = pa.StructArray.from_arrays([pa.array(["user", "assistant"] * 5), texts], ["role", "content"])
+    table = pa.table({"messages": pa.ListArray.from_arrays(pa.array(range(0, 12, 2), pa.int32()), turns)})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    records = list(read_records(path, keep_rejected=True))
+    assert [record["place"] for record in records if "rejected" in record] == ["row 2"]
+    answers = [record["messages"][1]["content"] for record in records if "rejected" not in record]
+    assert answers == ["answer 0", "answer 1", "answer 3", "answer 4"]
 
 
 def test_a_rejected_record_names_its_id(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 """Starting Ray on a machine that is busy."""
 
+import signal
+import subprocess
+from contextlib import nullcontext
+
 import pytest
 import ray
 
@@ -27,6 +31,29 @@ def test_a_node_that_was_too_slow_is_started_again(monkeypatch: pytest.MonkeyPat
     assert start(monkeypatch, [Exception(SLOW), Exception(SLOW)]) == 0
     with pytest.raises(ResourceError, match="did not start on this machine in 3 attempts"):
         start(monkeypatch, [Exception(SLOW)] * 3)
+
+
+def test_what_a_failed_start_has_left_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = subprocess.Popen(["sleep", "1000"])
+    left = []
+
+    def init(**_: object) -> None:
+        if not left:
+            left.append(subprocess.Popen(["sleep", "1000"]))
+            raise Exception(SLOW)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_init, "set_local_token", lambda: None)
+    monkeypatch.setattr(ray_init, "on_loopback_only", nullcontext)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray_init, "handle_interrupts", lambda: None)
+    try:
+        ray_init._start_or_join()
+        assert left[0].wait() == -signal.SIGKILL
+        assert own.poll() is None
+    finally:
+        own.kill()
+        own.wait()
 
 
 def test_another_failure_to_start_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 """Each test here fails when Ray has made a workaround of rayjobs/cluster/ray_workarounds.py unnecessary."""
 
+import asyncio
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,7 +16,7 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from rayjobs.cluster.environment import BEHAVIOUR, QUIET
-from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, remove_upload_folder
+from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, broadcast, remove_upload_folder
 
 START = "import ray; ray.init(address='local', include_dashboard=False, logging_level='ERROR', log_to_driver=False)"
 
@@ -37,6 +40,40 @@ def test_ray_serve_s_status_still_does_not_tell_its_address() -> None:
     from ray.serve.schema import ServeStatus
 
     assert set(ServeStatus.__dataclass_fields__) == {"proxies", "applications", "target_capacity"}
+
+
+def test_ray_serve_still_gives_no_answers_of_a_broadcast_if_one_is_missing() -> None:
+    """Otherwise `broadcast` can go."""
+    from ray.serve.handle import DeploymentBroadcastResponse
+
+    assert set(inspect.signature(DeploymentBroadcastResponse.results_async).parameters) == {
+        "self", "timeout_s", "return_exceptions",
+    }  # fmt: skip
+
+
+def test_a_broadcast_returns_what_came_in_time() -> None:
+    class Call:
+        def __init__(self, answer: Any) -> None:
+            self.answer = answer
+
+        async def get_async(self) -> Any:
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+            if self.answer == "nothing":
+                await asyncio.Event().wait()
+            return self.answer
+
+    class Handle:
+        def broadcast(self, *arguments: Any) -> Any:
+            return self
+
+        async def _fetch_replica_results_async(self) -> list[Call]:
+            return [Call("one"), Call("nothing"), Call(KeyError("gone"))]
+
+    one, silent, error = asyncio.run(broadcast(Handle(), "method", timeout_s=0.05))
+    assert one == "one"
+    assert isinstance(silent, asyncio.TimeoutError)
+    assert isinstance(error, KeyError)
 
 
 @pytest.mark.ray

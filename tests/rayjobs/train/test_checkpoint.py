@@ -220,7 +220,7 @@ def test_a_storage_that_does_not_answer_is_no_damage(storage: Path) -> None:
     """The checkpoint may be whole: starting again from an older one would lose work."""
     newest = max(storage.glob("checkpoint_0*"))
     (newest / STATE_FILE).unlink()
-    (newest / STATE_FILE).mkdir()  # there, and cannot be read
+    (newest / STATE_FILE).symlink_to(STATE_FILE)  # there, and cannot be read
     with pytest.raises(OSError, match=STATE_FILE):
         newest_readable(list_checkpoints(str(storage)))
 

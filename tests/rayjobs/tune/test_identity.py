@@ -257,6 +257,7 @@ def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, content: str
     path.parent.mkdir()
     path.write_text(content)
     with pytest.raises(
-        ValueError, match=r"result\.json is no result of a trial .*delete it, and the trial is run again"
+        ValueError,
+        match=r"result\.json(: malformed JSON| is not the result of a trial).*delete it, and the trial is run again",
     ):
         read_trial_result(trial, tmp_path)

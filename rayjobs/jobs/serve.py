@@ -30,10 +30,14 @@ logger = logging.getLogger(__name__)
 def check(settings: Config, *, weights: bool = True) -> dict[str, str]:
     """Check everything that can be checked before a replica is started; return the plan's rows.
 
-    weights: False to leave the weights of a base on the hub there. Raises a UserError or an AdapterError for the first
-    problem.
+    weights: False to leave the weights of a base on the hub there. With `out` no token is needed here: it is read where
+    the file is deployed. Raises a UserError or an AdapterError for the first problem.
     """
-    token = settings.server.token_sha256()
+    if settings.out is not None:
+        token = f"of {settings.server.token_variable}, if it is set where the server is deployed"
+    else:
+        given = settings.server.token_sha256() is not None
+        token = f"of {settings.server.token_variable}" if given else "none, for this machine alone"
     folders = check_folders(settings)
     checkpoint, tokenizer = settings.base.open(weights=weights)
     window = checkpoint.config.max_seq_len
@@ -49,7 +53,7 @@ def check(settings: Config, *, weights: bool = True) -> dict[str, str]:
         "replicas": str(replicas.autoscaling or replicas.number),
         "engine": f"{settings.engine.slots} slots of {settings.engine.max_length or window:,} tokens",
         "address": address(settings),
-        "token": f"of {settings.server.token_variable}" if token else "none, for this machine alone",
+        "token": token,
     }
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ LOOK_S = 1.0
 """Seconds that must pass before the folder is looked through again."""
 SKIPPED = {"cache", "checkpoints", "parts"}
 """Folders of runs that hold no runs, beside those whose name begins with a dot."""
+UNLOADED = "it was unloaded"
+"""Why an adapter that was unloaded is not served."""
 
 _Stamp = tuple[int, int, int]
 """The size, the time of the last change and the number of a file."""
@@ -40,6 +42,15 @@ class FoundAdapter(NamedTuple):
     def created(self) -> int:
         """The time of the file's last change, in seconds since 1970."""
         return self.stamp[1] // 10**9
+
+
+class Change(NamedTuple):
+    """A request to load or unload an adapter. Of several the greatest holds."""
+
+    time_ns: int
+    """The time, in nanoseconds since 1970."""
+    served: bool
+    """It was loaded; False if it was unloaded."""
 
 
 class AdapterFolder:
@@ -64,7 +75,7 @@ class AdapterFolder:
         self._encoder = encoder
         self._found: dict[str, FoundAdapter] = {}
         self._left_out: dict[str, tuple[_Stamp, str]] = {}
-        self._unloaded: set[str] = set()
+        self._changes: dict[str, Change] = {}
         self._looked = float("-inf")
         self._lock = threading.Lock()
 
@@ -88,8 +99,8 @@ class AdapterFolder:
 
     def why_not(self, name: str) -> str:
         """The reason for which a run's adapter is not served; empty if nothing is known of such a run."""
-        if name in self._unloaded:
-            return "it was unloaded"
+        if self._is_unloaded(name):
+            return UNLOADED
         return self._left_out[name][1] if name in self._left_out else ""
 
     def look(self, *, at_once: bool = False) -> None:
@@ -101,32 +112,32 @@ class AdapterFolder:
             for name in self._found.keys() - present.keys():
                 self._drop(name)
             self._left_out = {name: one for name, one in self._left_out.items() if name in present}
-            self._unloaded &= present.keys()
             for name, (path, stamp) in present.items():
                 self._take(name, path, stamp)
             self._looked = time.monotonic()
 
     @property
-    def unloaded(self) -> set[str]:
-        """The adapters that were unloaded, and are not served until they are loaded again."""
-        return set(self._unloaded)
+    def changes(self) -> dict[str, Change]:
+        """The last change of each adapter that was loaded or unloaded, whether or not its run is there now."""
+        return dict(self._changes)
 
-    def load(self, name: str) -> bool:
-        """Serve a run's adapter, also one that was unloaded. Returns False if there is none of this name."""
-        with self._lock:
-            self._unloaded.discard(name)
-        self.look(at_once=True)
-        return name in self._found
+    def new_change(self, name: str, *, served: bool) -> Change:
+        """A change of this moment, which is later than any that is known of the adapter, whatever the clock says."""
+        known = self._changes.get(name)
+        return Change(max(time.time_ns(), known.time_ns + 1 if known else 0), served)
 
-    def unload(self, name: str) -> bool:
-        """Serve an adapter no longer, until it is loaded again. Returns False if none of this name is served."""
-        self.look(at_once=True)
+    def merge(self, changes: Mapping[str, Change]) -> None:
+        """Load and unload adapters, except where a later change of one is known. Changes may come in any order."""
         with self._lock:
-            if name not in self._found:
-                return False
-            self._drop(name)
-            self._unloaded.add(name)
-            return True
+            for name, change in changes.items():
+                if name in self._changes and change <= self._changes[name]:
+                    continue
+                self._changes[name] = change
+                if not change.served and name in self._found:
+                    self._drop(name)
+
+    def _is_unloaded(self, name: str) -> bool:
+        return name in self._changes and not self._changes[name].served
 
     def _files(self) -> Iterator[tuple[str, tuple[Path, _Stamp]]]:
         """The adapters' files under the folder, each with the name of its run."""
@@ -145,7 +156,7 @@ class AdapterFolder:
     def _take(self, name: str, path: Path, stamp: _Stamp) -> None:
         """Serve a file under its name, unless it is served already or cannot be."""
         known = self._found[name].stamp if name in self._found else self._left_out.get(name, (None,))[0]
-        if known == stamp or name in self._unloaded:
+        if known == stamp or self._is_unloaded(name):
             return
         try:
             file = read_header(path)

@@ -75,10 +75,9 @@ class _Server:
 
     @asynccontextmanager
     async def lifespan(self, _: Any) -> AsyncIterator[None]:
-        """Begin without the adapters that the other replicas serve no longer."""
-        for name in await self._replicas.unloaded():
-            await asyncio.to_thread(self._model.adapters.unload, name)
-        yield
+        """Begin with the adapters that the other replicas serve."""
+        async with self._replicas.joined():
+            yield
 
     async def health(self, _: Request) -> Response:
         """Status 200 while the engine takes requests, otherwise 503."""
@@ -119,8 +118,7 @@ class _Server:
     async def load_adapter(self, request: Request) -> Response:
         """Serve a run's adapter, also one that was unloaded."""
         name = self._name(await read_body(AdapterBody, request))
-        if not await self._replicas.load(name):
-            why = self._model.adapters.why_not(name) or "adapters.folder has no run of this name with an adapter"
+        if why := await self._replicas.load(name):
             raise ApiError(f"{name!r:.80} cannot be served: {why}", status=404, param="lora_name")
         return PlainTextResponse(f"Success: the adapter {name!a} is served.")
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rayjobs.serve.image_input import ImageLimits
+    from rayjobs.serve.metrics import Metrics
+    from rayjobs.serve.replicas import Replicas
     from rayjobs.serve.text_model import TextModel
 
 APPLICATION = "rayjobs"
@@ -32,7 +34,8 @@ APPLICATION = "rayjobs"
 LOGGING: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 """Ray Serve's `LoggingConfig`: no line for each request."""
 SPARE_REQUESTS = 16
-"""Requests beyond the limit that a replica is given, so that it answers them with 429, and `/health` at all times."""
+"""Requests beyond the limit that a replica is given, so that it answers them with 429, and `/health` and the other
+replicas at all times."""
 
 
 class Replica:
@@ -57,12 +60,12 @@ class Replica:
             self._device,
             token_sha256=self._token_sha256,
             metrics=self._metrics,
-            replicas=AllReplicas() if self._settings.replicas.several else self._alone,
+            replicas=AllReplicas(self._alone) if self._settings.replicas.several else self._alone,
             started=self._started,
         )
-        return told_who_leaves(application)
+        return with_disconnects(application)
 
-    async def call(self, name: str, *arguments: Any) -> tuple[str, Any]:
+    async def call_alone(self, name: str, *arguments: Any) -> tuple[str, Any]:
         """Call a method of this replica's `OneReplica`. Returns the replica's id and the result."""
         from ray import serve
 
@@ -74,7 +77,7 @@ class Replica:
             raise RuntimeError(f"the engine has stopped: {self._model.worker.error!r}")
 
 
-def told_who_leaves(application: ASGIApp) -> ASGIApp:
+def with_disconnects(application: ASGIApp) -> ASGIApp:
     """An application that is told of clients that leave as ASGI has it.
 
     Ray Serve raises an error instead if a client leaves while a message of its body is waited for.
@@ -111,10 +114,19 @@ def load_text_model(settings: ServedConfig, device: str) -> TextModel:
     )
 
 
-def build_application(settings: ServedConfig, model: TextModel, device: str, **options: Any) -> ASGIApp:
+def build_application(
+    settings: ServedConfig,
+    model: TextModel,
+    device: str,
+    *,
+    token_sha256: str | None = None,
+    metrics: Metrics | None = None,
+    replicas: Replicas | None = None,
+    started: int | None = None,
+) -> ASGIApp:
     """The application of a model, with the page and, if there are caches, the endpoint of images.
 
-    options: those of `create_app`, but for its routes.
+    token_sha256, metrics, replicas, started: as in `create_app`.
     """
     from rayjobs.serve.app import create_app
     from rayjobs.serve.classification import ClassificationWorker
@@ -127,7 +139,9 @@ def build_application(settings: ServedConfig, model: TextModel, device: str, **o
     if caches.folder is not None:
         worker = ClassificationWorker(ClassifierFolder(caches.folder, encoders=caches.encoders, device=device))
         routes += ImageRoutes(worker, image_limits(settings)).routes()
-    return create_app(model, routes=routes, **options)
+    return create_app(
+        model, routes=routes, token_sha256=token_sha256, metrics=metrics, replicas=replicas, started=started
+    )
 
 
 def image_limits(settings: ServedConfig) -> ImageLimits:
@@ -252,6 +266,8 @@ def _check_running(wanted: ServerConfig) -> None:
     """Raise ResourceError if Ray Serve listens elsewhere than it should, or has the application already."""
     from ray import serve
 
+    if serve_address() is None:
+        raise ResourceError("Ray Serve has ended just after its start: somebody else may have ended it; start it again")
     _check_address(wanted)
     if APPLICATION in serve.status().applications:
         raise ResourceError(f"Ray Serve already runs the application {APPLICATION} on this cluster: end it there first")

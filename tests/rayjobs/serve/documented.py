@@ -8,25 +8,29 @@ run them; what an earlier call left there is used again. Minutes, and port 8000,
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
 from tests.documents import Block, blocks
+from tests.waiting import PATIENCE_S, wait_until
 
-URL = "http://127.0.0.1:8000"
-
-
+ADDRESS = ("127.0.0.1", 8000)
+URL = f"http://{ADDRESS[0]}:{ADDRESS[1]}"
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def run(folder: Path) -> None:
-    """Run the blocks in a folder. Raises CalledProcessError for a command that fails."""
+    """Run the blocks in a folder. Raises CalledProcessError for a command that fails, and SystemExit if something
+    listens at the port already, which would answer in the server's place."""
+    with socket.socket() as probe:
+        if probe.connect_ex(ADDRESS) == 0:
+            raise SystemExit(f"{URL} is in use: end what listens there")
     first, *others = [one for one in blocks("bash", "python") if one.needs == "a server that stays"]
     *before, server = first.text.strip().splitlines()
     for command in before:
@@ -40,19 +44,18 @@ def ask(folder: Path, server: str, asked: Sequence[Block]) -> None:
     show(server)
     process = subprocess.Popen(server.split(), cwd=folder, env=ENVIRONMENT)
     try:
-        while not answers():
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with {process.returncode}")
-            time.sleep(0.5)
+        wait_until(lambda: answers() or process.poll() is not None, "the server answers", pause_s=0.5)
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}")
         for block in asked:
             show(block.text)
             shell = ["bash", "-ec"] if block.language == "bash" else [sys.executable, "-c"]
             text = block.text.replace("curl ", "curl --fail-with-body --no-progress-meter ")
-            subprocess.run([*shell, text], cwd=folder, env=ENVIRONMENT, check=True)
+            subprocess.run([*shell, text], cwd=folder, env=ENVIRONMENT, check=True, timeout=PATIENCE_S)
             print()
     finally:
         process.send_signal(signal.SIGINT)
-        print(f"the server ended with {process.wait()}")
+        print(f"the server ended with {process.wait(PATIENCE_S)}")
 
 
 def answers() -> bool:

@@ -89,6 +89,16 @@ def test_an_adapter_is_unloaded_and_loaded_by_name_alone(served: Any, tmp_path: 
     assert served("/v1/unload_lora_adapter", {"lora_name": "nothing"})[0] == 404
 
 
+def test_what_was_unloaded_stays_so_when_its_run_comes_again(served: Any, tiny_base: Path, tmp_path: Path) -> None:
+    assert served("/v1/unload_lora_adapter", {"lora_name": "plain"})[0] == 200
+    shutil.rmtree(tmp_path / "runs" / "plain")
+    assert names(served) == ["tiny"]
+    write_adapter(tiny_base, tmp_path / "runs", "plain")
+    assert names(served) == ["tiny"]
+    assert served("/v1/load_lora_adapter", {"lora_name": "plain"})[0] == 200
+    assert names(served) == ["tiny", "plain"]
+
+
 def test_what_does_not_fit_is_left_out_and_says_why(served: Any, tiny_base: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     write_adapter(tiny_base, runs / "others", "plain", fingerprint="0" * 64)

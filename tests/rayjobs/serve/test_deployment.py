@@ -93,6 +93,17 @@ def test_a_server_at_another_address_or_of_another_process_is_left_alone(
     assert cluster.done == []
 
 
+def test_nothing_is_deployed_if_ray_serve_has_ended_meanwhile(
+    settings: ServedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(None, [])
+    connect(monkeypatch, cluster)
+    monkeypatch.setattr(deployment, "serve_address", lambda: None)
+    with pytest.raises(ResourceError, match="Ray Serve has ended"), serving(settings, 0.0):
+        pass
+    assert cluster.done == ["shutdown"]
+
+
 @pytest.mark.parametrize("address", [("0.0.0.0", 8123), ("127.0.0.1", 8000)])
 def test_a_config_file_is_not_deployed_where_ray_serve_listens_elsewhere(
     settings: ServedConfig, monkeypatch: pytest.MonkeyPatch, address: Any
@@ -112,7 +123,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error(caplog: pytest.LogCapt
     from ray.exceptions import TaskCancelledError
 
     metrics, sent = Metrics(), list[Any]()
-    application = deployment.told_who_leaves(Guard(Router(), limits=LimitsConfig(), metrics=metrics))
+    application = deployment.with_disconnects(Guard(Router(), limits=LimitsConfig(), metrics=metrics))
 
     async def receive() -> Any:
         raise TaskCancelledError

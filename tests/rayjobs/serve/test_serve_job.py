@@ -9,6 +9,7 @@ import pytest
 
 from rayjobs.__main__ import main
 from rayjobs.config import load
+from rayjobs.errors import ConfigError
 from rayjobs.job_configs.serve import Config
 from rayjobs.serve.deployment import build_app, serve_config, serving
 from rayjobs.serve.settings import ServerConfig
@@ -64,6 +65,18 @@ def test_wrong_settings_are_told_before_anything_starts(
 def test_a_port_in_use_is_told(given: list[str], url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *given, f"server.port={url.rpartition(':')[2]}"]) == 2
     assert "or choose another" in capsys.readouterr().err
+
+
+def test_a_config_file_needs_no_token_where_it_is_written(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYJOBS_SERVE_TOKEN", raising=False)
+    given = [*given, "server.host=0.0.0.0"]
+    assert main(["serve", *given]) == 2
+    assert main(["serve", *given, f"out={tmp_path / 'serve.yaml'}"]) == 0
+    (application,) = read_yaml(tmp_path / "serve.yaml")["applications"]
+    with pytest.raises(ConfigError, match="RAYJOBS_SERVE_TOKEN"):
+        build_app(application["args"])
 
 
 @pytest.mark.slow

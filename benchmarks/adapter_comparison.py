@@ -43,6 +43,7 @@ from rayjobs.demo import json_answers
 from rayjobs.reporting.paired_differences import mean_and_interval
 from rayjobs.reporting.tables import accuracy_cell, markdown_table, mean_and_deviation
 from rayjobs.storage.files import read_json, write_json, write_text
+from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.train.config import OptimizerConfig, TrainConfig
 from tests.real_models import smollm2
 
@@ -164,7 +165,7 @@ def train(given: argparse.Namespace, method: str, rate: float, seed: int) -> dic
             "file_size": path.stat().st_size,
             "num_trainable_params": sum(one.numel() for one in trained),
             "metrics": [{"step": step, "train loss": loss} for step, loss in enumerate(losses, 1)],
-            "valid loss": loss_after if math.isfinite(loss_after) else math.inf,
+            "valid loss": loss_after if math.isfinite(loss_after) else None,
         },
         "meta_info": {
             "model_info": {"id": "SmolLM2-135M-Instruct", "dtype": "float32" if method == "full" else "bfloat16"},
@@ -218,6 +219,11 @@ def in_process(given: argparse.Namespace, path: Path, *words: str) -> dict[str, 
 def compare(given: argparse.Namespace) -> None:
     """Make every result that is missing, and write the tables."""
     (given.out / "runs").mkdir(parents=True, exist_ok=True)
+    settings = {"train": given.train, "test": given.test, "alpaca": file_fingerprint(given.alpaca)}
+    kept = given.out / "settings.json"
+    if kept.exists() and read_json(kept) != settings:
+        raise SystemExit(f"{given.out} holds results of other settings ({read_json(kept)}): choose another --out")
+    write_json(kept, settings)
     base = in_process(given, given.out / "base.json", "--measure", "base")
     rows: dict[str, dict[str, Any]] = {}
     for method in given.methods:
@@ -227,13 +233,15 @@ def compare(given: argparse.Namespace) -> None:
             for rate in RATES[method]
         }
         losses = {rate: one["train_info"]["valid loss"] for rate, one in searched.items()}
-        best = min(losses, key=losses.__getitem__)
+        best = min(losses, key=lambda rate: math.inf if losses[rate] is None else losses[rate])
         for rate in RATES[method]:  # a fully trained base takes half a gigabyte
             if rate != best:
                 run_path(given.out, method, rate, first).with_suffix(".safetensors").unlink(missing_ok=True)
         runs = []
         for seed in given.seeds:
             path = run_path(given.out, method, best, seed)
+            if not path.with_suffix(".safetensors").exists():  # of a search with another first seed
+                path.unlink(missing_ok=True)
             trained = in_process(given, path, "--one", method, str(best), str(seed))
             adapter = str(path.with_suffix(".safetensors"))
             told = in_process(given, path.with_suffix(".test.json"), "--measure", method, adapter)

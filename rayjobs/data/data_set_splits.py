@@ -73,7 +73,7 @@ def matching(pattern: str, names: Sequence[str]) -> list[str]:
         expression = re.compile(glob_translate(pattern))
     except (ValueError, re.error) as error:
         raise DataError(
-            f"{pattern!r:.80} is no pattern of files ({error}); ** stands alone between slashes, as in data/**/*.parquet"
+            f"{pattern!r:.80} is no pattern of files ({error}); ** stands between slashes, as in data/**/*.parquet"
         ) from error
     return [name for name in names if expression.match(name)]
 

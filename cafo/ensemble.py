@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from pydantic import with_config
 from torch import Tensor
 
 from cafo.errors import CafoError, refuse_text
@@ -34,6 +35,7 @@ Rule = Literal["adaptive", "average", "maximum"]
 _ROUNDING = 1e-6
 
 
+@with_config(extra="forbid")  # a field of a later version is refused
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
     """One way to combine predictions.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 
 from cafo.choice_names import Select
 from cafo.estimate import Estimate
@@ -22,6 +22,7 @@ CHOSEN = "chosen.json"
 """File of a run: the settings that a sweep has chosen."""
 
 
+@with_config(extra="forbid")  # a field of a later version is refused
 @dataclass(frozen=True, kw_only=True)
 class ChosenTrial:
     """A trial of a chosen setting, and what it has chosen."""
@@ -51,6 +52,7 @@ class ChosenTrial:
         return {n: v for n, v in asdict(self).items() if n != "hyperparameters" or v is not None}
 
 
+@with_config(extra="forbid")  # a field of a later version is refused
 @dataclass(frozen=True, kw_only=True)
 class ChosenSetting:
     """The chosen setting of one K and one combination of compared values: an entry of `chosen.json`."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, with_config
 from torch import Tensor
 
 from cafo.cache import Cache, load_cache, mean_key, save_cache
@@ -82,6 +82,7 @@ class SharedInputs:
     comes before it too, under the name of `unprojected_source`"""
 
 
+@with_config(extra="forbid")  # a field of a later version is refused
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """The result of a trial: a row of `results.parquet`, and its `result.json`.

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from cafo.cache import (
@@ -130,7 +131,7 @@ def test_shapes_that_do_not_fit_are_errors():
         cache.logits({"clip": features["clip"]})
 
 
-@pytest.mark.parametrize("content", ["cut", "pointer", "nothing", "headerless", "nan"])
+@pytest.mark.parametrize("content", ["cut", "pointer", "nothing", "headerless", "nan", "later"])
 def test_a_damaged_cache_is_named_with_the_way_out(tmp_path, content):
     path, (cache, _, _) = tmp_path / "cache.safetensors", make()
     save_cache(cache, path)
@@ -141,6 +142,11 @@ def test_a_damaged_cache_is_named_with_the_way_out(tmp_path, content):
         message = r"cache\.safetensors: keys\.clip hold NaN"
     elif content == "headerless":
         save_file({"labels": cache.labels}, path, {"format": "cafo-cache-1"})
+    elif content == "later":  # an ensemble with a field that this version does not know
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        header["ensemble"] = header["ensemble"].replace("{", '{"later": 1, ', 1)
+        save_file({name: tensor.contiguous() for name, tensor in load_file(path).items()}, path, header)
     elif content == "pointer":
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
         message = "is a Git LFS pointer, not the cache itself"

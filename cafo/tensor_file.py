@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -54,6 +55,14 @@ def read_tensor_file(
         if isinstance(error, CafoError):
             raise
         raise CafoError(
-            f"{path} is no whole {format} file ({error!r}; {Path(path).stat().st_size:,} bytes); copy it again, or "
+            f"{path} is no whole {format} file ({_describe(error)}; {Path(path).stat().st_size:,} bytes); copy it again, or "
             f"delete it and {make} it again"
         ) from error
+
+
+def _describe(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return repr(error)

@@ -54,9 +54,10 @@ def read_tensor_file(
     except (SafetensorError, LookupError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, CafoError):
             raise
+        size = Path(path).stat().st_size
         raise CafoError(
-            f"{path} is no whole {format} file ({_describe(error)}; {Path(path).stat().st_size:,} bytes); copy it again, or "
-            f"delete it and {make} it again"
+            f"{path} is no whole {format} file ({_describe(error)}; {size:,} bytes); copy it again, or delete it and "
+            f"{make} it again"
         ) from error
 
 

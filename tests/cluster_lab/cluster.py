@@ -133,16 +133,19 @@ class Cluster:
 
     def recover(self) -> None:
         """Stop what a failed test left running, and switch on what it left off, so that the next test can run."""
-        for submission in self.submissions:
-            if submission.poll() is None:
-                self.on_dashboard("ray", "job", "stop", self.running())
-                submission.communicate(timeout=60)
-        self.submissions.clear()
         off = [host for host in (HEAD, *WORKERS) if host not in self.hosts.processes]
         for host in off:
             self.hosts.power_on(host)
         if HEAD in off:
             self.up()
+        for submission in self.submissions:
+            if submission.poll() is None:
+                if HEAD in off:  # its job is gone with the head
+                    submission.kill()
+                else:
+                    self.on_dashboard("ray", "job", "stop", self.running())
+                submission.communicate(timeout=60)
+        self.submissions.clear()
         for host in WORKERS:
             if not self.processes(host, "raylet/raylet"):  # just switched on, or `ray start` took too long there
                 self.restart_ray(host, {})

@@ -35,9 +35,10 @@ def no_memory_left() -> Iterator["MemoryLimit"]:
         group.mkdir()
     except OSError as error:
         pytest.skip(f"no memory can be withheld from a process here: {error}")
+    if not (group / limit).exists():
+        group.rmdir()
+        pytest.skip(f"no memory can be withheld from a process here: {group} has no {limit}")
     try:
-        if not (group / limit).exists():
-            pytest.skip(f"no memory can be withheld from a process here: {group} has no {limit}")
         (group / limit).write_text("0")
         yield MemoryLimit(group, "memory.oom_control" if of_version_1 else "memory.events")
     finally:

@@ -62,7 +62,9 @@ def verify(folder: Path, step: int | None = None) -> list[str]:
 def check_metrics(folder: Path) -> list[str]:
     """Return a line if the metrics do not hold each step of the result once."""
     steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row]
-    last = read_object(folder / RESULT_FILE)["steps"]
+    last = read_object(folder / RESULT_FILE).get("steps")
+    if not isinstance(last, int):
+        return [f"{RESULT_FILE}: tells no number of steps"]
     if steps != list(range(1, last + 1)):
         return [f"metrics.jsonl: holds {len(steps)} steps up to {max(steps, default=0)}, not each of {last} once"]
     logger.info("metrics.jsonl holds each of %d steps once", last)

@@ -69,7 +69,10 @@ def read_picture_sections(folder: Path) -> Iterator[Gallery | Fold]:
     """
     path = folder / PICTURES
     folds: dict[str, list[Section]] = {}
-    for section in read_json(path) if path.is_file() else []:
+    listed = read_json(path) if path.is_file() else []
+    if not isinstance(listed, list):
+        raise DataError(f"{path} is no list of sections of pictures")
+    for section in listed:
         try:
             images = [(read_bytes(inside(folder, image["file"])), image["caption"]) for image in section["images"]]
             title, note, wide = section["title"], section["note"], section["wide"]

@@ -88,11 +88,9 @@ class OneReplica:
     async def why_not(self, name: str) -> str:
         """Return why an adapter is not served; empty if it is."""
         await asyncio.to_thread(self.adapters.look, at_once=True)
-        return (
-            ""
-            if self.adapters.get(name)
-            else self.adapters.why_not(name) or "adapters.folder has no run of this name with an adapter"
-        )
+        if self.adapters.get(name):
+            return ""
+        return self.adapters.why_not(name) or "adapters.folder has no run of this name with an adapter"
 
     async def changes(self) -> dict[str, Change]:
         """The changes that this replica knows of."""

@@ -146,6 +146,8 @@ def test_a_replica_that_starts_learns_what_was_unloaded(
         async with third.joined():
             if when == "before it is announced":
                 assert await both[0].unload("plain")
+            else:
+                assert deployment.served()["c"] == []
             deployment.announced["c"] = None
             while deployment.served()["c"]:
                 await asyncio.sleep(0)

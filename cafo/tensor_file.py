@@ -62,7 +62,7 @@ def read_tensor_file(
 
 
 def _describe(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error in one line."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
-import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayjobs.__main__ import main
-from rayjobs.config import load
+from rayjobs.config import load, to_dict
 from rayjobs.errors import ConfigError, DataError, ProvenanceError
 from rayjobs.jobs import adapter_train, adapter_tune
 from rayjobs.jobs.adapter_train import FREE_TO_CHANGE, identify, open_inputs
 from rayjobs.jobs.adapter_tune_trials import results_of
 from rayjobs.storage.files import write_json
 from rayjobs.storage.lease import release
+from rayjobs.storage.yaml_file import write_yaml
 from rayjobs.train.resume_check import lock_run
 from rayjobs.tune.adapter_study import AdapterStudy
 from rayjobs.tune.adapter_sweep import enumerate_overrides
@@ -36,6 +39,7 @@ from tests.conftest import ROOT
 from tests.rayjobs.cafo_dataset import make_encoders
 from tests.rayjobs.colour_questions import write_base, write_questions
 from tests.rayjobs.pages import page_text
+from tests.waiting import wait_until
 
 SEARCH = {"method": "optuna", "axes": {"optimizer.base_lr": {"low": 0.1, "high": 10}, "adapter.n_layers": [1, 2, 3]}}
 
@@ -342,7 +346,7 @@ def test_trials_run_side_by_side_and_are_not_run_again(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_search_that_was_killed_ends_as_one_that_was_not(
-    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: None, tiny_base: Path, records: Path, tmp_path: Path
 ) -> None:
     """The first setting has a good learning rate, and the second one so low a rate that it is stopped."""
 
@@ -363,14 +367,14 @@ def test_a_real_search_that_was_killed_ends_as_one_that_was_not(
     assert [end for _, end, _ in ends] == ["finished", "stopped"]
     assert len(ends[1][2]) < len(ends[0][2]), "it was stopped on the way"
 
-    def kill(*_: Any, **__: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(adapter_tune.AdapterSweepProgress, "on_trial_complete", kill)
-        with pytest.raises(KeyboardInterrupt):
-            adapter_tune.run(search("killed"))
+    write_yaml(tmp_path / "killed.yaml", to_dict(search("killed")))
+    command = [sys.executable, "-m", "rayjobs", "adapter-tune", "--config", str(tmp_path / "killed.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     folder = search("killed").run.folder
+    wait_until(lambda: list(folder.glob("trials/*/trial.json")), "a trial that is over")
+    process.kill()
+    process.wait()
     over = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/trial.json")}
     assert len(over) == 1
     resumed = adapter_tune.run(search("killed"))

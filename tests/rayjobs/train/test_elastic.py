@@ -43,6 +43,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster of two nodes, as far as Ray can tell; this process is no part of it."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # whatever the cluster of the tests before asks
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setattr("ray._private.worker._global_node", None)  # nor take its address
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
     yield made
     made.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from adapter import atomic_file
 from adapter.json_object import parse_json
@@ -135,11 +136,16 @@ def read_jsonl(path: str | Path, *, last_bytes: int | None = None) -> list[dict[
 
     A last line without an end is left out: a crash cut it short. Raises DataError if another line is malformed.
     """
-    with _as_storage_error(path, "read"), resolve_path(path).open("rb") as file:
+    with _as_storage_error(path, "read"), _open(path) as file:
         start = max(0, file.seek(0, os.SEEK_END) - last_bytes) if last_bytes else 0
         file.seek(start)
         lines = file.read().split(b"\n")
     return [_parse_json(line, path) for line in lines[1 if start else 0 : -1] if line]
+
+
+def _open(path: str | Path) -> BinaryIO:
+    """Open a file, at a URL one that is read already: a run sends its growing files again and again."""
+    return io.BytesIO(read_bytes(path)) if is_url(path) else resolve_path(path).open("rb")
 
 
 def write_parquet(path: str | Path, table: pa.Table, schema: pa.Schema | None = None) -> None:

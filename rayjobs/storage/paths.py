@@ -69,7 +69,7 @@ def is_url(path: str | Path) -> bool:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the content of a file. One request reads a URL: another process may replace the file meanwhile.
+    """Return the content of a file. One request gets that of a URL: another process may replace the file meanwhile.
 
     Raises FileNotFoundError, or whatever the backend raises.
     """

@@ -3,9 +3,11 @@
 import platform
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -18,7 +20,7 @@ from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
 from rayjobs.data.feature_encoding import PartEncoder, PartTask
 from rayjobs.data.records import RecordsConfig
-from rayjobs.errors import StorageError
+from rayjobs.errors import DataError, StorageError
 from rayjobs.jobs import adapter_eval, adapter_train
 from rayjobs.models.base_model import BaseModelConfig
 from rayjobs.runs.record import find_runs
@@ -36,6 +38,7 @@ from rayjobs.storage.files import (
 from rayjobs.storage.fingerprint import file_fingerprint
 from rayjobs.storage.paths import remove_folder, resolve_path
 from rayjobs.storage.sync import SyncedFolder
+from rayjobs.storage.yaml_file import read_yaml
 from tests.rayjobs.conftest import upload
 from tests.rayjobs.jobs.test_adapter_train import settings
 from tests.waiting import PATIENCE_S, wait_until
@@ -70,6 +73,25 @@ def test_what_is_written_is_read_and_is_there_whole_or_not_at_all(bucket: str) -
     assert sorted(path.name for path in resolve_path(bucket).iterdir()) == ["part.parquet", "rows.jsonl", "run"]
     remove_folder(resolve_path(bucket) / "run")
     assert not (resolve_path(bucket) / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("read", [read_json, read_jsonl, read_yaml])
+def test_a_file_that_is_replaced_meanwhile_is_read_whole(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], Any]
+) -> None:
+    """One request gets it, of whatever version: a second one, or one of the version seen first, may find it gone."""
+    write_json(f"{bucket}/state", {"a": 1})
+    got, send = [], s3fs.S3FileSystem._call_s3
+
+    async def count(files: s3fs.S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "get_object":
+            got.append(options.keys() & {"Range", "IfMatch"})
+        return await send(files, method, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
+    with suppress(DataError):  # an object over several lines is none of JSONL's
+        assert read(f"{bucket}/state") == {"a": 1}
+    assert got == [set()]
 
 
 def test_another_process_sees_what_was_written_since(bucket: str) -> None:

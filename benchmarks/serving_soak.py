@@ -73,7 +73,7 @@ class Soak:
     done: Counter[str] = field(default_factory=Counter)
     """Finished requests by kind."""
     failed: Counter[str] = field(default_factory=Counter)
-    """What went wrong: anything but the answer that the kind must get."""
+    """Requests that did not get the answer that their kind must get, by what they got."""
 
     async def client(self, seed: int) -> None:
         """Do one thing after another."""

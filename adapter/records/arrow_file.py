@@ -107,9 +107,11 @@ def _check(array: pa.Array) -> None:
         if first < 0 or last > len(array.values) or (places[1:] < places[:-1]).any():
             raise pa.ArrowInvalid("the places of a list lead out of its values")
         _check(array.values.slice(first, last - first))
-    elif types.is_struct(kind) or types.is_fixed_size_list(kind):
-        for child in array.flatten() if types.is_struct(kind) else [array.flatten()]:
+    elif types.is_struct(kind):
+        for child in array.flatten():
             _check(child)
+    elif types.is_fixed_size_list(kind):
+        _check(array.flatten())
     elif types.is_dictionary(kind):
         for index in set(array.indices.to_pylist()) - {None}:
             if not 0 <= index < len(array.dictionary):

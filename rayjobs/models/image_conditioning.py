@@ -30,8 +30,8 @@ class VisionConfig:
     """Number of scales read from a ViT: its class token after that many evenly spaced blocks. A convolutional encoder
     gives all its stages and the final embedding, whatever this number."""
     bottleneck: int = Field(default=72, ge=1)
-    """Hidden width of the image projection; 72 makes it about 0.6 M parameters at 7B, of
-    v2, which makes K tokens of an image, 3.3 M."""
+    """Hidden width of the image projection; 72 makes it about 0.6 M parameters at 7B, or 3.3 M for the ten tokens that
+    an image becomes in v2."""
     mode: Literal["stored", "streamed"] = "stored"
     """stored: encode each image once, before training, and store its features; workers hold no encoder. streamed: send
     decoded images to the workers, which hold the encoder and encode the images in every epoch."""

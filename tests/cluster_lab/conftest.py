@@ -45,7 +45,7 @@ def recovered(onprem: Cluster) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def undisturbed(onprem: Cluster) -> Training:
-    """What every disturbed run must come to."""
+    """The undisturbed training, whose result every disturbed one must have."""
     run = Training(onprem, "undisturbed")
     with onprem.timed("adapter-train under ZeRO-3, two workers on two hosts"):
         run.submit()
@@ -66,7 +66,7 @@ def run(onprem: Cluster, undisturbed: Training, request: pytest.FixtureRequest) 
 
 @pytest.fixture(scope="session")
 def calm_sweep(onprem: Cluster) -> Sweep:
-    """What every disturbed sweep must come to."""
+    """The undisturbed sweep, whose result every disturbed one must have."""
     run = Sweep(onprem, "calm")
     with onprem.timed("cafo-tune: 6 trials, features encoded first"):
         run.submit()
@@ -76,7 +76,7 @@ def calm_sweep(onprem: Cluster) -> Sweep:
 
 @pytest.fixture(scope="session")
 def calm_encoding(onprem: Cluster) -> Encoding:
-    """What every disturbed cafo-features must come to."""
+    """The undisturbed cafo-features, whose result every disturbed one must have."""
     run = Encoding(onprem, "calm-features")
     with onprem.timed("cafo-features: 8,000 views"):
         run.submit()
@@ -86,7 +86,7 @@ def calm_encoding(onprem: Cluster) -> Encoding:
 
 @pytest.fixture(scope="session")
 def calm_labelling(onprem: Cluster) -> Labelling:
-    """What every disturbed cafo-predict must come to."""
+    """The undisturbed cafo-predict, whose result every disturbed one must have."""
     run = Labelling(onprem, "calm-predict")
     with onprem.timed("cafo-predict: 3,000 images"):
         run.submit()

@@ -58,7 +58,7 @@ class MemoryLimit:
         (self.group / "cgroup.procs").write_text(str(pid))
 
     def killed(self) -> int:
-        """How many processes the kernel has killed for want of memory, of those that are gone from the group."""
+        """The number of processes that the kernel has killed for want of memory, once all are gone from the group."""
         if (self.group / "cgroup.procs").read_text().split():
             return 0
         counts = dict(line.split() for line in self.events.read_text().splitlines())

@@ -191,7 +191,7 @@ class CafoRun:
         raise NotImplementedError
 
     def rows(self) -> object:
-        """What the run came to, without the time that it took."""
+        """The result of the run, without the time that it took."""
         raise NotImplementedError
 
     def wait_for_parts(self, count: int, what: str) -> None:

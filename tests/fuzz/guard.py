@@ -27,7 +27,7 @@ _CHANGES = {
 
 
 class Misbehaviour(Exception):
-    """What a reader did that it must not do."""
+    """A reader has done something that it must not do."""
 
 
 class _Watch:

@@ -28,7 +28,7 @@ class Target:
     quick: bool = True
     """Its files are made, and read for the first time, in less than a second."""
     share: int = 1
-    """How many inputs it gets, relative to the others: more if it is fast."""
+    """Its share of the inputs, relative to the others: larger if it is fast."""
 
 
 class Bench:

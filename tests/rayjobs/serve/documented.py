@@ -59,7 +59,7 @@ def ask(folder: Path, server: str, asked: Sequence[Block]) -> None:
 
 
 def answers() -> bool:
-    """Whether the server answers."""
+    """Return whether the server answers."""
     try:
         return httpx.get(f"{URL}/health", timeout=5).status_code == 200
     except httpx.HTTPError:

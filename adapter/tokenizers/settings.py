@@ -81,7 +81,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
             f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has {wrong[0]!r} where a number is to be; "
             "fetch the file again"
         )
-    added = {int(id): added_token(token) for id, token in listed.items()}
+    # a token whose text is empty is found in no text
+    added = {int(id): added_token(token) for id, token in listed.items() if _dict(token).get("content") != ""}
     if textless := [id for id, token in added.items() if not token.content]:
         raise TokenizerError(
             f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has no text for token {textless[0]}; fetch the "

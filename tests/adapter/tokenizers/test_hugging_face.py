@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from adapter.errors import TokenizerError
 from adapter.tokenizers.base import Tokenizer
 from adapter.tokenizers.load import load_tokenizer
-from adapter.tokenizers.settings import read_settings
+from adapter.tokenizers.settings import AddedToken, read_settings
 from tests.adapter.tokenizers.samples import CHATML, KINDS, NASTY, llama2, llama2_legacy, llama3, qwen, splits
 
 
@@ -333,3 +333,15 @@ def test_an_id_that_is_no_number_is_named(tmp_path: Path, id: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"0": "<a>", id: "<b>"}}))
     with pytest.raises(TokenizerError, match=rf"tokenizer_config.json: added_tokens_decoder has '{id}' where a number"):
         read_settings(tmp_path)
+
+
+def test_an_added_token_without_a_text_is_refused_and_one_with_an_empty_text_left_out(tmp_path: Path) -> None:
+    def read(token: object) -> dict[int, AddedToken]:
+        listed = {"added_tokens_decoder": {"0": {"content": "<a>"}, "1": token}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+        return read_settings(tmp_path).added
+
+    assert list(read({"content": ""})) == [0]
+    for token in ({}, {"content": 3}, None):
+        with pytest.raises(TokenizerError, match="has no text for token 1; fetch the file again"):
+            read(token)

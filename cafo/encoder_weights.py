@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cafo.errors import EncoderError
+from cafo.errors import CafoError, EncoderError
 from cafo.files import describe_content, is_lfs_pointer, read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
 
@@ -155,11 +155,23 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
     The arguments are the fields of `EncoderSpec`.
 
     Raises:
-        EncoderError: an unknown name or tag, a missing file, tensors that do not fit, or another activation than the
-            weights were trained with.
+        EncoderError: an unknown name or tag, a missing file, a model JSON that describes no CLIP, tensors that do not
+            fit, or another activation than the weights were trained with.
     """
     path = Path(weights)
     clip = _find_config(name.replace("/", "-"), path, config)
+    try:
+        return _build_clip(clip, path, weights, quick_gelu)
+    except Exception as error:  # open_clip takes the values of a JSON as they are, so that any error may come of them
+        if clip.built_in or isinstance(error, CafoError | OSError):
+            raise
+        raise EncoderError(
+            f"the model JSON of {clip.name} describes no CLIP that open_clip can build "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); restore it, or give the one of these weights"
+        ) from error
+
+
+def _build_clip(clip: _ClipConfig, path: Path, weights: str, quick_gelu: bool | None) -> BuiltClip:
     if weights.startswith("random:"):
         return _assemble(clip, None, path, seed=int(weights.removeprefix("random:")))
     file, entry = _find_weights(clip, path, weights)
@@ -290,6 +302,8 @@ def _read_custom_config(weights: Path, config: str) -> tuple[dict, dict] | None:
         return None
     content = read_json(path, "give an open_clip model JSON")
     model = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    if not isinstance(model, dict):
+        raise EncoderError(f"{path} is not an open_clip model JSON: its model_cfg is no object")
     if lacking := {"embed_dim", "vision_cfg", "text_cfg"} - set(model):
         raise EncoderError(f"{path} is not an open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
     return model, content.get("preprocess_cfg", {})

@@ -33,6 +33,8 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     place = folder or "the harness's own tasks"
     with _loading(place):
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    if nameless := [name for name in manager.all_tasks if not isinstance(name, str)]:
+        raise ConfigError(f"task_folder: a file of {place} names its task {nameless[0]!r}; write a text after `task:`")
     found = {name: manager.match_tasks([name]) for name in names}
     for name, matches in found.items():
         if not matches:

@@ -161,8 +161,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
     rows = read_jsonl(path) if path.is_file() else []
-    if not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise DataError(f"{path}: expected an object with a 'step' in each line")
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise DataError(f"{path}: expected an object with a 'step', a whole number, in each line")
+    if any(isinstance(value, str) for row in rows for value in row.values()):
+        raise DataError(f"{path}: expected numbers, found a text")
     return rows
 
 

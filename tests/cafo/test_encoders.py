@@ -382,3 +382,19 @@ def test_convolutions_on_a_cpu_lie_channels_last_and_give_the_same_features(name
     assert torch.equal(got, encoder.encode_image(images.to(memory_format=torch.channels_last)))
     plain = encoder.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     torch.testing.assert_close(got, torch.nn.functional.normalize(plain(images), dim=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({**VIT, "embed_dim": "8"}, "describes no CLIP that open_clip can build"),
+        ({**VIT, "vision_cfg": 3}, "describes no CLIP that open_clip can build"),
+        ({**VIT, "text_cfg": {"of": "another version"}}, "describes no CLIP that open_clip can build"),
+        ({"model_cfg": VIT, "preprocess_cfg": {"mean": 3}}, "describes no CLIP that open_clip can build"),
+        ({"model_cfg": 3}, "its model_cfg is no object"),
+    ],
+)
+def test_a_model_json_that_describes_no_clip_is_named(tmp_path, given, message):
+    (tmp_path / "model.json").write_text(json.dumps(given))
+    with pytest.raises(EncoderError, match=message):
+        load_encoder(EncoderSpec(kind="clip", name="tiny", weights="random:0", config=str(tmp_path / "model.json")))

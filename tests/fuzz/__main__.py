@@ -43,7 +43,7 @@ def find_targets() -> dict[str, Target]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
     parser.add_argument("inputs", type=int, nargs="?", default=100_000, help="inputs of all targets together")
     parser.add_argument("--target", action="append", help="a target; several times for several; all by default")
     parser.add_argument("--seed", default="0", help="another text makes other inputs")
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         return run_guided(options.target[0], options.seed, *map(int, options.only.split(":")))
     targets = find_targets()
+    if unknown := set(options.target or ()) - targets.keys():
+        parser.error(f"no target {', '.join(sorted(unknown))}; there are {', '.join(targets)}")
     if options.again:
         return read_again(targets, options.again)
     chosen = [targets[name] for name in options.target or targets]

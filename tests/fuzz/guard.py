@@ -31,6 +31,7 @@ class Misbehaviour(Exception):
 
 
 class _Watch:
+    hooked = False
     folder: str | None = None
     seen: list[str]
 
@@ -68,9 +69,9 @@ def watched(folder: Path) -> Iterator[None]:
 
     An error that a command would report in one message goes through; any other becomes a Misbehaviour.
     """
-    if not hasattr(sys, "_fuzz_hook"):
+    if not _watch.hooked:
         sys.addaudithook(_hook)
-        sys._fuzz_hook = True  # type: ignore[attr-defined]
+        _watch.hooked = True
     _watch.folder, _watch.seen = str(folder.absolute()), []
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory begins anew
     before, memory = time.process_time(), _memory("VmRSS")

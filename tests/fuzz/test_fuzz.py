@@ -22,7 +22,7 @@ from tests.fuzz.guard import Misbehaviour, watched
 from tests.fuzz.mutation import Harmful
 from tests.fuzz.target import Bench
 
-TARGETS = {name: target for name, target in find_targets().items() if target.quick}
+TARGETS = find_targets()
 INPUTS = 8
 """Inputs of each target; the run of `make fuzz` begins with the same."""
 SETTINGS = settings(
@@ -43,7 +43,9 @@ def benches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bench]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of libraries, over what is damaged
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if target.quick else pytest.mark.slow) for name, target in TARGETS.items()]
+)
 def test_damaged_files_are_read_or_refused(name: str, benches: dict[str, Bench]) -> None:
     bench = benches[name]
     for number in range(INPUTS):

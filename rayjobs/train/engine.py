@@ -30,7 +30,7 @@ from rayjobs.storage.download import cached_path
 from rayjobs.train.config import OptimizerConfig, ZeroConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
-TEXT, IMAGES = "optimizer.step", "optimizer.step.images"
+MAIN, IMAGES = "optimizer.step", "optimizer.step.images"
 """Names of the groups of parameters, and of their counts of steps in a checkpoint: all parameters, or those that
 records without an image train; and those that records with an image train, where these are others."""
 
@@ -152,9 +152,9 @@ class Engine:
         self.names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         of_images = model.image_parameters
-        named: dict[str, list[nn.Parameter]] = {name: [] for name in ([TEXT, IMAGES] if of_images else [TEXT])}
+        named: dict[str, list[nn.Parameter]] = {name: [] for name in ([MAIN, IMAGES] if of_images else [MAIN])}
         for name, parameter in zip(self.names, trainable, strict=True):
-            named[IMAGES if name in of_images else TEXT].append(parameter)
+            named[IMAGES if name in of_images else MAIN].append(parameter)
         adamw = GroupedAdamW(
             [{"name": name, "params": parameters} for name, parameters in named.items()],
             betas=optimizer.betas,
@@ -199,7 +199,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-            group["idle"] = self.separates_images and not (text if group["name"] == TEXT else images)
+            group["idle"] = self.separates_images and not (text if group["name"] == MAIN else images)
         self.deepspeed.step()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

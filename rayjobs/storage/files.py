@@ -204,7 +204,10 @@ def read_parquet(path: str | Path, columns: Sequence[str] | None = None) -> pa.T
     try:
         with _as_storage_error(path, "read"):
             if is_url(resolved):
-                return pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
-            return pq.read_table(resolved, columns=columns)
+                table = pq.read_table(resolved.path, filesystem=resolved.fs, columns=columns)
+            else:
+                table = pq.read_table(resolved, columns=columns)
+        table.validate(full=True)  # a text that is not UTF-8 would be met much later
+        return table
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a damaged name
         raise DataError(f"{path} is no whole Parquet file ({' '.join(str(error).split())})") from error

@@ -140,6 +140,7 @@ FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
         ("encoder-weights", "dino.pth", lambda old: old.replace(b"PK\1\2", b"PK\1\3")),
         ("image-collection", "images.parquet", without_footer),
         ("image-collection", "images.parquet", lambda old: old.replace(b"label", b"l\xffbel")),
+        ("sweep", "images.parquet", lambda old: old.replace(b"a.png", b"\xd5.png")),
     ],
     "YAML that holds itself, or grows": [
         ("config-yaml", "cafo.yaml", b"data: &a [*a]"),

@@ -27,6 +27,8 @@ _GENERATED, _GIVEN = ("\U0010ff00", "\U0010ff01"), ("\U0010ff02", "\U0010ff03")
 """Private characters before and after what a `generation` block made, and what came out of a message."""
 
 _MARK = re.compile(f"[{''.join((*_GENERATED, *_GIVEN))}]")
+_LONGEST, _LARGEST = 1_000_000, 1_000
+"""The longest value that a template may make by repeating one, and the largest base or exponent of a power."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message may carry its reasoning; the first is the one that templates read."""
 _NO_TEXT = ("role", "type")
@@ -102,6 +104,21 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """A sandbox in which no product fills the memory: a template comes with a model, from anywhere."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Return a product or a power of numbers. Raises SecurityError for large ones, and for repeated texts."""
+        for one, other in ((left, right), (right, left)):
+            if operator == "*" and hasattr(one, "__len__") and isinstance(other, int) and len(one) * other > _LONGEST:
+                raise jinja2.exceptions.SecurityError(f"a template repeats a value {other} times")
+        if operator == "**" and max(abs(left), abs(right)) > _LARGEST:
+            raise jinja2.exceptions.SecurityError(f"a template takes the power {left} ** {right}")
+        return super().call_binop(context, operator, left, right)
+
+
 @lru_cache(maxsize=16)
 def compile_template(source: str, date: str) -> jinja2.Template:
     """Compile a chat template. date: the day, as YYYY-MM-DD, that `strftime_now` takes for today.
@@ -112,9 +129,7 @@ def compile_template(source: str, date: str) -> jinja2.Template:
         today = Date.fromisoformat(date)
     except ValueError as error:
         raise AdapterError(f"the date of a chat template is written YYYY-MM-DD, got {date!r}") from error
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise_exception,

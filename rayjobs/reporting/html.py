@@ -123,7 +123,8 @@ def write_page(path: Path, page: Page) -> Path:
         loader=PackageLoader("rayjobs.reporting", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters["cell"] = _cell
-    write_text(path, environment.get_template(TEMPLATE).render(page=page, colours=Markup(palette.css())))
+    text = environment.get_template(TEMPLATE).render(page=page, colours=Markup(palette.css()))
+    write_text(path, text.encode(errors="replace").decode())  # a run's files may hold half a surrogate pair
     return path
 
 

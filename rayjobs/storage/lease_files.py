@@ -44,7 +44,7 @@ def process_lives(pid: int, since: float = 0.0) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         return not since or abs(process.create_time() - since) < 5  # adjusting the clock moves it a little
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # the latter for what is no id
         return False
 
 

@@ -44,7 +44,8 @@ class ChosenTrial:
     """all images of that estimate"""
 
     def __post_init__(self) -> None:
-        if not 0 <= (self.estimate_correct or 0) <= (self.estimate_images or 0):
+        one_alone = (self.estimate_correct is None) != (self.estimate_images is None)
+        if one_alone or not 0 <= (self.estimate_correct or 0) <= (self.estimate_images or 0):
             raise DataError(f"{self.estimate_correct} of {self.estimate_images} images cannot be correct")
 
     def to_json(self) -> dict[str, Any]:

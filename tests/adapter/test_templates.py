@@ -134,6 +134,14 @@ def test_a_template_reaches_nothing_of_python(source: str) -> None:
         ChatTemplate(source=source).render(TURNS, special_tokens=SPECIAL)
 
 
+@pytest.mark.parametrize("large", ["2147483648 * 'a'", "messages * 10 ** 6", "9 ** 9 ** 9", "'ab' * 10 ** 6"])
+def test_a_product_that_would_fill_the_memory_is_refused(large: str) -> None:
+    with pytest.raises(RecordError, match=r"a template (repeats a value|takes the power)"):
+        ChatTemplate(source=f"{{{{ {large} }}}}").render(TURNS, special_tokens=SPECIAL)
+    small = ChatTemplate(source="{{ '-' * 3 }}{{ 2 ** 10 }}{{ 3 * 4 }}").render(TURNS, special_tokens=SPECIAL)
+    assert small.text == "---102412"
+
+
 def test_objects_become_plain_data_that_templates_cannot_call() -> None:
     class Loud(str):
         def shout(self) -> str:

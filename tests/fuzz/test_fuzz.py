@@ -126,6 +126,7 @@ FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
         ("sweep", "sweep.json", b"[]"),
         ("sweep", "chosen.json", lambda old: old.replace(b'"t0"', b"[1]")),
         ("sweep", "chosen.json", lambda old: old.replace(b'"estimate_correct": 3', b'"estimate_correct": 5')),
+        ("sweep", "chosen.json", lambda old: old.replace(b'"estimate_correct": 3', b'"estimate_correct": null')),
         ("run-folder", "files.json", b'{"../outside": "0"}'),
         ("feature-store", "part-00000000.parquet", lambda old: old.replace(b"views", b"viewz")),
         ("token-store", "train-00000000000000.parquet", lambda old: old.replace(b"spans", b"spanz")),

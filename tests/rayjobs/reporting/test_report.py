@@ -379,6 +379,7 @@ def test_odd_names_of_folders_are_shown_and_linked_as_they_are(
         ("metrics.jsonl", '{"loss": 1}\n'),
         ("metrics.jsonl", '{"step": "1", "loss": 1}\n'),
         ("metrics.jsonl", '{"step": 1, "loss": "low"}\n'),
+        ("metrics.jsonl", '{"step": 1, "loss": [1]}\n'),
         ("metrics.jsonl", "\xff{\n\n"),
         ("config.yaml", "a: [\n"),
         ("config.yaml", "3"),

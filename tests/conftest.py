@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import sentencepiece
 import torch
 
 from tests import real_models, sample_data
+
+FREED_S = 60
+"""How long Ray may take to free what a test used: its Train looks for groups that nobody owns now and then."""
 
 ROOT = Path(__file__).parent.parent
 WORDS = [
@@ -172,3 +177,27 @@ def cluster(s3: str) -> Iterator[None]:
     connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Fail a file whose tests leave processors of the tests' cluster taken: those after it would wait for ever."""
+    yield
+    if "ray" not in sys.modules:
+        return
+    import ray
+    from ray import PlacementGroupID
+    from ray.util import placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    def taken() -> float:
+        return ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
+
+    deadline = time.monotonic() + FREED_S
+    while ray.is_initialized() and (left := round(taken(), 3)):
+        if time.monotonic() > deadline:
+            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+            for group in groups:
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group["placement_group_id"])))
+            pytest.fail(f"{left} processors are still taken after {FREED_S} s; placement groups: {groups}")
+        time.sleep(0.1)

@@ -29,6 +29,11 @@ def test_an_example_longer_than_the_budget_is_alone():
     assert micro_batches([3, 50, 4], 8) == [[1], [2, 0]]
 
 
+def test_examples_of_one_token_and_of_none_share_a_micro_batch():
+    assert micro_batches([1, 1, 0, 1], 3) == [[0, 1, 3], [2]]
+    assert micro_batches([0, 0], 1) == [[0], [1]]
+
+
 def test_nothing_gives_nothing():
     assert micro_batches([], 8) == []
 
@@ -52,3 +57,8 @@ def test_collate_of_nothing_is_one_row_of_padding():
     tokens, labels = collate([], [])
     assert tokens.tolist() == [[0]]
     assert labels.tolist() == [[IGNORE]]
+
+
+def test_collate_refuses_spans_of_other_sequences():
+    with pytest.raises(ValueError, match="shorter"):
+        collate([[5, 6], [7]], [[(0, 1)]])

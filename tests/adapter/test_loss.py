@@ -37,6 +37,17 @@ def test_equals_the_equation():
     torch.testing.assert_close(summed_cross_entropy(rows, weight, targets).item(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("trainable_head", [False, True])
+def test_a_soft_cap_is_in_the_loss_and_in_its_gradient(trainable_head):
+    rows, weight, targets = example()
+    logits = 2.5 * torch.tanh(F.linear(rows, weight) / 2.5)
+    theirs = F.cross_entropy(logits, targets, reduction="sum")
+    ours = summed_cross_entropy(rows, weight.clone().requires_grad_(trainable_head), targets, cap=2.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    (actual,), (expected,) = (torch.autograd.grad(value, rows) for value in (ours, theirs))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_trainable_head_gets_its_gradient():
     rows, weight, targets = example()
     weight.requires_grad_()

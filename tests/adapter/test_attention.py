@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from adapter.attention import attend, soft_cap, visible
 
-B, H, G, T, D = 2, 6, 3, 7, 5
+B, H, G, T, D = 2, 6, 3, 11, 5
 
 
 def example(dtype=torch.float32, keys=T):
@@ -36,8 +37,8 @@ def loop(q, k, v, sees, scale=None, cap=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_equation(dtype, scale, cap):
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-5}
-    q, k, v = example(dtype, keys=11)
-    mask = torch.rand(B, 1, T, 11, generator=torch.Generator().manual_seed(1)) < 0.6
+    q, k, v = example(dtype, keys=13)
+    mask = torch.rand(B, 1, T, 13, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[..., 0] = True
     expected = loop(q, k, v, lambda b, t, s: bool(mask[b, 0, t, s]), scale, cap)
     y = attend(q, k, v, mask, scale=scale, cap=cap)
@@ -48,6 +49,14 @@ def test_it_is_the_equation(dtype, scale, cap):
     q, k, v = example(dtype)
     causal = loop(q, k, v, lambda b, t, s: s <= t, scale, cap)
     torch.testing.assert_close(attend(q, k, v, causal=True, scale=scale, cap=cap).double(), causal, **tolerance)
+
+
+@pytest.mark.parametrize("sizes", [(3, 6, 3, 3, 6), (6, 6, 3, 5, 7), (2, 6, 6, 5, 7)])
+def test_heads_are_grouped_whatever_other_sizes_equal_their_number(sizes):
+    rows, heads, groups, length, keys = sizes
+    q, k, v = torch.randn(rows, heads, length, D), *torch.randn(2, rows, groups, keys, D)
+    whole = [x.repeat_interleave(heads // groups, dim=1) for x in (k, v)]
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, *whole))
 
 
 def test_an_added_mask_is_added_to_the_scores():

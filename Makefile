@@ -15,7 +15,7 @@ test: .venv/installed-test ## The tests that say that everything works
 	$(PYTEST)
 
 test-slow: .venv/installed-test ## The tests that take long: more faults, a bucket, the commands of the documents, pretrained models
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --verbose
 
 test-models: .venv/installed-test ## Fetches the pretrained models of make test-slow, 120 MB; it does so itself otherwise
 	$(BIN)/python -m tests.real_models

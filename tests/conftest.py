@@ -199,5 +199,6 @@ def nothing_left_running() -> Iterator[None]:
             groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
             for group in groups:
                 remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group["placement_group_id"])))
-            pytest.fail(f"{left} processors are still taken after {FREED_S} s; placement groups: {groups}")
+            alive = [one["ActorClassName"] for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+            pytest.fail(f"{left} processors are still taken after {FREED_S} s; actors: {alive}; groups: {groups}")
         time.sleep(0.1)

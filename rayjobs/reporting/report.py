@@ -163,8 +163,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = read_jsonl(path) if path.is_file() else []
     if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
         raise DataError(f"{path}: expected an object with a 'step', a whole number, in each line")
-    plain = (int, float, dict, type(None))  # a dict of held-out losses
-    if wrong := [value for row in rows for value in row.values() if not isinstance(value, plain)]:
+    plain = (int, float, dict, type(None))  # a dict of held-out losses; a table of what each worker has read
+    values = [value for row in rows for value in row.values() if not _is_table(value)]
+    if wrong := [value for value in values if not isinstance(value, plain)]:
         raise DataError(f"{path}: expected numbers, found {wrong[0]!r:.40}")
     return rows
 

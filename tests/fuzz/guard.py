@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,13 +35,15 @@ class _Watch:
     hooked = False
     folder: str | None = None
     seen: list[str]
+    others: set[int | None]
+    """threads that lived before, such as one that keeps the lease of another test's run"""
 
 
 _watch = _Watch()
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watch.folder is None:
+    if _watch.folder is None or threading.get_ident() in _watch.others:
         return
     if event == "open":
         path, mode, flags = arguments
@@ -72,6 +75,7 @@ def watched(folder: Path) -> Iterator[None]:
     if not _watch.hooked:
         sys.addaudithook(_hook)
         _watch.hooked = True
+    _watch.others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     _watch.folder, _watch.seen = str(folder.absolute()), []
     Path("/proc/self/clear_refs").write_text("5")  # the highest memory begins anew
     before, memory = time.process_time(), _memory("VmRSS")

@@ -96,7 +96,9 @@ def write_run(folder: Path) -> None:
     write_json(folder / "result.json", result)
     (folder / "test").mkdir()
     write_json(folder / "test" / "result.json", {"headline": "h", "tables": {"t": accuracy}, "differences": {}})
-    write_jsonl(folder / "metrics.jsonl", [{"step": i, "loss": 1 / i, "lr": 1e-3, "workers": 1} for i in range(1, 4)])
+    read = [{"worker": 0, "steps": 3, "bytes": 99}]
+    metrics = [{"step": i, "loss": 1 / i, "lr": 1e-3, "workers": 1, "data_read": read} for i in range(1, 4)]
+    write_jsonl(folder / "metrics.jsonl", metrics)
     (folder / "config.yaml").write_text(dump_yaml({"run": {"storage": "runs", "name": "x"}, "data": {"path": ["a"]}}))
     write_jsonl(folder / "rejected.jsonl", [{"file": "a", "record": "1", "reason": "r"}])
     write_json(folder / "hardware.json", {"cpu": "c", "gpu": "none"})

@@ -75,7 +75,8 @@ def a_run(storage: Path, name: str, seed: int = 3) -> Path:
         folder / "result.json", {"headline": f"loss 1.{seed}", "steps": 12345, "chosen": [{"shots": 1, "lr": 0.5}]}
     )
     rows = [{"step": step, "loss": 2.0 - step / 9, "lr": 0.1, "tokens_per_s": 100} for step in range(1, 9)]
-    write_jsonl(folder / "metrics.jsonl", [{"step": 0, "val_loss": 2.0}, *rows])
+    read = [{"worker": 0, "steps": 8, "bytes": 99}]
+    write_jsonl(folder / "metrics.jsonl", [{"step": 0, "val_loss": 2.0, "data_read": read}, *rows])
     rejected = [{"id": i, "reason": f"why & {i}", "output": "long " * 99} for i in range(60)]
     write_jsonl(folder / "rejected.jsonl", rejected)
     return folder

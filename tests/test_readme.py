@@ -47,6 +47,7 @@ NEEDED = {
     "features of one's own": 3,
     "OpenAI's CLIP, DINO": 2,
     "the hub": 2,
+    "Docker": 1,
 }
 """{what is not here: blocks that need it}. A new one is put down here, so that it is not marked by habit."""
 
@@ -82,6 +83,12 @@ def test_other_tools_understand_what_they_are_told(words: list[str], monkeypatch
         assert {word for word in arguments if word.startswith("--")} <= taken | shorter
         for file in (word.removeprefix("file://") for word in arguments if word.startswith("file://")):
             assert json.loads((ROOT / file).read_text())["Statement"]
+    elif tool == "docker":
+        image = (ROOT / "Dockerfile").read_text()
+        folder = re.search(r"^WORKDIR (\S+)$", image, flags=re.M)
+        assert folder
+        assert all(word == f"demo:{folder[1]}/runs" for word in arguments if ":" in word)
+        assert f"#   {' '.join(words)}" in image, "the first lines of Dockerfile say the same"
     elif tool == "curl":
         (url,) = [word for word in arguments if word.startswith("http://127.0.0.1:8000/")]
         assert f'"{url.removeprefix("http://127.0.0.1:8000")}"' in (ROOT / "rayjobs" / "serve" / "app.py").read_text()

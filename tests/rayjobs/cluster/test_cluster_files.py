@@ -155,7 +155,8 @@ def test_the_image_is_the_ray_that_was_tested() -> None:
     version = pinned.removeprefix("ray==")
     for name in ("cluster.yaml", "configs/cluster/gcp.yaml", "configs/cluster/kuberay.yaml", "Dockerfile"):
         assert version in (ROOT / name).read_text(), name
-    assert set((ROOT / ".dockerignore").read_text().split()) == NOT_UPLOADED
+    ignored = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().split()}
+    assert ignored >= NOT_UPLOADED
 
 
 def test_the_images_drivers_are_new_enough_for_the_pinned_pytorch() -> None:

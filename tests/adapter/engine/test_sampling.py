@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adapter.engine import sampling
-from adapter.engine.sampling import SamplingSettings, choose, random_generator, sample
+from adapter.engine.sampling import SamplingSettings, choose, log_probabilities, random_generator, sample
 from tests.adapter import reference
 
 
@@ -69,3 +69,40 @@ def test_each_row_has_its_own_settings():
         assert together[row] == alone[0]
     assert together[0] == logits[0].argmax()
     assert together[4] == logits[4].argmax()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_warm_sequence_is_drawn_with_its_own_generator(temperature):
+    logits = torch.randn(97, 101, generator=torch.Generator().manual_seed(0))
+    chosen = choose(logits, [SamplingSettings(temperature)] * 97, [random_generator(3, [row], 0) for row in range(97)])
+    draws = torch.stack([torch.rand((), generator=random_generator(3, [row], 0)) for row in range(97)])
+    assert torch.equal(chosen, sample(logits, [temperature] * 97, [1.0] * 97, [0] * 97, draws))
+    assert (chosen != logits.argmax(-1)).sum() > 20
+
+
+def test_a_draw_on_a_border_takes_the_next_token_and_a_full_nucleus_no_further_one():
+    logits, ones = torch.zeros(1, 4), [1.0]  # probabilities of a quarter, without rounding
+    picked = [int(sample(logits, ones, ones, [0], torch.tensor([draw]))) for draw in (0.0, 0.25, 0.5, 0.75)]
+    assert picked == [0, 1, 2, 3]
+    assert [int(sample(logits, ones, [0.5], [0], torch.tensor([draw]))) for draw in (0.25, 0.5, 0.99)] == [0, 1, 1]
+
+
+def test_log_probabilities_are_the_models_with_as_many_rivals_as_asked():
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    expected = (logits.double().exp() / logits.double().exp().sum(1, keepdim=True)).log()
+    rows = log_probabilities(logits, [4, 0, 10], [0, 2, 5])
+    for row, (token, n) in enumerate([(4, 0), (0, 2), (10, 5)]):
+        assert rows[row].id == token
+        assert rows[row].logprob == pytest.approx(float(expected[row, token]), rel=1e-5)
+        likeliest = sorted(range(11), key=lambda id: -float(expected[row, id]))[:n]
+        assert [id for id, _ in rows[row].top] == likeliest
+        assert [value for _, value in rows[row].top] == pytest.approx(expected[row, likeliest].tolist(), rel=1e-5)
+    assert [one.top for one in log_probabilities(logits, [4, 0, 10], [0, 0, 0])] == [[], [], []]
+    with pytest.raises(ValueError, match="shorter"):
+        log_probabilities(logits, [4, 0, 10], [0, 2])
+
+
+def test_a_seed_stands_for_the_same_numbers_in_every_version():
+    assert random_generator(3, [5, 7], 0).initial_seed() == 22_498_531_649_603_473
+    others = [random_generator(4, [5, 7], 0), random_generator(3, [7, 5], 0), random_generator(3, [5, 7], 1)]
+    assert len({22_498_531_649_603_473, *(one.initial_seed() for one in others)}) == 4

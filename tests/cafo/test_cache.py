@@ -9,12 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import cafo.cache
 from cafo.cache import (
     Cache,
+    accuracy,
     affinity,
     class_logits,
+    count_correct,
     load_cache,
     mean_key,
+    nearest_affinity,
     save_cache,
 )
 from cafo.ensemble import Ensemble, standardise
@@ -57,6 +61,39 @@ def test_large_beta_far_from_all_keys_does_not_underflow():
     p = class_logits(a, torch.arange(21) % N, N, 400.0)
     assert torch.isfinite(standardise(p)).all()
     assert (p.argmax(1) == 20 % N).all()
+
+
+def test_a_key_that_is_left_out_counts_for_nothing_even_if_all_are():
+    a = torch.tensor([[0.5, -math.inf], [-math.inf, -math.inf], [-0.25, -math.inf]])
+    assert nearest_affinity(a).tolist() == [0.5, 0.0]
+    expected = torch.tensor([[1.0, 0.0, math.exp(-1.5)], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(class_logits(a, torch.arange(3), 3, 2.0), expected)
+
+
+def test_any_number_of_images_is_predicted_in_blocks(monkeypatch):
+    cache, features, _ = make()
+    whole, product, sizes = cache.logits(features), cafo.cache.affinity, []
+
+    def counted(keys, rows):
+        sizes.append(len(rows))
+        return product(keys, rows)
+
+    monkeypatch.setattr(cafo.cache, "affinity", counted)
+    for rows, affinities, size in ((5, 1 << 23, 5), (2048, 3 * len(cache.labels), 3), (2048, 1, 1)):
+        monkeypatch.setattr(cafo.cache, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(cafo.cache, "_AFFINITIES_AT_ONCE", affinities)
+        sizes.clear()
+        torch.testing.assert_close(cache.logits(features), whole, rtol=1e-4, atol=1e-4)
+        assert max(sizes) == size
+    assert cache.logits({name: f[:0] for name, f in features.items()}).shape == (0, N)
+
+
+def test_correct_images_are_counted_by_the_first_of_the_largest_logits():
+    logits = torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 3.0], [0.0, 5.0, 5.0]])
+    labels = torch.tensor([1, 0, 1, 2])
+    assert (count_correct(logits, labels), accuracy(logits, labels)) == (2, 0.5)
+    assert accuracy(logits[1:2], labels[1:2]) == 1
+    assert accuracy(logits[:0], labels[:0]) == 0
 
 
 def test_a_cache_without_keys_is_zero_shot():
@@ -125,6 +162,13 @@ def test_shapes_that_do_not_fit_are_errors():
         replace(cache, key_names=("a.jpg",))
     with pytest.raises(ValueError, match="class list"):
         replace(cache, class_names=("a", "b"))
+    one_class = replace(cache, labels=torch.zeros_like(cache.labels))
+    for label in (-1, N):
+        with pytest.raises(ValueError, match=f"but the class list has {N} names"):
+            replace(one_class, labels=torch.full_like(cache.labels, label))
+    for classifier in (cache.classifier[:, :3], cache.classifier[..., None]):
+        with pytest.raises(ValueError, match=r"a classifier for 7 classes has shape \(C, 7\)"):
+            replace(cache, classifier=classifier)
     with pytest.raises(ValueError, match="21 labels need keys"):
         replace(cache, keys={"clip": cache.keys["clip"][:5]})
     with pytest.raises(ValueError, match="dino"):

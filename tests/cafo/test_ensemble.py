@@ -3,7 +3,7 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from cafo.cache import affinity, class_logits, zero_shot_logits
-from cafo.ensemble import Ensemble, combine, standardise, table5
+from cafo.ensemble import Ensemble, combine, inverse_spread, standardise, table5
 from tests.cafo import reference
 
 B, N = 13, 7
@@ -26,6 +26,16 @@ def test_a_flat_prediction_becomes_zeros_without_nan_gradients():
     z.sum().backward()
     assert torch.equal(z, torch.zeros_like(z))
     assert torch.isfinite(p.grad).all()
+
+
+@pytest.mark.parametrize("mean", [1e-4, 0.3, 2e3])
+def test_what_is_flat_up_to_rounding_is_flat_whatever_its_mean(mean):
+    apart = torch.linspace(-1, 1, N, dtype=torch.float64)
+    flat, slanted = ((mean * (1 + share * apart)).float()[None] for share in (1e-7, 1e-3))
+    assert inverse_spread(flat).tolist() == [[0.0]]
+    assert float(inverse_spread(slanted)) == pytest.approx(1 / float(slanted.double().std()), rel=1e-2)
+    assert standardise(flat).count_nonzero() == 0
+    torch.testing.assert_close(standardise(slanted)[0], (apart / apart.std()).float(), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("names", [("clip",), ("clip", "dino"), ("clip", "dino", "third")])
@@ -79,6 +89,7 @@ def test_a_factor_per_image_and_leading_axes_change_nothing():
         ({"rule": "vote"}, "vote"),
         ({"temperature": 0.0}, "temperature"),
         ({"scales": {"clip": -1.0}}, "clip"),
+        ({"scales": {"clip": 0.0}}, "clip"),
         ({"rule": "average", "baseline": "clip"}, "baseline"),
     ],
 )

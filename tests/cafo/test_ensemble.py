@@ -68,6 +68,12 @@ def test_the_other_rules_of_table_5():
     swapped = combine(z["dino"], {"zs": zero_shot, "clip": caches["clip"]}, Ensemble())
     torch.testing.assert_close(rows["baseline dino"].logits(0.7), swapped.logits(0.7))
     assert rows["baseline dino"].sources == ("zero_shot", "clip")
+    assert torch.equal(rows["baseline zero-shot"].term, combine(zero_shot, caches, Ensemble(temperature=1.0)).term)
+    larger = (z["clip"] > z["dino"]).float().mean(dim=1)
+    torch.testing.assert_close(rows["maximum"].shares, torch.stack([larger, 1 - larger], dim=1))
+    for name in ("average", "dino alone"):
+        share = 1 / len(rows[name].sources)
+        torch.testing.assert_close(rows[name].shares, torch.full((B, len(rows[name].sources)), share))
     for row in rows.values():
         torch.testing.assert_close(row.shares.sum(dim=-1), torch.ones(B))
 
@@ -80,7 +86,29 @@ def test_a_factor_per_image_and_leading_axes_change_nothing():
         one = combine(zero_shot, caches, ensemble).logits(0.3)
         torch.testing.assert_close(combine(zero_shot, scaled, ensemble).logits(0.3), one)
         stacked = {n: torch.stack([p, p.flip(-1), p]) for n, p in caches.items()}
-        torch.testing.assert_close(combine(zero_shot, stacked, ensemble).logits(0.3)[2], one)
+        together = combine(zero_shot, stacked, ensemble)
+        torch.testing.assert_close(together.logits(0.3)[2], one)
+        shares = combine(zero_shot, {n: p.flip(-1) for n, p in caches.items()}, ensemble).shares
+        torch.testing.assert_close(together.shares[1], shares)
+
+
+def test_predictions_that_are_standardised_already_are_not_again():
+    zero_shot, caches = predictions()
+    z = {"zero_shot": standardise(zero_shot), **{n: standardise(p) for n, p in caches.items()}}
+    anything = {n: torch.full_like(p, torch.nan) for n, p in caches.items()}
+    for ensemble in table5(tuple(caches)).values():
+        expected, got = combine(zero_shot, caches, ensemble), combine(zero_shot, anything, ensemble, z)
+        for part, other in zip(expected[:3], got[:3], strict=True):
+            torch.testing.assert_close(other, part)
+
+
+def test_two_classes_are_enough_and_a_scale_multiplies_its_source():
+    zero_shot, caches = predictions()
+    two = {name: p[:, :2] for name, p in caches.items()}
+    assert combine(zero_shot[:, :2], two, Ensemble()).term.shape == (B, 2)
+    z = {name: standardise(p) for name, p in caches.items()}
+    scaled = combine(zero_shot, caches, Ensemble(rule="average", scales={"clip": 2.0}))
+    torch.testing.assert_close(scaled.term, (2 * z["clip"] + z["dino"]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +131,10 @@ def test_unknown_sources_are_named():
     for ensemble in (Ensemble(sources=("mae",)), Ensemble(baseline="mae"), Ensemble(scales={"mae": 2.0})):
         with pytest.raises(ValueError, match="mae"):
             combine(zero_shot, caches, ensemble)
+    with pytest.raises(ValueError, match=r"no cache named mae; there are clip, dino$"):
+        combine(zero_shot, caches, Ensemble(sources=("mae",)))
+    with pytest.raises(ValueError, match=r"there are none$"):
+        combine(zero_shot, {}, Ensemble(sources=("mae",)))
     with pytest.raises(ValueError, match="two classes"):
         combine(zero_shot[:, :1], caches, Ensemble())
 

@@ -171,6 +171,48 @@ def test_weights_say_how_often_each_source_is_trained_on(tmp_path: Path) -> None
     assert all(count == 4 for id, count in counts_by_id.items() if id < ROWS_PER_SOURCE)
 
 
+def weighted_store(folder: Path, size: int) -> TokenStore:
+    """One source of so many records, in two parts."""
+    parts = []
+    for first, stop in ((0, size // 2), (size // 2, size)):
+        listed = [{"id": i, "tokens": [1, 2], "label_spans": [[1, 2]]} for i in range(first, stop)]
+        write_part(f"{folder}/train-{first:014x}.parquet", listed)
+        parts.append((f"train-{first:014x}.parquet", stop - first))
+    return TokenStore(folder=str(folder), parts={"train": parts, "val": []}, rejected=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 11, 12, 13])
+def test_passes_over_a_source_follow_each_other_wherever_an_epoch_ends(tmp_path: Path, count: int) -> None:
+    store, size = weighted_store(tmp_path, 6), 6
+    sampler = make_sampler(store, weights=(count / size,), shuffle_records=1000)
+    seen: Counter[int] = Counter()
+    for epoch in range(13):
+        ids = sampler.read_window(epoch, 0, CountedReader()).table["id"].to_pylist()
+        assert len(ids) == count
+        seen.update(ids)
+        counts = [seen[id] for id in range(size)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_passes_of_a_weighted_source_follow_from_the_seed_which_is_0_for_none(tmp_path: Path) -> None:
+    store = weighted_store(tmp_path, 40)
+
+    def taken(seed: int | None) -> list[int]:
+        sampler = make_sampler(store, weights=(0.5,), seed=seed, shuffle_records=1000)
+        return sorted(sampler.read_window(0, 0, CountedReader()).table["id"].to_pylist())
+
+    assert taken(None) == taken(0)
+    assert taken(0) != taken(1)
+    assert taken(1) != taken(2)
+
+
+def test_a_source_has_at_least_one_record_in_an_epoch_whatever_its_weight(tmp_path: Path) -> None:
+    store = weighted_store(tmp_path, 6)
+    counts = [make_sampler(store, weights=(weight,)).records_per_epoch(0) for weight in (0.01, 0.2, 0.34, 1.0, 2.5)]
+    assert counts == [1, 1, 2, 6, 15]
+    assert make_sampler(store, weights=(0.5,)).records_per_epoch(1) == 0
+
+
 class IndexedImages:
     """An image source whose bytes name the image that was asked for."""
 
@@ -199,6 +241,9 @@ def test_every_record_brings_its_own_image_and_others_none(tmp_path: Path) -> No
                 for row in micro["rows"]:
                     place = row["id"] - first
                     assert row["image"] == (f"3 {place} {epoch}".encode() if place % 2 else None)
+    without = walk(make_sampler(sampler.store), 1, range(sampler.steps_per_epoch))[0]
+    assert {row["image"] for micro in without for row in micro["rows"]} == {None}
+    assert {micro["read"]["images"] for micro in without} == {0}
     plain = make_sampler(sampler.store, seed=None, images=IndexedImages())
     apart = make_sampler(sampler.store, seed=None, images=IndexedImages(), images_apart=True, token_budget=512)
     micros = [row["rows"] for micro in walk(apart, 1, range(apart.steps_per_epoch)) for row in micro]

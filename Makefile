@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes share the files of tests; each has a Ray cluster of its own.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo install test test-slow test-models coverage lab docs check fuzz bench clean
+.PHONY: demo install test test-slow test-models coverage lab docs check fuzz mutation bench clean
 
 demo: .venv/installed ## Both methods on a world small enough for a laptop, offline
 	$(BIN)/python -m rayjobs demo
@@ -37,6 +37,10 @@ check: .venv/installed-test ## What CI runs: lint, format, types, documentation,
 
 fuzz: .venv/installed-test ## Every reader on damaged files: N=100000 inputs; GUIDED=1 lets atheris choose them
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(or $(N),100000) $(if $(GUIDED),--guided)
+
+mutation: .venv/installed-test ## The core's tests on small faults in its files: all, or COUNT=50 of each; installs cosmic-ray
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt cosmic-ray==8.7.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(if $(COUNT),--count $(COUNT))
 
 bench: .venv/installed-test ## The benchmarks; BASE=folder DATA=records.json TOKENIZER=tokenizer.model adds training
 	$(BIN)/python -m benchmarks.cafo_search --json

@@ -1,0 +1,26 @@
+"""The files that are mutated, and the tests that should find their mutants, the quickest first."""
+
+LOADED_FIRST = ("hypothesis", "sentencepiece", "tokenizers", "torch")
+"""Libraries that take long to import: once, and not once for each mutant of what runs at import."""
+
+SEARCH = ("tests/cafo/test_search.py", "tests/cafo/test_search_exactness.py", "tests/cafo/test_reduced.py")
+
+TARGETS = {
+    "adapter/attention.py": ("tests/adapter/test_attention.py",),
+    "adapter/loss.py": ("tests/adapter/test_loss.py",),
+    "adapter/batching.py": ("tests/adapter/test_batching.py",),
+    "adapter/packing.py": ("tests/adapter/test_packing.py",),
+    "adapter/engine/sampling.py": ("tests/adapter/engine/test_sampling.py",),
+    "rayjobs/data/sampler.py": ("tests/rayjobs/data/test_sampler.py",),
+    "cafo/cache.py": ("tests/cafo/test_cache.py",),
+    "cafo/ensemble.py": ("tests/cafo/test_ensemble.py",),
+    "cafo/alpha_intervals.py": SEARCH,
+    "cafo/search_grid.py": SEARCH,
+    "cafo/search.py": SEARCH,
+    "cafo/near_best.py": ("tests/cafo/test_near_best.py",),
+    "cafo/selection.py": ("tests/cafo/test_selection.py", "tests/cafo/test_cross_fit.py"),
+    "cafo/reduced.py": SEARCH,
+    "cafo/beta_nodes.py": SEARCH,
+    "cafo/competing_classes.py": SEARCH,
+    "rayjobs/tune/selection.py": ("tests/rayjobs/tune/test_selection.py", "tests/rayjobs/tune/test_search_space.py"),
+}

@@ -179,6 +179,21 @@ def cluster(s3: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def busy_cluster(cluster: None) -> Iterator[None]:
+    """The tests' cluster while another job holds all CPUs but one."""
+    import ray
+
+    @ray.remote
+    class Other:
+        def ready(self) -> None: ...
+
+    other = Other.options(num_cpus=ray.cluster_resources()["CPU"] - 1).remote()
+    ray.get(other.ready.remote())
+    yield
+    ray.kill(other)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_running() -> Iterator[None]:
     """Fail a file whose tests leave processors of the tests' cluster taken: those after it would wait for ever."""

@@ -1,5 +1,6 @@
 """Number of worker processes and the resources that each reserves."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +12,9 @@ from rayjobs.errors import ResourceError, UserError
 RAY_DATA_CPUS = 0.5
 """CPUs per node left unreserved for Ray Data tasks. If workers reserved every CPU, their data could never be read, and
 they would wait forever."""
+
+TASK_CPUS = 0.001
+"""CPUs that a task reserves which feeds actors, so that it finds room beside those that hold all whole CPUs."""
 
 
 @config
@@ -83,3 +87,11 @@ class WorkerPoolConfig:
     def _cpu_candidates(self) -> tuple[float, ...]:
         """Return powers of two: Ray rounds resources to 1/10,000, so that other fractions do not add up to a CPU."""
         return (self.cpus_per_worker,) if self.cpus_per_worker else (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+def actor_cpus(resources: Mapping[str, float]) -> float:
+    """Return the CPUs that an actor of a Ray Data pipeline reserves, slightly fewer than a worker's `resources`.
+
+    Otherwise two jobs on two CPUs would hold one each, and both would wait for the tasks that feed their actors.
+    """
+    return round(0.98 * resources["CPU"], 4)

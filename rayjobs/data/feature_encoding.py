@@ -17,7 +17,7 @@ import ray
 import ray.data
 import torch
 from PIL import Image
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from cafo.errors import ImageError
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess, load_image
@@ -25,6 +25,7 @@ from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.shared_storage import assert_shared_storage
+from rayjobs.cluster.worker_pool import TASK_CPUS, actor_cpus
 from rayjobs.console import Progress
 from rayjobs.data.feature_part import write_part
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
@@ -99,7 +100,7 @@ def encode_parts(
             decode_part,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=decoding_cpus(workers, resources),
+            **decoding_tasks(workers, resources),
             fn_kwargs={"preprocess": {name: encoder.preprocess for name, encoder in encoders.items()}},
         )
         written = decoded.map_batches(
@@ -107,7 +108,7 @@ def encode_parts(
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
-            num_cpus=resources["CPU"],
+            num_cpus=actor_cpus(resources),
             num_gpus=resources.get("GPU", 0),
             fn_constructor_args=(dict(encoders), batch, worker_device(resources), encoder_threads(workers)),
         )
@@ -207,13 +208,18 @@ def use_threads(threads: int, device: str) -> None:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
-def decoding_cpus(workers: int, resources: Mapping[str, float]) -> float:
-    """Return the CPUs of a decoding task: nearly one if the encoders leave every node so much, else less than half.
+def decoding_tasks(workers: int, resources: Mapping[str, float]) -> dict[str, Any]:
+    """Return what decoding tasks reserve and how many run at once, as arguments of `map_batches`.
 
-    It never equals what an encoder reserves, since Ray Data would then fuse decoding and encoding into one stage.
+    If the encoders leave two CPUs of every node, each task reserves nearly one. On smaller clusters as many tasks run
+    as CPUs are left, at least one, and they reserve so little that they find room whatever other jobs hold.
+
+    What they reserve never equals what an encoder does, since Ray Data would then fuse the two stages.
     """
     spare = ray.cluster_resources().get("CPU", 0) - workers * resources["CPU"]
-    return 0.9 if spare >= 0.9 * len(ray.nodes()) else 0.4
+    if spare >= 2 * len(ray.nodes()):
+        return {"num_cpus": 0.9}
+    return {"num_cpus": TASK_CPUS, "compute": TaskPoolStrategy(size=max(1, int(spare)))}
 
 
 def _distinct_crops(preprocess: Mapping[str, Preprocess], task: PartTask) -> list[Preprocess]:

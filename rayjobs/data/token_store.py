@@ -26,6 +26,7 @@ from adapter.templates import Template, template_fields
 from adapter.tokenizers.base import Tokenizer
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
+from rayjobs.cluster.worker_pool import TASK_CPUS
 from rayjobs.console import Progress
 from rayjobs.data.image_source import read_image
 from rayjobs.data.records import RecordsConfig, Source
@@ -248,7 +249,7 @@ def _encode_chunks(sources: Sequence[Source], arguments: dict[str, Any]) -> Iter
     with ray_data_context(preserve_order=True):
         source_rows = ray.data.from_items(items, override_num_blocks=len(items))
         # With the CPUs of the next stage, Ray Data would fuse the two and encode a whole file in one task.
-        chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=0.01)
+        chunks = source_rows.map_batches(_read_chunks, batch_size=1, num_cpus=TASK_CPUS)
         yield from chunks.map_batches(_write_chunk, batch_size=1, fn_kwargs=arguments).iter_rows()
 
 

@@ -24,7 +24,7 @@ from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.ray_init import connect
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
+from rayjobs.cluster.worker_pool import TASK_CPUS, WorkerPoolConfig, actor_cpus
 from rayjobs.console import Progress
 from rayjobs.errors import DataError
 from rayjobs.inference.adapter_source import AdapterSourceConfig
@@ -127,7 +127,7 @@ class BatchGenerator:
                 decode_images,
                 batch_size=1,
                 batch_format="pyarrow",
-                num_cpus=0.01,  # different from the workers' CPUs, or Ray Data would fuse the two stages
+                num_cpus=TASK_CPUS,  # different from the actors' CPUs, or Ray Data would fuse the two stages
                 compute=TaskPoolStrategy(size=self.pool.workers.max),  # bounds the number of processes
                 fn_kwargs={"root": self.image_root, "conditioning": self.conditioning},
             )
@@ -137,7 +137,7 @@ class BatchGenerator:
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(self.pool.workers.max, len(items))),
-            num_cpus=resources["CPU"],
+            num_cpus=actor_cpus(resources),
             num_gpus=resources.get("GPU", 0),
             fn_constructor_args=(self.task, self.schema, self.model, self.conditioning, device),
         )

@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
+from rayjobs.cluster.worker_pool import TASK_CPUS, WorkerPoolConfig, actor_cpus
 from rayjobs.console import Progress
 from rayjobs.data.image_source import ImageSource, StoredFeatures
 from rayjobs.data.loader import collate_micro_batch
@@ -54,7 +54,7 @@ def record_losses(
         batches = ray.data.from_items(windows, override_num_blocks=len(windows)).map_batches(
             window_micro_batches,
             batch_size=1,
-            num_cpus=0.01,
+            num_cpus=TASK_CPUS,
             compute=TaskPoolStrategy(size=min(2, len(windows))),
             fn_kwargs={"sampler": sampler, "steps": range(sampler.steps_per_epoch), "rank": 0, "world": 1},
         )
@@ -63,7 +63,7 @@ def record_losses(
             batch_size=4,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=pool.workers.max),
-            num_cpus=resources["CPU"],
+            num_cpus=actor_cpus(resources),
             num_gpus=resources.get("GPU", 0),
             fn_constructor_args=(model, conditioning, stored, device),
         )

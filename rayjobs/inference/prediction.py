@@ -28,9 +28,9 @@ from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.shared_storage import assert_shared_storage
-from rayjobs.cluster.worker_pool import WorkerPoolConfig
+from rayjobs.cluster.worker_pool import WorkerPoolConfig, actor_cpus
 from rayjobs.console import Progress
-from rayjobs.data.feature_encoding import decoding_cpus, encoder_threads, use_threads
+from rayjobs.data.feature_encoding import decoding_tasks, encoder_threads, use_threads
 from rayjobs.data.image_reading import Unit, read_pixels
 from rayjobs.models.encoder import EncoderInfo, load_vision_encoder
 from rayjobs.storage.files import atomic_path, read_parquet, write_jsonl, write_parquet
@@ -118,7 +118,7 @@ def predict_units(
             read_pixels,
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=decoding_cpus(workers, resources),
+            **decoding_tasks(workers, resources),
             fn_kwargs={
                 "preprocess": kinds,
                 "per_shard": how.per_shard,
@@ -130,7 +130,7 @@ def predict_units(
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
-            num_cpus=resources["CPU"],
+            num_cpus=actor_cpus(resources),
             num_gpus=resources.get("GPU", 0),
             fn_constructor_args=(
                 ray.put(classifier),

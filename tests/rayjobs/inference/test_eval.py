@@ -147,7 +147,7 @@ def test_scienceqa_of_a_run_is_measured_on_what_it_held_out(tiny_base: Path, tmp
 
 @pytest.mark.ray
 def test_figures_on_training_records_are_called_that(
-    cluster: None, tiny_base: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    busy_cluster: None, tiny_base: Path, records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_jsonl(tmp_path / "few.jsonl", [*read_jsonl(records)[:30], {"instruction": "cat " * 2000, "output": "sat"}])
     data = {"path": [str(tmp_path / "few.jsonl")], "val_fraction": 0.0}

@@ -49,7 +49,11 @@ def settings(trained_llama: Path, scienceqa: Path, tmp_path: Path) -> adapter_ev
 
 @pytest.mark.ray
 def test_problems_are_answered_tabled_and_taken_up_again(
-    settings: adapter_eval.Config, scienceqa: Path, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+    settings: adapter_eval.Config,
+    scienceqa: Path,
+    tmp_path: Path,
+    busy_cluster: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copied = tmp_path / "scienceqa"
     shutil.copytree(scienceqa, copied)

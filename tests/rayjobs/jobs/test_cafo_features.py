@@ -45,7 +45,7 @@ def parts(config: cafo_features.Config) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in config.run.cache_folder.glob("features/*/*.parquet")}
 
 
-def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, cluster: None) -> None:
+def test_the_store_holds_what_the_encoders_say_of_every_view(tmp_path: Path, busy_cluster: None) -> None:
     config = settings(make_dataset(tmp_path), "features.max_rejected_fraction=0.1")
     bad = tmp_path / "images" / "val" / "grey" / "003.png"
     bad.write_bytes(bad.read_bytes()[:60])

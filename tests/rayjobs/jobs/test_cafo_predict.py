@@ -323,7 +323,7 @@ def test_the_best_classifier_of_a_sweep_is_taken(place: Path, tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_the_command_predicts_on_a_cluster(place: Path, cluster: None) -> None:
+def test_the_command_predicts_on_a_cluster(place: Path, busy_cluster: None) -> None:
     specs = json.loads((place / "encoders.json").read_text())
     write_json(place / "config.yaml", {"encoders": specs, "top": 3, "images_per_shard": 4})
     command = ["cafo-predict", "--config", str(place / "config.yaml"), f"classifier={place / 'model.safetensors'}"]

@@ -3,7 +3,8 @@
 LOADED_FIRST = ("hypothesis", "sentencepiece", "tokenizers", "torch")
 """Libraries that take long to import: once, and not once for each mutant of what runs at import."""
 
-SEARCH = ("tests/cafo/test_search.py", "tests/cafo/test_search_exactness.py", "tests/cafo/test_reduced.py")
+SEARCH = ("tests/cafo/test_search.py", "tests/cafo/test_reduced.py")
+REDUCED = ("tests/cafo/test_reduced.py", "tests/cafo/test_search_exactness.py")
 
 TARGETS = {
     "adapter/attention.py": ("tests/adapter/test_attention.py",),
@@ -14,13 +15,13 @@ TARGETS = {
     "rayjobs/data/sampler.py": ("tests/rayjobs/data/test_sampler.py",),
     "cafo/cache.py": ("tests/cafo/test_cache.py",),
     "cafo/ensemble.py": ("tests/cafo/test_ensemble.py",),
-    "cafo/alpha_intervals.py": SEARCH,
+    "cafo/alpha_intervals.py": ("tests/cafo/test_alpha_intervals.py", "tests/cafo/test_search.py"),
     "cafo/search_grid.py": SEARCH,
     "cafo/search.py": SEARCH,
     "cafo/near_best.py": ("tests/cafo/test_near_best.py",),
     "cafo/selection.py": ("tests/cafo/test_selection.py", "tests/cafo/test_cross_fit.py"),
-    "cafo/reduced.py": SEARCH,
-    "cafo/beta_nodes.py": SEARCH,
-    "cafo/competing_classes.py": SEARCH,
+    "cafo/reduced.py": REDUCED,
+    "cafo/beta_nodes.py": REDUCED,
+    "cafo/competing_classes.py": REDUCED,
     "rayjobs/tune/selection.py": ("tests/rayjobs/tune/test_selection.py", "tests/rayjobs/tune/test_search_space.py"),
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adapter.batching import micro_batches
 from rayjobs.data import sampler as sampler_module
 from rayjobs.data.sampler import ElasticBatchSampler, assign_micro_batches, window_micro_batches
 from rayjobs.data.token_part import write_part
@@ -275,6 +276,25 @@ def test_micro_batches_of_one_kind_keep_to_the_budget() -> None:
         assert all(len(micro) * max(lengths[i] for i in micro) <= 64 for micro in micros if micro)
         assert all(len({kinds[i] for i in micro}) == 1 for micro in micros if micro)
     assert assign_micro_batches(lengths, 64, 2, [True] * 41) == assign_micro_batches(lengths, 64, 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_are_those_of_the_smallest_budget_that_makes_no_more_of_them(world: int) -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        lengths, kinds = rng.integers(0, 13, 11).tolist(), (rng.random(11) < 0.4).tolist()
+        of_kind = [[i for i in range(11) if kinds[i] == kind] for kind in (False, True)]
+
+        def cut(budget: int, of_kind: list[list[int]] = of_kind, lengths: list[int] = lengths) -> list[list[int]]:
+            return [
+                [own[i] for i in micro] for own in of_kind for micro in micro_batches([lengths[i] for i in own], budget)
+            ]
+
+        most = -(-len(cut(29)) // world) * world
+        smallest = next(budget for budget in range(1, 30) if len(cut(budget)) <= most)
+        expected = [*cut(smallest), *[[]] * (-len(cut(smallest)) % world)]
+        dealt = assign_micro_batches(lengths, 29, world, kinds)
+        assert dealt == [expected[rank::world] for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 7, 16, 53, 64, 90])

@@ -111,6 +111,12 @@ def test_logits_follow_the_equations_and_are_float32_for_half_precision_features
     assert cache.logits({n: f.bfloat16() for n, f in features.items()}).dtype == torch.float32
 
 
+def test_a_cache_starts_at_the_alpha_and_beta_of_tip_adapters_reference():
+    cache, _, _ = make()
+    new = Cache(keys=cache.keys, labels=cache.labels, classifier=cache.classifier, class_names=cache.class_names)
+    assert (new.alpha, new.beta) == (1.0, 5.5)
+
+
 def test_mean_key():
     views = torch.randn(3, 5, 11)
     torch.testing.assert_close(mean_key(views), F.normalize((views[0] + views[1] + views[2]) / 3, dim=1))

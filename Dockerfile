@@ -6,7 +6,7 @@
 #   docker cp demo:/home/ray/rayjobs/runs . && docker rm demo              # its runs and their reports
 #
 # PyTorch out of the package index holds its CUDA libraries in either, and what is installed takes 6 GB. With
-# PIP_EXTRA_INDEX_URL as a build argument, pip also looks in another index, such as that of PyTorch's builds for the CPU.
+# PIP_EXTRA_INDEX_URL as a build argument, pip also looks in another index, such as PyTorch's of builds for the CPU.
 ARG DEVICE=gpu
 FROM rayproject/ray:2.60.0-py311-${DEVICE}
 ARG PIP_EXTRA_INDEX_URL=

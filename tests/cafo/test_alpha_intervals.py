@@ -66,6 +66,20 @@ def test_without_a_base_the_largest_term_is_right_at_every_alpha_and_the_first_o
     assert high.tolist() == [INF] * 3
 
 
+def test_leading_axes_are_as_many_problems():
+    base, term = torch.randn(2, 3, 2, 11, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(11) % 5
+    margins, ties = label_margins(base, labels), label_margins(torch.zeros_like(base), labels)
+    together = [*correct_intervals(margins, term, labels), *alone_intervals(ties, term, labels)]
+    for i, j in ((0, 0), (1, 1), (2, 0)):
+        assert torch.equal(margins[i, j], label_margins(base[i, j], labels))
+        alone = [
+            *correct_intervals(margins[i, j], term[i, j], labels),
+            *alone_intervals(ties[i, j], term[i, j], labels),
+        ]
+        assert all(torch.equal(one[i, j], other) for one, other in zip(together, alone, strict=True))
+
+
 def test_counts_at_some_alphas_are_those_of_argmax():
     rng = torch.Generator().manual_seed(0)
     base, term = torch.randn(2, 53, 7, generator=rng)

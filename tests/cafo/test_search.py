@@ -155,16 +155,6 @@ def test_a_candidate_that_float32_does_not_confirm_gives_way(monkeypatch):
     assert search(HeldOut(*data), grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)
 
 
-def test_a_choice_at_the_edge_of_its_range_names_the_setting_to_widen():
-    grid = BetaGrid(low=0.1, high=12.0)
-    assert grid.edge_notice(1.0, 5.0) == ""
-    assert grid.edge_notice(1.0, 12.0).endswith("is 12, the largest value that was tried; to try others, change high")
-    low = grid.edge_notice(1.0, 0.1, low_setting="search.beta_low")
-    assert low.endswith("is 0.1, the smallest value that was tried; to try others, change search.beta_low")
-    assert "α is 0" in grid.edge_notice(0.0, 0.1)
-    assert BetaGrid(low=3.0, high=3.0).edge_notice(1.0, 3.0) == ""
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_every_value_of_beta_on_the_finer_grids_has_its_own_accuracy(seed):
     data = setup(seed)

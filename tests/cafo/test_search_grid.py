@@ -52,6 +52,7 @@ def expected_betas(grid):
         BetaGrid(low=3.0, high=3.4, steps=2, refinements=2, refined_steps=4),
         BetaGrid(low=4.0, high=20.0, steps=5, refinements=2, refined_steps=2),
         BetaGrid(low=0.1, high=3.0, steps=6, refinements=0),
+        BetaGrid(low=1.0, high=7.0, steps=7, refinements=1),
     ],
 )
 def test_finer_grids_reach_to_the_neighbours_of_the_best_value(monkeypatch, grid, ends):
@@ -76,5 +77,21 @@ def test_one_value_is_tried_once():
 )
 def test_a_grid_that_cannot_be_is_refused(wrong):
     BetaGrid(low=12.0, high=12.0, steps=1, refinements=0, refined_steps=2)
+    BetaGrid(low=0.01)
     with pytest.raises(CafoError, match="a β grid needs 0 < low <= high, steps >= 1 and refined_steps >= 2, got low="):
         BetaGrid(**wrong)
+
+
+def test_the_default_is_the_references_search_on_caltech101_refined_twice():
+    assert BetaGrid() == BetaGrid(low=0.1, high=12.0, steps=200, refinements=2, refined_steps=9)
+    assert (BetaGrid().values()[0], BetaGrid().values()[-1], len(BetaGrid().values())) == (0.1, 12.0, 200)
+
+
+def test_a_choice_at_the_edge_of_its_range_names_the_setting_to_widen():
+    grid = BetaGrid(low=0.1, high=12.0)
+    assert grid.edge_notice(1.0, 5.0) == ""
+    assert grid.edge_notice(1.0, 12.0).endswith("is 12, the largest value that was tried; to try others, change high")
+    low = grid.edge_notice(1.0, 0.1, low_setting="search.beta_low")
+    assert low.endswith("is 0.1, the smallest value that was tried; to try others, change search.beta_low")
+    assert "α is 0" in grid.edge_notice(0.0, 0.1)
+    assert BetaGrid(low=3.0, high=3.0).edge_notice(1.0, 3.0) == ""

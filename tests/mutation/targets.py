@@ -19,7 +19,7 @@ TARGETS = {
     "cafo/search_grid.py": ("tests/cafo/test_search_grid.py",),
     "cafo/search.py": SEARCH,
     "cafo/near_best.py": ("tests/cafo/test_near_best.py",),
-    "cafo/selection.py": ("tests/cafo/test_selection.py", "tests/cafo/test_cross_fit.py"),
+    "cafo/selection.py": ("tests/cafo/test_selection.py",),
     "cafo/reduced.py": REDUCED,
     "cafo/beta_nodes.py": REDUCED,
     "cafo/competing_classes.py": REDUCED,

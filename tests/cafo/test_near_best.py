@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import cafo.near_best
 from cafo.calibration import free_temperature_loss
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble
 from cafo.held_out import HeldOut
@@ -47,6 +48,38 @@ def test_it_is_the_cheapest_of_those_within_one_standard_error(seed):
             for alpha in [prior.alpha * 1.7**i for i in range(-6, 7, 2)]:
                 if right(*data, alpha, beta, ensemble) >= enough:
                     assert got <= cost(alpha, beta, ensemble) + 0.5
+
+
+@pytest.mark.parametrize(("pairs", "judged"), [(24, 256), (5, 10), (1000, 20)])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_cheapest_of_a_plain_list_of_costs(monkeypatch, seed, pairs, judged):
+    monkeypatch.setattr(cafo.near_best, "_PAIRS", pairs)
+    monkeypatch.setattr(cafo.near_best, "_IMAGES_OF_LOSS", judged)
+    monkeypatch.setattr(cafo.near_best, "_LOGITS_OF_LOSS", 3)
+    monkeypatch.setattr(cafo.near_best, "_LOGITS_AT_ONCE", 1)
+    data = setup(seed)
+    images, prior = reduced(data), expect(data[0], data[3], 3)
+    candidates, total = search_grid(images, GRID, EVERY), len(data[3])
+    highest = total - min(candidates).wrong
+    enough = math.ceil(highest - math.sqrt(highest * (total - highest) / total))
+    near = sorted((c for c in candidates if total - c.wrong >= enough), key=lambda c: (c.ensemble, c.beta))
+    every, rows = max(1, len(near) // pairs), torch.arange(0, total, max(1, total // judged))
+    costs = []
+    for one in {min(near), *near[every // 2 :: every]}:
+        ensemble, alphas = EVERY[one.ensemble], [one.alpha]
+        if ensemble.baseline != NOTHING:
+            others = [prior.alpha * 1.7**i for i in range(-6, 7)]
+            alphas += [alpha for alpha in others if right(*data, alpha, one.beta, ensemble) >= enough]
+        for alpha in alphas:
+            logits = HeldOut(*data).images(rows).combine(one.beta, ensemble).logits(alpha)
+            loss = float(free_temperature_loss(logits, data[3][rows]))
+            penalty = prior.penalty(alpha, one.beta, zero_shot=ensemble.baseline != NOTHING)
+            costs.append((total * loss + penalty, alpha, one.beta, one.ensemble))
+    got = choose_near_best(candidates, images, EVERY, prior, floor=0)
+    expected = min(costs)
+    assert (got.beta, got.ensemble) == expected[2:]
+    assert got.alpha == pytest.approx(expected[1], rel=1e-5)
+    assert got.correct == right(*data, got.alpha, got.beta, EVERY[got.ensemble]) >= enough
 
 
 def useless_source(seed):

@@ -51,17 +51,20 @@ def test_it_is_the_cheapest_of_those_within_one_standard_error(seed):
 
 
 @pytest.mark.parametrize(("pairs", "judged"), [(24, 256), (5, 10), (1000, 20)])
-@pytest.mark.parametrize("seed", range(3))
-def test_it_is_the_cheapest_of_a_plain_list_of_costs(monkeypatch, seed, pairs, judged):
+@pytest.mark.parametrize(("factor", "strict"), [(1, False), (1, True), (1e9, True)])
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_the_cheapest_of_a_plain_list_of_costs(monkeypatch, seed, pairs, judged, factor, strict):
+    """strict: the floor is the highest accuracy. factor: of the expected α, which may be far from any good one."""
     monkeypatch.setattr(cafo.near_best, "_PAIRS", pairs)
     monkeypatch.setattr(cafo.near_best, "_IMAGES_OF_LOSS", judged)
     monkeypatch.setattr(cafo.near_best, "_LOGITS_OF_LOSS", 3)
     monkeypatch.setattr(cafo.near_best, "_LOGITS_AT_ONCE", 1)
     data = setup(seed)
     images, prior = reduced(data), expect(data[0], data[3], 3)
+    prior = replace(prior, alpha=factor * prior.alpha)
     candidates, total = search_grid(images, GRID, EVERY), len(data[3])
     highest = total - min(candidates).wrong
-    enough = math.ceil(highest - math.sqrt(highest * (total - highest) / total))
+    enough = highest if strict else math.ceil(highest - math.sqrt(highest * (total - highest) / total))
     near = sorted((c for c in candidates if total - c.wrong >= enough), key=lambda c: (c.ensemble, c.beta))
     every, rows = max(1, len(near) // pairs), torch.arange(0, total, max(1, total // judged))
     costs = []
@@ -75,7 +78,7 @@ def test_it_is_the_cheapest_of_a_plain_list_of_costs(monkeypatch, seed, pairs, j
             loss = float(free_temperature_loss(logits, data[3][rows]))
             penalty = prior.penalty(alpha, one.beta, zero_shot=ensemble.baseline != NOTHING)
             costs.append((total * loss + penalty, alpha, one.beta, one.ensemble))
-    got = choose_near_best(candidates, images, EVERY, prior, floor=0)
+    got = choose_near_best(candidates, images, EVERY, prior, floor=highest if strict else 0)
     expected = min(costs)
     assert (got.beta, got.ensemble) == expected[2:]
     assert got.alpha == pytest.approx(expected[1], rel=1e-5)

@@ -117,6 +117,7 @@ def test_without_a_label_one_token_is_computed_and_every_gradient_is_zero():
     model, (tokens, labels) = random_decoder(ADAPTERS["prompts"]), batch()
     packing = pack(tokens, torch.full_like(labels, IGNORE))
     assert (len(packing.tokens), len(packing.targets)) == (1, 0)
+    assert len(pack(tokens[:1], torch.full_like(labels[:1], IGNORE)).tokens) == 1
     loss = model(tokens, torch.full_like(labels, IGNORE))
     assert loss.item() == 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -3,7 +3,7 @@ import torch
 
 import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
-from cafo.ensemble import Ensemble, combine, table5
+from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble, combine, table5
 from cafo.held_out import HeldOut
 from cafo.search import search, weight_grid
 from cafo.search_grid import BetaGrid
@@ -111,6 +111,22 @@ def test_weight_grid_leaves_out_multiples():
     assert search(HeldOut(*data), grid=GRID, ensembles=grid).correct >= search(HeldOut(*data), grid=GRID).correct
 
 
+def test_weight_grid_leaves_out_sources_and_zero_shot_with_the_whole_ensemble_first():
+    grid = weight_grid(Ensemble(), ("clip", "dino"), (2.0, 10.0), (0.0, 1.0), drop_zero_shot=True)
+    both, clip, dino = {"clip": 1.0, "dino": 1.0}, {"clip": 1.0}, {"dino": 1.0}
+    assert [(e.baseline, e.temperature, e.sources, dict(e.scales)) for e in grid] == [
+        (ZERO_SHOT, 2.0, None, both),
+        (ZERO_SHOT, 2.0, ("dino",), dino),
+        (ZERO_SHOT, 2.0, ("clip",), clip),
+        (ZERO_SHOT, 10.0, None, both),
+        (NOTHING, 2.0, None, both),
+        (NOTHING, 2.0, ("dino",), dino),
+        (NOTHING, 2.0, ("clip",), clip),
+    ]
+    (only,) = weight_grid(Ensemble(baseline="clip"), ("clip", "dino"), scales=(0.0, 1.0), drop_zero_shot=True)
+    assert only == Ensemble(baseline="clip", scales=both)
+
+
 def test_no_key_at_all_and_three_sources():
     zero_shot, affinities, key_labels, labels = setup(0, widths=(11, 13, 17))
     result = search(HeldOut(zero_shot, affinities, key_labels, labels), grid=GRID)
@@ -135,7 +151,7 @@ def test_wrong_input_is_an_error():
     zero_shot, affinities, key_labels, labels = setup(0)
     with pytest.raises(ValueError, match="at least one image"):
         search(HeldOut(zero_shot[:0], affinities, key_labels, labels[:0]))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"21 keys and 53 images need affinities of shape \(21, 53\)"):
         search(HeldOut(zero_shot, {n: a.T for n, a in affinities.items()}, key_labels, labels))
     with pytest.raises(ValueError, match="7 classes"):
         search(HeldOut(zero_shot, affinities, key_labels, labels + 1))

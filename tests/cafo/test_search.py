@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import cafo.search
 from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble, combine, table5
 from cafo.held_out import HeldOut
+from cafo.parts import Part
 from cafo.search import search, weight_grid
 from cafo.search_grid import BetaGrid
 from tests.cafo import reference
@@ -145,6 +148,13 @@ def test_small_blocks_give_the_same_answer(monkeypatch):
     assert (blocks.correct, blocks.beta) == (whole.correct, whole.beta)
     assert blocks.alpha == pytest.approx(whole.alpha, rel=1e-5)
     assert blocks.landscapes[0].correct == whole.landscapes[0].correct
+
+
+def test_a_part_hurts_if_one_image_more_is_correct_without_it():
+    parts = (Part("dino", 50, 51, 40), Part("clip", 50, 50, 40), Part("zero_shot", 50, None, 40))
+    result = replace(search(HeldOut(*setup(0)), grid=GRID), parts=parts)
+    (told,) = result.hurtful_parts()
+    assert told == "dino hurts: 51 of 53 images are correct at the best values without it, 50 with it"
 
 
 def test_wrong_input_is_an_error():

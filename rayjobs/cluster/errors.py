@@ -1,6 +1,9 @@
 """Unwrap Ray's exceptions, so that a user sees the error that a worker raised."""
 
+import gc
 import re
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +16,11 @@ RETRY_NOTE = "\nFailed to apply UDF transform"
 
 @contextmanager
 def reraise_user_errors() -> Iterator[None]:
-    """Raise the user error that a Ray task, actor or Train worker has raised in place of Ray's exception around it."""
+    """Raise the user error that a Ray task, actor or Train worker has raised in place of Ray's exception around it.
+
+    The error holds no actor of the pipeline that failed: who keeps it, as a notebook does, does not keep their CPUs.
+    """
+    handled = sys.exc_info()[1]
     try:
         yield
     except Exception as error:
@@ -22,10 +29,32 @@ def reraise_user_errors() -> Iterator[None]:
                 message, note, _ = str(cause).partition(RETRY_NOTE)
                 if note:
                     cause.args = (message,)
+                _release_actors(error, handled)
                 raise cause from None
             if type(cause).__name__ == "ActorDiedError" and (parsed := parse_user_error(str(cause))):
+                _release_actors(error, handled)
                 raise parsed from None
         raise
+
+
+def _release_actors(error: BaseException, handled: BaseException | None) -> None:
+    """Let go of a pipeline that has failed, and of its actors: the frames of its error and a cycle refer to them.
+
+    error: Ray's exception. It and those that it came from or follows lose their tracebacks.
+    handled: an exception that was being handled when the pipeline began, and stays as it is.
+    """
+    seen, pending = {id(handled)}, [error]
+    while pending:
+        current = pending.pop()
+        seen.add(id(current))
+        current.__traceback__ = None
+        linked = (current.__cause__, current.__context__, getattr(current, "cause", None))
+        pending += [one for one in linked if isinstance(one, BaseException) and id(one) not in seen]
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor"):
+            thread.join(timeout=10)
+    gc.collect()
 
 
 def iterate_causes(error: BaseException) -> Iterator[BaseException]:

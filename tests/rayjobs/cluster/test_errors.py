@@ -12,6 +12,7 @@ from rayjobs.cluster.errors import parse_user_error, reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.errors import DataError, StorageError
 from tests.conftest import ROOT
+from tests.waiting import wait_until
 
 
 def failing_function(batch: Any) -> Any:
@@ -37,6 +38,8 @@ def test_an_error_in_a_data_pipeline_reaches_the_driver_as_it_was_raised(cluster
     with pytest.raises(DataError) as raised, reraise_user_errors(), ray_data_context(preserve_order=False):
         list(ray.data.range(8).map_batches(**failing).iter_batches())
     assert str(raised.value) == "record 7 has no output"
+    # although the error is kept, as a notebook keeps the last one, no actor of the pipeline keeps its CPU
+    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], "free CPUs")
 
 
 SCRIPT = """

@@ -66,7 +66,15 @@ class Runs:
         metrics = self.storage / name / "metrics.jsonl"
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         deadline = time.monotonic() + PATIENCE_S
-        while not metrics.exists() or metrics.stat().st_mtime_ns == before or read_jsonl(metrics)[-1]["step"] < step:
+
+        def last() -> int:
+            """The last step; 0 where there is none, as when the next driver begins anew."""
+            if not metrics.exists() or metrics.stat().st_mtime_ns == before:
+                return 0
+            rows = read_jsonl(metrics)
+            return int(rows[-1]["step"]) if rows else 0
+
+        while last() < step:
             assert process.poll() is None, process.communicate()[1][-2000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)

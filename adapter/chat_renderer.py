@@ -110,12 +110,16 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Return a product or a power of numbers. Raises SecurityError for large ones, and for repeated texts."""
+        """Return a product or a power. Raises SecurityError for a value that is too long and large powers."""
         for one, other in ((left, right), (right, left)):
             if operator == "*" and hasattr(one, "__len__") and isinstance(other, int) and len(one) * other > _LONGEST:
-                raise jinja2.exceptions.SecurityError(f"a template repeats a value {other} times")
+                raise jinja2.exceptions.SecurityError(
+                    f"a template repeats a value {other:,} times; what it makes so may have {_LONGEST:,} items at most"
+                )
         if operator == "**" and max(abs(left), abs(right)) > _LARGEST:
-            raise jinja2.exceptions.SecurityError(f"a template takes the power {left} ** {right}")
+            raise jinja2.exceptions.SecurityError(
+                f"a template takes the power {left} ** {right}: more than {_LARGEST:,}"
+            )
         return super().call_binop(context, operator, left, right)
 
 

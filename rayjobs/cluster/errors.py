@@ -24,17 +24,24 @@ def reraise_user_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for cause in iterate_causes(error):
-            if type(cause).__module__.partition(".")[0] != "ray" and is_user_error(cause):
-                message, note, _ = str(cause).partition(RETRY_NOTE)
-                if note:
-                    cause.args = (message,)
-                _release_actors(error, handled)
-                raise cause from None
-            if type(cause).__name__ == "ActorDiedError" and (parsed := parse_user_error(str(cause))):
-                _release_actors(error, handled)
-                raise parsed from None
-        raise
+        found = _find_user_error(error)
+        if found is None:
+            raise
+        _release_actors(error, handled)
+        raise found from None
+
+
+def _find_user_error(error: BaseException) -> BaseException | None:
+    """Return the user error that an exception of Ray's came from, without Ray's note; None if there is none."""
+    for cause in iterate_causes(error):
+        if type(cause).__module__.partition(".")[0] != "ray" and is_user_error(cause):
+            message, note, _ = str(cause).partition(RETRY_NOTE)
+            if note:
+                cause.args = (message,)
+            return cause
+        if type(cause).__name__ == "ActorDiedError" and (parsed := parse_user_error(str(cause))):
+            return parsed
+    return None
 
 
 def _release_actors(error: BaseException, handled: BaseException | None) -> None:

@@ -86,7 +86,7 @@ def functions_of(code: CodeType, inside: str = "") -> Iterator[tuple[str, CodeTy
 
 
 def at_import(code: CodeType) -> object:
-    """What runs when a module is imported, in a form that can be compared."""
+    """Return all that runs when a module is imported, in a form that can be compared."""
     constants = [one for one in code.co_consts if not isinstance(one, CodeType)]
     classes = [one for one in code.co_consts if isinstance(one, CodeType) and not one.co_flags & inspect.CO_OPTIMIZED]
     return code.co_code, repr(constants), code.co_names, [at_import(one) for one in classes]

@@ -1,6 +1,7 @@
 """The mutants of a file: its source with one operator, number, truth or condition changed by cosmic-ray."""
 
 import ast
+import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,26 +9,18 @@ from pathlib import Path
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
-from cosmic_ray.operators import (
-    binary_operator_replacement,
-    boolean_replacer,
-    break_continue,
-    comparison_operator_replacement,
-    number_replacer,
-    unary_operator_replacement,
-    zero_iteration_for_loop,
-)
 from cosmic_ray.operators.operator import Operator
 
 MODULES = (
-    binary_operator_replacement,
-    boolean_replacer,
-    break_continue,
-    comparison_operator_replacement,
-    number_replacer,
-    unary_operator_replacement,
-    zero_iteration_for_loop,
+    "binary_operator_replacement",
+    "boolean_replacer",
+    "break_continue",
+    "comparison_operator_replacement",
+    "number_replacer",
+    "unary_operator_replacement",
+    "zero_iteration_for_loop",
 )
+"""The modules of cosmic-ray whose operators are taken."""
 REPLACED = {
     "Binary": "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Add Pow_Mul BitAnd_BitOr BitOr_BitAnd LShift_RShift",
     "Comparison": "Lt_LtE Lt_Gt LtE_Lt LtE_Gt Gt_GtE Gt_Lt GtE_Gt GtE_Lt Eq_NotEq NotEq_Eq Is_IsNot IsNot_Is",
@@ -59,7 +52,7 @@ class Mutant:
 def operators() -> Iterator[Operator]:
     wanted = {f"Replace{kind}Operator_{name}" for kind, names in REPLACED.items() for name in names.split()}
     pairs = tuple(f"Replace{kind}Operator_" for kind in REPLACED)
-    for module in MODULES:
+    for module in (importlib.import_module(f"cosmic_ray.operators.{name}") for name in MODULES):
         for one in getattr(module, "operators", vars(module).values)():
             if not inspect.isclass(one) or not issubclass(one, Operator) or inspect.isabstract(one):
                 continue
@@ -68,7 +61,7 @@ def operators() -> Iterator[Operator]:
 
 
 def annotations(source: str) -> list[tuple[Place, Place]]:
-    """Where annotations begin and end; nothing runs them."""
+    """Return where annotations begin and end, which nothing runs."""
     found = []
     for node in ast.walk(ast.parse(source)):
         for one in (getattr(node, "annotation", None), getattr(node, "returns", None)):
@@ -78,7 +71,7 @@ def annotations(source: str) -> list[tuple[Place, Place]]:
 
 
 def find_mutants(path: Path) -> list[Mutant]:
-    """All mutants of a file that can be compiled and differ from it then, in the order of its lines."""
+    """Return all mutants of a file that can be compiled and differ from it then, in the order of its lines."""
     source = path.read_text(encoding="utf-8")
     spared, original, mutants = annotations(source), compile(source, path, "exec"), []
     for operator in operators():

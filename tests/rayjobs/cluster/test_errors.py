@@ -1,8 +1,11 @@
 """A user error that a worker raises reaches the user as itself, wherever Ray has put it."""
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from typing import Any
 
 import pytest
@@ -30,16 +33,29 @@ class FailingActor:
         raise DataError("record 7 has no output")
 
 
+@pytest.fixture
+def kept_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray Data's log as it is where Ray Data was imported before us, and a handler that keeps all its records."""
+    handler = MemoryHandler(capacity=10**6, flushLevel=10**6)
+    logger = logging.getLogger("ray.data")
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    handler.close()
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("cluster", "kept_log")
 @pytest.mark.parametrize("where", ["task", "constructor", "call"])
-def test_an_error_in_a_data_pipeline_reaches_the_driver_as_it_was_raised(cluster: None, where: str) -> None:
+def test_an_error_in_a_data_pipeline_reaches_the_driver_as_it_was_raised(where: str) -> None:
     actor = {"fn": FailingActor, "fn_constructor_args": (where,), "concurrency": 1}
     failing = {"fn": failing_function} if where == "task" else actor
     with pytest.raises(DataError) as raised, reraise_user_errors(), ray_data_context(preserve_order=False):
         list(ray.data.range(8).map_batches(**failing).iter_batches())
     assert str(raised.value) == "record 7 has no output"
-    # although the error is kept, as a notebook keeps the last one, no actor of the pipeline keeps its CPU
-    wait_until(lambda: ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"], "free CPUs")
+    # although the error is kept, as a notebook keeps the last one, and the log is, no actor keeps its CPU
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "free CPUs")
 
 
 SCRIPT = """

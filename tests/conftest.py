@@ -196,27 +196,19 @@ def busy_cluster(cluster: None) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Fail a file whose tests leave processors of the tests' cluster taken: those after it would wait for ever.
-
-    The placement group of a training that was stopped with its trial is removed here: Ray Train's cleaner asks the
-    dashboard's state API whether the training lives, and a local cluster has no dashboard.
-    """
+    """Fail a file whose tests leave processors of the tests' cluster taken: those after it would wait for ever."""
     yield
     if "ray" not in sys.modules:
         return
     import ray
-    from ray import PlacementGroupID
-    from ray.util import placement_group_table, remove_placement_group
-    from ray.util.placement_group import PlacementGroup
+    from ray.util import placement_group_table
 
     deadline = time.monotonic() + FREED_S
     while ray.is_initialized() and (
         left := round(ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0), 3)
     ):
-        for group in placement_group_table().values():
-            if group["state"] != "REMOVED":
-                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group["placement_group_id"])))
         if time.monotonic() > deadline:
+            groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
             alive = [one["ActorClassName"] for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
-            pytest.fail(f"{left} processors are still taken after {FREED_S} s by some of these actors: {alive}")
+            pytest.fail(f"{left} processors are still taken after {FREED_S} s; actors: {alive}; groups: {groups}")
         time.sleep(0.1)

@@ -21,6 +21,7 @@ from rayjobs.reporting.report import read_metrics
 from rayjobs.runs.provenance import refuse_changes
 from rayjobs.runs.record import finish_run
 from rayjobs.storage.fingerprint import fingerprint
+from rayjobs.train.ray_workarounds import abort_training
 from rayjobs.tune.adapter_trial import (
     ADAPTER_TRIAL_FILE,
     AdapterTrial,
@@ -34,6 +35,8 @@ from rayjobs.tune.adapter_trial import (
 
 WATCH_EVERY_S = 1.0
 """Time between two looks at the held-out losses of a trial that has limits."""
+ENDED_WITHIN_S = 60.0
+"""Time for a training that was stopped to end in this process too, which Tune ends after the trial in any case."""
 
 
 def trial_settings(settings: Config, trial: AdapterTrial) -> adapter_train.Config:
@@ -222,15 +225,14 @@ def measure(
 
 
 def train_within(own: adapter_train.Config, limits: Mapping[int, float]) -> dict[str, Any]:
-    """Train until a limit is passed; return adapter-train's result, empty if it was stopped or diverged.
-
-    A training that is stopped ends with this process, which Tune ends after the trial.
-    """
+    """Train until a limit is passed; return adapter-train's result, empty if it was stopped or diverged."""
     training = Future[dict[str, Any]]()
     Thread(target=_train, args=(own, training), daemon=True).start()
     while not training.done():
         wait([training], timeout=WATCH_EVERY_S)
         if limits and step_to_stop_at(held_out_curve(own.run.folder), limits) is not None and not training.done():
+            abort_training()
+            wait([training], timeout=ENDED_WITHIN_S)
             finish_run(own.run.folder, own.JOB, "interrupted")
             return {}
     try:

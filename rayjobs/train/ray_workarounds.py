@@ -3,15 +3,18 @@
 tests/rayjobs/train/test_ray_workarounds.py fails when a workaround can go.
 """
 
+import gc
 import json
 from contextlib import suppress
 from typing import Any
 
 import ray.train
 from pyarrow.fs import FileSystem, FileType
+from ray.actor import ActorHandle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 
 from rayjobs.train.checkpoint import read_bytes
 
@@ -29,6 +32,18 @@ def delete_truncated_snapshot(storage: str) -> None:
         json.loads(read_bytes(files, snapshot))
     except ValueError:
         files.delete_file(snapshot)
+
+
+def abort_training() -> None:
+    """End the training that this process has begun, if there is one, and free what its workers reserve.
+
+    Ray has a public way for Ctrl-C in the main thread only. If just this process ends, the workers' placement group
+    stays: Ray's cleaner asks the dashboard whether the training lives, and a local cluster has no dashboard.
+    """
+    for handle in [one for one in gc.get_objects() if type(one) is ActorHandle]:
+        if handle._ray_actor_creation_function_descriptor.class_name == TrainController.__name__:
+            with suppress(ray.exceptions.RayError):  # the controller answers by its end, and may have ended
+                ray.get(handle.abort.remote(), timeout=60)
 
 
 class RefreshClusterResources(ControllerCallback):

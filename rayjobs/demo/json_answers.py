@@ -18,9 +18,13 @@ from adapter.generation_config import GenerationConfig
 from adapter.model import AdaptedModel
 from adapter.templates import ChatTemplate
 from rayjobs.cluster.device import default_device
+from rayjobs.console import Progress
 from rayjobs.demo import facts
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.storage.files import read_json, write_json
+
+BATCH = 80
+"""Questions that are answered together."""
 
 TEST_SHARE = 0.25
 """Share of the subjects whose questions are for tests only."""
@@ -71,11 +75,14 @@ def answer_before_and_after(base: Path, adapter: Path, records: Mapping[str, Rec
     """Answers of the base, with the adapter, and after it was taken off again; kept in a file."""
     if not file.exists():
         model = AdaptedModel.from_pretrained(base, dtype=torch.bfloat16, device=default_device())
-        before = _answers(model, records)
-        model.load_adapter(adapter)
-        after = _answers(model, records)
-        model.remove_adapter()
-        write_json(file, [before, after, _answers(model, records)])
+        model.prepack_weights()
+        with Progress("answer", unit="questions", total=3 * sum(map(len, records.values()))) as progress:
+            before = _answers(model, records, progress)
+            model.load_adapter(adapter)
+            after = _answers(model, records, progress)
+            model.remove_adapter()
+            taken_off = _answers(model, records, progress)
+        write_json(file, [before, after, taken_off])
     answers: list[Answers] = read_json(file)
     return answers
 
@@ -99,11 +106,17 @@ def _share(count: int, total: int) -> str:
     return f"{accuracy_cell([count / total], total)} ({count} of {total})"
 
 
-def _answers(model: AdaptedModel, records: Mapping[str, Records]) -> Answers:
+def _answers(model: AdaptedModel, records: Mapping[str, Records], progress: Progress) -> Answers:
     own = model.tokenizer.chat_template
     assert own is not None, "SmolLM2's file has a chat template"
     template, decoding = ChatTemplate(source=own), GenerationConfig(max_new_tokens=32, temperature=0)
-    return {new: model.answer_records(of_new, decoding, template=template) for new, of_new in records.items()}
+    answers: Answers = {new: [] for new in records}
+    for new, of_new in records.items():
+        for first in range(0, len(of_new), BATCH):
+            batch = of_new[first : first + BATCH]
+            answers[new] += model.answer_records(batch, decoding, template=template)
+            progress.advance(len(batch))
+    return answers
 
 
 def _records(kinds: dict[str, facts.Kind], seed: int, *, test: bool | None) -> Iterator[dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import ray.data
 
 from rayjobs.cluster.errors import parse_user_error, reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
@@ -34,15 +35,16 @@ class FailingActor:
 
 
 @pytest.fixture
-def kept_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kept_log() -> Iterator[None]:
     """Ray Data's log as it is where Ray Data was imported before us, and a handler that keeps all its records."""
     handler = MemoryHandler(capacity=10**6, flushLevel=10**6)
     logger = logging.getLogger("ray.data")
-    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     yield
     logger.removeHandler(handler)
-    handler.close()
+    logger.setLevel(level)
 
 
 @pytest.mark.ray
@@ -54,7 +56,7 @@ def test_an_error_in_a_data_pipeline_reaches_the_driver_as_it_was_raised(where: 
     with pytest.raises(DataError) as raised, reraise_user_errors(), ray_data_context(preserve_order=False):
         list(ray.data.range(8).map_batches(**failing).iter_batches())
     assert str(raised.value) == "record 7 has no output"
-    # although the error is kept, as a notebook keeps the last one, and the log is, no actor keeps its CPU
+    # no actor keeps its CPU, although the error is kept, as a notebook keeps the last one, and so is the log
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "free CPUs")
 
 
@@ -62,6 +64,7 @@ SCRIPT = """
 from rayjobs.cluster.environment import set_environment
 set_environment()
 import ray
+import ray.data
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.cluster.ray_init import connect

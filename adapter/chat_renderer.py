@@ -110,7 +110,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Return a product or a power. Raises SecurityError for a value that is too long and large powers."""
+        """Return a product or a power. Raises SecurityError for values repeated too often, and large powers."""
         for one, other in ((left, right), (right, left)):
             if operator == "*" and hasattr(one, "__len__") and isinstance(other, int) and len(one) * other > _LONGEST:
                 raise jinja2.exceptions.SecurityError(

@@ -323,6 +323,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, metavar=("METHOD", "RATE", "SEED"), help="make one training")
     parser.add_argument("--measure", nargs="+", metavar="METHOD [ADAPTER]", help="measure one adapter, or `base`")
     given = parser.parse_args()
+    if not given.alpaca.is_file():
+        parser.error(f"--alpaca: there is no file {given.alpaca}")
     if given.one:
         method, rate, seed = given.one[0], float(given.one[1]), int(given.one[2])
         write_json(run_path(given.out, method, rate, seed), train(given, method, rate, seed))

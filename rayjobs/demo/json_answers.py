@@ -23,9 +23,6 @@ from rayjobs.demo import facts
 from rayjobs.reporting.tables import accuracy_cell
 from rayjobs.storage.files import read_json, write_json
 
-BATCH = 80
-"""Questions that are answered together."""
-
 TEST_SHARE = 0.25
 """Share of the subjects whose questions are for tests only."""
 
@@ -110,12 +107,10 @@ def _answers(model: AdaptedModel, records: Mapping[str, Records], progress: Prog
     own = model.tokenizer.chat_template
     assert own is not None, "SmolLM2's file has a chat template"
     template, decoding = ChatTemplate(source=own), GenerationConfig(max_new_tokens=32, temperature=0)
-    answers: Answers = {new: [] for new in records}
+    answers = Answers()
     for new, of_new in records.items():
-        for first in range(0, len(of_new), BATCH):
-            batch = of_new[first : first + BATCH]
-            answers[new] += model.answer_records(batch, decoding, template=template)
-            progress.advance(len(batch))
+        answers[new] = model.answer_records(of_new, decoding, template=template)
+        progress.advance(len(of_new))
     return answers
 
 

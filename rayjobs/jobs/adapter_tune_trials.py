@@ -36,7 +36,7 @@ from rayjobs.tune.adapter_trial import (
 WATCH_EVERY_S = 1.0
 """Time between two looks at the held-out losses of a trial that has limits."""
 ENDED_WITHIN_S = 60.0
-"""Time for a training that was stopped to end in this process too, which Tune ends after the trial in any case."""
+"""Longest wait for the thread of a training that was stopped. Tune ends this process after the trial in any case."""
 
 
 def trial_settings(settings: Config, trial: AdapterTrial) -> adapter_train.Config:

@@ -37,12 +37,13 @@ def delete_truncated_snapshot(storage: str) -> None:
 def abort_training() -> None:
     """End the training that this process has begun, if there is one, and free what its workers reserve.
 
-    Ray has a public way for Ctrl-C in the main thread only. If just this process ends, the workers' placement group
-    stays: Ray's cleaner asks the dashboard whether the training lives, and a local cluster has no dashboard.
+    Ray itself ends a training only at Ctrl-C in the main thread. If this process ends without that, the workers'
+    placement group stays: Ray's cleaner asks the dashboard whether the training still runs, and a local cluster has no
+    dashboard.
     """
     for handle in [one for one in gc.get_objects() if type(one) is ActorHandle]:
         if handle._ray_actor_creation_function_descriptor.class_name == TrainController.__name__:
-            with suppress(ray.exceptions.RayError):  # the controller answers by its end, and may have ended
+            with suppress(ray.exceptions.RayError):  # it ends instead of answering, or has ended before
                 ray.get(handle.abort.remote(), timeout=60)
 
 

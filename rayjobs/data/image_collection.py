@@ -98,7 +98,8 @@ class Collection:
         counts = [(len(self.images), "images"), (sum(rows), "rows of Parquet files"), (tars, "tars")]
         text = ", ".join(f"{count:,} {name}" for count, name in counts if count) or "no image"
         if self.ignored:
-            kinds = ", ".join(f"{ending}: {count}" for ending, count in self.ignored.most_common(_SHOWN))
+            ranked = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+            kinds = ", ".join(f"{ending}: {count}" for ending, count in ranked[:_SHOWN])
             text += f"; {self.ignored.total():,} other files are ignored ({kinds})"
         return text
 

@@ -102,7 +102,10 @@ def all_rejected(output: Output) -> list[dict[str, Any]]:
 
 
 def summarize(output: Output) -> dict[str, Any]:
-    """Return the number of predictions, and for each class its number and mean probability; from all shards."""
+    """Return the number of predictions, and for each class its number and mean probability; from all shards.
+
+    The most frequent classes come first, and equally frequent ones by name, in whatever order the shards were written.
+    """
     images, sums, set_sizes = Counter[str](), defaultdict[str, float](float), 0
     for path in _shards(resolve_path(output.folder)):
         columns = ["class_1", "probability_1"] + ["prediction_set"] * (output.coverage is not None)
@@ -122,7 +125,7 @@ def summarize(output: Output) -> dict[str, Any]:
         "images": total,
         "predicted_classes": [
             {"class": name, "images": count, "mean_probability": round(sums[name] / count, 4)}
-            for name, count in images.most_common()
+            for name, count in sorted(images.items(), key=lambda item: (-item[1], item[0]))
         ],
     }
     if output.coverage is not None:

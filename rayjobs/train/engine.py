@@ -9,8 +9,10 @@ or the number of workers.
 
 import collections
 import logging
-from collections.abc import Iterator
-from functools import partial
+import sys
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -35,19 +37,38 @@ MAIN, IMAGES = "optimizer.step", "optimizer.step.images"
 records without an image train; and those that records with an image train, where these are others."""
 
 
+@cache
 def _deepspeed() -> ModuleType:
-    """Import DeepSpeed 0.19 without letting it compile its extensions, none of which is used here.
+    """Import DeepSpeed 0.19 without what it would import and compile for parts that are not used here.
 
-    It would look for a compiler on every node as soon as it asks whether an extension is compatible. The attribute has
-    no public setting; DeepSpeed fills it when it is first read. The import takes seconds.
+    As soon as it asks whether one of its extensions is compatible, it would look for a compiler on every node; the
+    attribute has no public setting, and DeepSpeed fills it when it is first read. Its autotuner would import MLflow,
+    and its Muon PyTorch's compiler, which together take as long as all else.
     """
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
+    with _replaced(sys.modules, "mlflow", None), _replaced(vars(torch), "compile", lambda function: function):
+        import deepspeed
+        import deepspeed.ops
+        import deepspeed.runtime.zero.muon.muon_optimizer
+        from deepspeed.utils import logger
 
     deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     logger.setLevel(logging.ERROR)
     return deepspeed
+
+
+@contextmanager
+def _replaced(names: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Replace the value of a name in this block, or set it for the block."""
+    missing = object()
+    before = names.get(name, missing)
+    names[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del names[name]
+        else:
+            names[name] = before
 
 
 def deepspeed_config(zero: ZeroConfig, clip_norm: float | None) -> dict[str, Any]:

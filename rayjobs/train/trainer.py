@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from torch import Tensor
 
 from rayjobs.cluster.capacity import cluster_capacity
@@ -28,7 +28,7 @@ from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train.callbacks import STARTING, TRAINING, Event, EventLog, MetricsLog, read_events
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig
-from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+from rayjobs.train.ray_workarounds import RefreshClusterResources, Trainer, abort_training, delete_truncated_snapshot
 from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.worker import WorkerResult, train_worker
@@ -62,11 +62,11 @@ def fit(job: TrainJob, scale: ScaleConfig, folder: Path, track: TrackConfig, tim
 
 def build_trainer(
     job: TrainJob, scale: ScaleConfig, folder: Path, callbacks: Sequence[ray.train.UserCallback]
-) -> TorchTrainer:
+) -> Trainer:
     """Return the trainer with the scaling, failure and checkpoint settings of a run."""
     resources = scale.resources()
     fewest, most = scale.workers.min, scale.workers.max
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config={"job": job, "storage": f"{folder}/{EXPERIMENT}", "threads": scale.threads_per_worker},
         scaling_config=ray.train.ScalingConfig(
@@ -96,7 +96,7 @@ class FitThread(threading.Thread):
     A daemon, because the process must be able to end after Ctrl-C while `fit` is still waiting.
     """
 
-    def __init__(self, trainer: TorchTrainer) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__(daemon=True)
         self.trainer = trainer
         self.future: Future[ray.train.Result] = Future()
@@ -154,21 +154,25 @@ class Monitor:
         return f"{starting}the run needs {needed}, the cluster has {cluster_capacity()}"
 
 
-def run_with_progress(trainer: TorchTrainer, monitor: Monitor, total_steps: int) -> ray.train.Result:
-    """Run the trainer to its end; meanwhile show how far it is.
+def run_with_progress(trainer: Trainer, monitor: Monitor, total_steps: int) -> ray.train.Result:
+    """Run the trainer to its end; meanwhile show how far it is. Ctrl-C ends the training and frees its workers.
 
     Raises what the workers raised, a user error without Ray's wrapping.
     """
     thread = FitThread(trainer)
     thread.start()
-    last = monitor.refresh()
-    with Progress("train", unit="steps", total=total_steps, done=last[0]) as progress:
-        while not thread.future.done():
-            wait([thread.future], timeout=REFRESH_S)
-            current = monitor.refresh()
-            if current != last:
-                progress.update(*current)
-                last = current
+    try:
+        last = monitor.refresh()
+        with Progress("train", unit="steps", total=total_steps, done=last[0]) as progress:
+            while not thread.future.done():
+                wait([thread.future], timeout=REFRESH_S)
+                current = monitor.refresh()
+                if current != last:
+                    progress.update(*current)
+                    last = current
+    except BaseException:
+        abort_training()
+        raise
     with reraise_user_errors():
         result = thread.future.result()
         if result.error is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -34,8 +35,10 @@ from rayjobs.jobs import adapter_eval, adapter_generate, adapter_train
 from rayjobs.runs.record import read_record
 from rayjobs.storage.counted_reader import CountedReader
 from rayjobs.storage.files import read_json, read_jsonl, read_parquet
+from rayjobs.train.trainer import Monitor
 from tests.rayjobs.conftest import BAD
 from tests.rayjobs.pages import page_text
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -115,6 +118,30 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
             losses.append(loss.item())
     prompts = torch.stack([adaption.prompt.detach() for adaption in base.model.adaptions])
     return prompts, base.model.vision.state_dict(), losses
+
+
+def test_ctrl_c_ends_the_training_in_a_process_that_goes_on(
+    cluster: None, tiny_base: Path, pictured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: its workers are free for the next training."""
+    config = settings(tiny_base, pictured, tmp_path, "notebook", "train.epochs=500")
+    shown = Monitor.refresh
+
+    def interrupted(monitor: Monitor) -> tuple[int, str]:
+        if shown(monitor)[0]:
+            raise KeyboardInterrupt
+        return shown(monitor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "refresh", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapter_train.run(config)
+    free = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == free, "free CPUs")
+    record = read_record(config.run.folder)
+    assert record
+    assert record.state == "interrupted"
+    assert read_jsonl(config.run.folder / "metrics.jsonl")[-1]["epoch"] < 250, "it went on"
 
 
 @pytest.fixture(scope="module")

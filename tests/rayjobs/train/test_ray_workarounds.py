@@ -4,12 +4,19 @@ import inspect
 from pathlib import Path
 
 import pytest
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.scaling_policy import elastic
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.state import util
 
-from rayjobs.train.ray_workarounds import RefreshClusterResources, delete_truncated_snapshot
+from rayjobs.train import ray_workarounds
+from rayjobs.train.ray_workarounds import (
+    RefreshClusterResources,
+    Trainer,
+    dashboard_answers,
+    delete_truncated_snapshot,
+)
 
 
 def test_ray_still_counts_resources_every_so_often_only() -> None:
@@ -34,6 +41,19 @@ def test_ray_still_refuses_to_start_on_a_truncated_snapshot(tmp_path: Path) -> N
 
 
 def test_ray_still_asks_the_dashboard_whether_a_training_lives() -> None:
-    """Once its cleaner works without a dashboard, `abort_training` can go."""
+    """Once its cleaner works without a dashboard, `abort_training` and `Trainer` can go."""
     assert util.get_actor.__module__.startswith("ray.util.state")
     assert "get_actor(" in inspect.getsource(util.is_actor_alive)
+
+
+@pytest.mark.ray
+def test_the_cleaner_is_left_out_where_no_dashboard_answers(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not dashboard_answers()
+    trainer = Trainer(print)
+
+    def has_cleaner() -> bool:
+        return any(isinstance(one, PlacementGroupCleanerCallback) for one in trainer._create_default_callbacks())
+
+    assert not has_cleaner()
+    monkeypatch.setattr(ray_workarounds, "dashboard_answers", lambda: True)
+    assert has_cleaner()

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,9 +30,10 @@ from rayjobs.train.start_times import begin_command
 
 logger = logging.getLogger("rayjobs")
 
-DONE, DIFFERENT, USER_ERROR = 0, 1, 2
-"""Exit codes, beside INTERRUPTED. DIFFERENT is that of `verify` for a run that is not as its record says. Any other
-exception keeps its traceback, and Python then exits with 1."""
+DONE, DIFFERENT, USER_ERROR, READER_LEFT = 0, 1, 2, 141
+"""Exit codes, beside INTERRUPTED. DIFFERENT is that of `verify` for a run that is not as its record says; READER_LEFT
+is the one that shells give to a program whose output nobody reads any more. Any other exception keeps its traceback,
+and Python then exits with 1."""
 
 JOBS = {
     "adapter-train": "train an adapter on a frozen decoder, on instruction records",
@@ -66,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment(show_library_output=args.verbose)  # before Ray and DeepSpeed are imported, which read it
     setup_logging()
     try:
-        return args.command(args)
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         logger.error("\nrayjobs %s: interrupted; the same command resumes it", args.job)
         end_at_next_interrupt()
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return READER_LEFT
         if not is_user_error(error):
             raise
         if args.verbose:
@@ -82,6 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in message.splitlines():
             logger.error("rayjobs %s: error: %s", args.job, line)
         return USER_ERROR
+
+
+def _reader_has_left() -> bool:
+    """Return whether the program that reads our output, such as `head`, has ended. What is left is then discarded."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)  # errors are reported whatever is asked for
+    left = bool(poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return left
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 import adapter
 import cafo
 import rayjobs
-from rayjobs.__main__ import JOBS, main
+from rayjobs.__main__ import JOBS, READER_LEFT, main
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE_S
 
@@ -416,6 +416,13 @@ def test_the_module_runs_and_exits_with_the_code() -> None:
         f"rayjobs adapter-train: error: {name}: required, but not given"
         for name in ("base.path", "data.path", "run.name")
     ]
+
+
+@pytest.mark.parametrize("words", ["adapter-train --help", "configs"])
+def test_a_reader_that_leaves_early_is_no_error(words: str) -> None:
+    line = f"set -o pipefail; {sys.executable} -m rayjobs {words} | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (READER_LEFT, "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EMFILE, 2), (errno.EBADF, None)])

@@ -36,9 +36,10 @@ from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
 
 from adapter.adaption import AdaptionConfig
-from adapter.batching import collate, micro_batches
+from adapter.batching import collate
 from adapter.decoder import Decoder
 from adapter.decoder_config import DecoderConfig
+from adapter.micro_batches import micro_batches
 from adapter.packing import pack
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example

@@ -32,8 +32,9 @@ from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder, open_checkpoint
 from adapter.base.quantization import PRECISIONS
 from adapter.base.tensor_files import trim_heap
-from adapter.batching import collate, micro_batches
+from adapter.batching import collate
 from adapter.decoder import Decoder
+from adapter.micro_batches import micro_batches
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
 from adapter.records.reader import read_records

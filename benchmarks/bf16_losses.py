@@ -16,8 +16,9 @@ import torch
 
 from adapter.adaption import AdaptionConfig
 from adapter.base.checkpoint import load_decoder
-from adapter.batching import collate, micro_batches
+from adapter.batching import collate
 from adapter.decoder import Decoder
+from adapter.micro_batches import micro_batches
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example
 from adapter.records.reader import read_records

@@ -32,7 +32,8 @@ from PIL import Image
 from cafo.encoder_spec import EncoderSpec
 from cafo.encoders import ImageEncoder, load_encoder
 from rayjobs.cluster.ray_init import connect
-from rayjobs.data.feature_encoding import PartTask, encode_parts
+from rayjobs.data.feature_decoding import PartTask
+from rayjobs.data.feature_encoding import encode_parts
 from rayjobs.models.encoder import EncoderInfo
 from rayjobs.reporting.tables import markdown_table
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapter.batching import collate, micro_batches
+from adapter.batching import collate
 from adapter.decoder import Decoder
+from adapter.micro_batches import micro_batches
 from adapter.packing import pack
 from adapter.records.encoding import encode_record
 from adapter.records.example import Example

@@ -17,15 +17,16 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from cafo.errors import ImageError
 from cafo.files import LFS_POINTER, is_lfs_pointer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -262,10 +263,14 @@ class Preprocess:
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and flips else crop
 
     def _tensor(self, image: Image.Image) -> Tensor:
+        import torch  # takes seconds; who only crops does not need it
+
         return self.normalise(torch.from_numpy(np.array(image)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels as an encoder reads them: (…, S, S, 3) uint8 → (…, 3, S, S) float32."""
+        import torch
+
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return (pixels.movedim(-1, -3).float() / 255 - mean) / std
 

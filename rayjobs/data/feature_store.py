@@ -21,7 +21,8 @@ import numpy as np
 
 from cafo.errors import EncoderError
 from rayjobs.data.config import FeaturesConfig
-from rayjobs.data.feature_encoding import PartTask, encode_parts
+from rayjobs.data.feature_decoding import PartTask
+from rayjobs.data.feature_encoding import encode_parts
 from rayjobs.data.feature_part import FeaturePart, part_name, read_part
 from rayjobs.data.image_list import ImageList
 from rayjobs.data.image_source import IMAGES_PER_PART

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from adapter.batching import micro_batches
+from adapter.micro_batches import micro_batches
 from rayjobs.data.image_source import ImageReader, ImageSource
 from rayjobs.data.token_part import RecordIndex, read_index, read_records
 from rayjobs.data.token_store import Split, TokenStore, part_source, source_of

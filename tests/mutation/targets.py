@@ -10,6 +10,7 @@ TARGETS = {
     "adapter/attention.py": ("tests/adapter/test_attention.py",),
     "adapter/loss.py": ("tests/adapter/test_loss.py",),
     "adapter/batching.py": ("tests/adapter/test_batching.py",),
+    "adapter/micro_batches.py": ("tests/adapter/test_micro_batches.py",),
     "adapter/packing.py": ("tests/adapter/test_packing.py",),
     "adapter/engine/sampling.py": ("tests/adapter/engine/test_sampling.py",),
     "rayjobs/data/sampler.py": ("tests/rayjobs/data/test_sampler.py",),

@@ -10,7 +10,8 @@ from PIL import Image
 
 from cafo.images import load_image
 from rayjobs.data import feature_encoding
-from rayjobs.data.feature_encoding import PartEncoder, PartTask, decode_part, encoder_threads
+from rayjobs.data.feature_decoding import PartTask, decode_part
+from rayjobs.data.feature_encoding import PartEncoder, encoder_threads
 from rayjobs.data.feature_part import read_part
 from rayjobs.data.feature_store import open_encoders
 from rayjobs.models.encoder import VisionEncoderConfig, load_vision_encoder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapter.batching import micro_batches
+from adapter.micro_batches import micro_batches
 from rayjobs.data import sampler as sampler_module
 from rayjobs.data.sampler import ElasticBatchSampler, assign_micro_batches, window_micro_batches
 from rayjobs.data.token_part import write_part

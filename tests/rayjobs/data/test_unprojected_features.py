@@ -14,7 +14,8 @@ from cafo.datasets import Item
 from cafo.errors import EncoderError
 from rayjobs.data import feature_store
 from rayjobs.data.config import FeaturesConfig
-from rayjobs.data.feature_encoding import PartEncoder, PartTask, decode_part
+from rayjobs.data.feature_decoding import PartTask, decode_part
+from rayjobs.data.feature_encoding import PartEncoder
 from rayjobs.data.feature_store import FeatureStore, open_encoders, open_projection
 from rayjobs.data.image_list import ImageList
 from rayjobs.models.encoder import EncoderInfo, VisionEncoderConfig, load_vision_encoder

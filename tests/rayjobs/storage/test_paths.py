@@ -18,7 +18,8 @@ from adapter.tokenizers.load import load_tokenizer
 from rayjobs.__main__ import main
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.config import load
-from rayjobs.data.feature_encoding import PartEncoder, PartTask
+from rayjobs.data.feature_decoding import PartTask
+from rayjobs.data.feature_encoding import PartEncoder
 from rayjobs.data.records import RecordsConfig
 from rayjobs.errors import DataError, StorageError
 from rayjobs.jobs import adapter_eval, adapter_train

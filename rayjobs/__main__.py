@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         code = args.command(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         logger.error("\nrayjobs %s: interrupted; the same command resumes it", args.job)
@@ -92,12 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reader_has_left() -> bool:
     """Return whether the program that reads our output, such as `head`, has ended. What is left is then discarded."""
-    output = sys.stdout.fileno()
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is no output, or it is kept in memory
+        return False
     poll = select.poll()
-    poll.register(output, 0)  # errors are reported whatever is asked for
-    left = bool(poll.poll(0))
+    poll.register(output, select.POLLOUT)
+    left = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
     if left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), output)
     return left
 
 

@@ -170,6 +170,13 @@ class Progress:
         logger.info("%s", "  ".join(part for part in (status, pace, self.note) if part))
 
 
+class _Console(Console):
+    """Raises BrokenPipeError, as `print` does, where whoever reads the output has left; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; one without column names has no header.
 
@@ -178,7 +185,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     shown as they are, brackets included, but for terminal codes and credentials of URLs.
     """
     names, lines = [printable(name) for name in columns], [[printable(cell) for cell in row] for row in rows]
-    console = Console()
+    console = _Console()
     if len(names) <= 2 or _needed_width(names, lines, whole=True) <= console.width:
         console.print(_grid(title, names, lines, console.width))
         return

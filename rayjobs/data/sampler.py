@@ -21,7 +21,7 @@ and an epoch continues in the pass where the previous one ended. So the counts o
 differ by more than one.
 
 Memory is bounded by the index of a window and by `RECORDS_READ_TOGETHER` records. The code runs in Ray Data tasks, so
-it does not import torch, which takes seconds.
+without images it does not import torch, which takes seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -268,7 +268,7 @@ def assign_micro_batches(
 
 
 def _count_micro_batches(longest_first: Sequence[Sequence[int]], token_budget: int) -> int:
-    """Return how many micro-batches `adapter.batching.micro_batches` cuts records into, given each kind's lengths."""
+    """Return how many micro-batches `adapter.micro_batches` cuts records into, given each kind's lengths."""
     count = 0
     for lengths in longest_first:
         place = 0

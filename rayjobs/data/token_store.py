@@ -340,8 +340,8 @@ def _changes(examples: Sequence[Example]) -> Counter[str]:
 
 @lru_cache(maxsize=64)
 def _check_image(root: str, path: str, preprocess: Any) -> None:
-    """Decode and preprocess an image, so that a broken one is found before training."""
-    preprocess(read_image(root, path, CountedReader()))
+    """Decode and crop an image, so that a broken one is found before training."""
+    preprocess.crop(read_image(root, path, CountedReader()))
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray.train
 from pyarrow.fs import FileSystem, FileType
+from ray._private.worker import get_dashboard_url
 from ray.actor import ActorHandle
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchTrainer
@@ -18,9 +19,10 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.state import get_node
-from ray.util.state.exception import RayStateApiException
 
 from rayjobs.train.checkpoint import read_bytes
+
+ABORTED_WITHIN_S = 60.0
 
 
 def delete_truncated_snapshot(storage: str) -> None:
@@ -42,13 +44,13 @@ def abort_training() -> None:
     """End the training that this process has begun, if there is one, and free what its workers reserve.
 
     Ray itself ends a training at Ctrl-C only if `fit` runs in the main thread. Without that the training goes on as
-    long as this process, a notebook for instance. And if this process ends, the workers' placement group stays: Ray's
-    cleaner asks the dashboard whether the training still runs, and a local cluster has no dashboard.
+    long as this process, a notebook for instance. And if this process ends, the workers' placement group stays on a
+    cluster without a dashboard, which has no cleaner (see `Trainer`).
     """
     for handle in [one for one in gc.get_objects() if type(one) is ActorHandle]:
         if handle._ray_actor_creation_function_descriptor.class_name == TrainController.__name__:
             with suppress(ray.exceptions.RayError):  # it ends instead of answering, or has ended before
-                ray.get(handle.abort.remote(), timeout=60)
+                ray.get(handle.abort.remote(), timeout=ABORTED_WITHIN_S)
 
 
 class Trainer(TorchTrainer):
@@ -68,11 +70,17 @@ class Trainer(TorchTrainer):
 
 
 def dashboard_answers() -> bool:
-    """Return whether the connected cluster has a dashboard that knows this node."""
+    """Return whether the connected cluster has a dashboard that knows this node.
+
+    Only the driver that has started the cluster without one can tell at once. Ray tells all others the default address,
+    where nothing may listen, or anything.
+    """
+    if not get_dashboard_url():
+        return False
     context = ray.get_runtime_context()
     try:
         return get_node(context.get_node_id(), address=context.gcs_address, timeout=10) is not None
-    except (RayStateApiException, ConnectionError):
+    except Exception:  # whatever it is that answers there
         return False
 
 

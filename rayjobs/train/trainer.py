@@ -28,7 +28,13 @@ from rayjobs.storage.sync import SyncedFolder
 from rayjobs.train.callbacks import STARTING, TRAINING, Event, EventLog, MetricsLog, read_events
 from rayjobs.train.checkpoint import list_checkpoints, newest_readable
 from rayjobs.train.config import ScaleConfig
-from rayjobs.train.ray_workarounds import RefreshClusterResources, Trainer, abort_training, delete_truncated_snapshot
+from rayjobs.train.ray_workarounds import (
+    ABORTED_WITHIN_S,
+    RefreshClusterResources,
+    Trainer,
+    abort_training,
+    delete_truncated_snapshot,
+)
 from rayjobs.train.start_times import StartTimes
 from rayjobs.train.train_job import TrainJob
 from rayjobs.train.worker import WorkerResult, train_worker
@@ -107,6 +113,13 @@ class FitThread(threading.Thread):
         except BaseException as error:
             self.future.set_exception(error)
 
+    def end(self) -> None:
+        """Abort the training, also if it has only begun to start, and wait for `fit` to notice, a minute at most."""
+        deadline = time.monotonic() + ABORTED_WITHIN_S
+        while not self.future.done() and time.monotonic() < deadline:
+            abort_training()
+            wait([self.future], timeout=REFRESH_S)
+
 
 class Monitor:
     """The state of a running `fit`, read from the files that Ray Train's controller writes."""
@@ -171,7 +184,7 @@ def run_with_progress(trainer: Trainer, monitor: Monitor, total_steps: int) -> r
                     progress.update(*current)
                     last = current
     except BaseException:
-        abort_training()
+        thread.end()
         raise
     with reraise_user_errors():
         result = thread.future.result()

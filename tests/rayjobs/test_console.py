@@ -1,5 +1,6 @@
 """The progress display: a live bar with its table on a terminal, plain lines elsewhere."""
 
+import io
 import logging
 import pickle
 
@@ -215,3 +216,14 @@ def test_a_live_table_shows_the_columns_that_there_is_room_for_and_a_note_has_it
     shown = terminal.readouterr().err
     assert f"  {note}" in shown
     assert "12/1200" in shown
+
+
+class UnreadOutput(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_table_that_nobody_reads_is_a_broken_pipe_as_a_print_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", UnreadOutput())
+    with pytest.raises(BrokenPipeError):
+        show_table("title", ["a", "b"], [["1", "2"]])

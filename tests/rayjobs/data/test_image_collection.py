@@ -6,6 +6,7 @@ import http.server
 import io
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_folders_and_patterns_name_images_by_their_place(photos: Path, tmp_path:
     ]  # fmt: skip
     assert {image.source for image in found.images} == {str(photos)}
     assert found.describe() == "5 images; 2 other files are ignored (.csv: 1, .txt: 1)"
+    assert "(.csv: 1, .txt: 1)" in Collection(ignored=Counter([".txt", ".csv"])).describe()
     pattern = find(f"{photos}/**/[13].png", photos / "cats" / "1.png", photos / "cats" / "1.png")
     assert [(i.source, i.path) for i in pattern.images] == [
         (str(photos), "cats/1.png"), (str(photos), "cats/3.png"), (str(photos / "cats"), "1.png"),

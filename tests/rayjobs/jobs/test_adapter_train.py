@@ -120,15 +120,16 @@ def plain_loop(config: adapter_train.Config, storage: Path) -> tuple[torch.Tenso
     return prompts, base.model.vision.state_dict(), losses
 
 
+@pytest.mark.parametrize("trains", [False, True])
 def test_ctrl_c_ends_the_training_in_a_process_that_goes_on(
-    cluster: None, tiny_base: Path, pictured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trains: bool, cluster: None, tiny_base: Path, pictured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a notebook: its workers are free for the next training."""
     config = settings(tiny_base, pictured, tmp_path, "notebook", "train.epochs=500")
     shown = Monitor.refresh
 
     def interrupted(monitor: Monitor) -> tuple[int, str]:
-        if shown(monitor)[0]:
+        if shown(monitor)[0] or not trains:
             raise KeyboardInterrupt
         return shown(monitor)
 
@@ -141,7 +142,9 @@ def test_ctrl_c_ends_the_training_in_a_process_that_goes_on(
     record = read_record(config.run.folder)
     assert record
     assert record.state == "interrupted"
-    assert read_jsonl(config.run.folder / "metrics.jsonl")[-1]["epoch"] < 250, "it went on"
+    metrics = config.run.folder / "metrics.jsonl"
+    assert metrics.exists() == trains
+    assert not trains or read_jsonl(metrics)[-1]["epoch"] < 250, "it went on"
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,15 @@ if rank == 0:
 """
 
 
+def test_deepspeed_is_imported_without_what_takes_long_and_is_not_used() -> None:
+    code = (
+        "import sys, torch; from rayjobs.train.engine import _deepspeed; compiles = torch.compile; _deepspeed();"
+        "assert torch.compile is compiles; print(*sorted({'mlflow', 'torch._dynamo', 'triton'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_an_idle_group_stays_as_it_is_and_the_others_are_adamws() -> None:
     """Against one optimizer of PyTorch's for each group, of which the idle one's is not called."""
     weights = [torch.randn(7, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in range(2)]

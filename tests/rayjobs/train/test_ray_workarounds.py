@@ -4,11 +4,14 @@ import inspect
 from pathlib import Path
 
 import pytest
+from ray.exceptions import AuthenticationError
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.scaling_policy import elastic
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.state import util
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.state.exception import ServerUnavailable
 
 from rayjobs.train import ray_workarounds
 from rayjobs.train.ray_workarounds import (
@@ -41,9 +44,14 @@ def test_ray_still_refuses_to_start_on_a_truncated_snapshot(tmp_path: Path) -> N
 
 
 def test_ray_still_asks_the_dashboard_whether_a_training_lives() -> None:
-    """Once its cleaner works without a dashboard, `abort_training` and `Trainer` can go."""
+    """Once its cleaner works without a dashboard, `Trainer` can go."""
     assert util.get_actor.__module__.startswith("ray.util.state")
     assert "get_actor(" in inspect.getsource(util.is_actor_alive)
+
+
+def test_ray_still_handles_ctrl_c_in_the_main_thread_only() -> None:
+    """Once it ends a training whose `fit` runs in another thread, `abort_training` can go."""
+    assert "threading.main_thread()" in inspect.getsource(DataParallelTrainer)
 
 
 @pytest.mark.ray
@@ -54,6 +62,13 @@ def test_the_cleaner_is_left_out_where_no_dashboard_answers(cluster: None, monke
     def has_cleaner() -> bool:
         return any(isinstance(one, PlacementGroupCleanerCallback) for one in trainer._create_default_callbacks())
 
+    def answer(node: object) -> object:
+        if isinstance(node, Exception):
+            raise node
+        return node
+
     assert not has_cleaner()
-    monkeypatch.setattr(ray_workarounds, "dashboard_answers", lambda: True)
-    assert has_cleaner()
+    monkeypatch.setattr(ray_workarounds, "get_dashboard_url", lambda: "127.0.0.1:8265")
+    for node in (ServerUnavailable(), AuthenticationError("another cluster"), KeyError("data"), None, "this node"):
+        monkeypatch.setattr(ray_workarounds, "get_node", lambda *_, node=node, **__: answer(node))
+        assert has_cleaner() == (node == "this node")

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -156,13 +157,22 @@ def test_any_replica_classifies(server: None, folder: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_metrics_do_not_wait_for_a_replica_that_hangs(server: None) -> None:
+    """A question that reaches the one that hangs has no answer. Ray Serve replaces it where it hangs for long."""
+
+    def answering() -> int:
+        try:
+            return len(counted("rayjobs_slots"))
+        except httpx.TimeoutException:
+            return 0
+
     hanging = replica_process()
     hanging.suspend()
     try:
-        wait_until(lambda: len(counted("rayjobs_slots")) == 1, "the other's metrics")
+        wait_until(lambda: answering() == 1, "the other's metrics")
     finally:
-        hanging.resume()
-    wait_until(lambda: len(counted("rayjobs_slots")) == 2, "its metrics")
+        with suppress(psutil.NoSuchProcess):
+            hanging.resume()
+    wait_until(lambda: answering() == 2, "its metrics")
 
 
 @pytest.mark.ray

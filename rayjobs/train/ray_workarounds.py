@@ -23,6 +23,7 @@ from ray.util.state import get_node
 from rayjobs.train.checkpoint import read_bytes
 
 ABORTED_WITHIN_S = 60.0
+"""Longest wait for a training that is told to end."""
 
 
 def delete_truncated_snapshot(storage: str) -> None:

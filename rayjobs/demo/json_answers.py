@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,15 @@ Table = list[dict[str, Any]]
 Records = list[dict[str, str]]
 Answers = dict[str, list[str]]
 """{what is new about the questions: an answer to each}"""
+
+
+class BeforeAndAfter(NamedTuple):
+    """Answers to the test questions without the adapter and with it."""
+
+    before: Answers
+    after: Answers
+    restored: bool
+    """whether, with the adapter taken off again, the logits of all questions are the base's to the bit"""
 
 
 def training_records(count: int, seed: int) -> Records:
@@ -68,34 +77,35 @@ def has_right_answer(text: str, record: Mapping[str, str]) -> bool:
     return json.loads(record["output"])["answer"].lower() in text.lower()
 
 
-def answer_before_and_after(base: Path, adapter: Path, records: Mapping[str, Records], file: Path) -> list[Answers]:
-    """Answers of the base, with the adapter, and after it was taken off again; kept in a file."""
+def answer_before_and_after(base: Path, adapter: Path, records: Mapping[str, Records], file: Path) -> BeforeAndAfter:
+    """Answers of the base and with the adapter, and whether the base is itself again without it; kept in a file."""
     if not file.exists():
         model = AdaptedModel.from_pretrained(base, dtype=torch.bfloat16, device=default_device())
         model.prepack_weights()
-        with Progress("answer", unit="questions", total=3 * sum(map(len, records.values()))) as progress:
+        questions = [record["instruction"] for of_new in records.values() for record in of_new]
+        logits = model.logits(questions)
+        with Progress("answer", unit="questions", total=2 * len(questions)) as progress:
             before = _answers(model, records, progress)
             model.load_adapter(adapter)
             after = _answers(model, records, progress)
-            model.remove_adapter()
-            taken_off = _answers(model, records, progress)
-        write_json(file, [before, after, taken_off])
-    answers: list[Answers] = read_json(file)
-    return answers
+        model.remove_adapter()
+        restored = all(map(torch.equal, model.logits(questions), logits))
+        write_json(file, BeforeAndAfter(before, after, restored)._asdict())
+    return BeforeAndAfter(**read_json(file))
 
 
-def compare_answers(records: Mapping[str, Records], answers: list[Answers], examples: int = 3) -> tuple[Table, Table]:
+def compare_answers(records: Mapping[str, Records], answers: BeforeAndAfter, examples: int = 3) -> tuple[Table, Table]:
     """A table of how many answers are in the form, and some answers of each kind of question."""
     accuracy, shown = [], []
-    names = ("frozen base", "with adapter", "adapter taken off")
     for new, of_new in records.items():
-        given = dict(zip(names, (of_state[new] for of_state in answers), strict=True))
+        given = {"frozen base": answers.before[new], "with adapter": answers.after[new]}
         valid = {name: _share(sum(map(is_json_answer, texts)), len(of_new)) for name, texts in given.items()}
-        right = [sum(map(has_right_answer, given[name], of_new)) for name in names[:2]]
-        accuracy.append({"what is new": new, **valid, "the right answer is in it": f"{right[0]} → {right[1]}"})
-        for record, *texts in list(zip(of_new, *list(given.values())[:2], strict=True))[:examples]:
+        right = [sum(map(has_right_answer, texts, of_new)) for texts in given.values()]
+        row = {"what is new": new, **valid, "the right answer is in it": f"{right[0]} → {right[1]}"}
+        accuracy.append(row | {"logits, adapter taken off": "the base's" if answers.restored else "NOT the base's"})
+        for record, *texts in list(zip(of_new, *given.values(), strict=True))[:examples]:
             cut = [text.strip() for text in texts]
-            shown.append({"instruction": record["instruction"], **dict(zip(names, cut, strict=False))})
+            shown.append({"instruction": record["instruction"], **dict(zip(given, cut, strict=True))})
     return accuracy, shown
 
 

@@ -80,20 +80,20 @@ def world_paths(cache: Path, settings: WorldConfig) -> World:
     )
 
 
-def make_world(world: World, settings: WorldConfig) -> None:
-    """Make the folders that do not exist."""
+def make_world(world: World, settings: WorldConfig, *, notes: bool = True) -> None:
+    """Make the folders that do not exist; notes: whether the LLaMA that copies notes is wanted."""
     if not world.digits.exists():
         with atomic_folder(world.digits) as new:
             write_digits(settings.digits, new)
-    clip, dino, notes, questions = settings.clip, settings.dino, settings.notes, settings.questions
-    train_models(  # the longest training first
-        {
-            "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
-            "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
-            "LLaMA for questions": Training(world.questions, questions.steps, partial(train_llama, questions)),
-            "LLaMA for notes": Training(world.notes, notes.steps, partial(train_llama, notes)),
-        }
-    )
+    clip, dino, questions = settings.clip, settings.dino, settings.questions
+    models = {  # the longest training first
+        "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
+        "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
+        "LLaMA for questions": Training(world.questions, questions.steps, partial(train_llama, questions)),
+    }
+    if notes:
+        models["LLaMA for notes"] = Training(world.notes, settings.notes.steps, partial(train_llama, settings.notes))
+    train_models(models)
     if not world.generated_images.exists():
         with atomic_folder(world.generated_images) as new:
             write_drawings(new, settings.drawings, settings.digits.seed)

@@ -1,8 +1,8 @@
 """Run both methods within five minutes on two idle cores: real scans, tiny models trained first, and a real LLaMA.
 
-A tiny CLIP, a tiny DINO and two tiny LLaMAs take the place of full-size models. SmolLM2-135M-Instruct is a real one; it
-comes out of the package index. The ordinary jobs follow: cafo, adapter-train and adapter-eval. What exists in the cache
-is not made again, so a second run is short.
+A tiny CLIP, a tiny DINO and a tiny LLaMA take the place of full-size models. SmolLM2-135M-Instruct is a real one; it
+comes out of the package index, and where it cannot be had, a second tiny LLaMA learns something instead. The ordinary
+jobs follow: cafo, adapter-train and adapter-eval. What exists in the cache is not made again, so a second run is short.
 """
 
 import importlib.util
@@ -67,11 +67,11 @@ PLOTS = ("shots", "landscape", "confusion", "classes", "sources")
 
 ABOUT = (
     "Real scans, scikit-learn's handwritten digits, and tiny models as stand-ins for real ones, trained here from "
-    "scratch: a CLIP on printed digits with captions, a DINO on scans without labels, two LLaMAs on generated text. "
-    "SmolLM2-135M-Instruct, where it could be had, is a real LLaMA. "
+    "scratch: a CLIP on printed digits with captions, a DINO on scans without labels, LLaMAs on generated text. "
+    "SmolLM2-135M-Instruct, where it is named, is a real LLaMA. "
     "From then on they are frozen, and the jobs know them as they would know real ones. CaFo chose everything on "
     "{val} validation scans; only then were the {test} test scans opened, once. LLaMA-Adapter's settings are fixed; "
-    "those of the instruction were set with held-out notes in view. The figures show how the parts compare on a tiny "
+    "those of the instruction were set with held-out records in view. The figures show how the parts compare on a tiny "
     "task, not what they reach with real models."
 )
 """The introduction of the report."""
@@ -91,16 +91,17 @@ def plan(settings: Config) -> None:
         ["scans", f"{world.digits.train} to train on, {world.digits.val} to choose on, {world.digits.test} to test on"],
         ["tiny CLIP", f"{world.clip.steps} steps on printed digits with captions; it never sees a scan"],
         ["tiny DINO", f"{world.dino.steps} steps on the training scans without labels"],
-        ["tiny LLaMAs", f"{world.notes.steps} steps on notes and {world.questions.steps} on questions, then frozen"],
+        ["tiny LLaMA", f"{world.questions.steps} steps on questions, then frozen"],
         ["cafo", f"{len(settings.cafo.shots)} numbers of shots × {len(settings.cafo.seeds)} seeds, chosen on val"],
-        ["adapter-train", f"a new instruction, {adapters.records} records, {adapters.workers} workers under ZeRO-2"],
         ["adapter-train", "questions about scans, without images and with them"],
         ["adapter-eval", "all test questions: no adapter, text-only, image-conditioned"],
-        ["adapter-train", f"SmolLM2-135M-Instruct, a real LLaMA, on {settings.pretrained.records} answers in JSON"],
-        ["run folder", str(settings.run.folder)],
     ]
-    if not settings.pretrained.use:
-        del rows[-2]
+    if settings.pretrained.use:
+        taught = f"SmolLM2-135M-Instruct, a real LLaMA, on {settings.pretrained.records} answers in JSON"
+    else:
+        taught = f"a new instruction, {adapters.records} records, {adapters.workers} workers under ZeRO-2"
+        rows.insert(4, ["another", f"{world.notes.steps} steps on notes, then frozen"])
+    rows += [["adapter-train", taught], ["run folder", str(settings.run.folder)]]
     show_table("plan", ["", ""], rows)
 
 
@@ -110,40 +111,33 @@ def run(settings: Config) -> dict[str, Any]:
     check()
     folder, cache = open_run(settings.run, settings), settings.run.cache_folder
     world = world_paths(cache, settings.world)
-    names, real_llama = inner_runs(settings, world), find_real_llama(settings.pretrained)
-    if real_llama is None:
-        del names["json"]
+    real_llama = find_real_llama(settings.pretrained)
+    names = inner_runs(settings, world, real_llama=real_llama is not None)
     stages = Stages(demo_stages(world, names, folder), cache)
     with torch_threads(1):
         with stages.next():
-            make_world(world, settings.world)
+            make_world(world, settings.world, notes=real_llama is None)
         for name, path in world._asdict().items():
-            link_folder(folder / "world" / name, path)
+            if path.exists():
+                link_folder(folder / "world" / name, path)
         with stages.next():
             cafo_rows = run_cafo(settings, world, names)
         with stages.next():
-            instruction_rows, instruction_metrics, instruction_examples = run_instruction(settings, world, names)
-        with stages.next():
             question_rows, question_metrics, question_examples = run_questions(settings, world, names)
-    json_tables: dict[str, Table] = {}
-    if real_llama is not None:
-        with torch_threads(2), stages.next():
-            json_rows, json_examples = run_json_answers(settings, real_llama, names)
-        json_tables = {
-            "LLaMA-Adapter on SmolLM2-135M-Instruct: answers in JSON to held-out questions, %": json_rows,
-            "answers of SmolLM2-135M-Instruct": json_examples,
-        }
-    metrics = {"a new instruction": instruction_metrics, "questions about scans": question_metrics}
+    with torch_threads(2 if real_llama else 1), stages.next():
+        if real_llama:
+            instruction_tables, instruction_metrics = run_json_answers(settings, real_llama, names)
+        else:
+            instruction_tables, instruction_metrics = run_notes(settings, world, names)
+    metrics = {"questions about scans": question_metrics, "a new instruction": instruction_metrics}
     _plot_losses(folder, metrics)
     tables: dict[str, Table] = {
         "CaFo without pre-training: accuracy on test scans, %": [r for r in cafo_rows if r["method"] in BASELINES],
         "CaFo: accuracy on test scans, %": [r for r in cafo_rows if r["method"] not in BASELINES],
-        "LLaMA-Adapter: exact answers on held-out notes, %": instruction_rows,
         "LLaMA-Adapter: right answers of four options, %": question_rows,
-        **json_tables,
-        "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in metrics.items()],
-        "answers": instruction_examples,
         "answers about scans": question_examples,
+        **instruction_tables,
+        "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in metrics.items()],
         "seconds": stages.rows(),
     }
     for title, rows in tables.items():
@@ -170,53 +164,50 @@ def run_silently(run: Callable[[Any], dict[str, Any]], settings: Any) -> dict[st
         return run(settings)
 
 
-def inner_runs(settings: Config, world: World) -> dict[str, str]:
-    """The run names of the demo's jobs, by step.
+def inner_runs(settings: Config, world: World, *, real_llama: bool) -> dict[str, str]:
+    """The run names of the demo's jobs, by step; the last is the real LLaMA's, or that of the one that copies notes.
 
     A name has a fingerprint of what the run depends on, so other settings or a newer version use another folder.
     """
     digits, clip, dino, generated, notes, questions = (path.name for path in world)
     of_cafo = demo_fingerprint(digits, clip, dino, generated, to_dict(settings.cafo))
-    of_notes = demo_fingerprint(notes, to_dict(settings.adapters))
     of_questions = demo_fingerprint(digits, clip, questions, to_dict(settings.adapters))
-    of_json = demo_fingerprint(to_dict(settings.pretrained))
-    names = {
-        "cafo": f"cafo-{of_cafo}",
-        "instruction": f"instruction-{of_notes}",
-        "questions": f"questions-{of_questions}",
-        "json": f"json-{of_json}",
-    }
+    names = {"cafo": f"cafo-{of_cafo}", "questions": f"questions-{of_questions}"}
     for adapter in ADAPTERS:
         name = f"{adapter.replace(' ', '-')}-{of_questions}"
         names |= {adapter: name, f"{adapter}, test": f"{name}-test"}
+    if real_llama:
+        names["json"] = f"json-{demo_fingerprint(to_dict(settings.pretrained))}"
+    else:
+        names["notes"] = f"notes-{demo_fingerprint(notes, to_dict(settings.adapters))}"
     return names
 
 
 def demo_stages(world: World, names: Mapping[str, str], folder: Path) -> list[Stage]:
-    """The demo's stages; the last only where there is a real LLaMA."""
+    """The demo's stages; the last is the real LLaMA's, or that of the one that copies notes."""
     evaluated = [folder / names[f"{name}, test"] / RESULT_FILE for name in ADAPTERS]
-    stages = [
-        Stage("Tiny models are trained from scratch: a CLIP, a DINO and two LLaMAs.", 50, world),
+    if "json" in names:
+        title = "LLaMA-Adapter on a real LLaMA: SmolLM2-135M-Instruct learns to answer in JSON."
+        taught = Stage(title, 60, [folder / names["json"] / JSON_ANSWERS])
+        models = [path for path in world if path != world.notes]
+    else:
+        title = "LLaMA-Adapter: another tiny LLaMA learns an instruction that it does not know."
+        taught = Stage(title, 26, [folder / names["notes"] / RESULT_FILE])
+        models = list(world)
+    return [
+        Stage("Tiny models are trained from scratch: a CLIP, a DINO and LLaMAs.", 50, models),
         Stage(
             "CaFo: CLIP ranks generated images; encode once; train and search caches; choose on val; open test.",
             28,
             [folder / names["cafo"] / "test" / RESULT_FILE],
         ),
         Stage(
-            "LLaMA-Adapter: an adapter on one frozen LLaMA learns an instruction that the LLaMA does not know.",
-            26,
-            [folder / names["instruction"] / RESULT_FILE],
-        ),
-        Stage(
-            "LLaMA-Adapter: adapters on the other answer questions about scans, without and with CLIP's features.",
+            "LLaMA-Adapter: a tiny LLaMA answers questions about scans, by adapters without and with CLIP's features.",
             52,
             evaluated,
         ),
+        taught,
     ]
-    if "json" in names:
-        title = "LLaMA-Adapter on a real LLaMA: SmolLM2-135M-Instruct learns to answer in JSON."
-        stages.append(Stage(title, 60, [folder / names["json"] / JSON_ANSWERS]))
-    return stages
 
 
 def find_real_llama(settings: PretrainedConfig) -> Path | None:
@@ -227,7 +218,7 @@ def find_real_llama(settings: PretrainedConfig) -> Path | None:
     try:
         return smollm2_gguf()
     except ModelUnavailableError as error:
-        logger.info("the part with SmolLM2-135M-Instruct is skipped: %s", error)
+        logger.info("a tiny LLaMA takes the place of SmolLM2-135M-Instruct: %s", error)
         return None
 
 
@@ -249,21 +240,21 @@ def run_cafo(settings: Config, world: World, names: Mapping[str, str]) -> Table:
     return [{"method": method, **row} for method, row in rows.items()]
 
 
-def run_instruction(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:
-    """Train an adapter on the new instruction; return exact answers before and after, training metrics, examples."""
+def run_notes(settings: Config, world: World, names: Mapping[str, str]) -> tuple[dict[str, Table], Table]:
+    """Train an adapter to write notes in words; return tables of its answers before and after, and training metrics."""
     adapters, folder = settings.adapters, settings.run.folder
     write_records(adapters, folder)
-    section = run_section(settings, names["instruction"])
+    section = run_section(settings, names["notes"])
     values = instruction_train_settings(adapters, world.notes, folder, section, cluster_gpus())
-    trained = run_silently(adapter_train.run, load(adapter_train.Config, values))
-    adapter = Path(trained["adapter"])
+    adapter = Path(run_silently(adapter_train.run, load(adapter_train.Config, values))["adapter"])
     records = held_out_records(adapters.held_out, adapters.seed)
     accuracy, examples = exact_answers(records, answer_records(world.notes, adapter, records))
-    return accuracy, read_jsonl(adapter.with_name("metrics.jsonl")), examples
+    tables = {"LLaMA-Adapter: exact answers on held-out notes, %": accuracy, "answers": examples}
+    return tables, read_jsonl(adapter.with_name("metrics.jsonl"))
 
 
-def run_json_answers(settings: Config, base: Path, names: Mapping[str, str]) -> tuple[Table, Table]:
-    """Train SmolLM2 to answer in JSON; return the share of such answers before and after, and examples."""
+def run_json_answers(settings: Config, base: Path, names: Mapping[str, str]) -> tuple[dict[str, Table], Table]:
+    """Train SmolLM2 to answer in JSON; return tables of its answers before and after, and training metrics."""
     pretrained, folder = settings.pretrained, settings.run.folder
     records = folder / "json_records.jsonl"
     write_jsonl(records, json_answers.training_records(pretrained.records, pretrained.seed))
@@ -271,7 +262,12 @@ def run_json_answers(settings: Config, base: Path, names: Mapping[str, str]) -> 
     adapter = Path(run_silently(adapter_train.run, load(adapter_train.Config, values))["adapter"])
     held_out = json_answers.held_out_records(pretrained.held_out, pretrained.seed)
     answers = json_answers.answer_before_and_after(base, adapter, held_out, adapter.with_name(JSON_ANSWERS))
-    return json_answers.compare_answers(held_out, answers)
+    accuracy, examples = json_answers.compare_answers(held_out, answers)
+    tables = {
+        "LLaMA-Adapter on SmolLM2-135M-Instruct: answers in JSON to held-out questions, %": accuracy,
+        "answers of SmolLM2-135M-Instruct": examples,
+    }
+    return tables, read_jsonl(adapter.with_name("metrics.jsonl"))
 
 
 def run_questions(settings: Config, world: World, names: Mapping[str, str]) -> tuple[Table, Table, Table]:

@@ -87,9 +87,9 @@ def make_world(world: World, settings: WorldConfig, *, notes: bool = True) -> No
             write_digits(settings.digits, new)
     clip, dino, questions = settings.clip, settings.dino, settings.questions
     models = {  # the longest training first
-        "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
-        "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
         "LLaMA for questions": Training(world.questions, questions.steps, partial(train_llama, questions)),
+        "CLIP": Training(world.clip, clip.steps, partial(train_clip, clip)),
+        "DINO": Training(world.dino, dino.steps, partial(train_dino, dino, settings.digits)),
     }
     if notes:
         models["LLaMA for notes"] = Training(world.notes, settings.notes.steps, partial(train_llama, settings.notes))

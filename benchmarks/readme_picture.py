@@ -1,7 +1,7 @@
 """Draw the picture of README.md from the tables of docs/results.md: `python -m benchmarks.readme_picture`.
 
-Left: test accuracy of the demo's classifiers over the number of labelled images of each class. Right: what the demo's
-adapters changed. The picture takes the light or dark colours of whoever looks at it.
+Left: test accuracy of the demo's classifiers over the number of labelled images of each class. Right: what adapters
+changed. The picture takes the light or dark colours of whoever looks at it.
 """
 
 import io
@@ -30,14 +30,20 @@ def read_curve(text: str, row: str) -> list[tuple[int, float, float]]:
 
 
 def read_adapters(text: str) -> list[tuple[str, float, float]]:
-    """(task, percent without an adapter, percent with it) of the demo's adapters."""
-    instruction = re.search(r"\| ([\d.]+)% → ([\d.]+)%, the old one ([\d.]+)% → ([\d.]+)%", text)
-    scans = re.search(r"scans ([\d.]+), [\d.]+, \*\*([\d.]+)%\*\*", text)
-    if instruction is None or scans is None:
-        raise ValueError(f"{RESULTS}: the table's rows about the demo's adapters are not there")
-    pairs = [instruction.group(1, 2), instruction.group(3, 4), scans.group(1, 2)]
-    titles = ["a new instruction", "the old instruction", "questions about scans"]
-    return [(title, float(before), float(after)) for title, (before, after) in zip(titles, pairs, strict=True)]
+    """(task, percent without an adapter, percent with it) of adapters of the demo, and of one for photos."""
+    json_answers = re.search(
+        r"held-out questions in JSON; [^|]* \| ([\d.]+)% → [\d., ]+ and [\d.]+%, mean ([\d.]+)%", text
+    )
+    photos = re.search(r"photos shuffled \| ([\d.]+), [\d.]+, \*\*([\d.]+)\*\*", text)
+    scans = re.search(r"scans ([\d.]+) → \*\*([\d.]+)%\*\*", text)
+    if json_answers is None or photos is None or scans is None:
+        raise ValueError(f"{RESULTS}: the table's rows about adapters are not there")
+    pairs = {
+        "SmolLM2 answers in JSON": json_answers,
+        "SmolLM2 answers questions about photos": photos,
+        "a tiny LLaMA answers questions about scans": scans,
+    }
+    return [(title, float(found[1]), float(found[2])) for title, found in pairs.items()]
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def main() -> None:
         right.annotate(title, (0, y), (0, 9), textcoords="offset points")
         right.annotate(f"{before:g} → {after:g}", (100, y), (0, 9), textcoords="offset points", ha="right")
     right.set(yticks=[], ylim=(-0.5, 2.75), xlim=(-4, 104), xlabel="base → with the adapter")
-    right.set_title("LLaMA-Adapter: right answers, held out, %")
+    right.set_title("LLaMA-Adapter: answers, held out, %")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     PICTURE.parent.mkdir(exist_ok=True)

@@ -52,7 +52,7 @@ from rayjobs.reporting.example_gallery import write_examples
 from rayjobs.reporting.figures import copy_figure, read_figures, save_plot
 from rayjobs.runs.record import REPORT_FILE, RESULT_FILE, write_result
 from rayjobs.runs.run_dir import RunConfig, open_run
-from rayjobs.storage.files import read_jsonl, write_jsonl
+from rayjobs.storage.files import read_json, read_jsonl, write_jsonl
 from rayjobs.storage.yaml_file import write_yaml
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,11 @@ def run(settings: Config) -> dict[str, Any]:
     metrics = {"questions about scans": question_metrics, "a new instruction": instruction_metrics}
     _plot_losses(folder, metrics)
     tables: dict[str, Table] = {
+        **instruction_tables,
         "CaFo without pre-training: accuracy on test scans, %": [r for r in cafo_rows if r["method"] in BASELINES],
         "CaFo: accuracy on test scans, %": [r for r in cafo_rows if r["method"] not in BASELINES],
         "LLaMA-Adapter: right answers of four options, %": question_rows,
         "answers about scans": question_examples,
-        **instruction_tables,
         "training loss": [{"adapter": name, **sparkline(rows)} for name, rows in metrics.items()],
         "seconds": stages.rows(),
     }
@@ -231,12 +231,14 @@ def run_cafo(settings: Config, world: World, names: Mapping[str, str]) -> Table:
     folder, run = settings.run.folder, RunConfig(**run_section(settings, names["cafo"]))
     path = folder / f"{run.name}.yaml"  # an ordinary config, with which the job can be run again
     write_yaml(path, cafo_job_settings(settings.cafo, world, run, cluster_gpus()))
-    rows = run_silently(cafo.run, load(cafo.Config, path))["eval"]["tables"]["digits"]
+    test = run.folder / "test"
+    if not (test / RESULT_FILE).exists():  # its test images would be scored and drawn again
+        run_silently(cafo.run, load(cafo.Config, path))
     for kind in PLOTS:
-        for figure in read_figures(run.folder / "test"):
+        for figure in read_figures(test):
             if figure.file.startswith(kind) and (kind == "shots" or figure.group.startswith(f"{HEADLINE}, ")):
-                copy_figure(run.folder / "test", replace(figure, folded=False), folder)
-    return [{"method": method, **row} for method, row in rows.items()]
+                copy_figure(test, replace(figure, folded=False), folder)
+    return [{"method": method, **row} for method, row in read_json(test / RESULT_FILE)["tables"]["digits"].items()]
 
 
 def run_notes(settings: Config, world: World, names: Mapping[str, str]) -> tuple[dict[str, Table], Table]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from adapter.base.json_config import JsonConfig, PositiveFloat, PositiveInt
+from adapter.base.json_config import JsonConfig, LayerCount, PositiveFloat, PositiveInt
 from adapter.base.rope_config import RopeConfig, rope_values
 from adapter.decoder_config import DecoderConfig
 
@@ -24,7 +24,7 @@ class Family(JsonConfig):
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: LayerCount
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None

@@ -12,6 +12,8 @@ from adapter.errors import AdapterError, CheckpointError
 from adapter.json_object import read_object
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+LayerCount = Annotated[int, Field(ge=1, le=10_000)]
+"""A number of layers, up to many times the most that are published: a list of them, or they themselves, can be made."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from adapter.base.json_config import JsonConfig, PositiveFloat, PositiveInt
+from adapter.base.json_config import JsonConfig, LayerCount, PositiveFloat, PositiveInt
 from adapter.decoder_config import DecoderConfig
 from adapter.rope import Llama3Scaling
 
@@ -13,7 +13,7 @@ class MetaConfig(JsonConfig):
     """Meta's `params.json`."""
 
     dim: PositiveInt
-    n_layers: PositiveInt
+    n_layers: LayerCount
     n_heads: PositiveInt
     n_kv_heads: PositiveInt | None = None
     vocab_size: Annotated[int, Field(ge=-1, lt=2**31)] = -1

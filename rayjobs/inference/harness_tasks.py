@@ -10,6 +10,7 @@ from typing import Any
 from rayjobs.cluster.environment import set_unless_given
 from rayjobs.console import verbose
 from rayjobs.errors import ConfigError, is_user_error
+from rayjobs.inference.task_files import check_task_files
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """The metrics that a headline shows, the first that a task has; of a task without any, its first metric."""
@@ -31,6 +32,8 @@ def open_tasks(names: Sequence[str], folder: str | None) -> tuple[Any, list[str]
     except ImportError as error:
         raise ConfigError(f"this job needs lm-evaluation-harness: pip install 'rayjobs[harness]' ({error})") from error
     place = folder or "the harness's own tasks"
+    if folder is not None:
+        check_task_files(Path(folder))
     with _loading(place):
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
     if nameless := [name for name in manager.all_tasks if not isinstance(name, str)]:

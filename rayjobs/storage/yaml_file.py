@@ -1,6 +1,7 @@
 """Read and write YAML 1.2, in which `5e8` is a number and `yes`, `on` and `2026-01-01` are text."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,44 @@ def parse_yaml(text: str) -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     try:
-        value = yaml.load(text)
+        check_size(yaml.parse(text))
+        return yaml.load(text)
     except (YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         # all but the first are what the library's constructors raise over odd tags, keys, numbers and depths
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
-    _check_size(value)
-    return value
 
 
-def _check_size(value: Any) -> None:
-    """Raise ConfigError for a value that is nested too deep or too large: an alias can hold itself, or grow twofold."""
-    pending, count = [(value, 0)], 0
-    while pending:
-        held, depth = pending.pop()
-        count += 1
-        if depth > _DEEPEST or count > _MOST_VALUES:
+def check_size(events: Iterable[Any]) -> None:
+    """Check the size of a document by its parser's events, ruamel's or PyYAML's, before a value is built of them.
+
+    An alias counts as all that it stands for: it can hold itself, or grow twofold from line to line, and what a `<<`
+    merges is copied. Raises ConfigError for a document that is nested too deep or too large.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    """Anchor → values and levels of what it names."""
+    pending: list[list[Any]] = [[None, 0, 0]]
+    """Anchor, values and levels so far of each value that is not complete."""
+    for event in events:
+        kind, anchor = type(event).__name__, getattr(event, "anchor", None) or ""
+        if kind in ("SequenceStartEvent", "MappingStartEvent"):
+            sizes[anchor] = (_MOST_VALUES, 0)  # until it is complete, only an alias inside of it asks
+            pending.append([anchor, 1, 1])
+        elif kind in ("SequenceEndEvent", "MappingEndEvent", "ScalarEvent", "AliasEvent"):
+            if kind == "AliasEvent":
+                values, levels = sizes.get(anchor, (1, 0))
+            elif kind == "ScalarEvent":
+                values, levels = sizes[anchor] = (1, 0)
+            else:
+                anchor, values, levels = pending.pop()
+                sizes[anchor] = (values, levels)
+            pending[-1][1] += values
+            pending[-1][2] = max(pending[-1][2], levels + 1)
+        if pending[-1][1] > _MOST_VALUES or len(pending) + pending[-1][2] > _DEEPEST + 2:
             raise ConfigError(
                 f"not usable YAML: over {_MOST_VALUES:,} values or {_DEEPEST} levels, by an alias that repeats itself?"
             )
-        inner = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
-        pending += [(one, depth + 1) for one in inner]
 
 
 def read_yaml(path: str | Path) -> Any:

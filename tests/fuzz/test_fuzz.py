@@ -103,6 +103,8 @@ def with_header(content: bytes, key: str, value: str) -> bytes:
 
 
 DEEP = b'{"a":' * 100_000
+MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{f'*a{i - 1},' * 9}]}}" for i in range(1, 12))]).encode()
+"""Lines that each copy the line before them nine times."""
 FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
     "JSON that is nested too deep": [
         ("checkpoint-hf", "config.json", DEEP),
@@ -146,6 +148,7 @@ FOUND: dict[str, list[tuple[str, str, bytes | Callable[[bytes], bytes]]]] = {
     "YAML that holds itself, or grows": [
         ("config-yaml", "cafo.yaml", b"data: &a [*a]"),
         ("config-yaml", "cafo.yaml", b"data: !!timestamp [1]"),
+        ("config-yaml", "cafo.yaml", MERGES),
     ],
 }
 

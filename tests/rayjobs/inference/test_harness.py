@@ -260,6 +260,9 @@ def test_what_cannot_be_run_is_refused_before_a_worker_starts(tmp_path: Path, ti
     (tasks / "rows.jsonl").write_text("{")
     with pytest.raises(ConfigError, match="choose: the harness cannot load it"):
         load_tasks(manager, names)
+    (tasks / "deep.yaml").write_text("[" * 100_000)  # ends the process of a reader that calls itself for each level
+    with pytest.raises(ConfigError, match=r"task_folder: .*deep\.yaml: not usable YAML: over .* 60 levels"):
+        open_tasks(["choose"], str(tasks))
 
 
 @pytest.mark.slow

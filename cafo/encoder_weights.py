@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cafo.bounded_build import Bounds, build_within, check_side
 from cafo.errors import CafoError, EncoderError
 from cafo.files import describe_content, is_lfs_pointer, read_json
 from cafo.images import CLIP_MEAN, CLIP_STD, Preprocess
@@ -155,8 +156,8 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
     The arguments are the fields of `EncoderSpec`.
 
     Raises:
-        EncoderError: an unknown name or tag, a missing file, a model JSON that describes no CLIP, tensors that do not
-            fit, or another activation than the weights were trained with.
+        EncoderError: an unknown name or tag, a missing file, a model JSON that describes no CLIP or a far larger one
+            than the weights, tensors that do not fit, or another activation than the weights were trained with.
     """
     path = Path(weights)
     clip = _find_config(name.replace("/", "-"), path, config)
@@ -166,7 +167,7 @@ def build_clip(name: str, weights: str, config: str = "", quick_gelu: bool | Non
         if clip.built_in or isinstance(error, CafoError | OSError):
             raise
         raise EncoderError(
-            f"the model JSON of {clip.name} describes no CLIP that open_clip can build "
+            f"the model JSON of {clip.name}, {clip.file}, describes no CLIP that open_clip can build "
             f"({type(error).__name__}: {' '.join(str(error).split())}); restore it, or give the one of these weights"
         ) from error
 
@@ -198,19 +199,24 @@ class _ClipConfig(NamedTuple):
     model: dict[str, Any]
     """open_clip's model config"""
     preprocess: Mapping[str, Any]
-    built_in: bool
-    """open_clip knows the architecture by its name"""
+    file: Path | None
+    """the model JSON; None of an architecture that open_clip knows by its name"""
+
+    @property
+    def built_in(self) -> bool:
+        """open_clip knows the architecture by its name."""
+        return self.file is None
 
 
 def _find_config(name: str, path: Path, config: str) -> _ClipConfig:
     """Return the config of a custom CLIP if a JSON is given or lies beside the weights, else open_clip's by name."""
     custom = _read_custom_config(weight_file(path), config) if path.exists() or config else None
     if custom is not None:
-        return _ClipConfig(name or (path.name if path.is_dir() else path.stem), *custom, built_in=False)
+        return _ClipConfig(name or (path.name if path.is_dir() else path.stem), *custom)
     model = open_clip.get_model_config(name)
     if model is None:
         raise EncoderError(f"open_clip has no architecture {name!r}; `open_clip.list_models()` lists them")
-    return _ClipConfig(name, model, {}, built_in=True)
+    return _ClipConfig(name, model, {}, None)
 
 
 def _find_weights(clip: _ClipConfig, path: Path, weights: str) -> tuple[Path, dict[str, Any]]:
@@ -233,14 +239,18 @@ def _assemble(clip: _ClipConfig, state: State | None, path: Path, seed: int = 0)
     config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
-    with torch.random.fork_rng(devices=[]):
+
+    def make() -> nn.Module:
         torch.manual_seed(seed)
-        model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+        return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+
+    with torch.random.fork_rng(devices=[]):
+        model = make() if clip.file is None else build_within(make, Bounds.of(clip.file, state, path))
     if state is not None:
         if custom and "positional_embedding" in state:
             state = open_clip.model.convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:
-            state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
+            state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)  # type: ignore[arg-type]
         load_state(model, state, path)
     window = config["text_cfg"].get("context_length", 77)
     tokenizer = open_clip.get_tokenizer(name) if clip.built_in else open_clip.SimpleTokenizer(context_length=window)
@@ -255,6 +265,7 @@ def _assemble(clip: _ClipConfig, state: State | None, path: Path, seed: int = 0)
 def _clip_preprocess(name: str, model: nn.Module, given: Mapping[str, Any]) -> Preprocess:
     size: Any = model.visual.image_size  # type: ignore[union-attr]
     side = size if isinstance(size, int) else size[0]
+    check_side(side, name)
     mode = given.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash") or (not isinstance(size, int) and len({*size}) > 1):
         raise EncoderError(
@@ -295,8 +306,8 @@ def config_beside(weights: Path) -> Path | None:
     return next((path for path in names if path.is_file()), None)
 
 
-def _read_custom_config(weights: Path, config: str) -> tuple[dict, dict] | None:
-    """Read model and preprocessing config of a custom CLIP from the JSON given, or from the one beside the weights."""
+def _read_custom_config(weights: Path, config: str) -> tuple[dict, dict, Path] | None:
+    """Read a custom CLIP's model and preprocessing config, and their file: the JSON given or the one beside."""
     path = Path(config) if config else config_beside(weights)
     if path is None:
         return None
@@ -306,7 +317,7 @@ def _read_custom_config(weights: Path, config: str) -> tuple[dict, dict] | None:
         raise EncoderError(f"{path} is not an open_clip model JSON: its model_cfg is no object")
     if lacking := {"embed_dim", "vision_cfg", "text_cfg"} - set(model):
         raise EncoderError(f"{path} is not an open_clip model JSON: it lacks {', '.join(sorted(lacking))}")
-    return model, content.get("preprocess_cfg", {})
+    return model, content.get("preprocess_cfg", {}), path
 
 
 def _published_entry(path: Path) -> dict[str, Any]:

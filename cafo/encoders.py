@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cafo.bounded_build import Bounds, build_within, check_side
 from cafo.clip_projection import split_projection
 from cafo.encoder_spec import EncoderSpec, Precision
 from cafo.encoder_weights import build_clip, clean_state, load_state, read_state, weight_file
-from cafo.errors import EncoderError, refuse_text
+from cafo.errors import CafoError, EncoderError, refuse_text
 from cafo.files import read_json
 from cafo.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cafo.methods.base import Projection
@@ -103,15 +104,24 @@ def _load_clip(spec: EncoderSpec, device: str | torch.device) -> ClipEncoder:
 def _load_timm(spec: EncoderSpec, device: str | torch.device) -> ImageEncoder:
     """Load a timm architecture, or one from a folder in timm's format; DINO is a timm architecture too."""
     folder = next((path for path in (spec.weights, spec.name) if path and (Path(path) / "config.json").is_file()), "")
-    name = architecture = spec.name or ("resnet50" if spec.kind == "dino" and not folder else "")
-    network = _build_timm(f"local-dir:{folder}" if folder else name, spec.weights)
-    if folder:
-        config = read_json(Path(folder) / "config.json", "give a folder in timm's format")
-        name = name if name and name != folder else config["architecture"]
-        shape = {key: config.get(key) for key in ("architecture", "model_args", "global_pool")}
-        architecture = json.dumps(shape, sort_keys=True)
-        preprocess = _timm_preprocess(network)
-    elif spec.kind == "dino" and not isinstance(network, timm.models.VisionTransformer):
+    if not folder:
+        return _load_timm_architecture(spec, device)
+    config = Path(folder) / "config.json"
+    try:
+        return _load_timm_folder(spec, config, device)
+    except Exception as error:  # timm takes the values of a config as they are, so that any error may come of them
+        if isinstance(error, CafoError | OSError):
+            raise
+        raise EncoderError(
+            f"{config} describes no encoder that timm can build ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); restore it, or give the one of these weights"
+        ) from error
+
+
+def _load_timm_architecture(spec: EncoderSpec, device: str | torch.device) -> ImageEncoder:
+    name = spec.name or ("resnet50" if spec.kind == "dino" else "")
+    network = _build_timm(name, spec.weights)
+    if spec.kind == "dino" and not isinstance(network, timm.models.VisionTransformer):
         # DINO's own evaluation resizes to 256 and crops 224, whatever timm does for the same architecture.
         preprocess = Preprocess(size=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     else:
@@ -119,7 +129,24 @@ def _load_timm(spec: EncoderSpec, device: str | torch.device) -> ImageEncoder:
     return ImageEncoder(
         network,
         name=f"{spec.kind}-{name}",
-        architecture=architecture,
+        architecture=name,
+        preprocess=preprocess,
+        precision=spec.precision,
+        device=device,
+    )
+
+
+def _load_timm_folder(spec: EncoderSpec, config: Path, device: str | torch.device) -> ImageEncoder:
+    content, folder = read_json(config, "give a folder in timm's format"), str(config.parent)
+    network = _build_timm(f"local-dir:{folder}", spec.weights, config)
+    name = spec.name if spec.name and Path(spec.name) != config.parent else content["architecture"]
+    shape = {key: content.get(key) for key in ("architecture", "model_args", "global_pool")}
+    preprocess = _timm_preprocess(network)
+    check_side(preprocess.size, str(config))
+    return ImageEncoder(
+        network,
+        name=f"{spec.kind}-{name}",
+        architecture=json.dumps(shape, sort_keys=True),
         preprocess=preprocess,
         precision=spec.precision,
         device=device,
@@ -286,24 +313,32 @@ def _choose_layout(module: nn.Module, side: int, device: str | torch.device) -> 
 def _load_pixels(side: str, precision: Precision, device: str | torch.device) -> ImageEncoder:
     if not side.isdecimal() or not int(side):
         raise EncoderError(f"an encoder of kind pixels has its side for a name, in pixels, such as 8; got {side!r}")
+    check_side(int(side), "an encoder of kind pixels")
     preprocess = Preprocess(size=int(side), resize=int(side), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return ImageEncoder(nn.Flatten(), name=f"pixels-{side}", preprocess=preprocess, precision=precision, device=device)
 
 
-def _build_timm(name: str, weights: str) -> nn.Module:
-    if not name.startswith("local-dir:") and not timm.is_model(name):
+def _build_timm(name: str, weights: str, config: Path | None = None) -> nn.Module:
+    """Build a network and load its weights. config: the JSON that describes it; None of an architecture of timm."""
+    if config is None and not timm.is_model(name):
         raise EncoderError(f"timm has no architecture {name!r}; `timm.list_models()` lists them")
     seed = weights.removeprefix("random:") if weights.startswith("random:") else ""
-    with torch.random.fork_rng(devices=[]):
+    path = Path(weights) if seed else weight_file(Path(weights))
+    state = None if seed else clean_state(read_state(path), heads=True)
+
+    def make() -> nn.Module:
         torch.manual_seed(int(seed or 0))
+        return timm.create_model(name, pretrained=False, num_classes=0)
+
+    with torch.random.fork_rng(devices=[]):
         try:
-            network = timm.create_model(name, pretrained=False, num_classes=0)
+            network = make() if config is None else build_within(make, Bounds.of(config, state, path))
         except (KeyError, TypeError, RuntimeError) as error:
-            raise EncoderError(f"timm cannot build {name} ({str(error).splitlines()[0]})") from error
-    if seed:
+            if config is not None:
+                raise
+            raise EncoderError(f"timm cannot build {name} ({' '.join(str(error).split())})") from error
+    if state is None:
         return network
-    path = weight_file(Path(weights))
-    state = clean_state(read_state(path), heads=True)
     # timm converts the official spelling of some families, DINOv2's among them, to its own
     if convert := getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None):
         state = convert(state, network)

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import pickle
 import shutil
@@ -217,6 +218,7 @@ def test_unknown_names_and_files_say_so(tmp_path):
         (EncoderSpec(kind="clip", name="RN5000", weights="openai"), "RN5000"),
         (EncoderSpec(kind="clip", name="RN50-quickgelu", weights="nosuchtag"), "its tags: openai"),
         (EncoderSpec(kind="timm", name="nosuchnet", weights="x"), "nosuchnet"),
+        (EncoderSpec(kind="timm", name="resnet50.nosuchtag", weights="random:0"), "timm cannot build .*nosuchtag"),
         (EncoderSpec(kind="dino", weights=str(tmp_path / "none.pth")), "none.pth"),
         (EncoderSpec(kind="clip", weights=str(tmp_path)), "found none"),
         (EncoderSpec(kind="mae", weights="x"), "mae"),
@@ -299,9 +301,61 @@ def test_a_folder_in_timms_format_brings_architecture_preprocessing_and_unpooled
         load_encoder(EncoderSpec(kind="timm", weights=str(tmp_path / "tiny")))
 
 
+HUGE = 10**9
+
+
+@pytest.mark.parametrize("weights", ["their own", "random:0"])
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("vision_cfg", {"layers": HUGE}),
+        ("vision_cfg", {"layers": [1, 1, HUGE, 1]}),
+        ("vision_cfg", {"width": 34 * HUGE}),
+        ("vision_cfg", {"image_size": HUGE}),
+        ("text_cfg", {"layers": HUGE}),
+        ("text_cfg", {"context_length": HUGE}),
+    ],
+    ids=str,
+)
+def test_a_clip_json_that_asks_for_a_giant_is_refused_before_it_is_built(tmp_path, part, values, weights):
+    folder(tmp_path)
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({**VIT, part: {**VIT[part], **values}}))
+    spec = EncoderSpec(kind="clip", name="tiny", weights=str(tmp_path) if weights != "random:0" else weights)
+    message = "over 20,000 tensors" if weights == "random:0" else "a far larger encoder than its weights: .* holds"
+    with pytest.raises(EncoderError, match=rf"given\.json describes .*{message}"):
+        load_encoder(dataclasses.replace(spec, config=str(given)))
+
+
+@pytest.mark.parametrize("weights", ["their own", "random:0"])
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("test_vit", {"depth": HUGE}, "larger encoder|20,000 tensors"),
+        ("test_vit", {"embed_dim": 64 * HUGE}, "larger encoder|20,000 tensors"),
+        ("resnet10t", {"layers": [1, HUGE, 1, 1]}, "larger encoder|20,000 tensors"),
+        ("resnet10t", {"layers": 0}, "describes no encoder that timm can build"),
+        ("resnet10t", {"input_size": [3, HUGE, HUGE]}, "images of side 1000000000; it should be 1 to 4096 pixels"),
+        ("resnet10t", {"crop_pct": "wide"}, "describes no encoder that timm can build"),
+    ],
+    ids=str,
+)
+def test_a_timm_config_that_asks_for_a_giant_or_for_nonsense_is_refused(tmp_path, name, values, message, weights):
+    timm.models.save_for_hf(timm.create_model(name, num_classes=0), tmp_path, safe_serialization="both")
+    config = json.loads((tmp_path / "config.json").read_text())
+    part = "pretrained_cfg" if name == "resnet10t" and "layers" not in values else "model_args"
+    changed = {**config, part: {**config.get(part, {}), **values}}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    given = str(tmp_path) if weights != "random:0" else weights
+    with pytest.raises(EncoderError, match=rf"config\.json .*({message})"):
+        load_encoder(EncoderSpec(kind="timm", name=str(tmp_path), weights=given))
+
+
 def test_pixels_are_the_image_itself():
     encoder = load_encoder(EncoderSpec(kind="pixels", name="5"))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    with pytest.raises(EncoderError, match="images of side 50000"):
+        load_encoder(EncoderSpec(kind="pixels", name="50000"))
     flat = torch.from_numpy(np.array(image)).permute(2, 0, 1).flatten().float()
     torch.testing.assert_close(encoder.encode_image(encoder.preprocess(image)[None])[0], F.normalize(flat, dim=0))
 

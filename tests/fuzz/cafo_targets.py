@@ -160,6 +160,18 @@ def read_clip(folder: Path) -> None:
     load_encoder(EncoderSpec(kind="clip", name="tiny", weights=str(folder)))
 
 
+def write_timm(folder: Path) -> None:
+    import timm
+
+    shape = {"channels": [4, 4, 4, 4], "stem_width": 4, "num_classes": 0}
+    network = timm.create_model("resnet10t", **shape)
+    timm.models.save_for_hf(network, folder, safe_serialization=True, data_config={"input_size": (3, 32, 32)})
+
+
+def read_timm(folder: Path) -> None:
+    load_encoder(EncoderSpec(kind="timm", weights=str(folder)))
+
+
 def write_weights(folder: Path) -> None:
     state = {"backbone.conv.weight": torch.ones(2, 3), "backbone.conv.bias": torch.zeros(2, dtype=torch.float16)}
     torch.save({"teacher": state, "epoch": 3}, folder / "dino.pth")
@@ -183,5 +195,6 @@ TARGETS = (
     Target(name="cache", make=write_cache, read=read_cache, share=6),
     Target(name="rival", make=write_classifier, read=read_classifier, share=4),
     Target(name="encoder-clip", make=write_clip, read=read_clip, damaged=("*.json",), share=1, quick=False),
+    Target(name="encoder-timm", make=write_timm, read=read_timm, damaged=("*.json",), share=1, quick=False),
     Target(name="encoder-weights", make=write_weights, read=read_weights, share=3),
 )

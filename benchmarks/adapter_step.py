@@ -8,6 +8,8 @@ in the same process, on the same frozen weights and batches:
     bf16     the same with the frozen base in bfloat16
     peft     PEFT's AdaptionPrompt on transformers (SDPA), padded to the longest of each micro-batch, without attention
              mask (padding is on the right), at the fastest micro-batch size
+    litgpt   where it can be imported: its adapter and its loss, as its own recipe calls them, on other random weights,
+             at its own fastest micro-batch size
     floor    only the matrix products of an implementation that computes every real token, as plain torch.mm in float32:
              all layers forward; the gradient with respect to the input of every product above the lowest trainable
              prompt (so not of wq, wk, wv in the lowest adapted layer); the head forward and backward for the labelled
@@ -17,7 +19,10 @@ in the same process, on the same frozen weights and batches:
     python -m benchmarks.adapter_step --data alpaca_data.json --tokenizer tokenizer.model --json
     python -m benchmarks.adapter_step --data alpaca_data.json --tokenizer SmolLM2-135M --shape smollm2 --json
 
-Figures are medians over steps, in examples per second. Needs the extra `bench`.
+Figures are medians over steps, in examples per second. Needs the extra `bench`. litgpt wants other versions of its
+packages than this project; without its dependencies, in a folder on PYTHONPATH, its model can be imported:
+
+    pip install --no-deps --target peers litgpt lightning lightning_utilities torchmetrics
 """
 
 import argparse
@@ -55,7 +60,7 @@ SMOLLM2 = DecoderConfig(
 SHAPES = {"llama_512": (LLAMA_512, 6), "smollm2": (SMOLLM2, 28)}
 """Shape of the base, and number of adapted layers, by name."""
 WIDTH = 512
-PEFT_SIZES = (1, 2, 4, 8)
+PEER_SIZES = (1, 2, 4, 8)
 
 PEER_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -161,6 +166,38 @@ def make_peft_model(ours: Decoder) -> torch.nn.Module:
     return model
 
 
+def make_litgpt_model(ours: Decoder) -> torch.nn.Module | None:
+    """litgpt's adapter in our model's shape, with random weights; None where litgpt is not there."""
+    try:
+        from litgpt.adapter import GPT, Config, mark_only_adapter_as_trainable
+    except ImportError:
+        return None
+    shape = ours.config
+    model = GPT(
+        Config(
+            n_layer=shape.n_layers,
+            n_embd=shape.dim,
+            n_head=shape.n_heads,
+            n_query_groups=shape.n_kv_heads,
+            head_size=shape.head_dim,
+            intermediate_size=shape.hidden_dim,
+            block_size=shape.max_seq_len,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_eps=shape.norm_eps,
+            mlp_class_name="LLaMAMLP",
+            adapter_prompt_length=len(ours.adaptions[0].prompt),
+            adapter_start_layer=shape.n_layers - len(ours.adaptions),
+        )
+    )
+    mark_only_adapter_as_trainable(model)
+    return model
+
+
 class Floor:
     """The matrix products of a step, each (rows, in) times (in, out), written into preallocated memory."""
 
@@ -207,6 +244,9 @@ class Contestants:
         self.peft_model = make_peft_model(self.our_model)
         models = self.our_model, self.bf16_model, self.peft_model
         self.our_optimizer, self.bf16_optimizer, self.peft_optimizer = map(make_optimizer, models)
+        self.litgpt_model = make_litgpt_model(self.our_model)
+        if self.litgpt_model is not None:
+            self.litgpt_optimizer = make_optimizer(self.litgpt_model)
         self.floor = Floor(shape)
 
     def parts(self, batch: Batch) -> list[list[int]]:
@@ -230,6 +270,21 @@ class Contestants:
             return self.peft_model(input_ids=tokens, labels=labels, num_items_in_batch=1).loss
 
         return step(batch, in_order(batch, size), loss_sum, self.peft_optimizer)
+
+    def litgpt(self, batch: Batch, size: int) -> float:
+        from litgpt.utils import chunked_cross_entropy
+
+        model = self.litgpt_model
+        assert model is not None
+
+        def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
+            for block in model.transformer["h"]:
+                block.attn.adapter_kv_cache = None  # litgpt keeps the last step's, whose graph is gone
+            logits = model(tokens, lm_head_chunk_size=128)
+            logits[-1] = logits[-1][:, :-1]
+            return chunked_cross_entropy(logits, labels[:, 1:]) * (labels[:, 1:] != -100).sum()
+
+        return step(batch, in_order(batch, size), loss_sum, self.litgpt_optimizer)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -264,14 +319,21 @@ def load_batches(data: str, tokenizer_path: str, shape: str, batch_size: int, co
     return [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
 
 
-def warm_up(contestants: Contestants, batch: Batch, clock: Callable[[], float]) -> int:
-    """Run every contestant once, and check that ours and PEFT's compute the same loss. Returns PEFT's fastest size."""
-    our_loss, peft_loss = contestants.ours(batch), contestants.peft(batch, PEFT_SIZES[0])
+def warm_up(contestants: Contestants, batch: Batch, clock: Callable[[], float]) -> dict[str, int]:
+    """Run every contestant once; check that ours and PEFT's compute the same loss. Returns each peer's best size."""
+    our_loss, peft_loss = contestants.ours(batch), contestants.peft(batch, PEER_SIZES[0])
     print(f"loss of the first step: ours {our_loss:.5f}, peft {peft_loss:.5f}")
     torch.testing.assert_close(our_loss, peft_loss, rtol=1e-4, atol=0)
-    times = {size: seconds(clock, contestants.peft, batch, size) for size in PEFT_SIZES}
-    fastest = min(times, key=lambda size: times[size])
-    print(f"peft is fastest at micro-batches of {fastest}: " + ", ".join(f"{k}: {v:.1f} s" for k, v in times.items()))
+    peers = {"peft": contestants.peft}
+    if contestants.litgpt_model is not None:
+        contestants.litgpt(batch, PEER_SIZES[0])
+        peers["litgpt"] = contestants.litgpt
+    fastest = {}
+    for name, peer in peers.items():
+        times = {size: seconds(clock, peer, batch, size) for size in PEER_SIZES}
+        fastest[name] = min(times, key=lambda size: times[size])
+        of_sizes = ", ".join(f"{k}: {v:.1f} s" for k, v in times.items())
+        print(f"{name} is fastest at micro-batches of {fastest[name]}: {of_sizes}")
     contestants.floor(batch)
     return fastest
 
@@ -284,12 +346,13 @@ def main() -> None:
         args.data, args.tokenizer, args.shape, args.batch, args.steps + 1
     )  # the first to warm up
     contestants = Contestants(args.shape, args.token_budget)
-    size = warm_up(contestants, first, clock)
-    rates: dict[str, list[float]] = {"ours": [], "bf16": [], "peft": [], "floor": []}
+    sizes = warm_up(contestants, first, clock)
+    rates: dict[str, list[float]] = {name: [] for name in ("ours", "bf16", *sizes, "floor")}
     for number, batch in enumerate(batches, 1):
         rates["ours"].append(len(batch) / seconds(clock, contestants.ours, batch))
         rates["bf16"].append(len(batch) / seconds(clock, contestants.bf16, batch))
-        rates["peft"].append(len(batch) / seconds(clock, contestants.peft, batch, size))
+        for name, size in sizes.items():
+            rates[name].append(len(batch) / seconds(clock, getattr(contestants, name), batch, size))
         rates["floor"].append(len(batch) / seconds(clock, contestants.floor, batch))
         n_tokens = sum(len(example.ids) for example in batch)
         print(

@@ -274,8 +274,7 @@ class Contestants:
     def litgpt(self, batch: Batch, size: int) -> float:
         from litgpt.utils import chunked_cross_entropy
 
-        model = self.litgpt_model
-        assert model is not None
+        model: Any = self.litgpt_model
 
         def loss_sum(tokens: Tensor, labels: Tensor) -> Tensor:
             for block in model.transformer["h"]:

@@ -190,6 +190,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(3000)  # forty commands
 def test_blocks_run_as_they_stand(cluster: None, examples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(examples)
     weights = file_fingerprint(examples / "examples" / "base" / "model.safetensors")

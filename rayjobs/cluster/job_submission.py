@@ -110,15 +110,17 @@ def submit(command: Sequence[str]) -> int:
     If the same command is running there already, it is followed from the beginning of its output instead. Ctrl-C leaves
     the job running and returns 130. Raises ConnectionError if the cluster does not answer, or stops answering.
     """
+    from aiohttp import ClientError
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
+    from requests import RequestException
 
     for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.INFO if verbose() else logging.ERROR)
     print(printable(ray_submit_command(command)), flush=True)
-    job_id = f"raysubmit_{uuid.uuid4().hex[:16]}"
+    job_id, address = f"raysubmit_{uuid.uuid4().hex[:16]}", cluster_environment()["RAY_ADDRESS"]
     try:
-        client = JobSubmissionClient(cluster_environment()["RAY_ADDRESS"])
+        client = JobSubmissionClient(address)
         running = _find_running(client, shlex.join(command))
         job_id = running or job_id
         if not running:
@@ -130,6 +132,8 @@ def submit(command: Sequence[str]) -> int:
         print(f"\nthe submitted job keeps running; the same command, or ray job logs -f {job_id}, follows it again")
         print(f"ray job stop {job_id} stops it")
         return INTERRUPTED
+    except (RequestException, ClientError) as error:
+        raise ConnectionError(f"the cluster at {address} has stopped answering: {error}") from error
     except (RuntimeError, RayError) as error:
         raise ConnectionError(str(error)) from error
 

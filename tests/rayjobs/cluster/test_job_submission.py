@@ -10,10 +10,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
+import ray
 import torch
 
 from adapter.adapter_formats import read_adapter
@@ -150,6 +153,33 @@ def test_a_submitted_job_trains_and_what_fails_there_fails_here(
     (line,) = [line for line in output.splitlines() if "error:" in line]
     assert "nowhere" in line
     assert "Traceback" not in output
+
+
+class Leaving(BaseHTTPRequestHandler):
+    """A head that tells its version, and then answers nothing more."""
+
+    def do_GET(self) -> None:
+        if self.path == "/api/version":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"ray_version": ray.__version__}).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+def test_a_head_that_stops_answering_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Leaving) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        assert main(["adapter-generate", "base.path=x", "instruction=x", "--submit"]) == 2
+        server.shutdown()
+    (told,) = [line for line in caplog.messages if "error:" in line]
+    assert f"error: the cluster at {address} has stopped answering: " in told
 
 
 @pytest.mark.slow

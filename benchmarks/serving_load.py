@@ -103,13 +103,18 @@ def make_runs(folder: Path) -> None:
         model.save_adapter(folder / f"run{number}" / "adapter.safetensors")
 
 
-async def ask(client: httpx.AsyncClient, model: str, prompt: list[int], tokens: int, *, leaves: bool) -> Answer:
-    """Send one request and read its stream; a client that leaves hangs up after the first token."""
+async def ask(
+    client: httpx.AsyncClient, model: str, prompt: list[int], tokens: int, *, leaves: bool, url: str = ""
+) -> Answer:
+    """Send one request and read its stream; a client that leaves hangs up after the first token.
+
+    url: of the server, where the client has none.
+    """
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     began, first, counted = time.perf_counter(), float("inf"), 0
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 return Answer(
                     first, time.perf_counter() - began, 0, f"{answer.status_code} {await answer.aread()!r:.200}"

@@ -111,3 +111,10 @@ def test_gloo_uses_rays_network_in_every_worker_with_variables_of_its_own_or_not
     assert interfaces[0] == interfaces[1]
     addresses = {address.address for address in psutil.net_if_addrs()[interfaces[0]]}
     assert ray.util.get_node_ip_address() in addresses
+
+
+@pytest.mark.ray
+def test_threads_of_every_worker_sleep_soon_while_they_wait(cluster: None) -> None:
+    read = ray.remote(os.getenv)
+    with_variables = read.options(runtime_env={"env_vars": {"A": "1"}})
+    assert ray.get([read.remote("GOMP_SPINCOUNT"), with_variables.remote("GOMP_SPINCOUNT")]) == ["10000", "10000"]

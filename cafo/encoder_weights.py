@@ -245,12 +245,12 @@ def _assemble(clip: _ClipConfig, state: State | None, path: Path, seed: int = 0)
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
 
     with torch.random.fork_rng(devices=[]):
-        model = make() if clip.file is None else build_within(make, Bounds.of(clip.file, state, path))
+        model: Any = make() if clip.file is None else build_within(make, Bounds.of(clip.file, state, path))
     if state is not None:
         if custom and "positional_embedding" in state:
             state = open_clip.model.convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:
-            state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)  # type: ignore[arg-type]
+            state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
         load_state(model, state, path)
     window = config["text_cfg"].get("context_length", 77)
     tokenizer = open_clip.get_tokenizer(name) if clip.built_in else open_clip.SimpleTokenizer(context_length=window)

@@ -10,7 +10,7 @@ import torch
 
 from rayjobs.storage.fingerprint import fingerprint
 
-FORMAT = 3
+FORMAT = 4
 """Version of everything that the demo makes. Increase it with a change that changes any of its content, so that older
 content is not taken for new."""
 

@@ -126,7 +126,7 @@ class AdaptersConfig:
     """Training data and epochs of the adapters."""
 
     records: int = Field(default=900, ge=10)
-    """Training records of the new instruction; half as many of the old one are added."""
+    """Training records of the tiny LLaMA's new instruction; half as many of the old one are added."""
     held_out: int = Field(default=200, ge=1)
     """Test records of each instruction; their notes are in no training text."""
     epochs: float = Field(default=16, gt=0)
@@ -144,7 +144,7 @@ class PretrainedConfig:
     """The training of SmolLM2-135M-Instruct, a real LLaMA, and its test records."""
 
     use: bool = True
-    """Adapt it too. Its weights, 92 MB, come out of the package index once; without them this part is skipped."""
+    """Adapt it. Its weights, 92 MB, come out of the package index once; without them a tiny LLaMA takes its place."""
     records: int = Field(default=240, ge=8)
     """Training records."""
     held_out: int = Field(default=120, ge=6)

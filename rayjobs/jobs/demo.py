@@ -100,7 +100,7 @@ def plan(settings: Config) -> None:
         taught = f"SmolLM2-135M-Instruct, a real LLaMA, on {settings.pretrained.records} answers in JSON"
     else:
         taught = f"a new instruction, {adapters.records} records, {adapters.workers} workers under ZeRO-2"
-        rows.insert(4, ["another", f"{world.notes.steps} steps on notes, then frozen"])
+        rows.insert(4, ["a second tiny LLaMA", f"{world.notes.steps} steps on notes, then frozen"])
     rows += [["adapter-train", taught], ["run folder", str(settings.run.folder)]]
     show_table("plan", ["", ""], rows)
 
@@ -296,6 +296,6 @@ def _without_interval(accuracy: str) -> str:
 
 
 def _plot_losses(folder: Path, metrics: Mapping[str, Table]) -> None:
-    # On a logarithmic scale: the first losses of the two adapters differ by a factor of twenty.
+    # On a logarithmic scale: the first losses of the two adapters differ by a factor of ten or more.
     for _, drawing in list(plots.training_curves(metrics, logarithmic=True))[:1]:
         save_plot(folder / "loss.png", "training loss of the two adapters", drawing)

@@ -5,7 +5,8 @@ smooth in β that its interpolation from a dozen nodes is exact to float32's las
 The number of nodes follows from the largest d.
 
 φ at β + Δ is φ at β times exp(-Δ d). So the nodes stand like Chebyshev's, closer towards both ends, but with gaps in
-proportions of 1, 2, 4, 4, …, 4, 2 and 1: three exponentials lead from each node to the next.
+proportions of 1, 2, 4, 4, …, 4, 2 and 1: three exponentials lead from each node to the next. From 14 nodes on the gaps
+double once more, to 8.
 
 At small β all φ are near 1, and their differences would be lost in float32. So φ - 1 is computed and summed, and every
 class sum is less by K, which neither the deviation from the mean nor an order of classes tells.
@@ -37,7 +38,7 @@ def class_slots(key_labels: Tensor, classes: int) -> Tensor:
     counts = torch.bincount(key_labels, minlength=classes)
     order = torch.argsort(key_labels, stable=True)
     rank = torch.arange(keys, device=device) - (counts.cumsum(0) - counts)[key_labels[order]]
-    slots = torch.full((int(counts.max()) if keys else 0, classes), keys, device=device)
+    slots = torch.full((int(counts.max()), classes), keys, device=device)
     slots[rank, key_labels[order]] = order
     return slots
 
@@ -64,7 +65,7 @@ def interpolation(nodes: Tensor, betas: Sequence[float]) -> Tensor:
     signs = 1 / apart.fill_diagonal_(1.0).prod(dim=1)
     distance = torch.tensor(betas, dtype=torch.float64)[:, None] - nodes
     at_node = distance.abs() < 1e-12 * nodes[-1]
-    terms = signs / distance.masked_fill(at_node, 1.0)
+    terms = signs / distance  # infinite at a node
     weights = terms / terms.sum(dim=1, keepdim=True)
     return torch.where(at_node.any(dim=1, keepdim=True), at_node.double(), weights)
 
@@ -118,7 +119,7 @@ def _sum_at_nodes(exponent: Tensor, first: float, gaps: Sequence[float], sums: T
 
 def _unit_nodes(count: int) -> Tensor:
     """Return nodes from -1 to 1. Many cannot be even in the middle, and are Chebyshev's, whose gaps are symmetric."""
-    if not _FEWEST <= count <= _MOST_EVEN:
+    if count > _MOST_EVEN:
         return -torch.cos(math.pi * torch.arange(count, dtype=torch.float64) / (count - 1))
     rising = [1, 2] if count < 14 else [1, 2, 4]
     widest = [2 * rising[-1]] * (count - 1 - 2 * len(rising))

@@ -191,7 +191,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
         low, high: the range of β.
     """
     affinities = [a.T for a in block.affinities.values()]  # (b, M)
-    farthest = max((farthest_key(a) for a in affinities), default=0.0)
+    farthest = max(farthest_key(a) for a in affinities)
     nodes = beta_nodes(low, high, farthest)
     images, classes = block.zero_shot.shape
     sums = block.zero_shot.new_empty(images, len(affinities), len(nodes), classes)
@@ -202,7 +202,7 @@ def reduce_block(block: HeldOut, rows: Tensor, slots: Tensor, low: float, high: 
     kept = torch.cat(
         [
             _undominated(sums[at], block.zero_shot[at], z[at], block.labels[at], nodes, farthest)
-            for at in torch.arange(images, device=rows.device).split(max(1, _FLOATS // max(sums[0].numel(), 1)))
+            for at in torch.arange(images, device=rows.device).split(max(1, _FLOATS // sums[0].numel()))
         ]
     )
     sums -= means[..., None]
@@ -259,7 +259,7 @@ def _undominated(sums: Tensor, zero_shot: Tensor, z: Tensor, labels: Tensor, nod
     top = zero_shot.gather(1, dominators)
     kept = torch.ones(images, classes, dtype=torch.bool, device=sums.device)
     for d in range(dominators.shape[1]):
-        above = (flat - limits[:, :, d, None]).amax(dim=1) > 0 if flat.shape[1] else kept.new_ones(images, classes)
+        above = (flat - limits[:, :, d, None]).amax(dim=1) > 0
         kept &= above | (zero_shot >= top[:, d, None])
     return kept.scatter(1, labels[:, None], True)
 

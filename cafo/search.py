@@ -222,6 +222,8 @@ def _check_inputs(images: HeldOutImages) -> None:
         raise CafoError(f"the search needs one label per image and at least one image, got {len(labels)} and {total}")
     if classes < 2:
         raise CafoError("an ensemble over classes needs at least two classes")
+    if not images.sources:
+        raise CafoError("an ensemble needs at least one source")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise CafoError(f"labels run from {int(labels.min())} to {int(labels.max())} with {classes} classes")
     expected = (len(images.key_labels), total)

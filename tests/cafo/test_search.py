@@ -8,6 +8,8 @@ from cafo.cache import affinity, class_logits, zero_shot_logits
 from cafo.ensemble import NOTHING, ZERO_SHOT, Ensemble, combine, table5
 from cafo.held_out import HeldOut
 from cafo.parts import Part
+from cafo.prior import expect
+from cafo.reduced import ReducedImages
 from cafo.search import search, weight_grid
 from cafo.search_grid import BetaGrid
 from tests.cafo import reference
@@ -163,8 +165,18 @@ def test_wrong_input_is_an_error():
         search(HeldOut(zero_shot[:0], affinities, key_labels, labels[:0]))
     with pytest.raises(ValueError, match=r"21 keys and 53 images need affinities of shape \(21, 53\)"):
         search(HeldOut(zero_shot, {n: a.T for n, a in affinities.items()}, key_labels, labels))
+    with pytest.raises(ValueError, match="at least one source"):
+        search(HeldOut(zero_shot, {}, key_labels, labels))
     with pytest.raises(ValueError, match="7 classes"):
         search(HeldOut(zero_shot, affinities, key_labels, labels + 1))
+    with pytest.raises(ValueError, match="from -1 to"):
+        search(HeldOut(zero_shot, affinities, key_labels, labels - 1))
+    with pytest.raises(ValueError, match="at least two classes"):
+        search(HeldOut(zero_shot[:, :1], affinities, key_labels * 0, labels * 0))
+    assert search(HeldOut(zero_shot[:, :2], affinities, key_labels % 2, labels % 2), grid=GRID).total == 53
+    for scales in ((0.0,), (0.0, -0.5)):
+        with pytest.raises(ValueError, match="at least one scale must be positive"):
+            weight_grid(Ensemble(), ("clip", "dino"), scales=scales)
     with pytest.raises(ValueError, match="low"):
         BetaGrid(low=0.0)
 
@@ -179,6 +191,35 @@ def test_a_candidate_that_float32_does_not_confirm_gives_way(monkeypatch):
 
     monkeypatch.setattr(cafo.search, "search_grid", with_a_false_one)
     assert search(HeldOut(*data), grid=GRID).correct >= honest.correct > right(*data, 1e6, 0.1)
+
+
+def test_of_candidates_that_are_equal_when_confirmed_the_first_is_chosen(monkeypatch):
+    data = setup(0)
+    count = right(*data, 1.0, 2.0)
+    false_ones = [cafo.search.Candidate(wrong, alpha, 2.0, 0) for wrong, alpha in ((0, 1.0), (1, 1.0 + 1e-7))]
+    monkeypatch.setattr(cafo.search, "search_grid", lambda *_: list(false_ones))
+    result = search(HeldOut(*data), grid=GRID)
+    assert (result.alpha, result.beta, result.correct) == (1.0, 2.0, count)
+    assert count < 52
+
+
+def test_a_candidate_that_is_confirmed_ends_the_search(monkeypatch):
+    """No other claims more, so that no other is counted again."""
+    counted, count = [], ReducedImages.count_correct
+    monkeypatch.setattr(ReducedImages, "count_correct", lambda *args: counted.append(args) or count(*args))
+    search(HeldOut(*setup(0)), grid=GRID)
+    assert len(counted) == 1
+
+
+def test_the_rule_near_best_is_given_the_prior_and_the_best_single_part(monkeypatch):
+    data, given = setup(0), []
+    ensembles = weight_grid(Ensemble(), ("clip", "dino"), scales=(1.0, 0.0), drop_zero_shot=True)
+    highest = search(HeldOut(*data), grid=GRID, ensembles=ensembles)
+    monkeypatch.setattr(cafo.search, "choose_near_best", lambda *args: given.append(args[3:]))
+    assert search(HeldOut(*data), grid=GRID, ensembles=ensembles, rule="near_best") == highest  # as it chose none
+    ((prior, floor),) = given
+    assert vars(prior) == pytest.approx(vars(expect(data[0], data[3], 3)))
+    assert floor == max(part.alone for part in highest.parts)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -22,7 +22,7 @@ TARGETS = {
     "cafo/near_best.py": ("tests/cafo/test_near_best.py",),
     "cafo/selection.py": ("tests/cafo/test_selection.py",),
     "cafo/reduced.py": REDUCED,
-    "cafo/beta_nodes.py": REDUCED,
-    "cafo/competing_classes.py": REDUCED,
+    "cafo/beta_nodes.py": ("tests/cafo/test_beta_nodes.py", *REDUCED),
+    "cafo/competing_classes.py": ("tests/cafo/test_competing_classes.py", *REDUCED),
     "rayjobs/tune/selection.py": ("tests/rayjobs/tune/test_selection.py", "tests/rayjobs/tune/test_search_space.py"),
 }

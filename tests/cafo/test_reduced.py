@@ -63,6 +63,27 @@ def test_the_intervals_are_those_of_all_classes(seed):
                 torch.testing.assert_close(got_high[~never].double(), high[~never], rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("at_once", "betas_at_once"), [(1, 64), (53, 64), (53 * 2, 64), (53 * 9, 2), (1 << 23, 3)])
+def test_intervals_come_in_parts_of_a_bounded_size(at_once, betas_at_once, monkeypatch):
+    """All ensembles together, if they fit at one β, and then as many values of β as fit and are allowed."""
+    reduced, betas, ensembles = reduce_images(HeldOut(*setup(0)), 0.1, 12.0), [0.1, 0.3, 1.7, 4.0, 12.0], ENSEMBLES[:3]
+    ((_, _, low, high),) = reduced.intervals(betas, ensembles)
+    monkeypatch.setattr("cafo.reduced._INTERVALS", at_once)
+    monkeypatch.setattr("cafo.reduced._BETAS", betas_at_once)
+    some = min(3, max(1, at_once // 53))
+    few = min(5, betas_at_once, max(1, at_once // (53 * some)))
+    parts = list(reduced.intervals(betas, ensembles))
+    places = [
+        ([*range(e, min(e + some, 3))], [*range(j, min(j + few, 5))])
+        for e in range(0, 3, some)
+        for j in range(0, 5, few)
+    ]
+    assert [([*part.ensembles], [*part.betas]) for part in parts] == places
+    for part, (of_ensembles, of_betas) in zip(parts, places, strict=True):
+        torch.testing.assert_close(part.low, low[of_ensembles][:, of_betas], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(part.high, high[of_ensembles][:, of_betas], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["highest", "near_best"])
 def test_images_with_features_are_chosen_on_as_with_affinities_but_in_blocks(rule, monkeypatch):
     keys, features, classifier, key_labels, labels = reference.problem(2)
@@ -101,6 +122,30 @@ def ties(seed):
     """A problem whose p_ZS are small integers, so that many classes are equal."""
     zero_shot, *rest = setup(seed, noise=1.5, keys_per_class=1)
     return (zero_shot * 0.4).round(), *rest
+
+
+@pytest.mark.parametrize("rounding", [1e-5, 0.05])
+@pytest.mark.parametrize(
+    "rows", [torch.arange(53), torch.arange(53).flip(0), torch.tensor([7, 50, 3, 3, 11, 20, 12, 29])]
+)
+def test_counts_are_those_of_float64_for_any_of_the_images(rows, rounding, monkeypatch):
+    """With equal p_ZS, which the first class wins at α = 0, and with many images so near that all classes are read."""
+    monkeypatch.setattr("cafo.competing_classes._ROUNDING", rounding)
+    images = HeldOut(*ties(5))
+    some, reduced = images.images(rows), reduce_images(images, 0.1, 12.0).subset(rows)
+    assert torch.equal(reduced.labels, images.labels[rows])
+    alphas, betas = [0.0, 0.3, 1.7, 8.0], [0.1, 4.0, 12.0]
+    counts = torch.tensor([[some.count_correct(a, b, Ensemble()) for a in alphas] for b in betas])
+    assert [[reduced.count_correct(a, b, Ensemble()) for a in alphas] for b in betas] == counts.tolist()
+    got = reduced.count_correct_at(alphas[1:], betas, Ensemble())
+    assert torch.equal(got, counts[:, 1:])
+    plain = HeldOut(*setup(5))
+    at_0 = reduce_images(plain, 0.1, 12.0).subset(rows).count_correct_at([0.0], betas, Ensemble())
+    assert at_0.tolist() == [[int((plain.zero_shot[rows].argmax(1) == plain.labels[rows]).sum())]] * 3
+    (part,) = reduced.intervals(betas, [Ensemble()])
+    (whole,) = reduce_images(images, 0.1, 12.0).intervals(betas, [Ensemble()])
+    assert torch.equal(part.low, whole.low[..., rows])
+    assert torch.equal(part.high, whole.high[..., rows])
 
 
 @pytest.mark.parametrize("rule", ["highest", "near_best"])

@@ -59,8 +59,6 @@ def beta_nodes(low: float, high: float, farthest: float) -> Tensor:
 
 def interpolation(nodes: Tensor, betas: Sequence[float]) -> Tensor:
     """Return the weights of the nodes at some values of β, by Lagrange's formula: (J, n) float64."""
-    if len(nodes) == 1:
-        return torch.ones(len(betas), 1, dtype=torch.float64)
     apart = (nodes[:, None] - nodes) * (4 / (nodes[-1] - nodes[0]))  # so that the product neither grows nor vanishes
     signs = 1 / apart.fill_diagonal_(1.0).prod(dim=1)
     distance = torch.tensor(betas, dtype=torch.float64)[:, None] - nodes

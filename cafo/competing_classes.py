@@ -101,6 +101,7 @@ class ReducedGroup(NamedTuple):
         of_term = torch.zeros_like(lead)
         for share, name in zip(shares[:, 0].T, names, strict=True):
             scale, size = ensemble.scales.get(name, 1.0), predictions.z[name].abs().amax(dim=(1, 2))
+            # w is a sum over N classes, and own · (1 - own) / τ the slope of a share in w
             own = share if ensemble.rule == "adaptive" else torch.ones_like(share)
             of_term += scale * own * (errors[name] + size * (1 - own) * _ROUNDING * self.classes / ensemble.temperature)
         of_base = errors[ensemble.baseline] if ensemble.baseline in sources else torch.zeros_like(lead)

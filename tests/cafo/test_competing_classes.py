@@ -6,12 +6,23 @@ import math
 import pytest
 import torch
 
+from cafo.alpha_intervals import correct_intervals, label_margins
 from cafo.beta_nodes import class_slots
 from cafo.competing_classes import _deepest_sag, reduce_block
+from cafo.ensemble import NOTHING, Ensemble
 from cafo.held_out import HeldOut
 from tests.cafo.reference import z_loop
 
 LOW, HIGH = 0.2, 11.0
+ENSEMBLES = [
+    Ensemble(temperature=3.0, scales={"dino": 0.4}),
+    Ensemble(temperature=0.5),
+    Ensemble(sources=("dino",)),
+    Ensemble(baseline="dino", temperature=9.0),
+    Ensemble(baseline=NOTHING),
+    Ensemble(rule="average", scales={"clip": 3.0}),
+    Ensemble(rule="maximum"),
+]
 
 
 def problem(seed, classes=7, images=11, most_keys=3, wide=0.3):
@@ -160,3 +171,51 @@ def test_the_deepest_sag_of_an_exponential_is_a_little_more_than_that_at_the_mid
         sags = [1 - t * -math.expm1(-x) - math.exp(-x * t) for t in (i / 1000 for i in range(1001))]
         deepest = max(deepest, max(sags) / sags[500])
     assert deepest <= _deepest_sag(exponent) <= deepest + 2e-3
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_a_lead_is_over_the_classes_that_compete_and_its_rounding_that_of_every_part(ensemble):
+    """Each z(p) is rounded by 1e-5 of K / std(p) + max |z(p)|, and its share by the share's slope in w."""
+    block = problem(4)
+    exact = HeldOut(block.zero_shot.double(), {n: a.double() for n, a in block.affinities.items()}, *block[2:])
+    for alpha, beta in ((0.7, 0.2), (5.0, 3.3)):
+        base, term, shares, names = exact.combine(beta, ensemble)
+        p = dict(zip(("clip", "dino"), sums_of_phi(block, [beta])[:, :, 0].unbind(1), strict=True))
+        z = {name: standardised(each) for name, each in {"zero_shot": exact.zero_shot, **p}.items()}
+        for group in reduce(block):
+            leads = torch.stack(group.leads(("clip", "dino"), alpha, beta, ensemble)).T.tolist()
+            rows = (group.rows - 100).tolist()
+            for (lead, rounding), row, classes in zip(leads, rows, kept_classes(block, group), strict=True):
+                label, logits = int(block.labels[row]), (base + alpha * term)[row].tolist()
+                others = [logits[j] for j in classes if j != label]
+                assert lead == pytest.approx(logits[label] - max(others), abs=1e-4) if others else lead == math.inf
+                size = {name: float(each[row, classes].abs().max()) for name, each in z.items()}
+                error = {name: 3 / float(p[name][row].std()) + size[name] for name in p} | {
+                    "zero_shot": size["zero_shot"]
+                }
+                expected = error[ensemble.baseline] if ensemble.baseline in p else 0.0
+                for share, name in zip(shares[row].tolist(), names, strict=True):
+                    own = share if ensemble.rule == "adaptive" else 1.0
+                    of_share = size[name] * (1 - own) * 7 / ensemble.temperature
+                    expected += alpha * ensemble.scales.get(name, 1.0) * own * (error[name] + of_share)
+                assert rounding == pytest.approx(1e-5 * expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_intervals_are_those_of_all_classes_in_float64(ensemble):
+    block, betas = problem(6, classes=13, images=29), [LOW, 0.7, 3.3, 10.0, HIGH]
+    exact = HeldOut(block.zero_shot.double(), {n: a.double() for n, a in block.affinities.items()}, *block[2:])
+    expected = []
+    for beta in betas:
+        base, term, _, _ = exact.combine(beta, ensemble)
+        expected.append(torch.stack(correct_intervals(label_margins(base, exact.labels), term, exact.labels)))
+    low, high = torch.stack(expected, dim=1)  # (J, B)
+    found = torch.full((2, 2, len(betas), 29), math.nan)
+    for group in reduce(block):
+        found[..., group.rows - 100] = group.intervals(("clip", "dino"), betas, [Ensemble(), ensemble])
+    never = (low >= high) | (high < 1e-30)  # a tie that is won at α = 0 alone
+    got_never = found[0, 1] >= found[1, 1]
+    assert torch.equal(never, got_never)
+    assert 0 < int(never.sum()) < never.numel()
+    torch.testing.assert_close(found[0, 1][~never].double(), low[~never], rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(found[1, 1][~never].double(), high[~never], rtol=2e-3, atol=1e-5)

@@ -40,6 +40,7 @@ TIMINGS = {
     "busy",
     "workers",
     "data_read",
+    "peak_memory_bytes",
     "command",
     "host",
     "pid",

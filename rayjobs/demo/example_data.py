@@ -59,6 +59,7 @@ def _write_records(folder: Path) -> None:
     write_parquet(folder / "train.parquet", _table(train))
     write_jsonl(folder / "chats.jsonl", [_chat(record) for record in train])
     write_json(folder / "test.json", test)
+    write_json(folder / "copies.json", notes.records(notes.COPY, HELD_OUT, SEED, test=True))
     write_jsonl(folder / "questions.jsonl", [{key: record[key] for key in ("instruction", "input")} for record in test])
     template = {"with_input": notes.TEMPLATE.with_input, "without_input": notes.TEMPLATE.without_input}
     write_json(folder / "template.json", template)

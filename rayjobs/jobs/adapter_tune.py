@@ -4,7 +4,8 @@ Each trial is an ordinary adapter-train run in `trials/`. The best setting is ch
 accuracy of the ScienceQA problems that `sweep.scienceqa` names, and written as `best.yaml`, a config of adapter-train.
 `sweep.method=optuna` searches, and stops weak trials early; otherwise all settings of a grid are trained.
 `sweep.compare` puts the values of one hyperparameter, such as adapter.method, beside each other, each with the learning
-rate that is best for it (`comparison.md`). The same command resumes an interrupted sweep: finished trials are not run
+rate that is best for it (`comparison.md`); `sweep.finals` then trains these with more seeds and measures them, and the
+base, on other records. The same command resumes an interrupted sweep: finished trials are not run
 again, an interrupted one continues from its last checkpoint, and a search comes to the same end.
 """
 
@@ -26,6 +27,13 @@ from rayjobs.console import Progress, show_table
 from rayjobs.errors import ConfigError
 from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_train
+from rayjobs.jobs.adapter_tune_finals import (
+    check_finals,
+    different_points,
+    final_points,
+    measure_finals,
+    write_finals,
+)
 from rayjobs.jobs.adapter_tune_trials import (
     TrialChecks,
     results_of,
@@ -42,6 +50,7 @@ from rayjobs.storage.yaml_file import dump_yaml
 from rayjobs.tune.adapter_study import AdapterStudy
 from rayjobs.tune.adapter_sweep import (
     AdapterSweepProgress,
+    best_of_values,
     compare_values,
     compared_values,
     enumerate_overrides,
@@ -49,12 +58,15 @@ from rayjobs.tune.adapter_sweep import (
     plot_settings,
     run_points,
     sample_overrides,
+    search_spaces,
     summarize,
     table_columns,
+    whole_space,
     write_table,
 )
 from rayjobs.tune.adapter_trial import AdapterTrial, AdapterTrialResult, Point, describe_overrides
 from rayjobs.tune.search_space import Range
+from rayjobs.tune.sweep_config import Axes, SweepConfig
 
 BEST_CONFIG = "best.yaml"
 
@@ -81,6 +93,7 @@ def check(settings: Config, *, weights: bool = True) -> list[AdapterTrial]:
     checks = TrialChecks(settings, weights=weights)
     for trial in trials:
         checks.check(trial)
+    check_finals(settings, trials[0], weights=weights)
     if sweep.method == "optuna" and checks.have_weights:
         _repeat_search(settings, checks)
     return trials
@@ -100,18 +113,8 @@ def _repeat_search(settings: Config, checks: TrialChecks) -> None:
 def _check_method(settings: Config) -> None:
     """Raise ConfigError for settings of the sweep that its method has no use for."""
     sweep, searched = settings.sweep, settings.sweep.method == "optuna"
-    ranges = [name for name, axis in sweep.axes.items() if isinstance(axis, Range)]
-    if ranges and not searched:
-        raise ConfigError(f"sweep.axes: {ranges[0]} is a range, which needs sweep.method optuna; or give it values")
-    for name in ranges:
-        axis = sweep.axes[name]
-        if isinstance(axis, Range) and axis.low > axis.high:
-            raise ConfigError(f"sweep.axes: {name} is a range from {axis.low} to {axis.high}: low is above high")
-    if sweep.compare and (sweep.compare not in sweep.axes or sweep.method == "each" or sweep.compare in ranges):
-        raise ConfigError(
-            f"sweep.compare is {sweep.compare}: it must be one of sweep.axes ({', '.join(sweep.axes)}) with a list of "
-            "values, and sweep.method grid or optuna, so that every value meets the same others"
-        )
+    _check_ranges("sweep.axes", sweep.axes, searched=searched)
+    _check_compared(sweep)
     if searched and len(sweep.axes) == (sweep.compare is not None):
         raise ConfigError(f"sweep.axes has {sweep.compare} alone, which is compared: name something to search too")
     if searched and not (settings.data.val_sources() or settings.data.held_out_fraction):
@@ -121,6 +124,35 @@ def _check_method(settings: Config) -> None:
         )
 
 
+def _check_ranges(where: str, axes: Axes, *, searched: bool) -> None:
+    for name, axis in axes.items():
+        if isinstance(axis, Range) and not searched:
+            raise ConfigError(f"{where}: {name} is a range, which needs sweep.method optuna; or give it values")
+        if isinstance(axis, Range) and axis.low > axis.high:
+            raise ConfigError(f"{where}: {name} is a range from {axis.low} to {axis.high}: low is above high")
+
+
+def _check_compared(sweep: SweepConfig) -> None:
+    """Raise ConfigError if `compare` names no list of values, or `axes_of` other values or axes than those."""
+    compared_axis = sweep.axes.get(sweep.compare) if sweep.compare else None
+    names = list(map(str, compared_axis)) if isinstance(compared_axis, list) else []
+    if sweep.compare and (sweep.method == "each" or not names):
+        raise ConfigError(
+            f"sweep.compare is {sweep.compare}: it must be one of sweep.axes ({', '.join(sweep.axes)}) with a list of "
+            "values, and sweep.method grid or optuna, so that every value meets the same others"
+        )
+    for value, own in sweep.axes_of.items():
+        _check_ranges(f"sweep.axes_of.{value}", own, searched=sweep.method == "optuna")
+        if value not in names:
+            raise ConfigError(f"sweep.axes_of has {value}, which is no value of sweep.compare, {sweep.compare}")
+        for name, axis in own.items():
+            if name == sweep.compare or type(axis) is not type(sweep.axes.get(name)):
+                raise ConfigError(
+                    f"sweep.axes_of.{value} has {name}, which must be one of sweep.axes, other than {sweep.compare}: a "
+                    "range there if it is a range here, or a list if it is one here"
+                )
+
+
 def plan(settings: Config) -> None:
     """Show what `run` would do."""
     trials, sweep = check(settings, weights=False), settings.sweep
@@ -128,16 +160,31 @@ def plan(settings: Config) -> None:
     if sweep.method == "optuna":
         searched = [
             [name, f"{axis.low:g} to {axis.high:g}" if isinstance(axis, Range) else ", ".join(map(str, axis))]
-            for name, axis in sweep.axes.items()
+            for name, axis in whole_space(sweep).items()
         ]
         count = max(len(compared_values(sweep)), 1) * sweep.samples
         title = f"up to {count} settings, each with seeds {seeds}, {sweep.at_once} at once"
         show_table(title, ["hyperparameter", "values"], searched)
+        show_finals(sweep)
         return
     rows = [[describe_overrides(overrides), seeds] for overrides in enumerate_overrides(sweep)]
     different = len({trial_folder(settings, trial) for trial in trials})
     title = f"{len(trials)} trials, {different} of them different, {sweep.at_once} at once"
     show_table(title, ["setting", "seeds"], rows)
+    show_finals(sweep)
+
+
+def show_finals(sweep: SweepConfig) -> None:
+    """Show what the finals of a sweep measure, if it has some."""
+    if (finals := sweep.finals) is None:
+        return
+    other = [["loss on other text", finals.other.path]] if finals.other else []
+    rows = [
+        ["trained", f"the best setting of each {sweep.compare}, with seeds {', '.join(map(str, finals.seeds))}"],
+        ["loss and answers", finals.test.path],
+        *other,
+    ]
+    show_table("then", ["", ""], rows)
 
 
 @job
@@ -148,6 +195,8 @@ def run(settings: Config) -> dict[str, Any]:
     points = run_search(settings, folder) if settings.sweep.method == "optuna" else run_grid(settings, folder)
     measured = [(point, results_of(settings, point)) for point in points]
     summary = write_tables(settings, folder, measured)
+    if settings.sweep.finals is not None:
+        summary |= run_finals(settings, folder, measured)
     best = next(point for point in points if point.setting == summary["best"])
     write_best(settings, best.trials[0], summary["headline"])
     summary["best_adapter"] = str(trial_folder(settings, best.trials[0]) / adapter_train.ADAPTER_FILE)
@@ -155,7 +204,7 @@ def run(settings: Config) -> dict[str, Any]:
     runs = {point.setting: [folder / "trials" / result.run for result in results] for point, results in measured}
     plot_first_steps(folder / "first_steps.png", runs.items())
     if settings.sweep.method != "each":
-        plot_settings(folder, settings.sweep.axes, [(point.overrides, results) for point, results in measured])
+        plot_settings(folder, whole_space(settings.sweep), [(point.overrides, results) for point, results in measured])
     rows = summary.get("compared") or summary["settings"]
     columns = table_columns(rows)
     show_table(settings.run.name, columns, [[row.get(name, "") for name in columns] for row in rows])
@@ -175,6 +224,26 @@ def write_tables(
         summary["compared"] = compare_values(results, values)
         write_table(folder / "comparison.md", summary["compared"])
     return summary
+
+
+def run_finals(
+    settings: Config, folder: Path, measured: Sequence[tuple[Point, Sequence[AdapterTrialResult]]]
+) -> dict[str, Any]:
+    """Train the best setting of each compared value with the seeds of the finals, and measure all of them.
+
+    Returns the tables for `result.json`, which `comparison.md` has too.
+    """
+    name = str(settings.sweep.compare)
+    overrides = {point.setting: point.overrides for point, _ in measured}
+    values = {setting: str(given[name]) for setting, given in overrides.items()}
+    best = best_of_values([result for _, of_point in measured for result in of_point], values)
+    finals = final_points(settings, {value: overrides[setting] for value, setting in best.items()})
+    points = different_points(settings, finals)
+    if left := [point for point in points if not results_of(settings, point)]:
+        with sweep_progress(settings, points, len(points)) as progress:
+            run_left(settings, folder, left, left[0].trials[0], progress)
+    measure_finals(settings, folder, points, _worker_resources(settings))
+    return write_finals(settings, folder, finals)
 
 
 def write_best(settings: Config, trial: AdapterTrial, headline: str) -> None:
@@ -221,7 +290,10 @@ def open_studies(settings: Config, checks: TrialChecks, points: list[Point]) -> 
     """
     sweep = settings.sweep
     compared = [{}] if sweep.compare is None else [{sweep.compare: value} for value in compared_values(sweep)]
-    return [AdapterStudy(sweep, fixed, checks.known_outcome, points) for fixed in compared]
+    return [
+        AdapterStudy(replace(sweep, axes=axes), fixed, checks.known_outcome, points)
+        for fixed, axes in zip(compared, search_spaces(sweep), strict=True)
+    ]
 
 
 @contextmanager

@@ -60,18 +60,31 @@ def evaluation_settings(
 ) -> adapter_eval.Config:
     """The settings that measure a trial's adapter; without the adapter, as far as they are known before training."""
     source = {"split": "val", **{k: v for k, v in to_dict(settings.sweep.scienceqa).items() if v is not None}}
+    measures = {
+        "task": "scienceqa",
+        "allow_training_records": True,  # a problem that stands in both splits stops no sweep
+        "data": {"path": [source], "template": trained.data.template, "max_length": trained.data.max_length},
+    }
+    return evaluation_of(trained, adapter, measures, trained.run.folder)
+
+
+def evaluation_of(
+    trained: adapter_train.Config, adapter: str | None, measures: Mapping[str, Any], storage: Path
+) -> adapter_eval.Config:
+    """Settings of adapter-eval for the model of a training run, with or without its adapter.
+
+    measures: what is measured, on which records. storage: the folder in which the evaluation's own is.
+    """
     values = to_dict(trained)
     return load(
         adapter_eval.Config,
         {
+            **measures,
             "base": values["base"],
             "vision": values["vision"] if adapter else None,
             "adapter": adapter,
-            "task": "scienceqa",
-            "allow_training_records": True,  # a problem that stands in both splits stops no sweep
-            "data": {"path": [source], "template": trained.data.template, "max_length": trained.data.max_length},
             "scale": {name: values["scale"][name] for name in ("workers", "cpus_per_worker", "gpus_per_worker")},
-            "run": {**values["run"], "name": "eval", "storage": str(trained.run.folder)},
+            "run": {**values["run"], "name": "eval", "storage": str(storage)},
         },
     )
 
@@ -175,9 +188,7 @@ def train_trial(
     settings: Config, trial: AdapterTrial, limits: Mapping[int, float], worker: Mapping[str, float]
 ) -> AdapterTrialResult:
     """Train and measure a trial, and write its `trial.json`."""
-    own = trial_settings(settings, trial)
-    scale = {**to_dict(own.scale), "cpus_per_worker": worker["CPU"], "gpus_per_worker": worker.get("GPU", 0)}
-    own = load(adapter_train.Config, {**to_dict(own), "scale": scale})
+    own = reserving(trial_settings(settings, trial), worker)
     began = time.monotonic()
     trained = train_within(own, limits)
     metrics, curve = read_metrics(own.run.folder), held_out_curve(own.run.folder)
@@ -205,6 +216,12 @@ def train_trial(
     return result
 
 
+def reserving(own: adapter_train.Config, worker: Mapping[str, float]) -> adapter_train.Config:
+    """Return the settings with workers that reserve these resources each."""
+    scale = {**to_dict(own.scale), "cpus_per_worker": worker["CPU"], "gpus_per_worker": worker.get("GPU", 0)}
+    return load(adapter_train.Config, {**to_dict(own), "scale": scale})
+
+
 def measure(
     settings: Config, own: adapter_train.Config, result: AdapterTrialResult, trained: Mapping[str, Any]
 ) -> AdapterTrialResult:
@@ -215,6 +232,7 @@ def measure(
         trainable_parameters=trained["trainable_parameters"],
         val_loss=trained["val_loss"],
         adapter_bytes=adapter.stat().st_size,
+        peak_memory_bytes=trained.get("peak_memory_bytes"),
         evaluated_on=evaluation_identity(settings, own),
     )
     if settings.sweep.scienceqa is None:

@@ -17,6 +17,7 @@ def summarize(folder: Path, job: TrainJob, file: AdapterFile, *, with_images: bo
     """
     store = job.store
     rows = read_jsonl(folder / "metrics.jsonl")
+    at_end: dict[str, Any] = next((row for row in reversed(rows) if "data_read" in row), {})
     losses, val_losses = ([row[name] for row in rows if name in row] for name in ("loss", "val_loss"))
     headline = f"training loss {losses[-1]:.3f}"
     if val_losses:
@@ -31,7 +32,8 @@ def summarize(folder: Path, job: TrainJob, file: AdapterFile, *, with_images: bo
         **({"train_records_with_image": store.images("train")} if with_images else {}),
         "rejected_records": store.rejected,
         **({"changed_turns": dict(store.changed_turns)} if store.changed_turns else {}),
-        "data_read": next((row["data_read"] for row in reversed(rows) if "data_read" in row), None),
+        "data_read": at_end.get("data_read"),
+        "peak_memory_bytes": at_end.get("peak_memory_bytes"),
         "train_loss": round(losses[-1], 5),
         "base_val_loss": round(val_losses[0], 5) if val_losses else None,
         "val_loss": round(val_losses[-1], 5) if val_losses else None,

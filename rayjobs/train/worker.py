@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from adapter.errors import AdapterError
+from rayjobs.cluster.device import peak_memory_bytes
 from rayjobs.cluster.shared_storage import assert_shared_storage
 from rayjobs.data.loader import DataRead, MicroBatch, load_micro_batches
 from rayjobs.errors import NonFiniteLossError, UserError
@@ -136,7 +137,7 @@ class TrainingLoop:
             if self.job.validates_after(self.step):
                 self.log_validation()
             if self.step == self.job.total_steps:
-                self.log_data_read(self.step - steps.start)
+                self.log_workers(self.step - steps.start)
             self.end_step(due)
             self.step_began = time.monotonic()
         self.report(wait=True)
@@ -263,12 +264,12 @@ class TrainingLoop:
         measured = measure_validation(self.engine, self.featurizer, self.job, self.rank, self.world)
         self.rows.add({"step": self.step, **measured})
 
-    def log_data_read(self, steps: int) -> None:
-        """Log what each worker has read for its steps, of which it has made so many since it started."""
-        workers = [
-            {"worker": rank, "steps": steps, **asdict(read)} for rank, read in enumerate(gather_objects(self.read))
-        ]
-        self.rows.add({"step": self.step, "workers": self.world, "data_read": workers})
+    def log_workers(self, steps: int) -> None:
+        """Log what each worker has read for its `steps` since it started, and the most memory that one of them held."""
+        all_own = gather_objects((self.read, peak_memory_bytes(self.device.type)))
+        workers = [{"worker": rank, "steps": steps, **asdict(read)} for rank, (read, _) in enumerate(all_own)]
+        peak = max((held for _, held in all_own if held), default=None)
+        self.rows.add({"step": self.step, "workers": self.world, "data_read": workers, "peak_memory_bytes": peak})
 
     def end_step(self, due: Due) -> None:
         """Report metrics and begin a checkpoint, where they are due. All workers do it after the same steps.

@@ -25,13 +25,12 @@ from rayjobs.tune.adapter_study import TOP_SHARE, AdapterStudy, Axis, distinct, 
 from rayjobs.tune.adapter_trial import (
     COLUMNS,
     AdapterTrialResult,
-    Point,
     comparison_metric,
     mean_figure,
     mean_objective,
 )
 from rayjobs.tune.search_space import Range
-from rayjobs.tune.sweep_config import SweepConfig
+from rayjobs.tune.sweep_config import Axes, SweepConfig
 from rayjobs.tune.tuner import run_tuner
 
 FIRST_STEPS = 50
@@ -40,17 +39,44 @@ FIRST_STEPS = 50
 
 def enumerate_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
     """The settings of a grid, or of one hyperparameter after the other, in order, as overrides of the config."""
-    axes = {name: axis for name, axis in sweep.axes.items() if not isinstance(axis, Range)}
     if sweep.method == "each":
-        return [{name: value} for name, values in axes.items() for value in values]
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        return [{name: value} for name, values in _lists(sweep.axes).items() for value in values]
+    spaces = map(_lists, search_spaces(sweep))
+    return [dict(zip(axes, values, strict=True)) for axes in spaces for values in itertools.product(*axes.values())]
 
 
 def sample_overrides(sweep: SweepConfig) -> list[dict[str, Any]]:
     """Settings that show whether all values of the axes are allowed: each with the first values of the others."""
-    axes = {name: [axis.low, axis.high] if isinstance(axis, Range) else axis for name, axis in sweep.axes.items()}
-    first = {name: values[0] for name, values in axes.items()}
-    return [first] + [{**first, name: value} for name, values in axes.items() for value in values[1:]]
+    samples = []
+    for space in search_spaces(sweep):
+        axes = {name: [axis.low, axis.high] if isinstance(axis, Range) else axis for name, axis in space.items()}
+        first = {name: values[0] for name, values in axes.items()}
+        samples += [first] + [{**first, name: value} for name, values in axes.items() for value in values[1:]]
+    return samples
+
+
+def search_spaces(sweep: SweepConfig) -> list[Axes]:
+    """The axes of each value of `sweep.compare`, which is the only one there; without it the axes."""
+    if sweep.compare is None:
+        return [sweep.axes]
+    return [{**sweep.space_of(value), sweep.compare: [value]} for value in compared_values(sweep)]
+
+
+def whole_space(sweep: SweepConfig) -> Axes:
+    """The axes that hold the values of all search spaces."""
+    whole = dict(sweep.axes)
+    for own in sweep.axes_of.values():
+        for name, axis in own.items():
+            known = whole[name]
+            if isinstance(known, Range) and isinstance(axis, Range):
+                whole[name] = Range(low=min(known.low, axis.low), high=max(known.high, axis.high))
+            elif not isinstance(known, Range) and not isinstance(axis, Range):
+                whole[name] = [*known, *axis]
+    return whole
+
+
+def _lists(axes: Axes) -> dict[str, list[Any]]:
+    return {name: axis for name, axis in axes.items() if not isinstance(axis, Range)}
 
 
 def finished_settings(results: Sequence[AdapterTrialResult]) -> list[AdapterTrialResult]:
@@ -93,19 +119,29 @@ def summarize(results: Sequence[AdapterTrialResult]) -> dict[str, Any]:
     return {"headline": f"best: {phrase}", "best": best, **trials, "settings": rows}
 
 
-def compare_values(results: Sequence[AdapterTrialResult], values: Mapping[str, str]) -> list[dict[str, str]]:
-    """Rows that compare the values of one hyperparameter, each at its best setting.
+def best_of_values(results: Sequence[AdapterTrialResult], values: Mapping[str, str]) -> dict[str, str]:
+    """The best setting of each value of one hyperparameter, but for those of which no setting finished.
 
-    values: setting → its value of the hyperparameter. The settings are chosen by the figure that the rows then show, so
-    that it is a little too good for all values alike, and more so for those with more settings.
+    values: {setting: its value of the hyperparameter}
     """
-    rows = []
+    chosen = {}
     for value in dict.fromkeys(values.values()):
         of_value = finished_settings([result for result in results if values[result.setting] == value])
         if of_value:
-            best, _ = best_setting(of_value)
-            row = _summary_row(best, [result for result in of_value if result.setting == best])
-            rows.append({name: cell for name, cell in row.items() if name != "status"})
+            chosen[value], _ = best_setting(of_value)
+    return chosen
+
+
+def compare_values(results: Sequence[AdapterTrialResult], values: Mapping[str, str]) -> list[dict[str, str]]:
+    """Rows that compare the values of one hyperparameter, each at its best setting.
+
+    values: {setting: its value of the hyperparameter}. The settings are chosen by the figure that the rows then show,
+    so that it is a little too good for all values alike, and more so for those with more settings.
+    """
+    rows = []
+    for best in best_of_values(results, values).values():
+        row = _summary_row(best, [result for result in results if result.setting == best])
+        rows.append({name: cell for name, cell in row.items() if name != "status"})
     return rows
 
 
@@ -200,10 +236,10 @@ class AdapterSweepProgress(tune.Callback):
 
 def run_points(
     train: Callable[..., None],
-    points: Sequence[Point] | AdapterStudy,
+    points: Sequence[object] | AdapterStudy,
     folder: Path,
     concurrent_trials: int,
-    progress: AdapterSweepProgress,
+    progress: tune.Callback,
 ) -> None:
     """Run `train({"point": point})` for every point with Ray Tune. Raises the first trial's error.
 

@@ -77,6 +77,8 @@ class AdapterTrialResult:
     """on ScienceQA, in percent; None if the sweep does not measure it"""
     adapter_bytes: int | None = None
     """size of the adapter's file"""
+    peak_memory_bytes: int | None = None
+    """the most memory that a training worker held: on a GPU its tensors, else the process with its libraries"""
     tokens_per_s: float | None = None
     """median over the steps, of all workers"""
     steps: int = 0

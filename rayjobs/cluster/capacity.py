@@ -1,6 +1,6 @@
 """Resources that a cluster has, and that its autoscaler may add."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from rayjobs.cluster.ray_workarounds import (
     autoscaled_by_kubernetes,
     find_autoscaler_config,
     find_kuberay_config,
+    resources_of_lost_nodes,
 )
 
 Resources = Mapping[str, float]
@@ -22,11 +23,11 @@ class Capacity:
     nodes: tuple[Resources, ...]
     """Nodes that are there and stay."""
     addable: tuple[Resources, ...] = ()
-    """Nodes that the autoscaler may start, `max_added` of them at a time."""
+    """Nodes that the autoscaler may start, or that were lost and may come back, `max_added` of them at a time."""
     max_added: int = 0
     is_upper_limit: bool = True
     """True if `nodes` and `addable` are all that the cluster can have. False if the autoscaler's configuration cannot
-    be read (not on the head node, or not allowed), or while on-premises nodes are not connected."""
+    be read (not on the head node, or not allowed), or while on-premises nodes have not been connected yet."""
 
     def total(self, resource: str) -> float:
         """Return the largest amount of a resource that the cluster can have."""
@@ -59,12 +60,20 @@ def cluster_capacity() -> Capacity:
     context = ray.get_runtime_context()
     config = find_autoscaler_config(context.gcs_address) or find_kuberay_config()
     if config is not None and config["provider"]["type"] == "local":
-        configured = min(config["max_workers"], len(config["provider"].get("worker_ips", [])))
-        return replace(present, is_upper_limit=len(alive) > configured)
+        return _own_machines(config, present, {node["NodeManagerAddress"] for node in alive}, context.gcs_address)
     if config is not None:
         return autoscaler_capacity(config, [node["Resources"] for node in heads])
     on_head = any(node["NodeID"] == context.get_node_id() for node in heads)
     return replace(present, is_upper_limit=on_head and not autoscaled_by_kubernetes())
+
+
+def _own_machines(config: Mapping[str, Any], present: Capacity, connected: Set[str], gcs_address: str) -> Capacity:
+    """The capacity of machines that are named one by one. Those that are off now come with what they had before."""
+    named = config["provider"].get("worker_ips", [])[: config["max_workers"]]
+    before = resources_of_lost_nodes(gcs_address)
+    lost = [before[address] for address in named if address not in connected and address in before]
+    everything = len(present.nodes) + len(lost) > len(named)
+    return replace(present, addable=tuple(lost), max_added=len(lost), is_upper_limit=everything)
 
 
 def autoscaler_capacity(config: Mapping[str, Any], head: Iterable[Resources]) -> Capacity:

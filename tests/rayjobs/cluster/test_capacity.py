@@ -107,6 +107,24 @@ def test_a_machine_of_ones_own_that_is_off_may_still_come(cluster: None, monkeyp
 
 
 @pytest.mark.ray
+def test_a_machine_of_ones_own_that_was_lost_is_known_by_what_it_had(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"provider": {"type": "local", "worker_ips": ["10.0.0.2", "10.0.0.3"]}, "max_workers": 2}
+    monkeypatch.setattr("rayjobs.cluster.capacity.find_autoscaler_config", lambda _: file)
+    lost = {"10.0.0.2": {"CPU": 64.0, "GPU": 8.0}, "10.0.0.9": {"CPU": 1.0, "GPU": 1.0}}
+    monkeypatch.setattr("rayjobs.cluster.capacity.resources_of_lost_nodes", lambda _: lost)
+    one_unknown = cluster_capacity()
+    assert (one_unknown.total("GPU"), one_unknown.is_upper_limit) == (8, False)
+    lost["10.0.0.3"] = {"CPU": 32.0}
+    all_known = cluster_capacity()
+    assert (all_known.total("GPU"), all_known.is_upper_limit) == (8, True)
+    assert all_known.total("CPU") == ray.cluster_resources()["CPU"] + 96
+    lost["10.0.0.2"] = {"CPU": 1.0}
+    assert WorkerPoolConfig(workers=2).resources()["CPU"] == 1.0, "on CPUs, since no machine has had a GPU"
+
+
+@pytest.mark.ray
 def test_ray_data_keeps_a_share_of_every_node(cluster: None) -> None:
     cpus = ray.cluster_resources()["CPU"]
     assert WorkerPoolConfig(workers=1, cpus_per_worker=cpus - RAY_DATA_CPUS).resources() == {

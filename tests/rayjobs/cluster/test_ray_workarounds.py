@@ -17,6 +17,7 @@ from ray._private.runtime_env.working_dir import WorkingDirPlugin
 
 from rayjobs.cluster.environment import BEHAVIOUR, QUIET
 from rayjobs.cluster.ray_workarounds import HEAD_RESOURCE, broadcast, remove_upload_folder
+from tests.conftest import ROOT
 
 START = "import ray; ray.init(address='local', include_dashboard=False, logging_level='ERROR', log_to_driver=False)"
 
@@ -99,3 +100,31 @@ def test_the_autoscaler_still_has_no_public_way_to_ask_for_its_limits() -> None:
         "get_docker_host_mount_location", "get_head_node_ip", "get_worker_node_ips", "register_callback_handler",
         "request_resources", "rsync", "run_on_cluster", "sdk", "teardown_cluster",
     }  # fmt: skip
+
+
+LOST_NODE = """
+import ray
+from ray.cluster_utils import Cluster
+
+from rayjobs.cluster.ray_workarounds import resources_of_lost_nodes
+from tests.waiting import wait_until
+
+machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+worker = machines.add_node(num_cpus=2)
+ray.init(address=machines.address, log_to_driver=False)
+gcs = ray.get_runtime_context().gcs_address
+print(resources_of_lost_nodes(gcs))
+machines.remove_node(worker)
+wait_until(lambda: [node["Alive"] for node in ray.nodes()].count(True) == 1, "the loss of the node")
+print([resources["CPU"] for resources in resources_of_lost_nodes(gcs).values()])
+print(*(node["Resources"] for node in ray.nodes() if not node["Alive"]))
+"""
+
+
+@pytest.mark.ray
+def test_ray_still_shows_no_resources_of_a_lost_node() -> None:
+    """Otherwise `resources_of_lost_nodes` can go."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    code = [sys.executable, "-c", LOST_NODE]
+    done = subprocess.run(code, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout.splitlines() == ["{}", "[2.0]", "{}"], done.stderr[-3000:]

@@ -23,8 +23,9 @@ test-models: .venv/installed-test ## Fetches the pretrained models of make test-
 coverage: .venv/installed-test ## All tests, and which lines they do not reach
 	$(PYTEST) -m "slow or not slow" --durations=30 --cov=adapter --cov=cafo --cov=rayjobs --cov-report=term-missing:skip-covered
 
-lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; as root, with sshd, ip and rsync
+lab: .venv/installed-test ## A cluster of several hosts on this machine, and what fails on it; MINUTES=60 adds random faults; as root, with sshd, ip and rsync
 	$(BIN)/python -m pytest tests/cluster_lab
+	$(if $(MINUTES),$(BIN)/python -m tests.cluster_lab.random_faults --minutes $(MINUTES))
 
 docs: .venv/installed-test ## The documentation site, build/site/index.html; a broken link or anchor is an error
 	$(BIN)/python docs/build_site.py

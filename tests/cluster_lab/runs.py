@@ -1,9 +1,11 @@
 """Runs on the cluster of this folder, watched from their folders, and compared with undisturbed ones."""
 
 import json
+import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import psutil
 import pyarrow as pa
@@ -33,9 +35,52 @@ class Mark(NamedTuple):
     workers: set[int]
 
 
-class Training:
-    """One run of adapter-train on the cluster, watched from its folder."""
+class Run:
+    """One run of a job on the cluster, watched from its folder."""
 
+    JOB, ACTOR = "", ""
+    """Name of the job, and name of the actors that work for it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, settings: Iterable[str]) -> None:
+        self.cluster, self.folder, self.settings = cluster, folder, list(settings)
+
+    def submit(self, *more: str) -> None:
+        """`more` are settings that override the run's own."""
+        given = dict(setting.split("=", 1) for setting in [*self.settings, *more])
+        self.process = self.cluster.submit(self.JOB, *(f"{name}={value}" for name, value in given.items()))
+
+    def drivers(self) -> list[psutil.Process]:
+        """The processes on the head that run the job."""
+        return self.cluster.processes(HEAD, f"-m rayjobs {self.JOB}")
+
+    def workers_on(self) -> dict[int, psutil.Process]:
+        """{host: one of its actors that work}"""
+        found = {host: self.cluster.processes(host, self.ACTOR) for host in (HEAD, *WORKERS)}
+        return {host: processes[0] for host, processes in found.items() if processes}
+
+    def end(self, seconds: float = 600) -> tuple[int, str]:
+        """Exit code and output of the submission."""
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def ends_well(self) -> str:
+        code, output = self.end()
+        assert code == 0, output[-4000:]
+        return output
+
+    def is_as(self, undisturbed: Self) -> None:
+        """Compares the results of both runs."""
+        raise NotImplementedError
+
+    def delete(self) -> None:
+        """Deletes what the run has written."""
+        shutil.rmtree(self.folder)
+
+
+class Training(Run):
+    """A run of adapter-train."""
+
+    JOB, ACTOR = "adapter-train", "RayTrainWorker"
     SETTINGS = (
         "data.val_fraction=0",
         "data.max_length=256",
@@ -52,25 +97,19 @@ class Training:
     )
 
     def __init__(self, cluster: Cluster, name: str, storage: Path | None = None) -> None:
-        self.cluster, self.storage = cluster, storage or cluster.shared / "runs"
+        storage = storage or cluster.shared / "runs"
         base, records = cluster.shared / "llama", cluster.shared / "records.json"
         if not base.exists():
             train_llama(base)
             write_instructions(records, 120)  # 30 steps are an epoch
-        self.folder = self.storage / name
-        self.settings = [
+        named = [
             f"base.path={base}",
             f"data.path=[{records}]",
-            f"run.storage={self.storage}",
+            f"run.storage={storage}",
             f"run.cache={cluster.shared / 'cache'}",
             f"run.name={name}",
-            *self.SETTINGS,
         ]
-
-    def submit(self, *more: str) -> None:
-        """`more` are settings that override these."""
-        given = dict(setting.split("=", 1) for setting in [*self.settings, *more])
-        self.process = self.cluster.submit("adapter-train", *(f"{name}={value}" for name, value in given.items()))
+        super().__init__(cluster, storage / name, [*named, *self.SETTINGS])
 
     def step(self) -> int:
         """The last step in the metrics."""
@@ -138,22 +177,6 @@ class Training:
         lost = "workers started again" if restarted else "no step lost"
         self.cluster.timings.append(Timing(f"{what}: longest pause between steps", longest, lost))
 
-    def workers_on(self) -> dict[int, psutil.Process]:
-        """{host: its Train worker}"""
-        hosts = (HEAD, *WORKERS)
-        found = {host: self.cluster.processes(host, "RayTrainWorker") for host in hosts}
-        return {host: processes[0] for host, processes in found.items() if processes}
-
-    def end(self, seconds: float = 600) -> tuple[int, str]:
-        """Exit code and output of the submission."""
-        output, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, output
-
-    def ends_well(self) -> str:
-        code, output = self.end()
-        assert code == 0, output[-4000:]
-        return output
-
     def weights(self) -> torch.Tensor:
         file = read_adapter(self.folder / "adapter.safetensors")
         return torch.cat([file.prompt.flatten(), file.gate.flatten()])
@@ -161,30 +184,27 @@ class Training:
     def steps(self) -> list[int]:
         return [row["step"] for row in read_jsonl(self.folder / "metrics.jsonl")]
 
-    def is_as(self, undisturbed: "Training") -> None:
+    def is_as(self, undisturbed: Self) -> None:
         assert self.steps() == undisturbed.steps(), "each step once in the metrics"
         torch.testing.assert_close(self.weights(), undisturbed.weights(), rtol=0, atol=1e-5)
 
 
-class CafoRun:
-    """One run of a job of CaFo on the cluster, with a feature store of its own."""
+class CafoRun(Run):
+    """A run of a job of CaFo, with a feature store of its own."""
 
-    JOB, ACTOR, SETTINGS = "", "", ()
-    """name of the job, name of the actors that work for it, and its settings"""
+    SETTINGS: tuple[str, ...] = ()
 
     def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, self.home = cluster, cluster.shared / "cafo"
+        self.home = cluster.shared / "cafo"
         if not self.home.exists():
             make_dataset(self.home, {"train": 20, "val": 20, "test": 5})
-        self.folder, self.cache = self.home / "runs" / name, self.home / f"cache-{name}"
-        self.settings = [*self.data(), *self.SETTINGS, f"run.name={name}", f"run.cache={self.cache}"]
+        self.cache = self.home / f"cache-{name}"
+        named = [f"run.name={name}", f"run.cache={self.cache}"]
+        super().__init__(cluster, self.home / "runs" / name, [*self.data(), *self.SETTINGS, *named])
 
     def data(self) -> list[str]:
         """The settings that name what the job reads."""
         return dataset_overrides(self.home)
-
-    def submit(self) -> None:
-        self.process = self.cluster.submit(self.JOB, *self.settings)
 
     def parts(self) -> list[Path]:
         """The files that hold a part of the work each, as far as they are written."""
@@ -202,14 +222,12 @@ class CafoRun:
             assert time.monotonic() < deadline, f"{what}: {len(self.parts())} parts after {STUCK_S} s"
             time.sleep(0.05)
 
-    def workers_on(self) -> dict[int, psutil.Process]:
-        """{host: one of its actors that work}"""
-        found = {host: self.cluster.processes(host, self.ACTOR) for host in (HEAD, *WORKERS)}
-        return {host: processes[0] for host, processes in found.items() if processes}
+    def is_as(self, undisturbed: Self) -> None:
+        assert self.rows() == undisturbed.rows()
 
-    def ends_well(self) -> None:
-        output, _ = self.process.communicate(timeout=600)
-        assert self.process.returncode == 0, output[-4000:]
+    def delete(self) -> None:
+        super().delete()
+        shutil.rmtree(self.cache)
 
 
 class Sweep(CafoRun):

@@ -23,7 +23,7 @@ def test_worker_host_without_power_in_a_sweep(
     with onprem.timed(f"worker host without power during {what}, until the sweep is over"):
         onprem.hosts.power_off(host)
         run.ends_well()
-    assert run.rows() == calm_sweep.rows()
+    run.is_as(calm_sweep)
     onprem.hosts.power_on(host)
     onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
 
@@ -41,7 +41,7 @@ def test_worker_host_without_power(
         onprem.hosts.power_off(host)
         assert len(run.parts()) < len(undisturbed.parts()), "in the middle"
         run.ends_well()
-    assert run.rows() == undisturbed.rows()
+    run.is_as(undisturbed)
     onprem.hosts.power_on(host)
     onprem.wait_for(lambda: onprem.alive() == 3, "the third node", 240)
 
@@ -59,4 +59,4 @@ def test_worker_killed_for_memory(
         onprem.wait_for(lambda: limit.killed() > 0, "the kernel to kill the worker", 60)
         assert len(run.parts()) < len(undisturbed.parts()), "in the middle"
         run.ends_well()
-    assert run.rows() == undisturbed.rows()
+    run.is_as(undisturbed)

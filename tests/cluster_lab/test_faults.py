@@ -6,7 +6,7 @@ import time
 
 from tests.cluster_lab.cluster import HEAD, WORKERS, Cluster
 from tests.cluster_lab.conftest import MIDDLE
-from tests.cluster_lab.runs import Training
+from tests.cluster_lab.runs import STUCK_S, Training
 
 
 def test_worker_process_killed(run: Training, undisturbed: Training) -> None:
@@ -78,7 +78,7 @@ def test_fewer_workers_while_a_host_is_off(onprem: Cluster) -> None:
 
 def test_driver_on_the_head_killed(onprem: Cluster, run: Training, undisturbed: Training) -> None:
     mark = run.mark()
-    for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
+    for driver in run.drivers():
         driver.kill()
     code, _ = run.end()
     assert code != 0
@@ -95,7 +95,7 @@ def test_driver_killed_and_a_worker_host_without_power_at_once(
     mark = run.mark()
     host = next(host for host in run.workers_on() if host in WORKERS)
     onprem.hosts.power_off(host)
-    for driver in onprem.processes(HEAD, "-m rayjobs adapter-train"):
+    for driver in run.drivers():
         driver.kill()
     code, _ = run.end()
     assert code != 0
@@ -117,7 +117,7 @@ def test_head_without_power(onprem: Cluster, run: Training, undisturbed: Trainin
     assert code != 0, output[-4000:]
     onprem.up()
     run.submit()
-    run.goes_on(mark, "head without power, switched on, ray up, and submitted again")
+    run.goes_on(mark, "head without power, switched on, ray up, and submitted again", seconds=2 * STUCK_S)
     run.ends_well()
     run.is_as(undisturbed)
 

@@ -60,17 +60,17 @@ def cluster_capacity() -> Capacity:
     context = ray.get_runtime_context()
     config = find_autoscaler_config(context.gcs_address) or find_kuberay_config()
     if config is not None and config["provider"]["type"] == "local":
-        return _own_machines(config, present, {node["NodeManagerAddress"] for node in alive}, context.gcs_address)
+        return _own_machines(config, present, {node["NodeManagerAddress"] for node in alive})
     if config is not None:
         return autoscaler_capacity(config, [node["Resources"] for node in heads])
     on_head = any(node["NodeID"] == context.get_node_id() for node in heads)
     return replace(present, is_upper_limit=on_head and not autoscaled_by_kubernetes())
 
 
-def _own_machines(config: Mapping[str, Any], present: Capacity, connected: Set[str], gcs_address: str) -> Capacity:
+def _own_machines(config: Mapping[str, Any], present: Capacity, connected: Set[str]) -> Capacity:
     """The capacity of machines that are named one by one. Those that are off now come with what they had before."""
     named = config["provider"].get("worker_ips", [])[: config["max_workers"]]
-    before = resources_of_lost_nodes(gcs_address)
+    before = resources_of_lost_nodes()
     lost = [before[address] for address in named if address not in connected and address in before]
     everything = len(present.nodes) + len(lost) > len(named)
     return replace(present, addable=tuple(lost), max_added=len(lost), is_upper_limit=everything)

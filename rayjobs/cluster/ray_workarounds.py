@@ -57,14 +57,14 @@ def end_new_processes(before: Collection[psutil.Process]) -> None:
                 process.kill()
 
 
-def resources_of_lost_nodes(gcs_address: str) -> dict[str, dict[str, float]]:
-    """Return {address: resources} of the nodes that a cluster has lost, of those on one address the last.
+def resources_of_lost_nodes() -> dict[str, dict[str, float]]:
+    """Return {address: resources} of the nodes that the connected cluster has lost, of those on one address the last.
 
     `ray.nodes()` lists such nodes without their resources, which Ray's control store still has.
     """
-    from ray._raylet import GcsClient
+    from ray._private.worker import global_worker
 
-    nodes = sorted(GcsClient(address=gcs_address).get_all_node_info().values(), key=lambda node: node.start_time_ms)
+    nodes = sorted(global_worker.gcs_client.get_all_node_info().values(), key=lambda node: node.start_time_ms)
     return {node.node_manager_address: dict(node.resources_total) for node in nodes if node.state}
 
 

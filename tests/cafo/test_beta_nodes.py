@@ -48,7 +48,7 @@ def test_slots_are_the_rows_of_each_classs_keys():
 
 @pytest.mark.parametrize(("low", "high"), [(0.1, 12.0), (0.001, 0.002)])
 @pytest.mark.parametrize(
-    "exponent", [0.01, 0.25, 0.6, 0.8, 1.2, 1.75, 2.0, 2.6, 3.25, 4.9, 7.75, 8.7, 8.8, 14.75, 33.0]
+    "exponent", [0.01, 0.25, 0.6, 0.8, 1.2, 1.75, 2.0, 2.6, 3.25, 4.9, 7.75, 8.7, 8.8, 10.5, 14.75, 33.0]
 )
 def test_nodes_are_the_fewest_that_phi_is_exact_from(low, high, exponent):
     """Half the range, times the farthest distance, is rounded up to a quarter."""

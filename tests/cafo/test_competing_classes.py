@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cafo.alpha_intervals import correct_intervals, label_margins
-from cafo.beta_nodes import class_slots
-from cafo.competing_classes import _deepest_sag, reduce_block
+from cafo.beta_nodes import beta_nodes, class_slots
+from cafo.competing_classes import _below_everywhere, _deepest_sag, reduce_block
 from cafo.ensemble import NOTHING, Ensemble
 from cafo.held_out import HeldOut
 from tests.cafo.reference import z_loop
@@ -162,6 +162,20 @@ def test_of_many_classes_each_is_compared_with_the_label_and_the_eight_that_are_
 
 def standardised(p):
     return (p - p.mean(dim=-1, keepdim=True)) / p.std(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize(("low", "high", "farthest"), [(LOW, HIGH, 0.9), (0.2, 4.0, 3.0), (0.01, 0.02, 9.0)])
+def test_limits_are_less_than_sums_by_the_deepest_sag_beside_each_node(low, high, farthest):
+    """And by a few roundings. Sums are less K, and those of single keys sag deepest."""
+    nodes = beta_nodes(low, high, farthest)
+    distances = farthest * torch.rand(5, 2, 3, 1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distances[..., 0], distances[..., 1] = farthest, distances[..., :1, :, 1]
+    betas = [a + (b - a) * i / 16 for a, b in itertools.pairwise(nodes.tolist()) for i in range(16)] + [high]
+    sums = torch.expm1(-torch.tensor(betas, dtype=torch.float64)[:, None] * distances).sum(dim=2)  # (b, S, J, D)
+    values, sags = sums[:, :, ::16], sag(sums, nodes.tolist(), betas)
+    less = values - _below_everywhere(values, nodes, farthest)
+    assert (less >= sags + 3.9e-6 * values.abs()).all()
+    assert (less <= 1.1 * sags + 4.1e-6 * values.abs() + 1e-9).all()
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1e-4, 0.3, 1.0, 2.5, 6.0])

@@ -113,7 +113,7 @@ def test_a_machine_of_ones_own_that_was_lost_is_known_by_what_it_had(
     file = {"provider": {"type": "local", "worker_ips": ["10.0.0.2", "10.0.0.3"]}, "max_workers": 2}
     monkeypatch.setattr("rayjobs.cluster.capacity.find_autoscaler_config", lambda _: file)
     lost = {"10.0.0.2": {"CPU": 64.0, "GPU": 8.0}, "10.0.0.9": {"CPU": 1.0, "GPU": 1.0}}
-    monkeypatch.setattr("rayjobs.cluster.capacity.resources_of_lost_nodes", lambda _: lost)
+    monkeypatch.setattr("rayjobs.cluster.capacity.resources_of_lost_nodes", lambda: lost)
     one_unknown = cluster_capacity()
     assert (one_unknown.total("GPU"), one_unknown.is_upper_limit) == (8, False)
     lost["10.0.0.3"] = {"CPU": 32.0}

@@ -112,11 +112,10 @@ from tests.waiting import wait_until
 machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 worker = machines.add_node(num_cpus=2)
 ray.init(address=machines.address, log_to_driver=False)
-gcs = ray.get_runtime_context().gcs_address
-print(resources_of_lost_nodes(gcs))
+print(resources_of_lost_nodes())
 machines.remove_node(worker)
 wait_until(lambda: [node["Alive"] for node in ray.nodes()].count(True) == 1, "the loss of the node")
-print([resources["CPU"] for resources in resources_of_lost_nodes(gcs).values()])
+print([resources["CPU"] for resources in resources_of_lost_nodes().values()])
 print(*(node["Resources"] for node in ray.nodes() if not node["Alive"]))
 """
 

@@ -226,10 +226,21 @@ def test_intervals_are_those_of_all_classes_in_float64(ensemble):
     low, high = torch.stack(expected, dim=1)  # (J, B)
     found = torch.full((2, 2, len(betas), 29), math.nan)
     for group in reduce(block):
-        found[..., group.rows - 100] = group.intervals(("clip", "dino"), betas, [Ensemble(), ensemble])
+        found[..., group.rows - 100] = group.intervals(("clip", "dino"), betas, [Ensemble(baseline=NOTHING), ensemble])
     never = (low >= high) | (high < 1e-30)  # a tie that is won at α = 0 alone
     got_never = found[0, 1] >= found[1, 1]
     assert torch.equal(never, got_never)
     assert 0 < int(never.sum()) < never.numel()
     torch.testing.assert_close(found[0, 1][~never].double(), low[~never], rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(found[1, 1][~never].double(), high[~never], rtol=2e-3, atol=1e-5)
+
+
+def test_a_label_that_is_above_all_classes_wins_at_every_alpha():
+    block = problem(0)
+    best = block.zero_shot.argmax(dim=1)
+    alike = torch.where(torch.arange(7)[:, None] == best, 0.9, 0.2)
+    (group,) = reduce(HeldOut(block.zero_shot, {"clip": alike}, torch.arange(7), best))
+    assert group.padding.tolist() == [[False, True]] * block.total
+    low, high = group.intervals(("clip",), [LOW, 3.0, HIGH], [Ensemble()])
+    assert torch.equal(low, torch.zeros(1, 3, block.total))
+    assert torch.equal(high, torch.full((1, 3, block.total), math.inf))

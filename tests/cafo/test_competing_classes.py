@@ -235,8 +235,9 @@ def test_intervals_are_those_of_all_classes_in_float64(ensemble):
     torch.testing.assert_close(found[1, 1][~never].double(), high[~never], rtol=2e-3, atol=1e-5)
 
 
-def test_a_label_that_is_above_all_classes_wins_at_every_alpha():
-    block = problem(0)
+@pytest.mark.parametrize("images", [1, 11])
+def test_a_label_that_is_above_all_classes_wins_at_every_alpha(images):
+    block = problem(0).images(torch.arange(images))
     best = block.zero_shot.argmax(dim=1)
     alike = torch.where(torch.arange(7)[:, None] == best, 0.9, 0.2)
     (group,) = reduce(HeldOut(block.zero_shot, {"clip": alike}, torch.arange(7), best))

@@ -6,6 +6,7 @@ import resource
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,17 +118,19 @@ def test_a_lease_that_cannot_be_read_is_tried_again(storage: Path, monkeypatch: 
     assert not isinstance(raised.value, UserError)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may be longer than 100 bytes, as on a disk that is nearly full."""
+    """Let no file be longer than 100 bytes, as on a disk that is nearly full. After a test, pytest writes to its own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_nothing_is_left_of_a_checkpoint_that_cannot_be_written(full_disk: None, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="File too large"):
+def test_nothing_is_left_of_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OSError, match="File too large"):
         write_checkpoint(str(tmp_path), content(40))
     assert list(tmp_path.iterdir()) == []
 
@@ -164,17 +167,18 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: 
         assert writer.take(wait=True) is not None
 
 
-def test_an_error_of_writing_is_raised_and_never_lost(full_disk: None, tmp_path: Path) -> None:
-    with CheckpointWriter(str(tmp_path)) as writer:
+def test_an_error_of_writing_is_raised_and_never_lost(tmp_path: Path) -> None:
+    with full_disk():
+        with CheckpointWriter(str(tmp_path)) as writer:
+            writer.start(content(10))
+            with pytest.raises(OSError, match="File too large"):
+                writer.take(wait=True)
+            assert writer.is_idle
+        with pytest.raises(OSError, match="File too large"), CheckpointWriter(str(tmp_path)) as writer:
+            writer.start(content(10))
+        writer = CheckpointWriter(str(tmp_path))
         writer.start(content(10))
-        with pytest.raises(OSError, match="File too large"):
-            writer.take(wait=True)
-        assert writer.is_idle
-    with pytest.raises(OSError, match="File too large"), CheckpointWriter(str(tmp_path)) as writer:
-        writer.start(content(10))
-    writer = CheckpointWriter(str(tmp_path))
-    writer.start(content(10))
-    writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # what ended the training is told instead
+        writer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # what ended the training is told instead
 
 
 def test_what_was_written_is_not_kept(tmp_path: Path) -> None:

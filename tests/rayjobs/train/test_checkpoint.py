@@ -120,7 +120,7 @@ def test_a_lease_that_cannot_be_read_is_tried_again(storage: Path, monkeypatch: 
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """Let no file be longer than 100 bytes, as on a disk that is nearly full. After a test, pytest writes to its own."""
+    """Let no file be longer than 100 bytes, as on a full disk. Before a fixture ends, pytest would write to its own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:

@@ -81,8 +81,8 @@ class TinyLlamaConfig:
     batch: int = Field(default=32, ge=1)
     """Documents per step."""
     lr: float = Field(default=1.5e-3, gt=0)
-    """Peak learning rate. At 3e-3 the loss on notes has spikes at the peak, in which the last bits of sums, and with
-    them the processor, decide what becomes of the model."""
+    """Peak learning rate. At 3e-3, training on notes has spikes of the loss, which enlarge last bits of sums until
+    the result depends on the processor."""
     answer_weight: float = Field(default=10, ge=1)
     """Loss weight of tokens that are determined by the text before them, such as an answer; the other tokens have
     weight 1."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rayjobs.cluster.errors import call_on_prepared_nodes
 from rayjobs.cluster.hardware import HARDWARE_FILE, describe_hardware
 from rayjobs.config import replace_paths
 from rayjobs.errors import describe_error
@@ -37,7 +38,7 @@ def job(run: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]
             settings = replace_paths(settings, pin)
         try:
             try:
-                result = run(settings)
+                result = call_on_prepared_nodes(functools.partial(run, settings))
                 _record_success(settings, result)
             except BaseException as error:
                 if lost := lost_lease(settings.run.folder):

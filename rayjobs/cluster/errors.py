@@ -1,14 +1,21 @@
-"""Unwrap Ray's exceptions, so that a user sees the error that a worker raised."""
+"""Unwrap Ray's exceptions, so that a user sees the error that a worker raised; outlast one that passes."""
 
 import gc
+import logging
 import re
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rayjobs.errors import USER_ERRORS, is_user_error
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+ATTEMPTS, AGAIN_AFTER_S = 4, 5.0
+"""Attempts at work for which Ray could not prepare a node, and the time between two of them."""
 
 RETRY_NOTE = "\nFailed to apply UDF transform"
 """Ray Data appends this note to the message of an error in a pipeline."""
@@ -29,6 +36,23 @@ def reraise_user_errors() -> Iterator[None]:
             raise
         _release_actors(error, handled)
         raise found from None
+
+
+def call_on_prepared_nodes(call: Callable[[], T]) -> T:
+    """Call a function that goes on where it was, again if Ray could not prepare a node for it, a few times at most.
+
+    On a node that has just come up, Ray may unpack a job's files twice at the same time, once for each of two kinds of
+    workers, and the one removes what the other has unpacked and is about to use.
+    """
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return call()
+        except Exception as error:
+            if not left or all(type(cause).__name__ != "RuntimeEnvSetupError" for cause in iterate_causes(error)):
+                raise
+            logger.warning("Ray could not prepare a node for the workers, which are started again")
+            time.sleep(AGAIN_AFTER_S)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _find_user_error(error: BaseException) -> BaseException | None:

@@ -136,15 +136,21 @@ class EventLog(ray.train.UserCallback):
         self.is_down = True
         if any(map(is_preemption, worker_exceptions.values())):
             self.preemptions += 1
-            count, most, reason = self.preemptions, self.max_preemptions, "its node was taken away"
+            count, limit, most = self.preemptions, "max_preemptions", self.max_preemptions
+            reason = "its node was taken away"
         else:
             self.failures += 1
+            count, limit, most = self.failures, "max_failures", self.max_failures
             reason = describe_death(str(next(iter(worker_exceptions.values()))))
-            count, most = self.failures, self.max_failures
         who = "a worker" if len(worker_exceptions) == 1 else f"{len(worker_exceptions)} workers"
         message = f"{who} died ({reason})" + (f" after step {self.last_step}" if self.last_step else "")
         if most < 0 or count <= most:
             message += f"; going on from step {self.saved_step}{_lost(self.last_step - self.saved_step)}"
+        else:
+            message += (
+                f", which is more than scale.{limit}={most} allows: the same command goes on from step "
+                f"{self.saved_step}, and scale.{limit}=-1 sets no limit"
+            )
         self._append(Event(doing=STARTING, message=message))
 
     def _append(self, event: Event) -> None:

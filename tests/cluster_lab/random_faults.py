@@ -4,9 +4,11 @@
 
 A training, a sweep and the labelling of images take turns for as long as the time allows. Each run's result is compared
 with that of an undisturbed one, and then its folder is deleted. A submission that ends early is made again, as a user
-would; Ray on a host that was off is started by Ray itself. The file has a line for every fault, with the memory and the
-open files of the head's own processes of Ray, and a line for every run. The head does not fail here: whether its
-processes grow could not be seen then.
+would; Ray on a host that was off is started by Ray itself. The training recovers from any number of failures, and has a
+checkpoint every 5 steps, since it needs about as long to go on after a lost host as it has until the next fault.
+
+The file has a line for every fault, with the memory and the open files of the head's own processes of Ray, and a line
+for every run. The head does not fail here: whether its processes grow could not be seen then.
 """
 
 import argparse
@@ -34,7 +36,7 @@ OFF_S, CUT_S, NOTICE_S = 15, 30, 10
 """Seconds that a host is off, that a link is cut, and that a host is given until it is taken away."""
 BACK_S = 150
 """Ray is started by hand on a host that has been on for so long without it."""
-LONGEST_RUN_S = 1500
+LONGEST_RUN_S = 3600
 OF_THE_HEAD = ("gcs/gcs_server", "raylet/raylet", "dashboard/dashboard.py", "monitor.py", "agent.py")
 
 Fault = Callable[[], bool]
@@ -180,7 +182,8 @@ def disturb(run: Run, faults: Faults, record: Record, every_s: float, until: flo
     """Runs a job to its end while things fail. Raises AssertionError if it does not come to its end."""
     began, submissions, hit = time.monotonic(), 1, Counter[str]()
     next_at, next_fault = began + every_s, ""
-    run.submit()
+    own = ["scale.max_failures=-1", "train.checkpoint_every_steps=5"] if isinstance(run, Training) else []
+    run.submit(*own)
     while True:
         if end := ended(run):
             code, output = end
@@ -188,7 +191,7 @@ def disturb(run: Run, faults: Faults, record: Record, every_s: float, until: flo
                 break
             record.add(ended=run.folder.name, code=code, output=output.splitlines()[-3:])
             submissions += 1
-            run.submit()
+            run.submit(*own)
         now = time.monotonic()
         assert now - began < LONGEST_RUN_S, f"{run.folder} has not ended after {LONGEST_RUN_S} s"
         faults.look_after_hosts()

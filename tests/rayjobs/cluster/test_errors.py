@@ -6,15 +6,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import ray.data
+from ray.exceptions import RuntimeEnvSetupError
+from ray.train import ControllerError
 
-from rayjobs.cluster.errors import parse_user_error, reraise_user_errors
+from rayjobs.cluster import errors
+from rayjobs.cluster.errors import call_on_prepared_nodes, parse_user_error, reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
 from rayjobs.errors import DataError, StorageError
+from rayjobs.lifecycle import job
+from rayjobs.runs.run_dir import RunConfig
 from tests.conftest import ROOT
 from tests.waiting import wait_until
 
@@ -108,3 +115,35 @@ def test_a_printed_traceback_gives_back_its_error(end: str, error: type[Exceptio
 def test_a_printed_fault_of_the_program_stays_one() -> None:
     assert parse_user_error("  File a\nKeyError: 'x'") is None
     assert parse_user_error("The actor died unexpectedly before finishing this task.\n\tclass_name: A") is None
+
+
+class Unprepared:
+    """Work that finds a node unprepared the first few times."""
+
+    def __init__(self, times: int, error: Exception) -> None:
+        self.left, self.calls, self.error = times, 0, error
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.left:
+            raise self.error
+        return "done"
+
+
+def test_work_on_a_node_that_was_not_prepared_is_tried_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "AGAIN_AFTER_S", 0)
+    unprepared = RuntimeEnvSetupError("Local directory does not exist")
+    of_training = ControllerError(unprepared)
+    for error in (unprepared, of_training):
+        assert call_on_prepared_nodes(Unprepared(3, error)) == "done"
+    for work, calls in ((Unprepared(9, of_training), 4), (Unprepared(1, RuntimeError("another")), 1)):
+        with pytest.raises(type(work.error)):
+            call_on_prepared_nodes(work)
+        assert work.calls == calls
+
+
+def test_a_job_is_such_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "AGAIN_AFTER_S", 0)
+    work = Unprepared(1, RuntimeEnvSetupError("Local directory does not exist"))
+    settings = SimpleNamespace(JOB="job", run=RunConfig(name="run", storage=str(tmp_path)))
+    assert job(lambda _: {"headline": work()})(settings) == {"headline": "done"}

@@ -115,7 +115,8 @@ def test_a_death_is_one_line_with_the_step_from_which_the_run_goes_on(
         watched.report({"step": 51})
     assert capsys.readouterr().err.splitlines() == [
         "train: a worker died (its process was ended) after step 51; going on from step 50, 1 step is lost",
-        "train: 2 workers died (its process was ended) after step 51",  # more than max_failures
+        "train: 2 workers died (its process was ended) after step 51, which is more than scale.max_failures=1 allows: "
+        "the same command goes on from step 50, and scale.max_failures=-1 sets no limit",
     ]
 
 
@@ -166,7 +167,8 @@ def test_preemptions_are_told_and_counted_apart_from_failures(
         "train: 2 workers died (its node was taken away) after step 60; going on from step 57, 3 steps are lost",
         "train: went on from step 60",
         "train: 2 nodes will be taken away; every step is saved until then",
-        "train: 2 workers died (its node was taken away) after step 70",  # more than max_preemptions
+        "train: 2 workers died (its node was taken away) after step 70, which is more than scale.max_preemptions=2 "
+        "allows: the same command goes on from step 60, and scale.max_preemptions=-1 sets no limit",
     ]
     assert watched.callback.failures == 0
 

@@ -23,27 +23,31 @@ class Capacity:
     nodes: tuple[Resources, ...]
     """Nodes that are there and stay."""
     addable: tuple[Resources, ...] = ()
-    """Nodes that the autoscaler may start, or that were lost and may come back, `max_added` of them at a time."""
+    """Nodes that the autoscaler may start, `max_added` of them at a time."""
     max_added: int = 0
+    lost: tuple[Resources, ...] = ()
+    """Machines of one's own that were there, are off now, and may come back."""
     is_upper_limit: bool = True
-    """True if `nodes` and `addable` are all that the cluster can have. False if the autoscaler's configuration cannot
-    be read (not on the head node, or not allowed), or while on-premises nodes have not been connected yet."""
+    """True if `nodes`, `addable` and `lost` are all that the cluster can have. False if the autoscaler's configuration
+    cannot be read (not on the head node, or not allowed), or while on-premises nodes have not been connected yet."""
 
     def total(self, resource: str) -> float:
         """Return the largest amount of a resource that the cluster can have."""
         added = sum(self._largest(node.get(resource, 0) for node in self.addable))
-        return added + sum(node.get(resource, 0) for node in self.nodes)
+        return added + sum(node.get(resource, 0) for node in self.nodes + self.lost)
 
     def max_workers(self, per_worker: Resources, reserved_cpus: float = 0.0) -> int:
         """Return how many workers can run at once, each on one node, if workers leave `reserved_cpus` of every node."""
         added = sum(self._largest(_max_workers_on(node, per_worker, reserved_cpus) for node in self.addable))
-        return int(added + sum(_max_workers_on(node, per_worker, reserved_cpus) for node in self.nodes))
+        return int(added + sum(_max_workers_on(node, per_worker, reserved_cpus) for node in self.nodes + self.lost))
 
     def __str__(self) -> str:
         """Return a phrase such as `2 nodes and up to 8 more, 68 CPU and 8 GPU in all`."""
         nodes = f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}"
         if self.addable:
             nodes += f" and up to {min(self.max_added, len(self.addable))} more"
+        if self.lost:
+            nodes += f" and {len(self.lost)} that {'are' if len(self.lost) > 1 else 'is'} off"
         return f"{nodes}, {self.total('CPU'):g} CPU and {self.total('GPU'):g} GPU in all"
 
     def _largest(self, values: Iterable[float]) -> list[float]:
@@ -71,9 +75,8 @@ def _own_machines(config: Mapping[str, Any], present: Capacity, connected: Set[s
     """The capacity of machines that are named one by one. Those that are off now come with what they had before."""
     named = config["provider"].get("worker_ips", [])[: config["max_workers"]]
     before = resources_of_lost_nodes()
-    lost = [before[address] for address in named if address not in connected and address in before]
-    everything = len(present.nodes) + len(lost) > len(named)
-    return replace(present, addable=tuple(lost), max_added=len(lost), is_upper_limit=everything)
+    lost = tuple(before[address] for address in named if address not in connected and address in before)
+    return replace(present, lost=lost, is_upper_limit=len(present.nodes) + len(lost) > len(named))
 
 
 def autoscaler_capacity(config: Mapping[str, Any], head: Iterable[Resources]) -> Capacity:

@@ -14,6 +14,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from rayjobs.cluster.capacity import cluster_capacity
 from rayjobs.cluster.device import worker_device
 from rayjobs.cluster.errors import reraise_user_errors
 from rayjobs.cluster.ray_data import ray_data_context
@@ -107,9 +108,11 @@ class PartEncoder:
 def encoder_threads(workers: int) -> int:
     """Return the threads of an encoder without a GPU: the cluster's CPUs, divided among the encoders.
 
-    Decoding runs beside them and needs a small part of a CPU.
+    Decoding runs beside them and needs a small part of a CPU. Machines that are off for the moment count, since the
+    last bits of features depend on the number of threads, and a run that goes on without them should have the same.
     """
-    return max(1, int(ray.cluster_resources().get("CPU", 1) // workers))
+    off = sum(node.get("CPU", 0) for node in cluster_capacity().lost)
+    return max(1, int((ray.cluster_resources().get("CPU", 1) + off) // workers))
 
 
 def use_threads(threads: int, device: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from cafo.images import load_image
+from rayjobs.cluster.capacity import Capacity
 from rayjobs.data import feature_encoding
 from rayjobs.data.feature_decoding import PartTask, decode_part
 from rayjobs.data.feature_encoding import PartEncoder, encoder_threads
@@ -52,6 +53,10 @@ def test_features_are_those_of_each_encoders_own_preprocessing(tmp_path: Path, v
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_encoders_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_encoding.ray, "cluster_resources", lambda: {"CPU": 5.0})
+@pytest.mark.parametrize(("present", "off"), [(5.0, ()), (2.0, ({"CPU": 1.0}, {"CPU": 2.0}, {"memory": 1.0}))])
+def test_encoders_share_the_cores_also_those_of_machines_that_are_off(
+    present: float, off: tuple[dict[str, float], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_encoding.ray, "cluster_resources", lambda: {"CPU": present})
+    monkeypatch.setattr(feature_encoding, "cluster_capacity", lambda: Capacity(nodes=(), lost=off))
     assert [encoder_threads(workers) for workers in (1, 2, 5, 9)] == [5, 2, 1, 1]

@@ -16,8 +16,8 @@ _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 
 """the 97.5% quantiles of Student's t with 1, 2, … degrees of freedom"""
 
 DIFFERENCES_NOTE = (
-    "In points of percent. In brackets is the 95% interval over seeds (Student's t). The differences are paired by "
-    "seed: both methods have the same training and test images."
+    "Those of accuracies are in points of percent. In brackets is the 95% interval over seeds (Student's t). The "
+    "differences are paired by seed: both methods have the same training and test examples."
 )
 """A sentence below a table of differences."""
 

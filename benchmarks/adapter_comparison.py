@@ -57,7 +57,7 @@ def write_records(folder: Path, alpaca: Path) -> dict[str, str]:
 
 
 def search_space(method: str) -> dict[str, list[Any]]:
-    """What differs between methods: rates, the precision of the base, and prompts in all layers but the lowest two."""
+    """Return a method's own axes: its rates, the precision of the base, and the layers of prompts, all but two."""
     space: dict[str, list[Any]] = {"optimizer.base_lr": [rate * 256 / BATCH for rate in PEAK_RATES[method]]}
     if method == "full":
         space["base.dtype"] = ["fp32"]

@@ -29,7 +29,6 @@ from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_train
 from rayjobs.jobs.adapter_tune_finals import (
     check_finals,
-    different_points,
     final_points,
     measure_finals,
     write_finals,
@@ -238,10 +237,7 @@ def run_finals(
     values = {setting: str(given[name]) for setting, given in overrides.items()}
     best = best_of_values([result for _, of_point in measured for result in of_point], values)
     finals = final_points(settings, {value: overrides[setting] for value, setting in best.items()})
-    points = different_points(settings, finals)
-    if left := [point for point in points if not results_of(settings, point)]:
-        with sweep_progress(settings, points, len(points)) as progress:
-            run_left(settings, folder, left, left[0].trials[0], progress)
+    points = train_different(settings, folder, itertools.chain.from_iterable(finals.values()))
     measure_finals(settings, folder, points, _worker_resources(settings))
     return write_finals(settings, folder, finals)
 
@@ -262,6 +258,12 @@ def run_grid(settings: Config, folder: Path) -> list[Point]:
         Point(trials=[AdapterTrial(overrides, seed) for seed in sweep.seeds])
         for overrides in enumerate_overrides(sweep)
     ]
+    train_different(settings, folder, points)
+    return points
+
+
+def train_different(settings: Config, folder: Path, points: Iterable[Point]) -> list[Point]:
+    """Train the trials of points that are not over, those with equal settings once; return a point for each trial."""
     different: dict[Path, Point] = {}
     for trial in itertools.chain.from_iterable(point.trials for point in points):  # equal settings have one folder
         different.setdefault(trial_folder(settings, trial), Point(trials=[trial]))
@@ -269,7 +271,7 @@ def run_grid(settings: Config, folder: Path) -> list[Point]:
     if left:
         with sweep_progress(settings, different.values(), len(different)) as progress:
             run_left(settings, folder, left, left[0].trials[0], progress)
-    return points
+    return list(different.values())
 
 
 def run_search(settings: Config, folder: Path) -> list[Point]:

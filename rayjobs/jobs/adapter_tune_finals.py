@@ -15,7 +15,7 @@ from rayjobs.data.trained_records import record_digest
 from rayjobs.errors import ConfigError, DataError
 from rayjobs.job_configs.adapter_tune import Config
 from rayjobs.jobs import adapter_eval, adapter_train
-from rayjobs.jobs.adapter_tune_trials import evaluation_of, reserving, results_of, trial_folder, trial_settings
+from rayjobs.jobs.adapter_tune_trials import evaluation_of, reserving, results_of, trial_settings
 from rayjobs.storage.files import write_json
 from rayjobs.storage.fingerprint import file_fingerprints, fingerprint
 from rayjobs.tune.adapter_finals import (
@@ -33,7 +33,7 @@ from rayjobs.tune.adapter_trial import AdapterTrial, Point
 from rayjobs.tune.sweep_config import FinalsConfig
 
 BASE = "base"
-"""Folder of what the base alone shows, in the run folder."""
+"""Folder of the base's own figures, in the run folder."""
 
 
 def check_finals(settings: Config, first: AdapterTrial, *, weights: bool) -> None:
@@ -106,14 +106,6 @@ def final_points(settings: Config, chosen: Mapping[str, Mapping[str, Any]]) -> d
         value: [Point(trials=[AdapterTrial(dict(overrides), seed)]) for seed in seeds]
         for value, overrides in chosen.items()
     }
-
-
-def different_points(settings: Config, finals: Mapping[str, Sequence[Point]]) -> list[Point]:
-    """The points of finals, of those with equal settings one, since they have one folder."""
-    by_folder: dict[Path, Point] = {}
-    for point in (point for points in finals.values() for point in points):
-        by_folder.setdefault(trial_folder(settings, point.trials[0]), point)
-    return list(by_folder.values())
 
 
 @dataclass(frozen=True)

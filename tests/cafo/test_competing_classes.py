@@ -101,7 +101,7 @@ def test_a_group_has_what_eq_8_and_9_need_of_its_images(seed, floats, monkeypatc
 
 
 def sag(p, nodes, betas):
-    """How deep each sum falls below its chord beside each node, at most: (b, S, n, N).
+    """The deepest sag of each sum below its chord, beside each node: (b, S, n, N).
 
     Args:
         p: (b, S, J, N), at the nodes and at some β between.

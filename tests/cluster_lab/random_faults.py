@@ -44,7 +44,7 @@ Fault = Callable[[], bool]
 
 
 class Faults:
-    """What can fail while a run is under way."""
+    """The faults that can hit a run, each of which is repaired by the method that makes it."""
 
     def __init__(self, cluster: Cluster, draw: random.Random) -> None:
         self.cluster, self.draw = cluster, draw
@@ -148,7 +148,7 @@ class Record:
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
     def add_fault(self, fault: str, run: Run) -> None:
-        """With what the head's processes hold, and what the shared folder and Ray's folder of the head take."""
+        """Add a fault, with the memory and files of the head's processes of Ray, and the size of the shared folder."""
         rss = files = 0
         for process in self.cluster.processes(HEAD):
             try:
@@ -207,11 +207,15 @@ def disturb(run: Run, faults: Faults, record: Record, every_s: float, until: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m tests.cluster_lab.random_faults", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser = argparse.ArgumentParser(
+        "python -m tests.cluster_lab.random_faults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="time in which runs begin and things fail")
     parser.add_argument("--every", type=float, default=60, help="seconds from one fault to the next")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "random_faults.jsonl")
+    parser.add_argument("--seed", type=int, default=1, help="seed that the faults and what they hit are drawn by")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "random_faults.jsonl", help="file of all events")
     chosen = parser.parse_args()
     if why := lacking():
         raise SystemExit(why)

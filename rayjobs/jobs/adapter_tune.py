@@ -143,7 +143,10 @@ def _check_compared(sweep: SweepConfig) -> None:
     for value, own in sweep.axes_of.items():
         _check_ranges(f"sweep.axes_of.{value}", own, searched=sweep.method == "optuna")
         if value not in names:
-            raise ConfigError(f"sweep.axes_of has {value}, which is no value of sweep.compare, {sweep.compare}")
+            raise ConfigError(
+                f"sweep.axes_of has {value}, which is no value of sweep.compare, {sweep.compare} ({', '.join(names)}): "
+                "correct its name, or leave it out"
+            )
         for name, axis in own.items():
             if name == sweep.compare or type(axis) is not type(sweep.axes.get(name)):
                 raise ConfigError(

@@ -65,7 +65,7 @@ def test_the_table_has_the_base_and_each_value_and_says_what_diverged() -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     first = finalist("zero_init", {0: 1.0, 1: 2.0, 2: 3.5})
-    (row,) = differences("adapter.method", [first, finalist("lora", {0: 1.5, 2: 4.5})])
+    (row,) = differences("adapter.method", [first, finalist("lora", {0: 1.5, 2: 4.5, 7: 9.0})])
     low, high = scipy.stats.t.interval(0.95, 1, loc=0.75, scale=scipy.stats.sem([0.5, 1.0]))
     assert row["method, less zero_init"] == "lora"
     assert row["test loss"] == f"+0.8 [{low:+.1f}, {high:+.1f}]"
